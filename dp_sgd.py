@@ -1,0 +1,563 @@
+"""DP-SGD: per-example gradients, clipping, one noise draw per step; exact, in a single backward pass.
+
+Implements DP-SGD (Abadi et al. 2016, Algorithm 1) as *Differentially Private Latent Diffusion Models* (Liu et al. 2024,
+Algorithm 1) uses it to tune the attention of a latent diffusion model. Imports nothing of the project. One step::
+
+    engine = DPSGD(model, clip_norm=C, noise_multiplier=sigma, expected_batch_size=q * n)
+    batch = poisson_sample(n, q)                           # every example independently with probability q
+    for part in batch.split(64):                           # micro-batches: their size never changes the result
+        engine.accumulate(loss_fn, x[part], y[part])       # sum_i clip(g_i), nothing is released yet
+    engine.step(optimizer)                                 # (sum + N(0, sigma^2 C^2 I)) / B, then the optimizer
+
+Symbols: g_i gradient of example i over ALL trainable parameters together · C clip_norm, the sensitivity: adding or
+removing one example moves the sum by at most C (L2) · sigma noise_multiplier, the standard deviation of the noise in
+units of C · B expected_batch_size = q*n, fixed beforehand (the actual size is private) · N examples of a micro-batch,
+K noise draws of each · P positions (pixels or tokens, times K) · d, p inputs and outputs of a layer · L layers.
+
+The paper's C = 1e-3 looks tiny, but Adam divides by the gradient's own size, so C and the learning rate decouple: C only
+sets how many examples are clipped. (It needs sigma * C / B well above Adam's eps, or eps takes the place of the size.)
+
+Book-keeping: all per-example norms and the clipped sum from ONE forward and ONE backward pass
+----------------------------------------------------------------------------------------------
+A linear layer maps x_p -> W x_p + b at P positions. Backpropagating the *summed* loss of a micro-batch gives the
+gradient g_p of each output, and since examples do not mix, the g_p of example n depend on its own loss only. With
+X (P, d) and G (P, p) of that example, its gradient is
+
+    grad_W = sum_p g_p x_p^T = G^T X   (p, d)             and bias is the weight of a further input that is always 1.
+
+(1) Its norm does not need the matrix:  |G^T X|^2 = tr(X X^T G G^T) = sum over p, p' of (X X^T)[p,p'] (G G^T)[p,p'],
+    two Gram matrices: P^2 (d + p) multiplications instead of P d p. P = 1: |x|^2 |g|^2 (Goodfellow 2015). Convolutions
+    are the same on unfolded patches (Rochette et al. 2019); sequences: "ghost clipping" (Li et al. 2022).
+(2) The clipped sum needs no second backward pass: with the factors c_n, sum_n c_n G_n^T X_n is one matrix product of
+    the stacked (c G)^T (p, N P) and X (N P, d): "book-keeping" (Bu et al. 2023). X and G of the trainable layers are kept.
+(3) Where the matrix itself is the cheaper way (many positions, few channels) it is formed once, (N, p, d); it gives the norm,
+    is kept in place of X and G, which are then larger, and the clipped sum is sum_n c_n grad_n.
+
+Autograd does none of that work a second time: weights do not require grad in the meantime, and the graph starts at the
+output of the first trainable layer. An embedding is a linear layer on one-hot inputs; the scales of norm layers have few
+enough numbers to be formed per example.
+
+Rounding. Gram products cancel: positions of opposite sign leave a small norm as the difference of large numbers, and
+a norm that comes out too small would break the sensitivity. The error is at most a few float epsilons times (sum_p |x_p||g_p|)^2,
+which the two diagonals tell, so that bound is *added*: rounding can only clip harder (relative effect about 1e-6 * P).
+
+Not covered: floating-point attacks on the Gaussian's low bits (Mironov 2012), and timing.
+"""
+import os
+from collections import Counter
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+GAMMA = 0.01  # stability constant of automatic clipping (Bu et al. 2022)
+CLIPPING = ("flat", "automatic", "per-layer")
+
+
+# ----------------------------------------------------------------------------------------------- randomness: sample, noise
+
+
+def fresh_generator(device="cpu"):
+    """A generator that nobody can reproduce, seeded by the operating system; never torch's global one.
+
+    manual_seed keeps only 32 bits of a seed on the CPU (2^32 noises are few enough to try them all), so there the whole
+    state of the Mersenne twister, 624 words, is drawn from os.urandom. CUDA's Philox takes 64 bits. Neither is a
+    cryptographic generator.
+    """
+    generator = torch.Generator(device).manual_seed(int.from_bytes(os.urandom(8), "little"))
+    if generator.device.type == "cpu":
+        state = generator.get_state()  # bytes: seed (8), left (4), seeded (4), next (8), then 624 words of 8 bytes each
+        words = torch.frombuffer(bytearray(os.urandom(624 * 4)), dtype=torch.int32).to(torch.int64) & 0xFFFFFFFF
+        state[24:24 + 624 * 8] = words.view(torch.uint8)
+        generator.set_state(state)
+    return generator
+
+
+def poisson_sample(n, q, generator=None):
+    """Indices of a Poisson batch: each of n examples independently with probability q (Abadi et al. 2016, section 3.1).
+
+    Returns a sorted LongTensor of random length, Binomial(n, q), possibly empty; an empty batch is a step like any other.
+    The accountant's amplification by sampling holds for this scheme and no other: there is no shuffling mode. Raises
+    ValueError for q outside (0, 1] or negative n.
+    """
+    if not 0 < q <= 1:
+        raise ValueError(f"q is the probability that an example enters a batch and must lie in (0, 1], got {q}")
+    if n < 0:
+        raise ValueError(f"n, the number of examples, cannot be negative, got {n}")
+    generator = fresh_generator() if generator is None else generator
+    coins = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)  # float32 would round q
+    return (coins < q).nonzero()[:, 0]
+
+
+def privatise(sums, clip_norm, noise_multiplier, expected_batch_size, generator):
+    """Clipped sums -> noisy mean gradients, (sum + N(0, sigma^2 C^2 I)) / B, tensor by tensor; inputs stay as they are.
+
+    Every coordinate gets noise, touched by the batch or not: which ones were touched is private as well. B is the
+    expected batch size; dividing by the actual one would reveal it and change the sensitivity.
+    """
+    std = noise_multiplier * clip_norm
+    noisy = (s + std * torch.randn(s.shape, dtype=s.dtype, device=s.device, generator=generator) for s in sums)
+    return [s / expected_batch_size for s in noisy]
+
+
+# ------------------------------------------------------------------------------------------------------------- clipping
+
+
+def clip_factors(squared, losses, clip_norm, clipping):
+    """Squared norms (L, N) of the layers' per-example gradients -> factors (L, N) on those gradients, finite (N,) bool.
+
+    flat       min(1, C/|g|), |g| over all layers. Sensitivity C: the clipped gradient is no longer than C (Abadi et al. 2016).
+    automatic  C/(|g| + 0.01). Sensitivity C: the length C |g|/(|g| + 0.01) is below C. Every example counts about
+               equally and C merges into the learning rate; use C = 1 (Bu et al. 2022).
+    per-layer  min(1, (C/sqrt(L))/|g_l|) for each of the L layers. Sensitivity C: squared lengths add, L * C^2/L = C^2.
+
+    A non-finite loss or norm gives the factor 0; the tensors need masking as well, since 0 * inf is NaN.
+    """
+    total = squared.sum(0)  # (N,)
+    finite = total.isfinite() & losses.isfinite()
+    if clipping == "per-layer":
+        factors = (clip_norm / len(squared) ** 0.5 / squared.sqrt()).clamp(max=1)  # norm 0: C/0 = inf, clamped to 1
+    elif clipping == "automatic":
+        factors = (clip_norm / (total.sqrt() + GAMMA)).expand_as(squared)
+    else:
+        factors = (clip_norm / total.sqrt()).clamp(max=1).expand_as(squared)
+    return torch.where(finite, factors, 0.0), finite
+
+
+def squared_norm(a):
+    """(N, ...) -> (N,) float64. Rows of the last dimension are summed as they are, the rows in float64."""
+    rows = a.flatten(1, -2) if a.dim() > 2 else a[:, None]  # (N, rows, last)
+    return torch.linalg.vector_norm(rows, dim=-1).double().square().sum(-1)
+
+
+# ----------------------------------------------------------------- method 1: the definition, ten lines; method 2: torch.func
+
+
+def loop(model, layers, loss_fn, batch, clip):
+    """One backward pass per example. Slow and obvious: what the other two methods are tested against."""
+    params = [p for layer in layers for p in layer.params.values()]
+    sums = zeros(params)
+    for i in range(rows(batch)):
+        losses = checked(loss_fn(model, *(b if b is None else b[i:i + 1] for b in batch)), 1)
+        grads = torch.autograd.grad(losses.sum(), params, allow_unused=True)
+        grads = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]
+        add_clipped(sums, layers, [g[None] for g in grads], losses.detach(), clip)
+    return sums
+
+
+def vmap(model, layers, loss_fn, batch, clip):
+    """torch.func: the gradient function of one example, vectorised over the micro-batch. Needs N gradients of memory."""
+    root = nn.Module()  # functional_call swaps the parameters of a module, while a loss function takes the module: join them
+    root.model, root.forward = model, lambda *example: loss_fn(root.model, *example)
+    named = {f"model.{layer.name}.{k}".replace("..", "."): p for layer in layers for k, p in layer.params.items()}
+
+    def one_loss(params, *example):
+        losses = torch.func.functional_call(root, params, tuple(b if b is None else b[None] for b in example))
+        return checked(losses, 1).sum(), losses[0]
+
+    per_example = torch.func.vmap(torch.func.grad(one_loss, has_aux=True), (None, *(None if b is None else 0 for b in batch)))
+    grads, losses = per_example({k: p.detach() for k, p in named.items()}, *batch)
+    sums = zeros(named.values())
+    add_clipped(sums, layers, list(grads.values()), losses.detach(), clip)
+    return sums
+
+
+def add_clipped(sums, layers, grads, losses, clip):
+    """sums[j] += sum_n factor_n * grads[j][n] for per-example gradients grads[j] (N, ...), in the order of the layers."""
+    owner = [i for i, layer in enumerate(layers) for _ in layer.params]
+    with exact(losses.device):
+        squared = torch.zeros(len(layers), len(losses), dtype=torch.float64, device=losses.device)
+        for i, g in zip(owner, grads, strict=True):
+            squared[i] += squared_norm(g)
+        factors, finite = clip(squared, losses)
+        for s, i, g in zip(sums, owner, grads, strict=True):
+            s += weighted(g if finite.all() else masked(g, finite), factors[i])
+
+
+# --------------------------------------------------------------------------- method 3: book-keeping (derivation on top)
+
+
+def bookkeeping(model, layers, loss_fn, batch, clip):
+    """One forward and one backward pass of the summed loss; norms as the output gradients arrive, sums at the end."""
+    n, uses, kept, handles = rows(batch), Counter(), {}, []
+    params = [p for layer in layers for p in layer.params.values()]
+    squared = torch.zeros(len(layers), n, dtype=torch.float64, device=params[0].device)
+
+    def forward_hook(i, x, out):
+        if x.dim() < FEWEST_DIMS[type(layers[i].module)] or len(x) % n:
+            raise ValueError(f"layer {layers[i].name!r} saw an input of shape {tuple(x.shape)} in a micro-batch of {n} examples; its "
+                             f"first dimension must be a multiple of {n}, example after example")
+        uses[i] += 1
+        if not out.requires_grad:
+            out.requires_grad_()  # the graph starts here: no trainable layer before this one
+        version = x._version
+        out.register_hook(lambda g: receive(i, x.detach(), g, x._version == version))
+
+    def receive(i, x, g, unchanged):
+        layer = layers[i]
+        if not unchanged:
+            raise ValueError(f"the input of layer {layer.name!r} was changed in place after the layer had used it")
+        with exact(g.device):
+            if uses[i] == 1 and grams_are_cheaper(layer, x, g, n):
+                squared[i] = gram_squared_norm(layer, x, g, n)
+                kept[i] = (x, g)
+            else:  # a layer used twice: the two gradients add up before the norm
+                grads = per_example(layer, x, g, n)
+                kept[i] = {k: v + kept[i][k] for k, v in grads.items()} if i in kept else grads
+
+    try:
+        for p in params:
+            p.requires_grad_(False)  # or autograd would compute the sum of the unclipped gradients as well
+        for i, layer in enumerate(layers):
+            handles.append(layer.module.register_forward_hook(lambda _, args, out, i=i: forward_hook(i, args[0], out)))
+        losses = checked(loss_fn(model, *batch), n)
+        for handle in handles:
+            handle.remove()
+        # A non-finite loss is taken out before the sum, so that it cannot reach the other examples.
+        torch.where(losses.isfinite(), losses, 0.0).sum().backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p in params:
+            p.requires_grad_(True)
+
+    losses = losses.detach()
+    with exact(losses.device):
+        for i, grads in kept.items():
+            if isinstance(grads, dict):
+                squared[i] = sum(squared_norm(g) for g in grads.values())
+        factors, finite = clip(squared, losses)
+        all_finite, sums = bool(finite.all()), []
+        for i, layer in enumerate(layers):
+            found = kept.pop(i, None)  # popped: freed layer by layer
+            if found is None:  # not used by this loss: zero, but it will get its noise
+                sums += zeros(layer.params.values())
+            elif isinstance(found, dict):
+                sums += [weighted(v if all_finite else masked(v, finite), factors[i]) for v in found.values()]
+            else:
+                x, g = found if all_finite else (masked(a, finite) for a in found)
+                sums += weighted_product(layer, x, g, factors[i]).values()
+    return sums
+
+
+def wide(a):
+    """bfloat16 (autocast) -> float32; float32, float64 and token numbers as they are."""
+    return a.float() if a.dtype in (torch.bfloat16, torch.float16) else a
+
+
+def by_channel(layer, a, n):
+    """Rows (n*K, ..., c), or (n*K, c, H, W) of a convolution, regrouped by example: (n, K, ..., c) or (n, K, H, W, c)."""
+    a = a.movedim(1, -1) if isinstance(layer.module, nn.Conv2d) else a
+    return a.unflatten(0, (n, -1))
+
+
+def taps(conv, size_in, size_out):
+    """For each offset of a kernel along height and width: [(slice of outputs, slice of inputs that it connects), ...].
+
+    A 3x3 convolution is nine linear layers, one per offset, each between shifted images. The slices leave out what meets
+    the zero padding (on a 2x2 image more than half).
+    """
+    axes = []
+    for k, s, p, d, n_in, n_out in zip(conv.kernel_size, conv.stride, conv.padding, conv.dilation, size_in, size_out,
+                                       strict=True):
+        first = [max(0, -((t * d - p) // s)) for t in range(k)]  # smallest o with o*s + t*d - p >= 0
+        last = [min(n_out, (n_in - 1 - t * d + p) // s + 1) for t in range(k)]  # and the end: o*s + t*d - p < n_in
+        axes.append([(slice(a, max(a, b)), slice(a * s + t * d - p, max(a, b) * s + t * d - p, s))
+                     for t, (a, b) in enumerate(zip(first, last, strict=True))])
+    return axes
+
+
+def linear_parts(layer, x, g, n):
+    """Inputs (n, P, d) and output gradients (n, P, p) of a Linear layer, or of each of a convolution's linear layers."""
+    x, g = by_channel(layer, x, n), by_channel(layer, g, n)
+    if isinstance(layer.module, nn.Linear):
+        return [(x.flatten(1, -2), g.flatten(1, -2))]
+    rows, columns = taps(layer.module, x.shape[2:4], g.shape[2:4])
+    return [(x[:, :, i, j].flatten(1, -2), g[:, :, o, q].flatten(1, -2)) for o, i in rows for q, j in columns]
+
+
+def grams_are_cheaper(layer, x, g, n):
+    """Count multiplications per example, P^2 (d + p) against P d p; the scales of norm layers are always formed."""
+    m = layer.module
+    if isinstance(m, (nn.GroupNorm, nn.LayerNorm)) or "weight" not in layer.params:
+        return False
+    if isinstance(m, nn.Embedding):
+        return True
+    d, p = m.weight.shape[1], m.weight.shape[0]
+    p_in, p_out = x.numel() // n // d, g.numel() // n // p
+    return p_in ** 2 * d + p_out ** 2 * p < p_out * m.weight.numel()
+
+
+def gram_squared_norm(layer, x, g, n):
+    """Squared norms (n,) float64 of the per-example gradients of weight (and bias) from two Gram matrices."""
+    m, x, g = layer.module, wide(x), wide(g)
+    if isinstance(m, nn.Embedding):  # one-hot inputs: the Gram matrix says which positions hold the same token
+        tokens, g = x.reshape(n, -1), unpadded(m, x, g).reshape(n, -1, g.shape[-1])
+        gram_x = (tokens[:, :, None] == tokens[:, None, :]).to(g.dtype)
+    else:
+        x, g = by_channel(layer, x, n), by_channel(layer, g, n)
+        pixels = x.flatten(1, -2)
+        gram_x = pixels @ pixels.mT  # (n, P, P)
+        if isinstance(m, nn.Conv2d) and m.weight[0, 0].numel() > 1:
+            gram_x = patches_gram(m, gram_x.view(n, *2 * x.shape[1:-1]), g.shape[2:4])
+        if "bias" in layer.params:
+            gram_x = gram_x + 1  # the further input that is always 1
+        g = g.flatten(1, -2)
+    products = gram_x * (g @ g.mT)  # (n, P, P)
+    lengths = products.diagonal(dim1=1, dim2=2).sqrt().sum(-1)  # sum_p |x_p||g_p|
+    rounding = 8 * torch.finfo(g.dtype).eps * lengths.double().square()  # see "Rounding" above
+    return products.sum((1, 2), dtype=torch.float64).clamp(min=0) + rounding
+
+
+def patches_gram(conv, gram, size_out):
+    """Gram matrix of a convolution's pixels (n, K, H, W, K, H, W) -> of its patches (n, P, P), P = K H' W'.
+
+    The inner product of two patches is the sum over the kernel's offsets of the inner products of their pixels: the
+    patches, nine times the size of the input for a 3x3 kernel, need not exist. Offsets in height and width are
+    independent, so they are summed one after the other.
+    """
+    rows, columns = taps(conv, gram.shape[2:4], size_out)
+    n, k, _, w, *_ = gram.shape
+    high = gram.new_zeros(n, k, size_out[0], w, k, size_out[0], w)
+    for o, i in rows:
+        high[:, :, o, :, :, o] += gram[:, :, i, :, :, i]
+    full = gram.new_zeros(n, k, *size_out, k, *size_out)
+    for o, i in columns:
+        full[:, :, :, o, :, :, o] += high[:, :, :, i, :, :, i]
+    return full.view(n, k * size_out[0] * size_out[1], -1)
+
+
+def per_example(layer, x, g, n):
+    """Per-example gradients {weight: (n, *weight.shape), bias: (n, p)} of one use of a layer, whichever are trained."""
+    m, x, g, bias = layer.module, wide(x), wide(g), None
+    if isinstance(m, nn.Embedding):
+        index = x.reshape(n, -1) + m.num_embeddings * torch.arange(n, device=x.device)[:, None]
+        weight = g.new_zeros(n * m.num_embeddings, g.shape[-1])
+        weight.index_add_(0, index.flatten(), unpadded(m, x, g).reshape(-1, g.shape[-1]))
+    elif isinstance(m, nn.LayerNorm):
+        scaled = g * F.layer_norm(x, m.normalized_shape, eps=m.eps)
+        weight, bias = (a.reshape(n, -1, *m.normalized_shape).sum(1) for a in (scaled, g))
+    elif isinstance(m, nn.GroupNorm):
+        scaled = g * F.group_norm(x, m.num_groups, eps=m.eps)
+        weight, bias = (a.reshape(n, -1, m.num_channels, a[0, 0].numel()).sum((1, 3)) for a in (scaled, g))
+    else:
+        if "weight" in layer.params:
+            parts = [b.mT @ a for a, b in linear_parts(layer, x, g, n)]  # (n, p, d) each
+            weight = parts[0] if len(parts) == 1 else torch.stack(parts, -1)
+        bias = by_channel(layer, g, n).flatten(1, -2).sum(1)
+    return {k: (weight if k == "weight" else bias).reshape(n, *p.shape) for k, p in layer.params.items()}
+
+
+def weighted_product(layer, x, g, factor):
+    """Clipped sum {weight, bias} of a layer from inputs x, output gradients g and one factor (n,) per example."""
+    m, x, g, n = layer.module, wide(x), wide(g), len(factor)
+    g = (g.unflatten(0, (n, -1)) * factor.to(g.dtype).view(n, *[1] * g.dim())).flatten(0, 1)
+    if isinstance(m, nn.Embedding):
+        g = unpadded(m, x, g).reshape(-1, g.shape[-1])
+        return {"weight": g.new_zeros(m.weight.shape).index_add_(0, x.flatten(), g)}
+    parts = [b.flatten(0, 1).mT @ a.flatten(0, 1) for a, b in linear_parts(layer, x, g, n)]  # (p, n P) @ (n P, d)
+    grads = {"weight": parts[0] if len(parts) == 1 else torch.stack(parts, -1)}
+    if "bias" in layer.params:
+        grads["bias"] = by_channel(layer, g, n).flatten(0, -2).sum(0)
+    return {k: v.view(m.get_parameter(k).shape) for k, v in grads.items()}
+
+
+def weighted(per_example, factor):
+    """sum_n factor[n] * per_example[n], (N, ...) -> (...)."""
+    return (factor.to(per_example.dtype) @ per_example.flatten(1)).view(per_example.shape[1:])
+
+
+def masked(a, finite):
+    """Zero the rows of non-finite examples, (n*K, ...) with finite (n,); token numbers pass."""
+    if not a.is_floating_point():
+        return a
+    keep = finite.repeat_interleave(len(a) // len(finite)).view(-1, *[1] * (a.dim() - 1))
+    return torch.where(keep, a, 0.0)
+
+
+def unpadded(embedding, tokens, g):
+    """nn.Embedding gives its padding row no gradient."""
+    return g if embedding.padding_idx is None else g.masked_fill((tokens == embedding.padding_idx)[..., None], 0.0)
+
+
+@contextmanager
+def exact(device):
+    """No graph, no autocast, no TF32: norms and sums in float32 (or float64), also inside a mixed-precision region."""
+    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = cudnn
+
+
+# ------------------------------------------------------------------------------------------------- what may be trained
+
+
+class Layer(NamedTuple):
+    """One module with trainable parameters of its own: name in the model, the module, {"weight" and/or "bias": Parameter}."""
+
+    name: str
+    module: nn.Module
+    params: dict
+
+
+# Layers with a rule for the per-example gradient, and how many dimensions a batch of their inputs has at least.
+FEWEST_DIMS = {nn.Linear: 2, nn.Conv2d: 4, nn.GroupNorm: 2, nn.LayerNorm: 2, nn.Embedding: 1}
+
+
+def trainable_layers(model, method="bookkeeping"):
+    """The layers that DP-SGD trains; anything whose per-example gradient would be wrong is refused here, by name.
+
+    Raises ValueError for no trainable parameter, layers that mix examples or keep statistics of them, dropout, a
+    parameter shared by two layers, and (book-keeping only) layers without a rule.
+    """
+    layers, owner = [], {}
+    for name, m in model.named_modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) or getattr(m, "track_running_stats", False):
+            raise ValueError(f"layer {name!r} ({type(m).__name__}) mixes the examples of a batch or keeps statistics of them, so "
+                             "per-example clipping bounds nothing; use GroupNorm or LayerNorm")
+        rate = m.p if isinstance(m, nn.modules.dropout._DropoutNd) else getattr(m, "dropout", 0)
+        if isinstance(rate, (int, float)) and rate > 0:
+            raise ValueError(f"layer {name!r} ({type(m).__name__}) has dropout {rate}; set it to 0 for the private stage")
+        params = {k: p for k, p in m.named_parameters(recurse=False) if p.requires_grad}
+        for k, p in params.items():
+            if id(p) in owner:
+                raise ValueError(f"parameter {k!r} of layer {name!r} is shared with layer {owner[id(p)]!r}; untie or freeze it")
+            owner[id(p)] = name
+        if params:
+            layers.append(Layer(name, m, params))
+            if method == "bookkeeping" and (reason := without_rule(m, params)):
+                raise ValueError(f"layer {name!r} ({type(m).__name__}): {reason}; freeze it or choose method='vmap'")
+    if not layers:
+        raise ValueError("the model has no trainable parameter; call unet.select_trainable first")
+    return layers
+
+
+def without_rule(m, params):
+    """Why book-keeping cannot train this layer, or "". Subclasses may compute anything, so the type must match exactly."""
+    if type(m) not in FEWEST_DIMS or not set(params) <= {"weight", "bias"}:
+        return f"book-keeping has no rule for its trainable parameters ({', '.join(params)})"
+    if isinstance(m, nn.Conv2d) and (m.groups > 1 or m.padding_mode != "zeros" or isinstance(m.padding, str)):
+        return "only convolutions without groups, with zero padding given in numbers, have a rule"
+    if isinstance(m, nn.Embedding) and (m.max_norm is not None or m.scale_grad_by_freq or m.sparse):
+        return "max_norm and scale_grad_by_freq mix examples, sparse gradients have no rule"
+    return ""
+
+
+def rows(batch):
+    """Number of examples N of a micro-batch, on which all its items (tensors or None) must agree."""
+    sizes = {len(b) for b in batch if b is not None}
+    if len(sizes) != 1:
+        raise ValueError(f"every item of a micro-batch must have one row per example or be None; found {sorted(sizes)} rows")
+    return sizes.pop()
+
+
+def checked(losses, n):
+    """The losses, if there is one per example and it depends on trainable parameters."""
+    if not isinstance(losses, torch.Tensor) or losses.shape != (n,):
+        raise ValueError(f"loss_fn must return one loss per example, shape ({n},), not {tuple(getattr(losses, 'shape', ()))}: "
+                         "average over pixels and noise draws, never over examples")
+    if not losses.requires_grad and not torch._C._functorch.is_functorch_wrapped_tensor(losses):
+        raise ValueError("the losses do not depend on any trainable parameter; is loss_fn under no_grad, or the layer unused?")
+    return losses
+
+
+def zeros(params):
+    """Where sums are gathered: float32, or float64 for float64 parameters."""
+    return [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False) for p in params]
+
+
+# ---------------------------------------------------------------------------------------------------------- the engine
+
+
+class DPSGD:
+    """DP-SGD on the parameters of `model` that require grad: accumulate micro-batches, then step once.
+
+    clip_norm C > 0 (None: 1, for "automatic" only) · noise_multiplier sigma >= 0 in units of C (0 is not private) ·
+    expected_batch_size B = q * n · method "bookkeeping", "loop" or "vmap" (same result) · clipping "flat", "automatic"
+    or "per-layer" (`clip_factors`) · generator of the noise, None: `fresh_generator` on the parameters' device; a seeded
+    one makes the noise reproducible, thus void.
+
+    Between accumulate and step, `sums` holds the clipped sum, one tensor per trainable parameter in the order of `names`: the
+    place to write the ledger, or to reduce over processes. It is not private yet. Neither is `last`, figures of the last
+    step: examples, nonfinite, loss (mean), clipped_fraction, norm_quantiles (0, 1/4, 1/2, 3/4, 1).
+
+    Autocast is the caller's, around or inside loss_fn: bfloat16 for forward and backward, no loss scaling; norms, sums
+    and noise are float32 whatever the region. Raises ValueError for bad arguments and for the layers that
+    `trainable_layers` refuses.
+    """
+
+    def __init__(self, model, clip_norm, noise_multiplier, expected_batch_size, method="bookkeeping", clipping="flat",
+                 generator=None):
+        if clip_norm is None and clipping == "automatic":
+            clip_norm = 1.0
+        if clip_norm is None or not 0 < clip_norm < float("inf"):
+            raise ValueError(f"clip_norm C must be a positive number, got {clip_norm}")
+        if not 0 <= noise_multiplier < float("inf"):
+            raise ValueError(f"noise_multiplier sigma must be 0 (not private) or positive, got {noise_multiplier}")
+        if not 0 < expected_batch_size < float("inf"):
+            raise ValueError(f"expected_batch_size q * n must be positive, got {expected_batch_size}")
+        if method not in METHODS:
+            raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+        if clipping not in CLIPPING:
+            raise ValueError(f"unknown clipping {clipping!r}; choose one of {', '.join(CLIPPING)}")
+        self.model, self.method, self.clipping = model, method, clipping
+        self.clip_norm, self.noise_multiplier, self.expected_batch_size = clip_norm, noise_multiplier, expected_batch_size
+        self.layers = trainable_layers(model, method)
+        self.names = [f"{layer.name}.{k}".lstrip(".") for layer in self.layers for k in layer.params]
+        self.parameters = [p for layer in self.layers for p in layer.params.values()]
+        self.generator = fresh_generator(self.parameters[0].device) if generator is None else generator
+        self.sums, self.last, self._figures = zeros(self.parameters), {}, []
+
+    def accumulate(self, loss_fn, *batch):
+        """Add the clipped per-example gradients of one micro-batch to `sums`: all of them, or none if anything raises.
+
+        loss_fn(model, *batch) -> (N,) losses, deterministic, example n's loss depending on rows n of the batch only. Batch
+        items have N rows (N = 0 is fine) or are None. A non-finite example contributes exactly zero. Raises ValueError for
+        losses of another shape, rows that do not match, or a changed set of trainable parameters.
+        """
+        if {id(p) for p in self.model.parameters() if p.requires_grad} != {id(p) for p in self.parameters}:
+            raise ValueError("the set of trainable parameters changed; make a new DPSGD after select_trainable")
+        if rows(batch) == 0:
+            return
+        figures = []
+
+        def clip(squared, losses):
+            factors, finite = clip_factors(squared, losses, self.clip_norm, self.clipping)
+            figures.append(torch.stack([squared.sum(0).sqrt(), losses.double(), (factors < 1).any(0).double(), finite.double()]))
+            return factors, finite
+
+        with torch.enable_grad():
+            sums = METHODS[self.method](self.model, self.layers, loss_fn, batch, clip)
+        torch._foreach_add_(self.sums, sums)  # the only lines that change anything: nothing can fail halfway
+        self._figures += figures
+
+    def step(self, optimizer):
+        """Noise once, divide by B, optimizer.step(), clear. Right also after no accumulate at all: a step of noise only."""
+        grads = privatise(self.sums, self.clip_norm, self.noise_multiplier, self.expected_batch_size, self.generator)
+        self.last = summary(self._figures)
+        self.sums, self._figures = zeros(self.parameters), []  # before anything can fail: these sums are spent
+        for p, g in zip(self.parameters, grads, strict=True):
+            p.grad = g.to(p.dtype)
+        optimizer.step()
+        for p in self.parameters:
+            p.grad = None
+
+
+def summary(figures):
+    """Rows (4, N) of norms, losses, clipped, finite -> the figures of `DPSGD.last` (one copy to the host per step)."""
+    norms, losses, clipped, finite = torch.cat(figures, 1).cpu() if figures else torch.zeros(4, 0, dtype=torch.float64)
+    good = finite > 0
+    count = max(int(good.sum()), 1)
+    quantiles = norms[good].quantile(torch.linspace(0, 1, 5, dtype=torch.float64)).tolist() if good.any() else [0.0] * 5
+    return {"examples": len(norms), "nonfinite": int((~good).sum()), "loss": float(losses[good].sum() / count),
+            "clipped_fraction": float(clipped[good].sum() / count), "norm_quantiles": quantiles}
+
+
+METHODS = {"loop": loop, "vmap": vmap, "bookkeeping": bookkeeping}

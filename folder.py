@@ -1,0 +1,154 @@
+"""What is written to a run folder, and how: nothing torn, nothing lost, nothing executed on reading.
+
+The crash safety of the programs in one place (DP-LDM's guarantee needs it: a private step that is not in the ledger is
+epsilon that nobody counts). Files are written beside their place and renamed; ledger rows are on the disk before the
+noisy step is applied; checkpoints are read with weights_only=True, so that a file from elsewhere cannot run code.
+
+    runs/NAME/public/     autoencoder and diffusion model, trained on public data only
+    runs/NAME/release/    model, privacy statement, pictures: covered by epsilon, may be published
+    runs/NAME/internal/   ledger, state for resume, losses and gradient norms: NOT covered, never publish
+"""
+import contextlib
+import json
+import os
+import pickle
+import signal
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+
+PARTS = ("public", "release", "internal")
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Open a file to write bytes; it takes the place of `path` when complete. A crash leaves the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(value, path):
+    """torch.save, all or nothing."""
+    with replacing(path) as file:
+        torch.save(value, file)
+
+
+def load(path):
+    """torch.load on the CPU without code execution (pitfall 21). Raises ValueError, one line, if missing or damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"there is no {path}; make it first: python train.py") from None
+    except (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError,
+            pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = (str(error).splitlines() or [""])[0][:100] or type(error).__name__
+        raise ValueError(f"{path} is damaged or not a checkpoint of this program ({reason})") from None
+
+
+def write_json(value, path):
+    with replacing(path) as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path):
+    """Raises ValueError, one line, if missing or damaged."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"there is no {path}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged (not a JSON object)")
+    return value
+
+
+def append_row(row, path):
+    """One JSON line at the end of the file, on the disk before we go on."""
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_ledger(path, plan):
+    """Rows of the ledger, [] if there is none. A torn line (crash while writing it) counts as a step with the plan's q, sigma.
+
+    The torn line stays where it is; only its line end is added, so that the next row stands on a line of its own.
+    """
+    if not Path(path).exists():
+        return []
+    text = Path(path).read_text(errors="replace")
+    if text and not text.endswith("\n"):
+        with open(path, "a") as file:
+            file.write("\n")
+    rows = []
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+            float(row["q"]), float(row["sigma"])
+        except (ValueError, LookupError, TypeError):
+            row = {"q": plan["q"], "sigma": plan["sigma"], "torn": True}
+        rows.append(row)
+    return rows
+
+
+def prepare(out, resume):
+    """Make the run folder; refuse to mix a new run into an old one."""
+    used = [part for part in PARTS if (out / part).exists() and any((out / part).iterdir())]
+    if used and not resume:
+        raise ValueError(f"{out} already holds a run; go on with it (--resume --out {out}), choose another --out, or delete it")
+    for part in PARTS:
+        (out / part).mkdir(parents=True, exist_ok=True)
+
+
+def check_unchanged(facts, path):
+    """Write down what the guarantee depends on; where it is written already (resume), refuse if any of it differs."""
+    if not path.exists():
+        return write_json(facts, path)
+    for key, value in read_json(path).items():
+        if facts.get(key) != value:
+            raise ValueError(f"cannot resume: '{key}' is not what this run began with; start a new run with another --out")
+
+
+class Stop:
+    """First Ctrl-C (or SIGTERM): finish the step, save, leave with code 130. Second one: leave at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # only a main thread may set handlers
+                signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nstopping after this step (once more: at once)", file=sys.stderr)
+
+    def leave(self, out):
+        print(f"stopped, nothing is lost; go on with: python train.py --resume --out {out}", file=sys.stderr)
+        raise SystemExit(130)
+
+
+def run_cli(main):
+    """Run a program: a foreseen error is one line on stderr and exit code 2; Ctrl-C is exit code 130."""
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,272 @@
+"""Image sets: the embedded digits, idx files in torchvision's layouts, padding, and one clear line for bad files. About 3 s."""
+
+import gzip
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import data
+
+
+def write_idx(path, array):
+    """An idx file of unsigned bytes, .gz by the name."""
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(header + array.tobytes()) if path.suffix == ".gz" else header + array.tobytes())
+
+
+def picture_set(n, seed=0):
+    generator = np.random.default_rng(seed)
+    return generator.integers(0, 256, (n, 28, 28), np.uint8), generator.integers(0, 10, n).astype(np.uint8)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No downloads, no Debian package: whatever the machine has."""
+
+    def refuse(*args, **kwargs):
+        raise OSError("no network")
+
+    for name in ("MNIST", "FashionMNIST", "EMNIST"):
+        monkeypatch.setattr(torchvision.datasets, name, refuse)
+    monkeypatch.setattr(data, "DEBIAN_FASHION", Path("/nonexistent"))
+    monkeypatch.delenv("DPLDM_DATA", raising=False)
+
+
+# ---- the embedded set ----
+
+
+def test_import_data_is_the_file_and_not_the_folder():
+    root = Path(data.__file__).parent
+    assert Path(data.__file__).name == "data.py" and (root / "data" / "mnist10k.npz").exists()
+    assert not (root / "data" / "__init__.py").exists()
+    command = [sys.executable, "-c", "import importlib.util; print(importlib.util.find_spec('data').origin)"]
+    found = subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
+    assert Path(found).resolve() == root.resolve() / "data.py"
+
+
+def test_embedded_digits_split_8000_private_2000_held_out():
+    train, test = data.load("mnist10k"), data.load("mnist10k", "test")
+    assert len(train) == 8000 and len(test) == 2000
+    assert train.images.shape == (8000, 1, 32, 32) and train.images.dtype == torch.uint8
+    assert train.labels.dtype == torch.int64 and train.classes == list("0123456789")
+    assert train.labels.bincount().min() > 600 and test.labels.bincount(minlength=10).min() > 130
+    both = torch.cat([train.images, test.images]).flatten(1)
+    assert len({picture.numpy().tobytes() for picture in both}) == 10_000, "no picture is on both sides"
+    with np.load(data.EMBEDDED) as stored:
+        assert np.array_equal(data.crop(train.images).numpy()[:, 0], stored["images"][:8000])
+        assert np.array_equal(test.labels.numpy(), stored["labels"][8000:])
+
+
+def test_n_takes_a_seeded_subset_with_the_matching_labels():
+    whole = data.load("mnist10k", "test")
+    part, again, other = (data.load("mnist10k", "test", n=50, seed=s) for s in (3, 3, 4))
+    assert len(part) == 50 and torch.equal(part.images, again.images) and not torch.equal(part.images, other.images)
+    where = {picture.numpy().tobytes(): label for picture, label in zip(whole.images, whole.labels.tolist(), strict=True)}
+    assert [where[picture.numpy().tobytes()] for picture in part.images] == part.labels.tolist()
+
+
+# ---- pixels ----
+
+
+def test_padding_is_background_and_crop_undoes_it():
+    images = torch.randint(1, 256, (3, 1, 28, 28), dtype=torch.uint8)
+    padded = data.pad(images, 32)
+    assert padded.shape == (3, 1, 32, 32) and padded.dtype == torch.uint8
+    assert torch.equal(data.crop(padded, 28), images) and padded.sum() == images.sum()
+    assert torch.equal(data.pad(images, 28), images)
+    for size in (31, 20):
+        with pytest.raises(ValueError, match="pad"):
+            data.pad(images, size)
+    with pytest.raises(ValueError, match="crop"):
+        data.crop(images, 27)
+
+
+def test_float_range_and_exact_round_trip():
+    every = torch.arange(256, dtype=torch.uint8)
+    x = data.to_float(every)
+    assert x.dtype == torch.float32 and x.min() == -1 and x.max() == 1
+    assert torch.equal(data.to_uint8(x), every)
+    assert data.to_uint8(torch.tensor([-3.0, 3.0, 0.0039])).tolist() == [0, 255, 128]
+
+
+def test_grid_is_a_png_in_reading_order(tmp_path):
+    images = torch.zeros(6, 1, 8, 8, dtype=torch.uint8)
+    images[1], images[3] = 255, 128
+    data.save_grid(images, tmp_path / "new" / "grid.png", columns=3)
+    grid = np.asarray(Image.open(tmp_path / "new" / "grid.png"))
+    assert grid.shape == (19, 28, 3)  # 2 x 3 pictures of 8 pixels with lines of 1
+    assert grid[4, 4, 0] == 0 and grid[4, 14, 0] == 255 and grid[14, 4, 0] == 128
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["grid.png"], "no partial file is left"
+
+
+# ---- the full sets in torchvision's layout ----
+
+
+@pytest.mark.parametrize("name, folder", [("mnist", "MNIST"), ("fashion", "FashionMNIST")])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_mnist_layout(tmp_path, offline, name, folder, suffix):
+    for split, part in (("train", "train"), ("test", "t10k")):
+        images, labels = picture_set(7, seed=len(part))
+        write_idx(tmp_path / folder / "raw" / f"{part}-images-idx3-ubyte{suffix}", images)
+        write_idx(tmp_path / folder / "raw" / f"{part}-labels-idx1-ubyte{suffix}", labels)
+        loaded = data.load(name, split, root=tmp_path, size=28)
+        assert np.array_equal(loaded.images[:, 0].numpy(), images) and loaded.labels.tolist() == labels.tolist()
+        assert len(loaded.classes) == 10
+
+
+def test_fashion_comes_from_the_debian_package_if_the_root_lacks_it(tmp_path, offline, monkeypatch):
+    images, labels = picture_set(5)
+    write_idx(tmp_path / "debian" / "train-images-idx3-ubyte.gz", images)
+    write_idx(tmp_path / "debian" / "train-labels-idx1-ubyte.gz", labels)
+    monkeypatch.setattr(data, "DEBIAN_FASHION", tmp_path / "debian")
+    assert np.array_equal(data.load("fashion", root=tmp_path, size=28).images[:, 0].numpy(), images)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_emnist_is_turned_upright_and_its_labels_start_at_zero(tmp_path, offline, split):
+    upright = np.zeros((26, 28, 28), np.uint8)
+    upright[:, 3:25, 5] = 255  # an L: a vertical bar on the left,
+    upright[:, 24, 5:20] = 200  # a foot at the bottom to the right
+    stored = upright.transpose(0, 2, 1)  # EMNIST stores column by column
+    labels = np.arange(1, 27, dtype=np.uint8)
+    write_idx(tmp_path / "EMNIST" / "raw" / f"emnist-letters-{split}-images-idx3-ubyte", stored)
+    write_idx(tmp_path / "EMNIST" / "raw" / f"emnist-letters-{split}-labels-idx1-ubyte", labels)
+    loaded = data.load("emnist", split, root=tmp_path)
+    assert np.array_equal(data.crop(loaded.images).numpy()[:, 0], upright) and loaded.images.is_contiguous()
+    assert loaded.labels.tolist() == list(range(26)) and "".join(loaded.classes) == "abcdefghijklmnopqrstuvwxyz"
+
+
+def test_emnist_label_zero_is_damage(tmp_path, offline):
+    write_idx(tmp_path / "EMNIST" / "raw" / "emnist-letters-train-images-idx3-ubyte", picture_set(3)[0])
+    write_idx(tmp_path / "EMNIST" / "raw" / "emnist-letters-train-labels-idx1-ubyte", np.array([0, 1, 2], np.uint8))
+    with pytest.raises(data.DataError, match="labels run from 0"):
+        data.load("emnist", root=tmp_path)
+
+
+def test_omniglot_is_one_unlabelled_class(tmp_path, offline):
+    images = picture_set(6)[0]
+    np.savez(tmp_path / "omniglot.npz", images=images)
+    loaded = data.load("omniglot", root=tmp_path)
+    assert np.array_equal(data.crop(loaded.images).numpy()[:, 0], images)
+    assert loaded.labels.tolist() == [0] * 6 and len(loaded.classes) == 1
+
+
+def test_root_from_the_argument_then_the_environment(tmp_path, offline, monkeypatch):
+    for folder, n in (("argument", 2), ("environment", 3)):
+        np.savez(tmp_path / folder, images=picture_set(n)[0])
+        (tmp_path / f"{folder}_root").mkdir()
+        (tmp_path / f"{folder}.npz").rename(tmp_path / f"{folder}_root" / "omniglot.npz")
+    monkeypatch.setenv("DPLDM_DATA", str(tmp_path / "environment_root"))
+    assert len(data.load("omniglot")) == 3
+    assert len(data.load("omniglot", root=str(tmp_path / "argument_root"))) == 2
+
+
+# ---- bad input: one line that names the file and the ways out ----
+
+
+@pytest.mark.parametrize("name, file", [("mnist", "train-images-idx3-ubyte"), ("fashion", "train-images-idx3-ubyte"),
+                                        ("emnist", "emnist-letters-train-images-idx3-ubyte"), ("omniglot", "omniglot.npz")])
+def test_missing_data_without_network(tmp_path, offline, capsys, name, file):
+    with pytest.raises(data.DataError) as caught:
+        data.load(name, root=tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message and str(tmp_path) in message and file in message
+    assert "--data-root" in message and "DPLDM_DATA" in message and ("--preset digits" in message or "strokes" in message)
+    assert capsys.readouterr() == ("", ""), "nothing but the error"
+
+
+def test_a_download_that_brings_nothing_is_missing_data(tmp_path, offline, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets, "MNIST", lambda *args, **kwargs: None)
+    with pytest.raises(data.DataError, match="not found"):
+        data.load("mnist", root=tmp_path)
+
+
+def test_a_download_is_used(tmp_path, offline, monkeypatch):
+    images, labels = picture_set(4)
+
+    def download(root, split, download):
+        assert download and split == "letters"
+        raw = Path(root) / "EMNIST" / "raw"
+        write_idx(raw / "emnist-letters-train-images-idx3-ubyte", images)
+        write_idx(raw / "emnist-letters-train-labels-idx1-ubyte", labels + 1)
+
+    monkeypatch.setattr(torchvision.datasets, "EMNIST", download)
+    assert data.load("emnist", root=tmp_path).labels.tolist() == labels.tolist()
+
+
+def break_idx(kind, folder):
+    """Write a pair of MNIST files with one fault; returns the name of the file to blame."""
+    images, labels = picture_set(5)
+    pictures, numbers = folder / "train-images-idx3-ubyte", folder / "train-labels-idx1-ubyte"
+    write_idx(pictures, images[:, :, :20] if kind == "not square" else images)
+    write_idx(numbers, labels[:4] if kind == "lengths" else np.full(5, 10, np.uint8) if kind == "label" else labels)
+    if kind == "truncated":
+        pictures.write_bytes(pictures.read_bytes()[:-1])
+    elif kind == "longer":
+        numbers.write_bytes(numbers.read_bytes() + b"\0")
+        return numbers
+    elif kind == "not idx":
+        pictures.write_bytes(b"<html>not found</html>")
+    elif kind == "empty":
+        pictures.write_bytes(b"")
+    elif kind == "gz":
+        packed = gzip.compress(pictures.read_bytes())
+        pictures.unlink()
+        pictures = pictures.with_name(pictures.name + ".gz")
+        pictures.write_bytes(packed[: len(packed) // 2])
+    return pictures
+
+
+@pytest.mark.parametrize("kind", ["truncated", "longer", "not idx", "empty", "gz", "lengths", "label", "not square"])
+def test_damaged_idx_file(tmp_path, offline, kind):
+    blamed = break_idx(kind, tmp_path / "MNIST" / "raw")
+    with pytest.raises(data.DataError) as caught:
+        data.load("mnist", root=tmp_path)
+    assert str(blamed) in str(caught.value) and "\n" not in str(caught.value) and "damaged" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "text", "no key", "dtype", "pickle", "colour shape", "none"])
+def test_damaged_npz(tmp_path, offline, kind):
+    path = tmp_path / "omniglot.npz"
+    images = picture_set(5)[0]
+    broken = {"dtype": images.astype(np.float32), "colour shape": np.zeros((5, 28, 28, 2), np.uint8), "none": images[:0],
+              "pickle": np.array([{}], dtype=object)}
+    np.savez(path, **{"pictures" if kind == "no key" else "images": broken.get(kind, images)})
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:2000])
+    elif kind == "text":
+        path.write_text("not here")
+    with pytest.raises(data.DataError) as caught:
+        data.load("omniglot", root=tmp_path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_embedded_file_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "EMBEDDED", tmp_path / "mnist10k.npz")
+    with pytest.raises(data.DataError, match="mnist10k.npz"):
+        data.load("mnist10k")
+
+
+@pytest.mark.parametrize("arguments, word", [
+    (dict(name="minst"), "mnist10k"), (dict(name="mnist10k", split="valid"), "train"), (dict(name="mnist10k", n=0), "at least 1"),
+    (dict(name="mnist10k", n=8001), "8000"), (dict(name="mnist10k", size=20), "20"), (dict(name="mnist10k", public_classes="all"), "strokes"),
+    (dict(name="strokes", public_classes="greek", n=5), "letters")])  # fmt: skip
+def test_bad_arguments(arguments, word):
+    with pytest.raises(ValueError, match=word):
+        data.load(**arguments)
+
+
+def test_command_line_prints_one_line_and_exits_2(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["data.py", "minst"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(data.__file__, run_name="__main__")
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1 and "unknown data set" in error

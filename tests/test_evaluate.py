@@ -1,0 +1,303 @@
+"""evaluate.py: closed forms of the distances, honest training of the classifiers, the whole program on a tiny release."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import evaluate
+import folder
+import sample
+import unet
+import vae
+
+RECIPE = {"kind": "small-cnn", "epochs": 1, "lr": 2e-3}
+TINY = {"n": 40, "steps": 2, "eta": 0.0,
+        "recipes": {"cnn": RECIPE, "logreg": {"kind": "logreg", "epochs": 1, "lr": 1e-3}}}
+
+
+def bars(n, seed=0, size=20):
+    """n pictures of four kinds: a bright bar at the top, bottom, left or right, on noise."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 120, (n, 1, size, size), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 4, (n,), generator=generator)
+    rows = slice(2, 8), slice(size - 8, size - 2)
+    for image, label in zip(images[:, 0], labels.tolist(), strict=True):
+        (image if label < 2 else image.T)[rows[label % 2]] += 120
+    return images, labels
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run folder whose release is tiny and knows nothing; protocols and feature network shrunk to seconds."""
+    config = {"ch": 8, "ch_mult": (1, 1, 1, 1), "num_groups": 4}
+    net = {"in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": (1,), "attention_resolutions": (),
+           "context_dim": 5}
+    torch.manual_seed(0)
+    autoencoder = vae.AutoencoderKL(vae.VAEConfig(**config))
+    model = unet.LatentModel(unet.UNet(unet.UNetConfig(**net)), unet.ClassEmbedder(10, 5))
+    checkpoint = {
+        "format": sample.FORMAT, "vae": {"config": config, "state": autoencoder.state_dict()}, "unet": net,
+        "embedder": {"num_classes": 10, "dim": 5}, "schedule": {"kind": "cosine", "prediction": "v"},
+        "model": model.state_dict(), "scale": 1.0, "classes": data.DIGITS, "crop": 28,
+        "data": {"public": "strokes", "public_classes": "digits", "private": "mnist10k", "private_split": "train"},
+        "privacy": {"epsilon": 10.0, "delta": 1e-5, "statement": "(10, 1e-05)-differentially private"}}
+    folder.save(checkpoint, tmp_path / "run" / "release" / "model.pt")
+    monkeypatch.setitem(evaluate.PROTOCOLS, "quick", TINY)
+    monkeypatch.setattr(evaluate, "FEATURES", RECIPE)
+    monkeypatch.setattr(evaluate, "FEATURE_PICTURES", 72)
+    monkeypatch.setenv("DPLDM_DATA", str(tmp_path / "nothing"))
+    return tmp_path / "run"
+
+
+def change_release(run, **entries):
+    path = run / "release" / "model.pt"
+    checkpoint = folder.load(path)
+    folder.save({**checkpoint, **entries}, path)
+
+
+def read_result(run):
+    return json.loads((run / "internal" / "evaluation.json").read_text())
+
+
+# ---- Frechet distance, precision and recall against closed forms
+
+
+def spread(mean, axes, repeats=1):
+    """Points with exactly this mean and covariance sum_i axes_i axes_i^T (n - 1 in the denominator)."""
+    axes = torch.as_tensor(axes, dtype=torch.float64)
+    n = 2 * len(axes) * repeats
+    points = torch.cat([axes, -axes]).repeat(repeats, 1) * ((n - 1) / (2 * repeats)) ** 0.5
+    return points + torch.as_tensor(mean, dtype=torch.float64)
+
+
+def test_frechet_of_commuting_gaussians():
+    """Diagonal covariances: |mu_a - mu_b|^2 + sum (s_a - s_b)^2."""
+    a = spread([1.0, 2.0, 0.0], torch.diag(torch.tensor([1.0, 2.0, 3.0])))
+    b = spread([0.0, 2.0, 4.0], torch.diag(torch.tensor([2.0, 2.0, 0.5])), repeats=3)
+    assert evaluate.frechet(a, b) == pytest.approx(1 + 16 + 1 + 0 + 6.25, rel=1e-10)
+
+
+def test_frechet_of_general_gaussians():
+    """Covariances that do not commute, 2x2: tr sqrt(M) = sqrt(tr M + 2 sqrt(det M)) with M = AB."""
+    axes_a, axes_b = torch.tensor([[2.0, 1.0], [0.0, 1.0]]).double(), torch.tensor([[1.0, -1.0], [0.5, 3.0]]).double()
+    cov_a, cov_b = axes_a.T @ axes_a, axes_b.T @ axes_b
+    m = cov_a @ cov_b
+    expected = 25 + cov_a.trace() + cov_b.trace() - 2 * (m.trace() + 2 * torch.linalg.det(m).sqrt()).sqrt()
+    assert evaluate.frechet(spread([3, 0], axes_a), spread([0, 4], axes_b)) == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_frechet_of_singular_covariances():
+    """Two lines at 60 degrees in a space of five dimensions: 1 + 1 - 2 cos(60 degrees) = 1."""
+    e = torch.eye(5, dtype=torch.float64)
+    a, b = spread(torch.zeros(5), e[:1]), spread(torch.zeros(5), 0.5 * e[:1] + 0.75 ** 0.5 * e[1:2])
+    assert evaluate.frechet(a, b) == pytest.approx(1.0, abs=1e-7)
+    assert evaluate.frechet(spread([0.0], [[2.0]]), spread([0.0], [[5.0]])) == pytest.approx(9.0)  # one dimension
+
+
+def test_frechet_invariances():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(40, 64, generator=generator), torch.randn(90, 64, generator=generator) * 2 + 1
+    value, turn = evaluate.frechet(a, b), torch.linalg.qr(torch.randn(64, 64, generator=generator).double()).Q
+    assert evaluate.frechet(a, a) == pytest.approx(0, abs=1e-6)  # 40 points in 64 dimensions: singular
+    assert evaluate.frechet(b, a) == pytest.approx(value)
+    assert evaluate.frechet(a.double() @ turn + 7, b.double() @ turn + 7) == pytest.approx(value)
+    assert evaluate.frechet(3 * a, 3 * b) == pytest.approx(9 * value)
+    with pytest.raises(ValueError, match="2 rows"):
+        evaluate.frechet(a[:1], b)
+
+
+def test_precision_and_recall_on_a_line():
+    """k = 1. Centres 0, 1, 3 have radii 1, 1, 2: together they cover [-1, 5]."""
+    centres = torch.tensor([[0.0], [1.0], [3.0]])
+    points = torch.tensor([[-1.5], [-0.5], [2.0], [5.0], [5.1]])
+    assert evaluate.covered(points, centres, k=1) == pytest.approx(3 / 5)
+    assert evaluate.covered(centres, centres, k=1) == 1.0
+    with pytest.raises(ValueError, match="more than 3"):
+        evaluate.covered(points, centres)
+
+
+# ---- classifiers
+
+
+@pytest.mark.parametrize("kind", ["small-cnn", "paper-cnn", "mlp", "logreg"])
+def test_classifiers_learn(kind):
+    images, labels = bars(600)
+    model = evaluate.train_classifier(kind, images, labels, 4, epochs=8, lr=2e-3, anneal=True, progress=False)
+    assert evaluate.accuracy(model, *bars(200, seed=1)) > 0.95
+    assert not model.training
+    feature = evaluate.features(model, images[:7])
+    assert torch.allclose(model[-1](feature.float()), evaluate.predict(model, images[:7]), atol=1e-4)
+
+
+def test_paper_network_is_the_published_one():
+    """DPDM: 28 pixels give 1152 features before the linear layers; the authors at 32 pixels: 2048."""
+    assert [evaluate.network("paper-cnn", 1, s, 10)[-4].in_features for s in (28, 32)] == [1152, 2048]
+    for recipe in evaluate.PROTOCOLS["table"]["recipes"].values():
+        assert (recipe["epochs"], recipe["lr"]) == (50, 3e-4) and not recipe.get("augment")
+    assert {k: evaluate.PROTOCOLS["table"][k] for k in ("n", "steps", "eta")} == {"n": 50_000, "steps": 200, "eta": 1.0}
+
+
+def test_last_step_is_returned(monkeypatch):
+    """Every step's weights are written down: the network that comes back has the last ones, after all epochs."""
+    seen, original = [], torch.optim.Adam.step
+
+    def step(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        seen.append([p.detach().clone() for p in self.param_groups[0]["params"]])
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    images, labels = bars(50)
+    # A rate this large makes the loss go up and down, so that the best epoch is not the last.
+    model = evaluate.train_classifier("mlp", images, labels, 4, epochs=6, lr=0.5, batch=20, progress=False)
+    assert len(seen) == 6 * 3
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), seen[-1], strict=True))
+
+
+def test_training_is_reproducible_and_leaves_the_global_generator():
+    images, labels = bars(60)
+
+    def train(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return evaluate.train_classifier("small-cnn", images, labels, 4, 1, 1e-3, augment=True, generator=generator,
+                                         progress=False)
+
+    before = torch.get_rng_state()
+    first, same, other = (train(seed)[-1].weight for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+def test_jiggle_moves_by_pixels():
+    """The centre of ink moves by at most `shift` pixels, and really moves; without shift and rotation nothing does."""
+    x = torch.full((64, 1, 28, 28), -1.0)
+    x[:, :, 12:16, 12:16] = 1
+    assert torch.allclose(evaluate.jiggle(x, shift=0, degrees=0), x, atol=1e-5)
+    ink = evaluate.jiggle(x, shift=2, degrees=0)[:, 0] + 1
+    centre = (ink.sum(1) * torch.arange(28)).sum(1) / ink.sum((1, 2)) - 13.5
+    assert 1.5 < centre.abs().max() <= 2.001 and centre.min() < 0 < centre.max()
+
+
+def test_bad_training_input():
+    images, labels = bars(10)
+    good = {"kind": "mlp", "images": images, "labels": labels, "num_classes": 4, "epochs": 1, "lr": 1e-3}
+    for bad in ({"kind": "forest"}, {"labels": labels + 1}, {"labels": labels[:5]},
+                {"kind": "paper-cnn", "images": images[..., :16, :16]}):
+        with pytest.raises(ValueError, match="classifier"):
+            evaluate.train_classifier(**{**good, **bad})
+
+
+# ---- the program
+
+
+def test_program_scores_a_release(run, monkeypatch, capsys):
+    """End to end; every training set that the program uses is recorded: samples or strokes, never a real picture."""
+    trained, original = [], evaluate.train_classifier
+
+    def record(**arguments):
+        trained.append(arguments["images"])
+        return original(**arguments)
+
+    monkeypatch.setattr(evaluate, "train_classifier", record)
+    assert evaluate.main([str(run), "--classifiers", "cnn,logreg"]) == 0
+    result, text = read_result(run), capsys.readouterr().out
+    labels = sample.uniform_labels(40, 10)
+    generated = sample.generate(sample.load_release(run), labels, 2, 0.0, 1.0, 0, progress=False)
+    strokes = {x.numpy().tobytes() for x in data.load("strokes", size=28, public_classes="all", n=72).images}
+    assert len(trained) == 3 and all(torch.equal(images, generated) for images in trained[:2])
+    assert {x.numpy().tobytes() for x in trained[2]} == strokes
+
+    assert set(result["accuracy"]) == {"cnn", "logreg"} and result["held_out"] == {"2,000 held out of mnist10k": 2000}
+    assert all(0 <= p <= 1 for scores in result["accuracy"].values() for p in scores.values())
+    assert result["privacy"]["epsilon"] == 10 and result["privacy"]["delta"] == 1e-5
+    assert result["protocol"] == "quick" and result["recipes"] == TINY["recipes"] and result["n"] == 40
+    distance = result["distance"]
+    assert distance["n"] == [40, 2000] and distance["frechet"] > distance["floor"] > 0
+    for part in ("protocol quick", "40 samples, DDIM, 2 steps, eta 0, guidance 1, seed 0", "last epoch",
+                 "features of a CNN trained on strokes", "2,000 held out of mnist10k", "28 pixels, not resized",
+                 "official MNIST test digits skipped"):
+        assert part in text
+    assert "FID" not in text
+
+
+def test_official_test_digits_are_used_when_present(run, tmp_path, capsys):
+    raw = tmp_path / "root" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    header = np.array([2051, 5, 28, 28], ">u4").tobytes(), np.array([2049, 5], ">u4").tobytes()
+    (raw / "t10k-images-idx3-ubyte").write_bytes(header[0] + bytes(5 * 784))
+    (raw / "t10k-labels-idx1-ubyte").write_bytes(header[1] + bytes(range(5)))
+    out = tmp_path / "scores.json"
+    evaluate.main([str(run / "release"), "--classifiers", "logreg", "--no-distance", "--out", str(out),
+                   "--data-root", str(tmp_path / "root")])
+    result = json.loads(out.read_text())
+    assert list(result["held_out"]) == ["2,000 held out of mnist10k", "5 MNIST test digits"]
+    assert result["distance"] is None and "skipped" not in capsys.readouterr().out
+    assert not (run / "public" / "features.pt").exists()
+
+
+def test_samples_file_replaces_sampling(run, tmp_path):
+    real = data.load("mnist10k", "train", size=28, n=30)
+    np.savez(tmp_path / "s.npz", images=real.images[:, 0].numpy(), labels=real.labels.numpy().astype(np.uint8))
+    common = ["--samples", str(tmp_path / "s.npz"), "--classifiers", "logreg", "--no-distance"]
+    evaluate.main([str(run), *common])
+    assert read_result(run)["n"] == 30
+    evaluate.main([str(run), *common, "--n", "25"])
+    result = read_result(run)
+    assert result["n"] == 25 and "s.npz" in result["sampler"]
+
+
+def test_feature_network_is_kept_and_replaced_if_damaged(run, capsys):
+    def get(**changes):
+        arguments = {"public_folder": run / "public", "public": "strokes", "channels": 1, "size": 28, **changes}
+        _, name = evaluate.public_features(**arguments, progress=False)
+        return name, "learns" in capsys.readouterr().out
+
+    path = run / "public" / "features.pt"
+    name, learned = get()
+    assert learned and "36 classes" in name and "strokes" in name
+    assert get() == (name, False)  # read back, the same weights
+    content = path.read_bytes()
+    for damage in (content[:200], b"not a checkpoint"):
+        path.write_bytes(damage)
+        assert get() == (name, True)  # trained anew, from the same seed
+    folder.save({"settings": 0}, path)
+    assert get() == (name, True)
+    assert get(size=32)[1]  # other settings
+
+
+def test_missing_public_set_costs_only_the_distance(run, monkeypatch, capsys):
+    original = data.load
+
+    def load(name, *args, **kwargs):
+        if name == "emnist":
+            raise data.DataError("no emnist here")
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(data, "load", load)
+    change_release(run, data={"public": "emnist", "private": "mnist10k"})
+    evaluate.main([str(run), "--classifiers", "logreg"])
+    assert "skipped: no emnist here" in capsys.readouterr().out
+    assert read_result(run)["distance"] is None and read_result(run)["accuracy"]["logreg"]
+
+
+def test_bad_input_is_one_line(run, tmp_path):
+    np.savez(tmp_path / "small.npz", images=np.zeros((20, 8, 8), np.uint8), labels=np.zeros(20, np.uint8))
+    for arguments, message in [
+        (["--classifiers", "cnn,forest"], "forest"), (["--n", "9"], "--n"), (["--n", "0"], "--n"),
+        (["--steps", "0"], "steps"), (["--eta", "2"], "eta"), (["--guidance", "2"], "guidance"),
+        (["--samples", str(tmp_path / "none.npz")], "none.npz"),
+        (["--samples", str(tmp_path / "small.npz")], "small.npz"),
+        (["--samples", "x.npz", "--steps", "3"], "--samples"),
+    ]:
+        with pytest.raises(ValueError, match=message) as caught:
+            evaluate.main([str(run), *arguments])
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="nowhere"):
+        evaluate.main([str(tmp_path / "nowhere")])
+    change_release(run, data={"public": "strokes", "private": "mnist10k", "private_split": "test"})
+    with pytest.raises(ValueError, match="held out"):
+        evaluate.main([str(run)])
+    change_release(run, data={"public": "strokes", "private": "mnist10k"}, classes=data.LETTERS[:10])
+    with pytest.raises(ValueError, match="classes"):
+        evaluate.main([str(run)])

@@ -1,0 +1,515 @@
+"""The latent UNet of latent diffusion, its class embedder, and the choice of what is tuned privately.
+
+Implements the denoiser epsilon_theta(z_t, t, c) of *High-Resolution Image Synthesis with Latent Diffusion Models*
+(Rombach et al. 2022, section 3.2-3.3) as used by *Differentially Private Latent Diffusion Models* (Liu et al. 2024,
+section 3 and Algorithm 1). The file stands alone: it imports nothing of the project.
+
+Symbols: z_t noisy latent (N, C, H, W) · t timestep (N,) · c condition, embedded as context (N, L, D) · theta weights.
+
+The picture of the network (MNIST configuration: 64 channels, multipliers 1 and 2, attention at every level)::
+
+    z_t -> conv -> [Res + ST] -> Res-down -> [Res + ST] -> middle: Res, ST, Res -> 2 x [Res + ST] -> Res-up -> 2 x [Res + ST] -> norm, conv
+                       |                         |                                    ^ skip connections |
+                       +-------------------------+------------------------------------+------------------+
+
+Res  = ResBlock: knows the timestep, mixes neighbouring pixels, never sees the condition.
+ST   = SpatialTransformer: self-attention over the pixels, then cross-attention to the condition. The ONLY place where
+       the condition enters, and with the embedder the only thing DP-LDM tunes on private data (`select_trainable`).
+
+All weights live in Linear, Conv2d, GroupNorm, LayerNorm and Embedding layers, since those are the layers for which
+`dp_sgd.py` knows the per-example gradient; hence no nn.MultiheadAttention, whose weights belong to no layer.
+
+Look at a network from the shell: `python unet.py` prints the parameter counts of the paper's configurations.
+"""
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+TUNE_CHOICES = ("attention", "attention-only", "all", "resblocks", "norm", "embedder", "lora:RANK")
+
+
+@dataclass
+class UNetConfig:
+    """Shape of a UNet; the field names are those of the original latent-diffusion code. Defaults: the paper's MNIST row.
+
+    attention_resolutions lists the *downsampling factors* (1, 2, 4, ...) at which blocks have attention. context_dim is
+    D of the context (N, L, D), None for a network without cross-attention to a condition. use_spatial_transformer=False
+    gives plain self-attention (`AttentionBlock`), the paper's unconditional CelebA networks. num_head_channels, if given,
+    fixes the width of a head instead of their number (num_heads is then not used).
+    """
+    in_channels: int = 3
+    out_channels: int = 3
+    model_channels: int = 64
+    channel_mult: tuple = (1, 2)
+    num_res_blocks: int = 1
+    attention_resolutions: tuple = (1, 2)
+    num_heads: int = 2
+    num_head_channels: int | None = None
+    use_spatial_transformer: bool = True
+    transformer_depth: int = 1
+    context_dim: int | None = 5
+    use_scale_shift_norm: bool = True
+    resblock_updown: bool = True
+
+
+def timestep_embedding(t, dim):
+    """Sinusoids [cos, sin] of t * 10000^(-i/half): (N,) -> (N, dim) float32 (Vaswani et al. 2017; DDPM, appendix B)."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t[:, None].float() * frequencies  # (N, half)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def zero_init(layer):
+    """Zero the layer's weights: every residual branch starts as the identity, which keeps deep training stable."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+# ------------------------------------------------------------------------------------------------ convolutional blocks
+
+
+class Downsample(nn.Module):
+    """Halve height and width by a stride-2 convolution."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Double height and width: nearest neighbour, then a convolution that smooths the blocks."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions around a residual, modulated by the timestep; optionally halves or doubles the size.
+
+    With scale-shift norm the timestep sets scale and shift of the second GroupNorm (FiLM); without, it is added.
+    """
+
+    def __init__(self, channels, time_dim, out_channels, scale_shift, resample=None):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(32, channels, eps=1e-5)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.time_proj = nn.Linear(time_dim, 2 * out_channels if scale_shift else out_channels)
+        self.norm2 = nn.GroupNorm(32, out_channels, eps=1e-5)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        self.scale_shift = scale_shift
+        self.resample = {"down": lambda x: F.avg_pool2d(x, 2),
+                         "up": lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"),
+                         None: lambda x: x}[resample]
+
+    def forward(self, x, time):
+        """x (N, C, H, W), time (N, time_dim) -> (N, out_channels, H', W')."""
+        # Both branches are resampled before their first weights, so no convolution runs at the larger size for nothing.
+        h = self.conv1(self.resample(F.silu(self.norm1(x))))
+        time = self.time_proj(F.silu(time))[:, :, None, None]  # (N, out or 2*out, 1, 1)
+        if self.scale_shift:
+            scale, shift = time.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + time)
+        return self.skip(self.resample(x)) + self.conv2(F.silu(h))
+
+
+# ---------------------------------------------------------------------------------------------------- attention blocks
+
+
+class Attention(nn.Module):
+    """Multi-head attention softmax(Q K^T / sqrt(d)) V (Rombach et al. 2022, Eq. for cross-attention in section 3.3)."""
+
+    def __init__(self, dim, context_dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim, dim, bias=False)
+        self.to_out = nn.Linear(dim, dim)
+
+    def forward(self, x, context):
+        """x (N, T, C) asks, context (N, L, D) answers -> (N, T, C)."""
+        if context.shape[1] == 1:
+            # A softmax over one token is 1 whatever Q and K are, so the answer is V for every pixel: (N, 1, C)
+            # broadcasts. Exact, and it shows that with a class as condition Q and K of the cross-attention (and the
+            # LayerNorm before them) get no gradient at all: under DP-SGD they receive noise only, without any effect.
+            return self.to_out(self.to_v(context))
+        q, k, v = (split_heads(y, self.num_heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        return self.to_out(merge_heads(F.scaled_dot_product_attention(q, k, v)))
+
+
+def split_heads(x, heads):
+    """(N, T, C) -> (N, heads, T, C/heads): heads are contiguous groups of channels."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x):
+    """(N, heads, T, d) -> (N, T, heads*d)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+class FeedForward(nn.Module):
+    """GEGLU feed-forward (Shazeer 2020): (a, b) = W x; W' (a * gelu(b)), four times wider inside."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.proj_in = nn.Linear(dim, 8 * dim)
+        self.proj_out = nn.Linear(4 * dim, dim)
+
+    def forward(self, x):
+        value, gate = self.proj_in(x).chunk(2, dim=-1)
+        return self.proj_out(value * F.gelu(gate))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward, each behind a LayerNorm and around a residual."""
+
+    def __init__(self, dim, context_dim, num_heads):
+        super().__init__()
+        self.attn1 = Attention(dim, dim, num_heads)
+        self.attn2 = Attention(dim, dim if context_dim is None else context_dim, num_heads)
+        self.ff = FeedForward(dim)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    def forward(self, x, context):
+        y = self.norm1(x)
+        x = x + self.attn1(y, y)
+        y = self.norm2(x) if context is None or context.shape[1] > 1 else x  # one token: the question is not looked at
+        x = x + self.attn2(y, y if context is None else context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Pixels become tokens, a transformer that looks at the condition runs over them, and the result is added back."""
+
+    def __init__(self, channels, num_heads, depth, context_dim):
+        super().__init__()
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels)
+        self.blocks = nn.ModuleList(TransformerBlock(channels, context_dim, num_heads) for _ in range(depth))
+        self.proj_out = zero_init(nn.Linear(channels, channels))
+
+    def forward(self, x, context):
+        """x (N, C, H, W), context (N, L, D) or None -> (N, C, H, W)."""
+        tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (N, T = H*W, C)
+        for block in self.blocks:
+            tokens = block(tokens, context)
+        return x + self.proj_out(tokens).transpose(1, 2).reshape(x.shape)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the pixels, no condition: the attention of the paper's unconditional networks."""
+
+    def __init__(self, channels, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.GroupNorm(32, channels, eps=1e-5)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj_out = zero_init(nn.Linear(channels, channels))
+
+    def forward(self, x, context=None):
+        qkv = self.qkv(self.norm(x).flatten(2).transpose(1, 2))  # (N, T, 3C)
+        # Channel order of the original weights: heads first, then q, k, v within each head.
+        q, k, v = split_heads(qkv, self.num_heads).chunk(3, dim=-1)  # each (N, heads, T, C/heads)
+        y = merge_heads(F.scaled_dot_product_attention(q, k, v))  # (N, T, C)
+        return x + self.proj_out(y).transpose(1, 2).reshape(x.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------- the network
+
+
+class UNet(nn.Module):
+    """The denoiser: UNet(config)(x, t, context) -> prediction of the noise (or of v), same shape as x.
+
+    x (N, in_channels, H, W) with H and W divisible by 2^(levels-1) · t (N,) timesteps, integer or float ·
+    context (N, L, context_dim) or None. Raises ValueError if a configured width cannot be split into groups and heads.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        c, width = config, config.model_channels
+        widths = [width * mult for mult in c.channel_mult]
+        if any(w % 32 or w % (c.num_head_channels or c.num_heads) for w in widths):
+            raise ValueError(f"UNet: every level's width {widths} must be divisible by 32 (GroupNorm) and by num_heads or "
+                             f"num_head_channels ({c.num_head_channels or c.num_heads}); try a multiple of 32")
+        time_dim = 4 * width
+        self.time_embed = nn.Sequential(nn.Linear(width, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+
+        def res(in_width, out_width, resample=None):
+            return ResBlock(in_width, time_dim, out_width, c.use_scale_shift_norm, resample)
+
+        def attention(w):
+            heads = w // c.num_head_channels if c.num_head_channels else c.num_heads
+            if c.use_spatial_transformer:
+                return SpatialTransformer(w, heads, c.transformer_depth, c.context_dim)
+            return AttentionBlock(w, heads)
+
+        # Every element of the block lists is one stop of the forward pass: its output is a skip connection (input
+        # side), or it consumes one (output side). Names and order are those of the original code (see load_ldm).
+        self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(c.in_channels, width, 3, padding=1)])])
+        skips, w, factor = [width], width, 1  # widths of the skips; current width; current downsampling factor
+        for level, level_width in enumerate(widths):
+            for _ in range(c.num_res_blocks):
+                stop = [res(w, level_width)]
+                w = level_width
+                if factor in c.attention_resolutions:
+                    stop.append(attention(w))
+                self.input_blocks.append(nn.ModuleList(stop))
+                skips.append(w)
+            if level < len(widths) - 1:
+                self.input_blocks.append(nn.ModuleList([res(w, w, "down") if c.resblock_updown else Downsample(w)]))
+                skips.append(w)
+                factor *= 2
+        self.middle_block = nn.ModuleList([res(w, w), attention(w), res(w, w)])
+        self.output_blocks = nn.ModuleList()
+        for level, level_width in reversed(list(enumerate(widths))):
+            for i in range(c.num_res_blocks + 1):
+                stop = [res(w + skips.pop(), level_width)]
+                w = level_width
+                if factor in c.attention_resolutions:
+                    stop.append(attention(w))
+                if level > 0 and i == c.num_res_blocks:
+                    stop.append(res(w, w, "up") if c.resblock_updown else Upsample(w))
+                    factor //= 2
+                self.output_blocks.append(nn.ModuleList(stop))
+        self.out = nn.Sequential(nn.GroupNorm(32, w, eps=1e-5), nn.SiLU(),
+                                 zero_init(nn.Conv2d(w, c.out_channels, 3, padding=1)))
+
+    def forward(self, x, t, context=None):
+        time = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))  # (N, 4 * width)
+        skips = []
+        for stop in self.input_blocks:
+            x = run(stop, x, time, context)
+            skips.append(x)
+        x = run(self.middle_block, x, time, context)
+        for stop in self.output_blocks:
+            x = run(stop, torch.cat([x, skips.pop()], dim=1), time, context)
+        return self.out(x)
+
+
+def run(layers, x, time, context):
+    """Pass x through layers, giving each the side input that it knows."""
+    for layer in layers:
+        if isinstance(layer, ResBlock):
+            x = layer(x, time)
+        elif isinstance(layer, (SpatialTransformer, AttentionBlock)):
+            x = layer(x, context)
+        else:
+            x = layer(x)
+    return x
+
+
+class ClassEmbedder(nn.Module):
+    """Class label -> one context token: labels (N,) in 0..num_classes-1 -> (N, 1, dim).
+
+    With null_class=True a further row, label `num_classes`, means "no condition": it is what classifier-free guidance
+    (Ho and Salimans 2022) pushes away from.
+    """
+
+    def __init__(self, num_classes, dim, null_class=False):
+        super().__init__()
+        self.num_classes, self.dim, self.null_class = num_classes, dim, null_class
+        self.embedding = nn.Embedding(num_classes + null_class, dim)
+
+    def forward(self, labels):
+        return self.embedding(labels)[:, None]
+
+    def null(self, labels):
+        """Labels of the same shape that all mean "no condition". Raises ValueError without a null row."""
+        if not self.null_class:
+            raise ValueError("this model has no null class, so guidance other than 1 and condition dropping are not "
+                             "possible; train with a null class (--cond-drop above 0) or use guidance 1")
+        return torch.full_like(labels, self.num_classes)
+
+
+class LatentModel(nn.Module):
+    """The one root module of the public and the private stage: condition embedder and UNet together.
+
+    LatentModel(unet, embedder)(z_t, t, cond): z_t (N*K, C, H, W), t (N*K,), cond N conditions (or None). Each
+    condition is embedded once and repeated K times, rows n*K .. n*K + K-1 of z_t belonging to example n, so that noise
+    multiplicity K costs no K-fold embedding.
+    """
+
+    def __init__(self, unet, embedder=None):
+        super().__init__()
+        self.unet, self.embedder = unet, embedder
+
+    def forward(self, z_t, t, cond=None):
+        context = None
+        if self.embedder is not None and cond is not None:
+            context = self.embedder(cond)  # (N, L, D)
+            if len(z_t) != len(context):
+                context = context.repeat_interleave(len(z_t) // len(context), dim=0)  # (N*K, L, D)
+        return self.unet(z_t, t, context)
+
+
+# ------------------------------------------------------------------------------------------- what is tuned on private data
+
+
+class LoRALinear(nn.Module):
+    """y = W x + b + B A x with A (rank, d) random, B (p, rank) zero: only A and B are tuned (Hu et al. 2021).
+
+    Two bias-free Linear layers, so that `dp_sgd.py` needs no rule of its own for them.
+    """
+
+    def __init__(self, base, rank):
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, base.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+        self.to(base.weight)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def merge_lora(model):
+    """Fold every LoRA pair into its base layer, W + B A, in place: the released network has the original layers."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoRALinear):
+                with torch.no_grad():
+                    child.base.weight += child.up.weight @ child.down.weight
+                setattr(parent, name, child.base)
+
+
+def attention_modules(model):
+    """The SpatialTransformer and AttentionBlock modules as (name, module), in forward order."""
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, (SpatialTransformer, AttentionBlock))]
+
+
+def select_trainable(model, tune="attention", from_block=0):
+    """Choose what DP-SGD trains (the paper's section 3: attention modules and condition embedder); freeze the rest.
+
+    model: a LatentModel (or a bare UNet: then nothing is embedded). tune: "attention" (the paper) ·
+    "attention-only" (without the embedder) · "all" · "resblocks", "norm" (all GroupNorm and LayerNorm), "lora:R" (rank-R
+    pairs inserted at every attention projection), each with the embedder · "embedder" alone. from_block leaves out
+    the first from_block attention modules in forward order (the authors' `ablation_blocks` is from_block + 1); it
+    applies to "attention", "attention-only" and "lora:R". Sets requires_grad on every parameter and returns the names of the trainable ones.
+    Raises ValueError for an unknown choice, a from_block that leaves nothing, or an empty selection.
+    """
+    modules = attention_modules(model)
+    uses_blocks = tune in ("attention", "attention-only") or tune.startswith("lora:")
+    if from_block and not uses_blocks:
+        raise ValueError(f"from_block only applies to attention and lora tuning, not to tune={tune!r}")
+    if uses_blocks and not 0 <= from_block < max(len(modules), 1):
+        raise ValueError(f"from_block must lie in 0..{len(modules) - 1} (the network has {len(modules)} attention "
+                         f"modules), got {from_block}")
+    chosen = [m for _, m in modules[from_block:]]
+    if tune.startswith("lora:"):
+        rank = int(tune[5:]) if tune[5:].isdigit() else 0
+        if rank < 1:
+            raise ValueError(f"tune={tune!r}: the rank after 'lora:' must be a whole number of at least 1")
+        parts = [pair for m in chosen for pair in insert_lora(m, rank)]
+    elif tune in ("attention", "attention-only"):
+        parts = chosen
+    elif tune == "resblocks":
+        parts = [m for m in model.modules() if isinstance(m, ResBlock)]
+    elif tune == "norm":
+        parts = [m for m in model.modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm))]
+    elif tune == "all":
+        parts = [model]
+    elif tune == "embedder":
+        parts = []
+    else:
+        raise ValueError(f"unknown tune={tune!r}; choose one of {', '.join(TUNE_CHOICES)}")
+    embedder = getattr(model, "embedder", None)
+    if embedder is not None and tune != "attention-only":
+        parts = [*parts, embedder]
+    trainable = {id(p) for part in parts for p in part.parameters()}
+    for p in model.parameters():
+        p.requires_grad_(id(p) in trainable)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    if not names:
+        raise ValueError(f"tune={tune!r} selects no parameter of this model (does it have an embedder?)")
+    return names
+
+
+def insert_lora(module, rank):
+    """Wrap every attention projection inside module; return the new down and up layers (existing pairs are refused)."""
+    pairs = []
+    for parent in list(module.modules()):
+        if isinstance(parent, LoRALinear):
+            raise ValueError("this model already has LoRA pairs; merge_lora(model) first")
+        names = {Attention: ("to_q", "to_k", "to_v", "to_out"), AttentionBlock: ("qkv", "proj_out")}.get(type(parent), ())
+        for name in names:
+            wrapped = LoRALinear(getattr(parent, name), rank)
+            setattr(parent, name, wrapped)
+            pairs += [wrapped.down, wrapped.up]
+    return pairs
+
+
+def noise_only_names(model):
+    """Trainable names that get noise but no gradient when the context has one token: Q, K of cross-attention, norm2."""
+    return [n for n, p in model.named_parameters() if p.requires_grad and re.search(r"attn2\.to_[qk]\.|blocks\.\d+\.norm2\.", n)]
+
+
+# -------------------------------------------------------------------------------------------------- the authors' weights
+
+LDM_NAMES = [  # original name -> ours, applied in order
+    (r"in_layers\.0\.", "norm1."), (r"in_layers\.2\.", "conv1."), (r"emb_layers\.1\.", "time_proj."),
+    (r"out_layers\.0\.", "norm2."), (r"out_layers\.3\.", "conv2."), (r"skip_connection\.", "skip."),
+    (r"transformer_blocks\.", "blocks."), (r"to_out\.0\.", "to_out."), (r"ff\.net\.0\.proj\.", "ff.proj_in."),
+    (r"ff\.net\.2\.", "ff.proj_out."),
+]
+
+
+def load_ldm(unet, state_dict):
+    """Read weights of the original latent-diffusion code into our UNet, in place and strictly.
+
+    state_dict: tensors under the original names, with or without the prefix `model.diffusion_model.` (if any key has
+    the prefix, the others belong to other networks and are passed over). 1x1 convolutions become our Linear layers.
+    Raises ValueError naming the first missing, unexpected or misshapen tensors; the network is then unchanged.
+    """
+    prefix = "model.diffusion_model."
+    if any(k.startswith(prefix) for k in state_dict):
+        state_dict = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
+    ours = unet.state_dict()
+    theirs = {}
+    for key, value in state_dict.items():
+        for pattern, replacement in LDM_NAMES:
+            key = re.sub(pattern, replacement, key)
+        if key in ours and ours[key].dim() == 2:
+            value = value.flatten(1) if value[0].numel() == ours[key].shape[1] else value  # (p, d, 1[, 1]) -> (p, d)
+        theirs[key] = value
+    wrong = [f"missing {k}" for k in ours if k not in theirs] + [f"unexpected {k}" for k in theirs if k not in ours] + [
+        f"{k} is {tuple(theirs[k].shape)}, expected {tuple(v.shape)}" for k, v in ours.items()
+        if k in theirs and theirs[k].shape != v.shape]
+    if wrong:
+        raise ValueError(f"latent-diffusion weights do not fit this UNet ({len(wrong)} problems): " + "; ".join(wrong[:4]))
+    unet.load_state_dict(theirs)
+
+
+PAPER = {  # the authors' networks; parameter counts in PAPER.md's table are asserted in tests/test_unet.py
+    "mnist": UNetConfig(num_heads=4),  # 2 heads in public pre-training, 4 in tuning: the same weights
+    "cifar10": UNetConfig(3, 3, 128, (1, 2, 2, 4), 2, (1, 2, 4), 8, None, True, 1, 512, False, False),
+    "celeba32": UNetConfig(3, 3, 192, (1, 2, 4), 2, (4, 2, 1), 8, 32, False, 1, None, True, True),
+    "celeba64": UNetConfig(3, 3, 128, (1, 2, 4), 2, (4, 2, 1), 8, None, False, 1, None, True, True),
+    "celeba256-text": UNetConfig(4, 4, 320, (1, 2, 4, 4), 2, (4, 2, 1), 8, None, True, 1, 1280, False, False),
+}
+
+if __name__ == "__main__":
+    for _name, _config in PAPER.items():
+        with torch.device("meta"):
+            _unet = UNet(_config)
+        _count = sum(p.numel() for p in _unet.parameters())
+        _attention = sum(p.numel() for _, m in attention_modules(_unet) for p in m.parameters())
+        print(f"{_name:16} UNet {_count:>12,}   attention {_attention:>12,} ({_attention / _count:.2%}) "
+              f"in {len(attention_modules(_unet))} modules")

@@ -1,0 +1,278 @@
+"""The KL-regularised autoencoder of latent diffusion: pictures x to latents z and back.
+
+Implements the first stage of *High-Resolution Image Synthesis with Latent Diffusion Models* (Rombach et al. 2022,
+section 3.1 and appendix G): a convolutional encoder gives a Gaussian posterior q(z|x), a decoder gives x back, trained by
+reconstruction + a very small KL term. In DP-LDM (Liu et al. 2024, section 3, step 1) it is trained on PUBLIC pictures
+only and frozen afterwards, so it costs no privacy. The file stands alone: it imports nothing of the project.
+
+Symbols: x picture (N, C, H, W) in [-1, 1] · z latent (N, embed_dim, H/f, W/f) with f = 2^(levels-1) · mu, sigma^2 mean
+and variance of q(z|x).
+
+The diffusion model does not see z but z * scale, scale = 1/std of the *public* latents (`latent_scale`): its noise
+schedule assumes unit variance, and a statistic of private data would cost privacy.
+
+Look at a network from the shell: `python vae.py` prints the parameter counts of the paper's configurations.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class VAEConfig:
+    """Shape of an autoencoder; field names of the original code. Defaults: the small one for 32x32 digits.
+
+    ch_mult has one entry per level, each level halves the picture: f = 2^(len - 1). attn_resolutions lists picture
+    sizes (in pixels) with self-attention. num_groups is that of GroupNorm: 32 in the paper's networks.
+    """
+    in_channels: int = 1
+    out_ch: int = 1
+    ch: int = 16
+    ch_mult: tuple = (1, 2, 4, 4)
+    num_res_blocks: int = 1
+    attn_resolutions: tuple = ()
+    resolution: int = 32
+    z_channels: int = 4
+    embed_dim: int = 4
+    num_groups: int = 8
+
+
+class Posterior:
+    """The Gaussian q(z|x) = N(mean, exp(logvar)): both (N, embed_dim, h, w)."""
+
+    def __init__(self, mean, logvar):
+        self.mean = mean
+        self.logvar = logvar.clamp(-30.0, 20.0)  # keeps exp() finite in float32
+
+    def sample(self, generator=None):
+        """z = mu + sigma * noise, noise ~ N(0, I): the reparametrisation of Kingma and Welling (2014)."""
+        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def kl(self):
+        """KL(q(z|x) || N(0, I)) per example, in nats, summed over the latent: (N,)."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on x where the width changes."""
+
+    def __init__(self, in_channels, out_channels, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all pixels, around a residual."""
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))  # (N, H*W, C)
+        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]  # one head
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Halve height and width; the padding (0, 1, 0, 1), right and bottom only, is that of the original weights."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Middle(nn.Module):
+    """The bottleneck of encoder and decoder alike: residual, attention, residual."""
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, groups)
+        self.attn_1 = AttnBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, groups)
+
+    def forward(self, x):
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks, each followed by attention where asked, then the change of resolution."""
+
+    def __init__(self, in_channels, out_channels, num_blocks, attention, groups):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_blocks
+        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
+        self.attn = nn.ModuleList(AttnBlock(out_channels, groups) for _ in range(num_blocks if attention else 0))
+
+    def forward(self, h):
+        for i, block in enumerate(self.block):
+            h = block(h)
+            if len(self.attn):
+                h = self.attn[i](h)
+        for change in ("downsample", "upsample"):
+            if hasattr(self, change):
+                h = getattr(self, change)(h)
+        return h
+
+
+class Encoder(nn.Module):
+    """x (N, in_channels, H, W) -> (N, 2 * z_channels, H/f, W/f): mean and log-variance before `quant_conv`."""
+
+    def __init__(self, c):
+        super().__init__()
+        widths, size = [c.ch * mult for mult in (1, *c.ch_mult)], c.resolution
+        self.conv_in = nn.Conv2d(c.in_channels, c.ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        for level, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+            self.down.append(Level(a, b, c.num_res_blocks, size in c.attn_resolutions, c.num_groups))
+            if level < len(c.ch_mult) - 1:
+                self.down[-1].downsample = Downsample(b)
+                size //= 2
+        self.mid = Middle(widths[-1], c.num_groups)
+        self.norm_out = nn.GroupNorm(c.num_groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * c.z_channels, 3, padding=1)
+
+    def forward(self, x):
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    """z (N, z_channels, H/f, W/f) -> x (N, out_ch, H, W); one residual block per level more than the encoder."""
+
+    def __init__(self, c):
+        super().__init__()
+        widths = [c.ch * mult for mult in c.ch_mult]
+        size = c.resolution // 2 ** (len(widths) - 1)
+        self.conv_in = nn.Conv2d(c.z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], c.num_groups)
+        levels, width = [], widths[-1]
+        for level in reversed(range(len(widths))):
+            levels.append(Level(width, widths[level], c.num_res_blocks + 1, size in c.attn_resolutions, c.num_groups))
+            width = widths[level]
+            if level > 0:
+                levels[-1].upsample = Upsample(width)
+                size *= 2
+        self.up = nn.ModuleList(reversed(levels))  # stored fine to coarse, as the original names go; run backwards
+        self.norm_out = nn.GroupNorm(c.num_groups, width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, c.out_ch, 3, padding=1)
+
+    def forward(self, z):
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class AutoencoderKL(nn.Module):
+    """Encoder, decoder and the 1x1 convolutions between them. Raises ValueError for an impossible configuration."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        if c.resolution % 2 ** (len(c.ch_mult) - 1) or any(c.ch * m % c.num_groups for m in c.ch_mult):
+            raise ValueError(f"VAE: resolution {c.resolution} must be divisible by {2 ** (len(c.ch_mult) - 1)} and every "
+                             f"width {[c.ch * m for m in c.ch_mult]} by num_groups {c.num_groups}")
+        self.encoder, self.decoder = Encoder(c), Decoder(c)
+        self.quant_conv = nn.Conv2d(2 * c.z_channels, 2 * c.embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(c.embed_dim, c.z_channels, 1)
+
+    @property
+    def latent_shape(self):
+        """(embed_dim, h, w) of one latent."""
+        side = self.config.resolution // 2 ** (len(self.config.ch_mult) - 1)
+        return self.config.embed_dim, side, side
+
+    def encode(self, x):
+        """x (N, C, H, W) in [-1, 1] -> Posterior over z (N, embed_dim, H/f, W/f)."""
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return Posterior(mean, logvar)
+
+    def decode(self, z):
+        """z (N, embed_dim, h, w), unscaled -> x (N, C, H, W), about [-1, 1] (not clamped)."""
+        return self.decoder(self.post_quant_conv(z))
+
+
+def loss(model, x, kl_weight=1e-6, generator=None):
+    """Training loss of the first stage (Rombach et al. 2022, appendix G, without its adversarial and perceptual terms).
+
+    Per picture: sum over pixels of |x - decode(z)|, z ~ q(z|x), + kl_weight * KL; then the mean over the batch.
+    Returns (loss, mean absolute error per pixel, mean KL in nats), three scalars; only the first carries a gradient.
+    """
+    posterior = model.encode(x)
+    error = (x - model.decode(posterior.sample(generator))).abs()
+    kl = posterior.kl().mean()
+    return error.sum(dim=(1, 2, 3)).mean() + kl_weight * kl, error.mean().detach(), kl.detach()
+
+
+@torch.no_grad()
+def latent_scale(model, x, batch=256):
+    """1 / standard deviation of the latents of PUBLIC pictures x, over everything at once: a float (pitfall 13)."""
+    z = torch.cat([model.encode(part).mean for part in x.split(batch)])
+    return 1.0 / z.double().std().item()
+
+
+def load_ldm(autoencoder, state_dict):
+    """Read weights of the original latent-diffusion KL autoencoder into ours, in place and strictly.
+
+    Our names are the original's, so only the prefix `first_stage_model.` goes (if any key has it, the others belong to
+    other networks) and with it the training-time `loss.*` (discriminator, LPIPS). Raises ValueError naming what does
+    not fit; the network is then unchanged.
+    """
+    prefix = "first_stage_model."
+    if any(k.startswith(prefix) for k in state_dict):
+        state_dict = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
+    theirs, ours = {k: v for k, v in state_dict.items() if not k.startswith("loss.")}, autoencoder.state_dict()
+    wrong = [f"missing {k}" for k in ours if k not in theirs] + [f"unexpected {k}" for k in theirs if k not in ours] + [
+        f"{k} is {tuple(theirs[k].shape)}, expected {tuple(v.shape)}" for k, v in ours.items()
+        if k in theirs and theirs[k].shape != v.shape]
+    if wrong:
+        raise ValueError(f"latent-diffusion weights do not fit this autoencoder ({len(wrong)} problems): "
+                         + "; ".join(wrong[:4]))
+    autoencoder.load_state_dict(theirs)
+
+
+PAPER = {  # the authors' networks; their parameter counts are asserted in tests/test_vae.py
+    "mnist": VAEConfig(3, 3, 128, (1, 2, 3, 5), 2, (32, 16, 8), 32, 3, 3, 32),
+    "cifar10": VAEConfig(3, 3, 128, (1, 2), 2, (16, 8), 32, 3, 3, 32),
+    "celeba64": VAEConfig(3, 3, 192, (1, 2), 2, (16, 8), 64, 3, 3, 32),
+    "celeba256-text": VAEConfig(3, 3, 128, (1, 2, 4, 4), 2, (), 256, 4, 4, 32),
+}
+
+if __name__ == "__main__":
+    for _name, _config in {"digits (default)": VAEConfig(), **PAPER}.items():
+        with torch.device("meta"):
+            _model = AutoencoderKL(_config)
+        _f = 2 ** (len(_config.ch_mult) - 1)
+        print(f"{_name:18} {sum(p.numel() for p in _model.parameters()):>12,} parameters, f = {_f}, "
+              f"latents {_model.latent_shape} = {math.prod(_model.latent_shape)} numbers")
