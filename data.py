@@ -1,8 +1,8 @@
 """Image sets, public and private, as uint8 tensors with labels.
 
-The method (Liu, Lyu, Vinaroz, Park: Differentially Private Latent Diffusion Models, TMLR 2024, Sec. 3) pairs a public set
-with a private one. This file only reads pictures; who may look at them, and how often, is decided in train.py, and the
-Poisson sampler of the private stage lives in dp_sgd.py.
+The method (Liu, Lyu, Vinaroz, Park: Differentially Private Latent Diffusion Models, TMLR 2024, Sec. 3) pairs a public
+set with a private one. This file only reads pictures; who may look at them, and how often, is decided in train.py, and
+the Poisson sampler of the private stage lives in dp_sgd.py.
 
     name       part      what
     strokes    public    handwriting drawn by strokes.py, nothing stored
@@ -38,6 +38,7 @@ DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # where the package 
 DIGITS = [str(d) for d in range(10)]
 LETTERS = [chr(ord("a") + i) for i in range(26)]
 GARMENTS = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+WAYS_OUT = "point --data-root or DPLDM_DATA at a folder that has it"
 
 
 class DataError(ValueError):
@@ -46,7 +47,7 @@ class DataError(ValueError):
 
 @dataclass
 class ImageSet:
-    """Pictures in memory. images (N,C,H,W) uint8, background 0 for the handwriting; labels (N,) int64 in 0..len(classes)-1."""
+    """Pictures in memory: images (N,C,H,W) uint8, ink on background 0; labels (N,) int64 in 0..len(classes)-1."""
 
     name: str
     images: torch.Tensor
@@ -64,7 +65,7 @@ def load(name, split="train", root=None, size=32, public_classes=None, n=None, s
     split           "train" or "test"; "strokes" and "omniglot" have no split, every call gives the whole set
     root            data root as str or Path; None: DPLDM_DATA, else ~/.cache/dpldm
     size            side of the returned pictures in pixels; smaller ones are padded with background on all sides
-    public_classes  "strokes" only: "digits" (labels 0..9), "letters" (0..25) or "all" (default: 0..9 digits, 10..35 letters)
+    public_classes  "strokes" only: "digits" (labels 0..9), "letters" (0..25) or "all" (default; digits, then letters)
     n               number of pictures; a seeded subset in the set's order, or how many to draw (default 60,000)
     seed            rules the drawing and the subset; never the private stage
     Returns ImageSet. Raises DataError if files are missing or damaged, ValueError for arguments out of range.
@@ -94,10 +95,10 @@ def load(name, split="train", root=None, size=32, public_classes=None, n=None, s
 
 
 def pad(images, size):
-    """(N,C,h,h) -> (N,C,size,size), a border of zeros (background) on all sides; ValueError if size < h or the border is uneven."""
+    """(N,C,h,h) -> (N,C,size,size): a border of zeros, the background. ValueError if size < h or size - h is odd."""
     border, uneven = divmod(size - images.shape[-1], 2)
     if border < 0 or uneven:
-        raise ValueError(f"cannot pad pictures of {images.shape[-1]} pixels to {size}: give the same size or an even number more")
+        raise ValueError(f"cannot pad {images.shape[-1]} pixels to {size}: the difference must be even and positive")
     return F.pad(images, (border,) * 4)
 
 
@@ -105,7 +106,7 @@ def crop(images, size=28):
     """The inverse of pad: the central size x size pixels of (N,C,H,W), any dtype."""
     border, uneven = divmod(images.shape[-1] - size, 2)
     if border < 0 or uneven:
-        raise ValueError(f"cannot crop pictures of {images.shape[-1]} pixels to {size}: give the same size or an even number less")
+        raise ValueError(f"cannot crop {images.shape[-1]} pixels to {size}: the difference must be even and positive")
     return images[..., border : border + size, border : border + size]
 
 
@@ -120,7 +121,7 @@ def to_uint8(x):
 
 
 def save_grid(images, path, columns=10):
-    """Write images (N,C,H,W) uint8 as one PNG, row by row; written beside the target and renamed, so a crash leaves no torn file."""
+    """Write images (N,C,H,W) uint8 as one PNG, row by row; by write-and-rename, so a crash leaves no torn file."""
     path = Path(path)
     grid = torchvision.utils.make_grid(images.cpu().float() / 255, nrow=columns, padding=1, pad_value=0.2)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +130,7 @@ def save_grid(images, path, columns=10):
     os.replace(partial, path)
 
 
-# ---- the sets: each (root, split) -> images (N,C,h,w) uint8, labels (N,) int64, class names ----------------------
+# ---- the sets: images (N,C,h,h) uint8, labels (N,) int64, class names --------------------------------------------
 
 
 def draw_strokes(public_classes, n, seed):
@@ -146,37 +147,48 @@ def draw_strokes(public_classes, n, seed):
 def load_mnist10k(root, split):
     arrays = read_npz(EMBEDDED, ("images", "labels"))
     part = slice(0, EMBEDDED_TRAIN) if split == "train" else slice(EMBEDDED_TRAIN, None)
-    images, labels = check(arrays["images"], arrays["labels"], 10, EMBEDDED)
+    images, labels = check(arrays["images"], arrays["labels"], EMBEDDED, 0, 9)
     return images[part], labels[part], DIGITS
 
 
+MNIST_STEM = {"train": "train", "test": "t10k"}
+
+
 def load_mnist(root, split):
-    return *read_pair(root, "MNIST", split, torchvision.datasets.MNIST, 10), DIGITS
+    def download():
+        torchvision.datasets.MNIST(root, download=True)
+
+    return *read_pair([root / "MNIST" / "raw"], MNIST_STEM[split], download), DIGITS
 
 
 def load_fashion(root, split):
-    return *read_pair(root, "FashionMNIST", split, torchvision.datasets.FashionMNIST, 10, DEBIAN_FASHION), GARMENTS
+    def download():
+        torchvision.datasets.FashionMNIST(root, download=True)
+
+    folders = [root / "FashionMNIST" / "raw", DEBIAN_FASHION]
+    return *read_pair(folders, MNIST_STEM[split], download), GARMENTS
 
 
 def load_emnist(root, split):
-    """EMNIST letters. Its pictures are stored column by column, i.e. transposed against MNIST; its labels run from 1 to 26."""
+    """EMNIST letters. Pictures are stored column by column, transposed against MNIST; labels run from 1 to 26."""
 
-    def download(root, download):
-        torchvision.datasets.EMNIST(root, split="letters", download=download)
+    def download():
+        torchvision.datasets.EMNIST(root, split="letters", download=True)
 
-    images, labels = read_pair(root, "EMNIST", split, download, 27, prefix="emnist-letters-", first_label=1)
+    folders, stem = [root / "EMNIST" / "raw"], f"emnist-letters-{split}"
+    images, labels = read_pair(folders, stem, download, first_label=1, last_label=26)
     return images.transpose(2, 3).contiguous(), labels - 1, LETTERS
 
 
 def load_omniglot(root, split):
     path = root / "omniglot.npz"
     if not path.exists():
-        raise DataError(f"{path} not found: put it there, point --data-root or DPLDM_DATA at its folder, or use the built-in public set strokes")
+        raise DataError(f"{path} not found: {WAYS_OUT}, or draw public handwriting instead (data set strokes)")
     images = read_npz(path, ("images",))["images"]
-    return *check(images, np.zeros(len(images), np.uint8), 1, path), ["handwriting"]
+    return *check(images, np.zeros(len(images), np.uint8), path, 0, 0), ["handwriting"]
 
 
-LOADERS = {
+LOADERS = {  # strokes draws, the others read files: (root, split)
     "strokes": draw_strokes,
     "mnist10k": load_mnist10k,
     "mnist": load_mnist,
@@ -189,34 +201,23 @@ LOADERS = {
 # ---- files -------------------------------------------------------------------------------------------------------
 
 
-def read_pair(root, folder, split, download, num_labels, elsewhere=None, prefix=None, first_label=0):
-    """Pictures and labels of one split in MNIST's layout, root/folder/raw/*-ubyte (.gz allowed), downloaded when absent."""
-    prefix = prefix or ""
-    part = split if split == "train" or prefix == "emnist-letters-" else "t10k"
-    names = [f"{prefix}{part}-images-idx3-ubyte", f"{prefix}{part}-labels-idx1-ubyte"]
-    folders = [root / folder / "raw"] + ([elsewhere] if elsewhere else [])
-    paths = find(folders, names)
+def read_pair(folders, stem, download, first_label=0, last_label=9):
+    """Pictures and labels stem-images-idx3-ubyte, stem-labels-idx1-ubyte from the first folder that has both."""
+    paths = find(folders, stem)
     if paths is None:
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # torchvision prints every mirror that failed
-                download(str(root), download=True)
-        except (OSError, RuntimeError) as error:  # URLError is an OSError
-            raise DataError(missing(folders[0] / names[0])) from error
-        paths = find(folders, names)
-        if paths is None:
-            raise DataError(missing(folders[0] / names[0]))
-    return check(read_idx(paths[0]), read_idx(paths[1]), num_labels, paths[0], first_label)
+        failures = (OSError, RuntimeError, zipfile.BadZipFile)  # URLError is an OSError
+        with contextlib.suppress(*failures), contextlib.redirect_stdout(io.StringIO()):  # it prints each failed mirror
+            download()
+        paths = find(folders, stem)
+    if paths is None:
+        wanted = folders[0] / f"{stem}-images-idx3-ubyte"
+        raise DataError(f"{wanted} not found, download failed: {WAYS_OUT}, or use the embedded data (--preset digits)")
+    return check(read_idx(paths[0]), read_idx(paths[1]), paths[0], first_label, last_label)
 
 
-def missing(path):
-    return (
-        f"{path} not found and the download failed: point --data-root or DPLDM_DATA at a folder that has it, "
-        "or use the embedded data (python train.py --preset digits)"
-    )
-
-
-def find(folders, names):
-    """The paths of all names in the first folder that has them, plain or .gz; None if no folder does."""
+def find(folders, stem):
+    """[pictures, labels] in the first folder that has both, plain or .gz; None if no folder does."""
+    names = (f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte")
     for folder in folders:
         paths = [next((p for p in (folder / name, folder / f"{name}.gz") if p.exists()), None) for name in names]
         if None not in paths:
@@ -225,7 +226,7 @@ def find(folders, names):
 
 
 def read_idx(path):
-    """One idx file of unsigned bytes (http://yann.lecun.com/exdb/mnist): 0 0 8 ndim, big-endian sizes, then the bytes."""
+    """One idx file of unsigned bytes (LeCun's MNIST page): 0 0 8 ndim, ndim big-endian uint32 sizes, then the bytes."""
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
@@ -248,23 +249,24 @@ def read_npz(path, keys):
         raise DataError(damaged(path, error)) from error
 
 
-def check(images, labels, num_labels, path, first_label=0):
-    """numpy (N,H,W) or (N,H,W,3) uint8 and (N,) integers -> tensors (N,C,H,W) uint8, (N,) int64; DataError naming path."""
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.ndim == 4 and images.shape[-1] != 3 or len(images) == 0:
-        raise DataError(damaged(path, f"pictures are {images.dtype} {images.shape}, expected uint8 (N,H,W) or (N,H,W,3)"))
-    if images.shape[1] != images.shape[2]:
-        raise DataError(damaged(path, f"pictures are {images.shape[1]} x {images.shape[2]}, expected squares"))
-    if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != len(images):
+def check(images, labels, path, first_label, last_label):
+    """numpy (N,H,H) or (N,H,H,3) uint8, (N,) integers -> tensors (N,C,H,H) uint8, (N,) int64; DataError names path."""
+    shape = images.shape
+    layout = len(shape) in (3, 4) and shape[0] > 0 and shape[1] == shape[2] and shape[3:] in ((), (3,))
+    if images.dtype != np.uint8 or not layout:
+        raise DataError(damaged(path, f"pictures are {images.dtype} {shape}, expected uint8 (N,H,H) or (N,H,H,3)"))
+    if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
         raise DataError(damaged(path, f"{len(images)} pictures with labels {labels.dtype} {labels.shape}"))
-    if labels.min() < first_label or labels.max() >= num_labels:
-        raise DataError(damaged(path, f"labels run from {labels.min()} to {labels.max()}, expected {first_label}..{num_labels - 1}"))
+    if labels.min() < first_label or labels.max() > last_label:
+        found = f"labels run from {labels.min()} to {labels.max()}"
+        raise DataError(damaged(path, f"{found}, expected {first_label} to {last_label}"))
     images = torch.from_numpy(images.copy())
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
     return images, torch.from_numpy(labels.astype(np.int64))
 
 
 def damaged(path, why):
-    return f"{path} is damaged ({why}): delete it and run again, or restore it from its source"
+    return f"{path} is damaged ({' '.join(str(why).split())}): delete it and run again, or restore it from its source"
 
 
 if __name__ == "__main__":
@@ -273,5 +275,5 @@ if __name__ == "__main__":
     except ValueError as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{chosen.name}: images {tuple(chosen.images.shape)}, mean {chosen.images.float().mean():.1f}, {len(chosen.classes)} classes")
+    print(f"{chosen.name}: {tuple(chosen.images.shape)}, mean {chosen.images.float().mean():.1f}, {chosen.classes}")
     save_grid(chosen.images[:100], f"{chosen.name}.png")

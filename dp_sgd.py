@@ -14,8 +14,8 @@ removing one example moves the sum by at most C (L2) · sigma noise_multiplier, 
 units of C · B expected_batch_size = q*n, fixed beforehand (the actual size is private) · N examples of a micro-batch,
 K noise draws of each · P positions (pixels or tokens, times K) · d, p inputs and outputs of a layer · L layers.
 
-The paper's C = 1e-3 looks tiny, but Adam divides by the gradient's own size, so C and the learning rate decouple: C only
-sets how many examples are clipped. (It needs sigma * C / B well above Adam's eps, or eps takes the place of the size.)
+The paper's C = 1e-3 looks tiny, but Adam divides by the gradient's own size, so C and the learning rate decouple: C
+only sets how many examples are clipped. (It needs sigma*C/B well above Adam's eps, or eps takes the place of the size.)
 
 Book-keeping: all per-example norms and the clipped sum from ONE forward and ONE backward pass
 ----------------------------------------------------------------------------------------------
@@ -29,23 +29,23 @@ X (P, d) and G (P, p) of that example, its gradient is
     two Gram matrices: P^2 (d + p) multiplications instead of P d p. P = 1: |x|^2 |g|^2 (Goodfellow 2015). Convolutions
     are the same on unfolded patches (Rochette et al. 2019); sequences: "ghost clipping" (Li et al. 2022).
 (2) The clipped sum needs no second backward pass: with the factors c_n, sum_n c_n G_n^T X_n is one matrix product of
-    the stacked (c G)^T (p, N P) and X (N P, d): "book-keeping" (Bu et al. 2023). X and G of the trainable layers are kept.
-(3) Where the matrix itself is the cheaper way (many positions, few channels) it is formed once, (N, p, d); it gives the norm,
-    is kept in place of X and G, which are then larger, and the clipped sum is sum_n c_n grad_n.
+    the stacked (c G)^T (p, N P) and X (N P, d): "book-keeping" (Bu et al. 2023). X and G of the trained layers are kept.
+(3) Where the matrix itself is the cheaper way (many positions, few channels) it is formed once, (N, p, d); it gives the
+    norm, is kept in place of X and G, and the clipped sum is sum_n c_n grad_n.
 
 Autograd does none of that work a second time: weights do not require grad in the meantime, and the graph starts at the
-output of the first trainable layer. An embedding is a linear layer on one-hot inputs; the scales of norm layers have few
-enough numbers to be formed per example.
+output of the first trainable layer. An embedding is a linear layer on one-hot inputs; a 3x3 convolution is nine linear
+layers on shifted images; the scales of norm layers have few enough numbers to be formed per example.
 
-Rounding. Gram products cancel: positions of opposite sign leave a small norm as the difference of large numbers, and
-a norm that comes out too small would break the sensitivity. The error is at most a few float epsilons times (sum_p |x_p||g_p|)^2,
-which the two diagonals tell, so that bound is *added*: rounding can only clip harder (relative effect about 1e-6 * P).
+Rounding. Gram products cancel: where positions of opposite sign leave a small norm as the difference of large numbers,
+rounding may make it too small, and that breaks the sensitivity. The error is at most a few float epsilons times
+(sum_p |x_p||g_p|)^2, which the two diagonals tell, so that bound is *added*: rounding can only clip harder (by about 1e-4).
 
 Not covered: floating-point attacks on the Gaussian's low bits (Mironov 2012), and timing.
 """
 import os
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -56,15 +56,14 @@ GAMMA = 0.01  # stability constant of automatic clipping (Bu et al. 2022)
 CLIPPING = ("flat", "automatic", "per-layer")
 
 
-# ----------------------------------------------------------------------------------------------- randomness: sample, noise
+# ---------------------------------------------------------------------------------------- randomness: sample, noise
 
 
 def fresh_generator(device="cpu"):
     """A generator that nobody can reproduce, seeded by the operating system; never torch's global one.
 
-    manual_seed keeps only 32 bits of a seed on the CPU (2^32 noises are few enough to try them all), so there the whole
-    state of the Mersenne twister, 624 words, is drawn from os.urandom. CUDA's Philox takes 64 bits. Neither is a
-    cryptographic generator.
+    On the CPU manual_seed keeps only 32 bits of a seed (few enough to try all 2^32 noises), so the whole state of the
+    Mersenne twister is drawn from os.urandom instead. CUDA's Philox takes 64 bits. Neither is a cryptographic generator.
     """
     generator = torch.Generator(device).manual_seed(int.from_bytes(os.urandom(8), "little"))
     if generator.device.type == "cpu":
@@ -78,9 +77,9 @@ def fresh_generator(device="cpu"):
 def poisson_sample(n, q, generator=None):
     """Indices of a Poisson batch: each of n examples independently with probability q (Abadi et al. 2016, section 3.1).
 
-    Returns a sorted LongTensor of random length, Binomial(n, q), possibly empty; an empty batch is a step like any other.
-    The accountant's amplification by sampling holds for this scheme and no other: there is no shuffling mode. Raises
-    ValueError for q outside (0, 1] or negative n.
+    Returns a sorted LongTensor of random length, Binomial(n, q), possibly empty; an empty batch is a step like any
+    other. The accountant's amplification by sampling holds for this scheme and no other: there is no shuffling mode.
+    Raises ValueError for q outside (0, 1] or negative n.
     """
     if not 0 < q <= 1:
         raise ValueError(f"q is the probability that an example enters a batch and must lie in (0, 1], got {q}")
@@ -92,7 +91,7 @@ def poisson_sample(n, q, generator=None):
 
 
 def privatise(sums, clip_norm, noise_multiplier, expected_batch_size, generator):
-    """Clipped sums -> noisy mean gradients, (sum + N(0, sigma^2 C^2 I)) / B, tensor by tensor; inputs stay as they are.
+    """Clipped sums -> noisy mean gradients, (sum + N(0, sigma^2 C^2 I)) / B, tensor by tensor (new tensors).
 
     Every coordinate gets noise, touched by the batch or not: which ones were touched is private as well. B is the
     expected batch size; dividing by the actual one would reveal it and change the sensitivity.
@@ -102,13 +101,13 @@ def privatise(sums, clip_norm, noise_multiplier, expected_batch_size, generator)
     return [s / expected_batch_size for s in noisy]
 
 
-# ------------------------------------------------------------------------------------------------------------- clipping
+# --------------------------------------------------------------------------------------------------------- clipping
 
 
 def clip_factors(squared, losses, clip_norm, clipping):
     """Squared norms (L, N) of the layers' per-example gradients -> factors (L, N) on those gradients, finite (N,) bool.
 
-    flat       min(1, C/|g|), |g| over all layers. Sensitivity C: the clipped gradient is no longer than C (Abadi et al. 2016).
+    flat       min(1, C/|g|), |g| over all layers. Sensitivity C: no clipped gradient is longer than C (Abadi et al. 2016).
     automatic  C/(|g| + 0.01). Sensitivity C: the length C |g|/(|g| + 0.01) is below C. Every example counts about
                equally and C merges into the learning rate; use C = 1 (Bu et al. 2022).
     per-layer  min(1, (C/sqrt(L))/|g_l|) for each of the L layers. Sensitivity C: squared lengths add, L * C^2/L = C^2.
@@ -127,12 +126,35 @@ def clip_factors(squared, losses, clip_norm, clipping):
 
 
 def squared_norm(a):
-    """(N, ...) -> (N,) float64. Rows of the last dimension are summed as they are, the rows in float64."""
-    rows = a.flatten(1, -2) if a.dim() > 2 else a[:, None]  # (N, rows, last)
-    return torch.linalg.vector_norm(rows, dim=-1).double().square().sum(-1)
+    """(N, ...) -> (N,) float64; only the last dimension is summed in the tensor's own precision."""
+    return torch.linalg.vector_norm(a.reshape(len(a), -1, a.shape[-1]), dim=-1).double().square().sum(-1)
 
 
-# ----------------------------------------------------------------- method 1: the definition, ten lines; method 2: torch.func
+def weighted_sum(a, factor, finite):
+    """sum_n factor[n] * a[n], (N, ...) -> (...); non-finite examples are left out."""
+    a = a if finite is None else masked(a, finite)
+    return (factor.to(a.dtype) @ a.flatten(1)).view(a.shape[1:])
+
+
+def masked(a, finite):
+    """Zero the rows of non-finite examples, (n*K, ...) with finite (n,); token numbers pass."""
+    keep = finite.repeat_interleave(len(a) // len(finite)).view(-1, *[1] * (a.dim() - 1))
+    return torch.where(keep, a, 0.0) if a.is_floating_point() else a
+
+
+@contextmanager
+def exact(device):
+    """No graph, no autocast, no TF32: norms and sums in float32 (or float64), also inside a mixed-precision region."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+# ------------------------------------------------------------------ method 1: the definition; method 2: torch.func
 
 
 def loop(model, layers, loss_fn, batch, clip):
@@ -148,18 +170,18 @@ def loop(model, layers, loss_fn, batch, clip):
 
 
 def vmap(model, layers, loss_fn, batch, clip):
-    """torch.func: the gradient function of one example, vectorised over the micro-batch. Needs N gradients of memory."""
-    root = nn.Module()  # functional_call swaps the parameters of a module, while a loss function takes the module: join them
+    """torch.func: the gradient function of one example, vectorised over the micro-batch; N gradients of memory."""
+    root = nn.Module()  # functional_call swaps the parameters of a module, a loss function takes the module: join them
     root.model, root.forward = model, lambda *example: loss_fn(root.model, *example)
-    named = {f"model.{layer.name}.{k}".replace("..", "."): p for layer in layers for k, p in layer.params.items()}
+    params = {f"model.{layer.name}.{k}".replace("..", "."): p.detach() for layer in layers for k, p in layer.params.items()}
 
     def one_loss(params, *example):
         losses = torch.func.functional_call(root, params, tuple(b if b is None else b[None] for b in example))
         return checked(losses, 1).sum(), losses[0]
 
-    per_example = torch.func.vmap(torch.func.grad(one_loss, has_aux=True), (None, *(None if b is None else 0 for b in batch)))
-    grads, losses = per_example({k: p.detach() for k, p in named.items()}, *batch)
-    sums = zeros(named.values())
+    dims = (None, *(None if b is None else 0 for b in batch))
+    grads, losses = torch.func.vmap(torch.func.grad(one_loss, has_aux=True), dims)(params, *batch)
+    sums = zeros(params.values())
     add_clipped(sums, layers, list(grads.values()), losses.detach(), clip)
     return sums
 
@@ -173,109 +195,69 @@ def add_clipped(sums, layers, grads, losses, clip):
             squared[i] += squared_norm(g)
         factors, finite = clip(squared, losses)
         for s, i, g in zip(sums, owner, grads, strict=True):
-            s += weighted(g if finite.all() else masked(g, finite), factors[i])
+            s += weighted_sum(g, factors[i], finite)
 
 
-# --------------------------------------------------------------------------- method 3: book-keeping (derivation on top)
+# --------------------------------------------------------------------- method 3: book-keeping (derivation on top)
 
 
 def bookkeeping(model, layers, loss_fn, batch, clip):
     """One forward and one backward pass of the summed loss; norms as the output gradients arrive, sums at the end."""
-    n, uses, kept, handles = rows(batch), Counter(), {}, []
+    n, uses, kept = rows(batch), Counter(), {}
     params = [p for layer in layers for p in layer.params.values()]
     squared = torch.zeros(len(layers), n, dtype=torch.float64, device=params[0].device)
 
-    def forward_hook(i, x, out):
+    def seen(i, x, out):
+        """Forward hook of layer i."""
         if x.dim() < FEWEST_DIMS[type(layers[i].module)] or len(x) % n:
-            raise ValueError(f"layer {layers[i].name!r} saw an input of shape {tuple(x.shape)} in a micro-batch of {n} examples; its "
-                             f"first dimension must be a multiple of {n}, example after example")
+            raise ValueError(f"layer {layers[i].name!r} saw an input of shape {tuple(x.shape)} in a micro-batch of {n} "
+                             f"examples; its first dimension must be a multiple of {n}, example after example")
         uses[i] += 1
         if not out.requires_grad:
             out.requires_grad_()  # the graph starts here: no trainable layer before this one
         version = x._version
-        out.register_hook(lambda g: receive(i, x.detach(), g, x._version == version))
+        out.register_hook(lambda g: received(i, x.detach(), g, x._version == version))
 
-    def receive(i, x, g, unchanged):
+    def received(i, x, g, unchanged):
+        """Backward hook: the gradient of a layer's output is complete."""
         layer = layers[i]
         if not unchanged:
             raise ValueError(f"the input of layer {layer.name!r} was changed in place after the layer had used it")
         with exact(g.device):
+            if getattr(layer.module, "padding_idx", None) is not None:  # an embedding's padding row gets no gradient
+                g = g.masked_fill((x == layer.module.padding_idx)[..., None], 0.0)
             if uses[i] == 1 and grams_are_cheaper(layer, x, g, n):
-                squared[i] = gram_squared_norm(layer, x, g, n)
-                kept[i] = (x, g)
+                squared[i], kept[i] = gram_squared_norm(layer, x, g, n), (x, g)
             else:  # a layer used twice: the two gradients add up before the norm
                 grads = per_example(layer, x, g, n)
                 kept[i] = {k: v + kept[i][k] for k, v in grads.items()} if i in kept else grads
 
-    try:
-        for p in params:
-            p.requires_grad_(False)  # or autograd would compute the sum of the unclipped gradients as well
+    with ExitStack() as undo:
+        for p in params:  # or autograd would compute the sum of the unclipped gradients as well
+            undo.callback(p.requires_grad_(False).requires_grad_, True)
         for i, layer in enumerate(layers):
-            handles.append(layer.module.register_forward_hook(lambda _, args, out, i=i: forward_hook(i, args[0], out)))
+            handle = layer.module.register_forward_hook(lambda _, args, out, i=i: seen(i, args[0], out))
+            undo.callback(handle.remove)
         losses = checked(loss_fn(model, *batch), n)
-        for handle in handles:
-            handle.remove()
         # A non-finite loss is taken out before the sum, so that it cannot reach the other examples.
         torch.where(losses.isfinite(), losses, 0.0).sum().backward()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for p in params:
-            p.requires_grad_(True)
 
-    losses = losses.detach()
+    losses, sums = losses.detach(), []
     with exact(losses.device):
         for i, grads in kept.items():
             if isinstance(grads, dict):
                 squared[i] = sum(squared_norm(g) for g in grads.values())
         factors, finite = clip(squared, losses)
-        all_finite, sums = bool(finite.all()), []
         for i, layer in enumerate(layers):
             found = kept.pop(i, None)  # popped: freed layer by layer
             if found is None:  # not used by this loss: zero, but it will get its noise
                 sums += zeros(layer.params.values())
             elif isinstance(found, dict):
-                sums += [weighted(v if all_finite else masked(v, finite), factors[i]) for v in found.values()]
+                sums += [weighted_sum(g, factors[i], finite) for g in found.values()]
             else:
-                x, g = found if all_finite else (masked(a, finite) for a in found)
+                x, g = found if finite is None else (masked(a, finite) for a in found)
                 sums += weighted_product(layer, x, g, factors[i]).values()
     return sums
-
-
-def wide(a):
-    """bfloat16 (autocast) -> float32; float32, float64 and token numbers as they are."""
-    return a.float() if a.dtype in (torch.bfloat16, torch.float16) else a
-
-
-def by_channel(layer, a, n):
-    """Rows (n*K, ..., c), or (n*K, c, H, W) of a convolution, regrouped by example: (n, K, ..., c) or (n, K, H, W, c)."""
-    a = a.movedim(1, -1) if isinstance(layer.module, nn.Conv2d) else a
-    return a.unflatten(0, (n, -1))
-
-
-def taps(conv, size_in, size_out):
-    """For each offset of a kernel along height and width: [(slice of outputs, slice of inputs that it connects), ...].
-
-    A 3x3 convolution is nine linear layers, one per offset, each between shifted images. The slices leave out what meets
-    the zero padding (on a 2x2 image more than half).
-    """
-    axes = []
-    for k, s, p, d, n_in, n_out in zip(conv.kernel_size, conv.stride, conv.padding, conv.dilation, size_in, size_out,
-                                       strict=True):
-        first = [max(0, -((t * d - p) // s)) for t in range(k)]  # smallest o with o*s + t*d - p >= 0
-        last = [min(n_out, (n_in - 1 - t * d + p) // s + 1) for t in range(k)]  # and the end: o*s + t*d - p < n_in
-        axes.append([(slice(a, max(a, b)), slice(a * s + t * d - p, max(a, b) * s + t * d - p, s))
-                     for t, (a, b) in enumerate(zip(first, last, strict=True))])
-    return axes
-
-
-def linear_parts(layer, x, g, n):
-    """Inputs (n, P, d) and output gradients (n, P, p) of a Linear layer, or of each of a convolution's linear layers."""
-    x, g = by_channel(layer, x, n), by_channel(layer, g, n)
-    if isinstance(layer.module, nn.Linear):
-        return [(x.flatten(1, -2), g.flatten(1, -2))]
-    rows, columns = taps(layer.module, x.shape[2:4], g.shape[2:4])
-    return [(x[:, :, i, j].flatten(1, -2), g[:, :, o, q].flatten(1, -2)) for o, i in rows for q, j in columns]
 
 
 def grams_are_cheaper(layer, x, g, n):
@@ -294,17 +276,16 @@ def gram_squared_norm(layer, x, g, n):
     """Squared norms (n,) float64 of the per-example gradients of weight (and bias) from two Gram matrices."""
     m, x, g = layer.module, wide(x), wide(g)
     if isinstance(m, nn.Embedding):  # one-hot inputs: the Gram matrix says which positions hold the same token
-        tokens, g = x.reshape(n, -1), unpadded(m, x, g).reshape(n, -1, g.shape[-1])
+        tokens, g = x.reshape(n, -1), positions(g, n)
         gram_x = (tokens[:, :, None] == tokens[:, None, :]).to(g.dtype)
     else:
-        x, g = by_channel(layer, x, n), by_channel(layer, g, n)
-        pixels = x.flatten(1, -2)
-        gram_x = pixels @ pixels.mT  # (n, P, P)
-        if isinstance(m, nn.Conv2d) and m.weight[0, 0].numel() > 1:
-            gram_x = patches_gram(m, gram_x.view(n, *2 * x.shape[1:-1]), g.shape[2:4])
+        shape, size_out = x.shape, g.shape[2:]
+        x, g = positions(channels_last(layer, x), n), positions(channels_last(layer, g), n)
+        gram_x = x @ x.mT  # (n, P, P)
+        if isinstance(m, nn.Conv2d):
+            gram_x = patches_gram(m, gram_x.view(n, *2 * (shape[0] // n, *shape[2:])), size_out)
         if "bias" in layer.params:
             gram_x = gram_x + 1  # the further input that is always 1
-        g = g.flatten(1, -2)
     products = gram_x * (g @ g.mT)  # (n, P, P)
     lengths = products.diagonal(dim1=1, dim2=2).sqrt().sum(-1)  # sum_p |x_p||g_p|
     rounding = 8 * torch.finfo(g.dtype).eps * lengths.double().square()  # see "Rounding" above
@@ -315,85 +296,90 @@ def patches_gram(conv, gram, size_out):
     """Gram matrix of a convolution's pixels (n, K, H, W, K, H, W) -> of its patches (n, P, P), P = K H' W'.
 
     The inner product of two patches is the sum over the kernel's offsets of the inner products of their pixels: the
-    patches, nine times the size of the input for a 3x3 kernel, need not exist. Offsets in height and width are
-    independent, so they are summed one after the other.
+    patches, nine times the size of the input, need not exist. First the offsets in height are summed, then in width.
     """
     rows, columns = taps(conv, gram.shape[2:4], size_out)
-    n, k, _, w, *_ = gram.shape
-    high = gram.new_zeros(n, k, size_out[0], w, k, size_out[0], w)
+    (n, k, _, w), (h_out, w_out) = gram.shape[:4], size_out
+    high = gram.new_zeros(n, k, h_out, w, k, h_out, w)
     for o, i in rows:
         high[:, :, o, :, :, o] += gram[:, :, i, :, :, i]
-    full = gram.new_zeros(n, k, *size_out, k, *size_out)
+    full = gram.new_zeros(n, k, h_out, w_out, k, h_out, w_out)
     for o, i in columns:
         full[:, :, :, o, :, :, o] += high[:, :, :, i, :, :, i]
-    return full.view(n, k * size_out[0] * size_out[1], -1)
+    return full.view(n, k * h_out * w_out, -1)
 
 
 def per_example(layer, x, g, n):
     """Per-example gradients {weight: (n, *weight.shape), bias: (n, p)} of one use of a layer, whichever are trained."""
-    m, x, g, bias = layer.module, wide(x), wide(g), None
-    if isinstance(m, nn.Embedding):
-        index = x.reshape(n, -1) + m.num_embeddings * torch.arange(n, device=x.device)[:, None]
-        weight = g.new_zeros(n * m.num_embeddings, g.shape[-1])
-        weight.index_add_(0, index.flatten(), unpadded(m, x, g).reshape(-1, g.shape[-1]))
-    elif isinstance(m, nn.LayerNorm):
+    m, x, g, weight = layer.module, wide(x), wide(g), None
+    if isinstance(m, nn.LayerNorm):
         scaled = g * F.layer_norm(x, m.normalized_shape, eps=m.eps)
         weight, bias = (a.reshape(n, -1, *m.normalized_shape).sum(1) for a in (scaled, g))
     elif isinstance(m, nn.GroupNorm):
         scaled = g * F.group_norm(x, m.num_groups, eps=m.eps)
         weight, bias = (a.reshape(n, -1, m.num_channels, a[0, 0].numel()).sum((1, 3)) for a in (scaled, g))
+    elif isinstance(m, nn.Embedding):
+        one_hot = F.one_hot(x.reshape(n, -1), m.num_embeddings).to(g.dtype)  # (n, P, V)
+        weight, bias = one_hot.mT @ positions(g, n), None
     else:
         if "weight" in layer.params:
-            parts = [b.mT @ a for a, b in linear_parts(layer, x, g, n)]  # (n, p, d) each
-            weight = parts[0] if len(parts) == 1 else torch.stack(parts, -1)
-        bias = by_channel(layer, g, n).flatten(1, -2).sum(1)
+            weight = torch.stack([b.mT @ a for a, b in linear_parts(layer, x, g, n)], -1)  # (n, p, d, taps)
+        bias = positions(channels_last(layer, g), n).sum(1)
     return {k: (weight if k == "weight" else bias).reshape(n, *p.shape) for k, p in layer.params.items()}
 
 
 def weighted_product(layer, x, g, factor):
     """Clipped sum {weight, bias} of a layer from inputs x, output gradients g and one factor (n,) per example."""
     m, x, g, n = layer.module, wide(x), wide(g), len(factor)
-    g = (g.unflatten(0, (n, -1)) * factor.to(g.dtype).view(n, *[1] * g.dim())).flatten(0, 1)
+    g = g * factor.to(g.dtype).repeat_interleave(len(g) // n).view(-1, *[1] * (g.dim() - 1))
     if isinstance(m, nn.Embedding):
-        g = unpadded(m, x, g).reshape(-1, g.shape[-1])
-        return {"weight": g.new_zeros(m.weight.shape).index_add_(0, x.flatten(), g)}
+        return {"weight": g.new_zeros(m.weight.shape).index_add_(0, x.flatten(), g.reshape(-1, g.shape[-1]))}
     parts = [b.flatten(0, 1).mT @ a.flatten(0, 1) for a, b in linear_parts(layer, x, g, n)]  # (p, n P) @ (n P, d)
-    grads = {"weight": parts[0] if len(parts) == 1 else torch.stack(parts, -1)}
+    grads = {"weight": (parts[0] if len(parts) == 1 else torch.stack(parts, -1)).view(m.weight.shape)}
     if "bias" in layer.params:
-        grads["bias"] = by_channel(layer, g, n).flatten(0, -2).sum(0)
-    return {k: v.view(m.get_parameter(k).shape) for k, v in grads.items()}
+        grads["bias"] = channels_last(layer, g).sum(tuple(range(g.dim() - 1)))
+    return grads
 
 
-def weighted(per_example, factor):
-    """sum_n factor[n] * per_example[n], (N, ...) -> (...)."""
-    return (factor.to(per_example.dtype) @ per_example.flatten(1)).view(per_example.shape[1:])
+def wide(a):
+    """bfloat16 (autocast) -> float32; float32, float64 and token numbers as they are."""
+    return a.float() if a.dtype in (torch.bfloat16, torch.float16) else a
 
 
-def masked(a, finite):
-    """Zero the rows of non-finite examples, (n*K, ...) with finite (n,); token numbers pass."""
-    if not a.is_floating_point():
-        return a
-    keep = finite.repeat_interleave(len(a) // len(finite)).view(-1, *[1] * (a.dim() - 1))
-    return torch.where(keep, a, 0.0)
+def channels_last(layer, a):
+    """Images (n*K, c, H, W) of a convolution -> (n*K, H, W, c); rows of a Linear layer (n*K, ..., c) as they are."""
+    return a.movedim(1, -1) if isinstance(layer.module, nn.Conv2d) else a
 
 
-def unpadded(embedding, tokens, g):
-    """nn.Embedding gives its padding row no gradient."""
-    return g if embedding.padding_idx is None else g.masked_fill((tokens == embedding.padding_idx)[..., None], 0.0)
+def positions(a, n):
+    """(n*K, ..., c) -> (n, P, c): everything between the example and the channel is a position."""
+    return a.reshape(n, -1, a.shape[-1])
 
 
-@contextmanager
-def exact(device):
-    """No graph, no autocast, no TF32: norms and sums in float32 (or float64), also inside a mixed-precision region."""
-    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = cudnn
+def taps(conv, size_in, size_out):
+    """For each offset of a kernel in height, and in width: [(slice of outputs, slice of the inputs they meet), ...].
+
+    A 3x3 convolution is nine linear layers, one per offset, between images shifted against each other. The slices leave
+    out what meets the zero padding: on a 2x2 image more than half.
+    """
+    axes = []
+    for k, s, p, d, n_in, n_out in zip(conv.kernel_size, conv.stride, conv.padding, conv.dilation, size_in, size_out,
+                                       strict=True):
+        axes.append([])
+        for shift in range(-p, k * d - p, d):  # output o meets input o*s + shift, if 0 <= o*s + shift < n_in
+            first = max(0, -(shift // s))
+            end = max(first, min(n_out, (n_in - 1 - shift) // s + 1))
+            axes[-1].append((slice(first, end), slice(first * s + shift, end * s + shift, s)))
+    return axes
+
+
+def linear_parts(layer, x, g, n):
+    """Inputs (n, P, d) and output gradients (n, P, p) of a Linear layer, or of each linear layer of a convolution."""
+    x, g = channels_last(layer, x), channels_last(layer, g)
+    if isinstance(layer.module, nn.Linear):
+        return [(positions(x, n), positions(g, n))]
+    rows, columns = taps(layer.module, x.shape[1:3], g.shape[1:3])
+    return [(positions(x[:, i, j], n), positions(g[:, o, q], n)) for o, i in rows for q, j in columns]
 
 
 # ------------------------------------------------------------------------------------------------- what may be trained
@@ -463,7 +449,7 @@ def checked(losses, n):
     if not isinstance(losses, torch.Tensor) or losses.shape != (n,):
         raise ValueError(f"loss_fn must return one loss per example, shape ({n},), not {tuple(getattr(losses, 'shape', ()))}: "
                          "average over pixels and noise draws, never over examples")
-    if not losses.requires_grad and not torch._C._functorch.is_functorch_wrapped_tensor(losses):
+    if not losses.requires_grad:
         raise ValueError("the losses do not depend on any trainable parameter; is loss_fn under no_grad, or the layer unused?")
     return losses
 

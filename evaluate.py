@@ -201,11 +201,11 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
 
 
 def compare(model, samples, real, seed=0):
-    """Frechet distance, the same between two halves of the real pictures (its floor), precision and recall: a dict."""
+    """Frechet distance, the same between two halves of the real pictures, precision and recall: a dict."""
     generator = torch.Generator().manual_seed(seed)
     a, b = (features(model, x[torch.randperm(len(x), generator=generator)]) for x in (samples, real))
     half, few_a, few_b = len(b) // 2, a[:MANIFOLD], b[:MANIFOLD]
-    return {"frechet": frechet(a, b), "n": [len(a), len(b)], "floor": frechet(b[:half], b[half:]), "floor_n": half,
+    return {"frechet": frechet(a, b), "n": [len(a), len(b)], "halves": frechet(b[:half], b[half:]), "halves_n": half,
             "precision": covered(few_a, few_b), "recall": covered(few_b, few_a), "k": NEIGHBOURS,
             "manifold_n": [len(few_a), len(few_b)]}
 
@@ -224,7 +224,7 @@ def held_out_sets(release, root=None):
     sets = {f"{len(real):,} held out of {private}": real}
     if private == "mnist10k":
         raw = Path(root or os.environ.get("DPLDM_DATA") or "~/.cache/dpldm").expanduser() / "MNIST" / "raw"
-        if data.find([raw], ["t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]):  # no download just to evaluate
+        if data.find([raw], "t10k"):  # no download just to evaluate
             official = data.load("mnist", "test", root, release.crop)
             sets[f"{len(official):,} MNIST test digits"] = official
         else:
@@ -236,8 +236,10 @@ def held_out_sets(release, root=None):
 
 def read_samples(path, release, n=None):
     """The first n (default: all) pictures of an NPZ as sample.py writes it -> uint8 (n,C,crop,crop), labels (n,)."""
+    if not Path(path).is_file():
+        raise ValueError(f"--samples: no file {path}; write one: python sample.py RUN --npz {path}")
     arrays = data.read_npz(path, ("images", "labels"))
-    images, labels = data.check(arrays["images"], arrays["labels"], len(release.classes), path)
+    images, labels = data.check(arrays["images"], arrays["labels"], path, 0, len(release.classes) - 1)
     shape, wanted = (release.vae.config.out_ch, release.crop, release.crop), n or 1
     if images.shape[1:] != shape or len(images) < wanted:
         raise ValueError(f"{path} has {len(images)} pictures of {tuple(images.shape[1:])}, needed: {wanted} of {shape}")
@@ -256,7 +258,7 @@ def table(result):
     if d:
         lines += ["", f"Frechet distance, features of a {d['features']}: {d['frechet']:.2f}",
                   f"  {d['n'][0]:,} samples against {d['split']}, {d['resize']}; "
-                  f"floor, real against real, {d['floor_n']:,} each: {d['floor']:.2f}",
+                  f"real against real, {d['halves_n']:,} each (few read high): {d['halves']:.2f}",
                   f"precision {d['precision']:.3f}, recall {d['recall']:.3f} in the same features, k = {d['k']}, "
                   f"{d['manifold_n'][0]:,} samples and {d['manifold_n'][1]:,} real"]
     return "\n".join([*lines, "", "seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in result["seconds"].items())])

@@ -39,7 +39,7 @@ import vae
 # ------------------------------------------------------------------------------------------------------------ settings
 
 DIGITS = dict(  # every key is a flag or a network; a preset overrides some of them, the command line overrides both
-    public="strokes", public_classes="all", public_n=36_000, private="mnist10k", crop=28, flips=False,
+    public="strokes", public_classes="all", public_n=36_000, private="mnist10k", private_n=None, crop=28, flips=False,
     vae=vae.VAEConfig(ch=8, ch_mult=(1, 2, 4, 8)), vae_steps=1200, vae_batch=64, vae_lr=3e-3, kl_weight=1e-6,
     unet=unet.UNetConfig(4, 4, num_heads=4, context_dim=64), schedule=diffusion.Schedule("cosine", "v"),
     ldm_steps=800, ldm_batch=256, ldm_lr=1e-3, cond_drop=0.1,
@@ -58,9 +58,9 @@ PRESETS = {
         vae=replace(vae.PAPER["mnist"], in_channels=1, out_ch=1), vae_steps=60_000, vae_batch=100, vae_lr=4.5e-4,
         unet=unet.PAPER["mnist"], schedule=diffusion.PAPER, ldm_steps=50_000, ldm_batch=512, ldm_lr=2.5e-3, cond_drop=0.0,
         steps=6000, clip_norm=1e-3, ema=0.9999, sample_steps=200, sample_eta=1.0),
-    "smoke": dict(public_n=400, vae=vae.VAEConfig(ch=8, ch_mult=(1, 1, 2, 2)), vae_steps=20, vae_batch=32,
+    "smoke": dict(public_n=400, private_n=1000, vae=vae.VAEConfig(ch=8, ch_mult=(1, 1, 2, 2)), vae_steps=20, vae_batch=32,
                   unet=unet.UNetConfig(4, 4, 32, attention_resolutions=(2,), context_dim=8), ldm_steps=20, ldm_batch=64,
-                  batch_size=200, steps=4, micro_batch=64, sample_steps=4),
+                  batch_size=100, steps=4, micro_batch=32, sample_steps=4),
 }
 # These may differ when a run is resumed: they change where and how fast, not what is computed or guaranteed.
 FREE = {"preset", "out", "init", "resume", "dry_run", "device", "precision", "data_root", "micro_batch", "method"}
@@ -95,6 +95,7 @@ def parse(argv):
           ("public_classes", str, "classes of the set strokes", ("digits", "letters", "all")),
           ("public_n", int, "public pictures to use or draw"),
           ("private", str, "private set", [k for k in data.LOADERS if k not in ("strokes", "omniglot")]),
+          ("private_n", int, "private pictures to use, a random choice"),
           ("flips", lambda x: {"yes": True, "no": False}[x], "mirror pictures at random, yes or no"))
     flags("stage 1, autoencoder (public)", ("vae_steps", int, "steps"), ("vae_batch", int, "pictures per step"),
           ("vae_lr", float, "peak learning rate of AdamW"),
@@ -146,7 +147,7 @@ def check(s):
             if getattr(s, key) is not None and not good(getattr(s, key)):
                 raise ValueError(f"--{key.replace('_', '-')} must {text}, got {getattr(s, key)}")
 
-    demand("vae_steps vae_batch ldm_steps ldm_batch batch_size noise_multiplicity micro_batch sample_steps public_n",
+    demand("vae_steps vae_batch ldm_steps ldm_batch batch_size noise_multiplicity micro_batch sample_steps public_n private_n",
            lambda v: v >= 1, "be at least 1")
     demand("steps from_block", lambda v: v >= 0, "not be negative")
     demand("vae_lr ldm_lr lr clip_norm", lambda v: 0 < v < math.inf, "be a positive number")
@@ -504,14 +505,15 @@ def main(argv=None):
     s.bf16 = s.precision == "bf16" or (s.precision == "auto" and bf16_wins(s.device))
     find = partial(data.load, root=s.data_root, size=s.vae.resolution)
     # Both sets are read before the first long loop: nobody waits an hour to learn that a file is missing.
-    private = find(s.private, "train" if s.steps else "test")  # steps = 0: not one private picture is read
+    private = find(s.private, "train", n=s.private_n) if s.steps else find(s.private, "test")  # steps 0: no private picture is read
     public = find(s.public, public_classes=s.public_classes if s.public == "strokes" else None,
                   n=200 if s.dry_run else s.public_n, seed=s.seed)
     plan = privacy_plan(s, len(private) if s.steps else 0)
     num_classes = max(len(public.classes), len(private.classes))
-    if s.dry_run:
+    with torch.device("cpu" if s.dry_run else "meta"):  # meta: no memory, only to refuse a wrong --tune before any work
         model = unet.LatentModel(unet.UNet(s.unet), unet.ClassEmbedder(num_classes, s.unet.context_dim, s.cond_drop > 0))
         unet.select_trainable(model, s.tune, s.from_block)
+    if s.dry_run:
         print_plan(s, plan, model)
         return estimate(s, model, plan)
 

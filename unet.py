@@ -39,7 +39,8 @@ class UNetConfig:
     attention_resolutions lists the *downsampling factors* (1, 2, 4, ...) at which blocks have attention. context_dim is
     D of the context (N, L, D), None for a network without cross-attention to a condition. use_spatial_transformer=False
     gives plain self-attention (`AttentionBlock`), the paper's unconditional CelebA networks. num_head_channels, if given,
-    fixes the width of a head instead of their number (num_heads is then not used).
+    fixes the width of a head instead of their number (num_heads is then not used). num_groups is that of every GroupNorm: 32
+    in the paper's networks, fewer where a network is so narrow that groups of one channel would wipe out its mean.
     """
     in_channels: int = 3
     out_channels: int = 3
@@ -54,6 +55,7 @@ class UNetConfig:
     context_dim: int | None = 5
     use_scale_shift_norm: bool = True
     resblock_updown: bool = True
+    num_groups: int = 32
 
 
 def timestep_embedding(t, dim):
@@ -102,12 +104,12 @@ class ResBlock(nn.Module):
     With scale-shift norm the timestep sets scale and shift of the second GroupNorm (FiLM); without, it is added.
     """
 
-    def __init__(self, channels, time_dim, out_channels, scale_shift, resample=None):
+    def __init__(self, channels, time_dim, out_channels, scale_shift, groups, resample=None):
         super().__init__()
-        self.norm1 = nn.GroupNorm(32, channels, eps=1e-5)
+        self.norm1 = nn.GroupNorm(groups, channels, eps=1e-5)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.time_proj = nn.Linear(time_dim, 2 * out_channels if scale_shift else out_channels)
-        self.norm2 = nn.GroupNorm(32, out_channels, eps=1e-5)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-5)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
         self.scale_shift = scale_shift
@@ -197,9 +199,9 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Pixels become tokens, a transformer that looks at the condition runs over them, and the result is added back."""
 
-    def __init__(self, channels, num_heads, depth, context_dim):
+    def __init__(self, channels, num_heads, depth, context_dim, groups):
         super().__init__()
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
         self.blocks = nn.ModuleList(TransformerBlock(channels, context_dim, num_heads) for _ in range(depth))
         self.proj_out = zero_init(nn.Linear(channels, channels))
@@ -215,10 +217,10 @@ class SpatialTransformer(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over the pixels, no condition: the attention of the paper's unconditional networks."""
 
-    def __init__(self, channels, num_heads):
+    def __init__(self, channels, num_heads, groups):
         super().__init__()
         self.num_heads = num_heads
-        self.norm = nn.GroupNorm(32, channels, eps=1e-5)
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-5)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj_out = zero_init(nn.Linear(channels, channels))
 
@@ -245,20 +247,20 @@ class UNet(nn.Module):
         self.config = config
         c, width = config, config.model_channels
         widths = [width * mult for mult in c.channel_mult]
-        if any(w % 32 or w % (c.num_head_channels or c.num_heads) for w in widths):
-            raise ValueError(f"UNet: every level's width {widths} must be divisible by 32 (GroupNorm) and by num_heads or "
-                             f"num_head_channels ({c.num_head_channels or c.num_heads}); try a multiple of 32")
+        if any(w % c.num_groups or w % (c.num_head_channels or c.num_heads) for w in widths):
+            raise ValueError(f"UNet: every level's width {widths} must be divisible by num_groups ({c.num_groups}) and by "
+                             f"num_heads or num_head_channels ({c.num_head_channels or c.num_heads})")
         time_dim = 4 * width
         self.time_embed = nn.Sequential(nn.Linear(width, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
 
         def res(in_width, out_width, resample=None):
-            return ResBlock(in_width, time_dim, out_width, c.use_scale_shift_norm, resample)
+            return ResBlock(in_width, time_dim, out_width, c.use_scale_shift_norm, c.num_groups, resample)
 
         def attention(w):
             heads = w // c.num_head_channels if c.num_head_channels else c.num_heads
             if c.use_spatial_transformer:
-                return SpatialTransformer(w, heads, c.transformer_depth, c.context_dim)
-            return AttentionBlock(w, heads)
+                return SpatialTransformer(w, heads, c.transformer_depth, c.context_dim, c.num_groups)
+            return AttentionBlock(w, heads, c.num_groups)
 
         # Every element of the block lists is one stop of the forward pass: its output is a skip connection (input
         # side), or it consumes one (output side). Names and order are those of the original code (see load_ldm).
@@ -288,7 +290,7 @@ class UNet(nn.Module):
                     stop.append(res(w, w, "up") if c.resblock_updown else Upsample(w))
                     factor //= 2
                 self.output_blocks.append(nn.ModuleList(stop))
-        self.out = nn.Sequential(nn.GroupNorm(32, w, eps=1e-5), nn.SiLU(),
+        self.out = nn.Sequential(nn.GroupNorm(c.num_groups, w, eps=1e-5), nn.SiLU(),
                                  zero_init(nn.Conv2d(w, c.out_channels, 3, padding=1)))
 
     def forward(self, x, t, context=None):
@@ -444,10 +446,10 @@ def select_trainable(model, tune="attention", from_block=0):
 
 def insert_lora(module, rank):
     """Wrap every attention projection inside module; return the new down and up layers (existing pairs are refused)."""
+    if any(isinstance(m, LoRALinear) for m in module.modules()):
+        raise ValueError("this model already has LoRA pairs; merge_lora(model) first")
     pairs = []
     for parent in list(module.modules()):
-        if isinstance(parent, LoRALinear):
-            raise ValueError("this model already has LoRA pairs; merge_lora(model) first")
         names = {Attention: ("to_q", "to_k", "to_v", "to_out"), AttentionBlock: ("qkv", "proj_out")}.get(type(parent), ())
         for name in names:
             wrapped = LoRALinear(getattr(parent, name), rank)

@@ -1,4 +1,4 @@
-"""evaluate.py: closed forms of the distances, honest training of the classifiers, the whole program on a tiny release."""
+"""evaluate.py: distances against closed forms, honest training of classifiers, the whole program on a tiny release."""
 import json
 
 import numpy as np
@@ -14,7 +14,7 @@ import vae
 
 RECIPE = {"kind": "small-cnn", "epochs": 1, "lr": 2e-3}
 TINY = {"n": 40, "steps": 2, "eta": 0.0,
-        "recipes": {"cnn": RECIPE, "logreg": {"kind": "logreg", "epochs": 1, "lr": 1e-3}}}
+        "recipes": {"cnn": RECIPE, **{kind: {"kind": kind, "epochs": 1, "lr": 1e-3} for kind in ("mlp", "logreg")}}}
 
 
 def bars(n, seed=0, size=20):
@@ -196,7 +196,7 @@ def test_program_scores_a_release(run, monkeypatch, capsys):
     trained, original = [], evaluate.train_classifier
 
     def record(**arguments):
-        trained.append(arguments["images"])
+        trained.append((arguments["images"], arguments["labels"]))
         return original(**arguments)
 
     monkeypatch.setattr(evaluate, "train_classifier", record)
@@ -205,15 +205,16 @@ def test_program_scores_a_release(run, monkeypatch, capsys):
     labels = sample.uniform_labels(40, 10)
     generated = sample.generate(sample.load_release(run), labels, 2, 0.0, 1.0, 0, progress=False)
     strokes = {x.numpy().tobytes() for x in data.load("strokes", size=28, public_classes="all", n=72).images}
-    assert len(trained) == 3 and all(torch.equal(images, generated) for images in trained[:2])
-    assert {x.numpy().tobytes() for x in trained[2]} == strokes
+    assert len(trained) == 3 and {x.numpy().tobytes() for x in trained[2][0]} == strokes
+    assert all(torch.equal(x, generated) and torch.equal(y, labels) for x, y in trained[:2])
+    assert labels.bincount().tolist() == [4] * 10  # uniform, not the private histogram
 
     assert set(result["accuracy"]) == {"cnn", "logreg"} and result["held_out"] == {"2,000 held out of mnist10k": 2000}
     assert all(0 <= p <= 1 for scores in result["accuracy"].values() for p in scores.values())
     assert result["privacy"]["epsilon"] == 10 and result["privacy"]["delta"] == 1e-5
-    assert result["protocol"] == "quick" and result["recipes"] == TINY["recipes"] and result["n"] == 40
+    assert result["protocol"] == "quick" and result["recipes"]["cnn"] == RECIPE and result["n"] == 40
     distance = result["distance"]
-    assert distance["n"] == [40, 2000] and distance["frechet"] > distance["floor"] > 0
+    assert distance["n"] == [40, 2000] and distance["frechet"] > distance["halves"] > 0
     for part in ("protocol quick", "40 samples, DDIM, 2 steps, eta 0, guidance 1, seed 0", "last epoch",
                  "features of a CNN trained on strokes", "2,000 held out of mnist10k", "28 pixels, not resized",
                  "official MNIST test digits skipped"):
@@ -247,7 +248,7 @@ def test_samples_file_replaces_sampling(run, tmp_path):
     assert result["n"] == 25 and "s.npz" in result["sampler"]
 
 
-def test_feature_network_is_kept_and_replaced_if_damaged(run, capsys):
+def test_feature_network_is_kept_and_replaced_if_damaged(run, monkeypatch, capsys):
     def get(**changes):
         arguments = {"public_folder": run / "public", "public": "strokes", "channels": 1, "size": 28, **changes}
         _, name = evaluate.public_features(**arguments, progress=False)
@@ -263,7 +264,8 @@ def test_feature_network_is_kept_and_replaced_if_damaged(run, capsys):
         assert get() == (name, True)  # trained anew, from the same seed
     folder.save({"settings": 0}, path)
     assert get() == (name, True)
-    assert get(size=32)[1]  # other settings
+    monkeypatch.setattr(evaluate, "FEATURE_PICTURES", 36)
+    assert get()[1] and get(size=32)[1]  # other settings
 
 
 def test_missing_public_set_costs_only_the_distance(run, monkeypatch, capsys):

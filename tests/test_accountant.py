@@ -1,0 +1,451 @@
+"""accountant.py against closed forms, the definition integrated here, reference values and simulation (about 15 s)."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy.integrate import quad
+from scipy.special import ndtr, ndtri
+from scipy.stats import norm
+
+import accountant
+
+# T-fold Poisson-subsampled Gaussian: q, sigma, steps, delta, exact epsilon (two PLD programs agreeing to 5e-6, or a
+# closed form), epsilon of a perfect RDP accountant, its order.
+EPSILON = [
+    (0.01, 1.0, 10000, 1e-5, 6.187713704150723, 6.712271762509994, 4.135065062637973),
+    (0.01, 4.0, 10000, 1e-5, 0.9468676308626676, 1.0353840019440974, 17.219882225772615),
+    (0.001, 0.8, 60000, 1e-6, 2.225025966596803, 2.568689639877746, 7.729376750777652),
+    (0.0333, 1.5, 6000, 1e-5, 9.691652578555427, 10.437419183830759, 3.2468226089510126),
+    (0.0683, 2.0, 2200, 1e-5, 8.36219123253971, 9.01869570550743, 3.5244082692288687),
+    (1.0, 5.0, 1, 1e-5, 0.7255217508577958, 0.7943147742740684, 21.545968849052617),
+    (1.0, 20.0, 200, 1e-5, 2.943225239801364, 3.188971158883006, 7.177994938193768),
+    (0.004, 0.6, 1000, 1e-5, 3.6506993568735058, 4.579629434977679, 3.5958290676539573),
+    (0.2, 3.0, 300, 1e-8, 7.2494776531541865, 7.663888732604812, 5.459483611066377),
+    (0.04, 1.0, 750, 1e-5, 7.2661823286804825, 7.9894623631761705, 3.445086370382531),
+    (1 / 30, 5.0, 6000, 1e-5, 2.099176240339383, 2.2819525145446997, 9.176421351514907),
+    (0.01, 8.0, 500, 1e-6, 0.10310978805765594, 0.11284868265652839, 147.23616330454084),
+]
+ALPHAS = [1.25, 1.5, 2, 2.5, 3, 4, 7.3, 16, 32, 64, 256]
+RDP = {  # one step at ALPHAS, 70-digit quadrature of the definition, the larger direction
+    (0.01, 1.0): [
+        0.00010539800509817623, 0.00012725374332744983, 0.00017181342207454794, 0.00021757533228188047,
+        0.00026463757458466134, 0.0003631540489107567, 0.0007584451070574613, 3.0878507836962448, 11.246275937048068,
+        27.32173187455178, 123.37677032308646,
+    ],
+    (0.1, 2.0): [
+        0.0017376548494981814, 0.0020989345957101767, 0.002836228266263623, 0.0035940771994132283, 0.004373658348577059,
+        0.006003282964489649, 0.012204206046469148, 0.045291839083621964, 1.6272023010194359, 5.660867258415199,
+        29.688385161543234,
+    ],
+    (0.5, 5.0): [
+        0.006296759008076031, 0.0075750621768063365, 0.010150997399574098, 0.01275302543498481, 0.015381536839590202,
+        0.02071960305344124, 0.03913957860647934, 0.09444635581299195, 0.2293931405608046, 0.66339328189197,
+        4.4241719178133225,
+    ],
+}  # fmt: skip
+HARD = [  # q, sigma, alpha, 50-digit quadrature: corners where float64 loses its digits if the code is careless
+    (1e-05, 100.0, 1.01, 5.050252503416736e-15),
+    (1e-05, 0.3, 1.01, 5.991892621995651e-07),
+    (1e-05, 100.0, 999.5, 4.997754868957092e-12),
+    (0.5, 5.0, 2.5, 0.01275302543498481),
+    (0.3, 30.0, 777.7, 0.04793225122495489),
+    (0.999, 0.3, 2.5, 13.88722138842931),
+    (0.001, 1.0, 20.3, 2.8843343013620837),
+]
+NOISE = [  # epsilon, delta, q, steps, exact sigma, sigma of a perfect RDP accountant
+    (10, 1e-5, 1 / 30, 6000, 1.4708455664601252, 1.5444788898008395),
+    (1, 1e-5, 1 / 30, 6000, 9.679061936403649, 10.49270064215043),
+    (10, 1e-6, 0.05032868464704798, 1391, 1.2471787165366506, 1.302498179936951),
+    (5, 1e-5, 0.01, 10000, 1.1240835513147007, 1.1792901401662146),
+]
+
+
+# ---- independent oracles -------------------------------------------------------------------------------------------
+
+
+def renyi(q, sigma, alpha, added=False):
+    """The definition, log(integral of P^alpha Q^(1-alpha)) / (alpha - 1), by adaptive quadrature."""
+
+    def integrand(x):
+        log_q = norm.logpdf(x, 0, sigma)
+        log_p = np.logaddexp(math.log1p(-q) + log_q, math.log(q) + norm.logpdf(x, 1, sigma))
+        a, b = (log_q, log_p) if added else (log_p, log_q)
+        return math.exp(alpha * a + (1 - alpha) * b)
+
+    edges = [-alpha - 12 * sigma, -4 * sigma, 0, 4 * sigma, alpha, alpha + 12 * sigma]
+    parts = [
+        quad(integrand, a, b, epsabs=0, epsrel=1e-11, limit=500)[0] for a, b in zip(edges, edges[1:], strict=False)
+    ]
+    return math.log(sum(parts)) / (alpha - 1)
+
+
+def exact_delta(groups, eps, theta, added):
+    """delta(eps) = integral of M(s) e^{-s eps} / (s(s+1)) ds / (2 pi i) over Re s = theta, with M(s) = E[e^{sY}].
+
+    The inverse Laplace transform of the definition: no grid of losses, nothing shared with the FFT."""
+    scale = math.sqrt(sum(t * q * q * math.expm1(1 / sigma**2) for (q, sigma), t in groups))
+    w = (np.arange(3000) + 0.5) * 0.01 / min(scale, 1.0)
+    log_m, base = np.zeros(len(w), complex), 0.0
+    for (q, sigma), t in groups:
+        step = min(0.05, sigma / 30)
+        z = np.arange(-12 - (theta + 1) / sigma * added, 13 + (theta + 1) / sigma * (not added), step)
+        loss = np.log1p(q * np.expm1((2 * z * sigma - 1) / (2 * sigma**2)))
+        p = np.exp(-z * z / 2 + (-theta * loss if added else (theta + 1) * loss)) * step / math.sqrt(2 * math.pi)
+        base += t * math.log(p.sum())
+        keep = p > 1e-22 * p.sum()
+        p, loss = p[keep] / p.sum(), loss[keep] * (-1 if added else 1)
+        log_m += t * np.log(np.array([p @ np.exp(1j * s * loss) for s in w]))
+    s = theta + 1j * w
+    line = (np.exp(log_m - 1j * w * eps) / (s * (s + 1))).real
+    return math.exp(base - theta * eps) * line.sum() * (w[1] - w[0]) / math.pi
+
+
+def sample_losses(q, sigma, steps, n, rng, shifts=1):
+    """n draws of the composed loss: (of outputs with the example, of outputs without it seen as "added")."""
+    with_it, without = np.zeros(n), np.zeros(n)
+    j = np.arange(shifts + 1)
+    b = np.array([math.comb(shifts, i) * q**i * (1 - q) ** (shifts - i) for i in j])
+    for _ in range(steps):
+        for x, total, sign in (
+            (rng.normal(rng.binomial(shifts, q, n), sigma), with_it, 1),
+            (rng.normal(0, sigma, n), without, -1),
+        ):
+            total += sign * np.log(np.exp((2 * np.outer(x, j) - j**2) / (2 * sigma**2)) @ b)
+    return with_it, without
+
+
+# ---- Renyi ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("q, sigma", RDP)
+def test_rdp_reference(q, sigma):
+    assert accountant.rdp(q, sigma, ALPHAS) == pytest.approx(RDP[q, sigma], rel=1e-9, abs=0)
+
+
+@pytest.mark.parametrize("q, sigma, alpha, exact", HARD)
+def test_rdp_corners(q, sigma, alpha, exact):
+    assert accountant.rdp(q, sigma, alpha) == pytest.approx(exact, rel=1e-9, abs=0)
+
+
+def test_rdp_integer_and_fractional_routes_agree():
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        q, sigma = 10 ** rng.uniform(-5, -0.01), 10 ** rng.uniform(math.log10(0.3), 2)
+        alpha = float(rng.integers(2, 1001) if rng.random() < 0.5 else rng.integers(2, 20))
+        binomial, integral = (accountant._log_moment(q, sigma, alpha, 1, route) for route in (True, False))
+        assert integral == pytest.approx(binomial, rel=1e-9, abs=0), (q, sigma, alpha)
+
+
+@pytest.mark.parametrize(
+    "q, sigma, alpha", [(0.1, 1.0, 2.5), (0.5, 5.0, 2.5), (0.3, 0.7, 1.5), (0.9, 2.0, 6.3), (0.05, 1.0, 9.0)]
+)
+def test_rdp_is_the_definition_and_removed_covers_added(q, sigma, alpha):
+    value = float(accountant.rdp(q, sigma, alpha))
+    assert value == pytest.approx(renyi(q, sigma, alpha), rel=1e-7)
+    assert renyi(q, sigma, alpha, added=True) <= value
+
+
+def test_rdp_closed_forms_and_shapes():
+    alphas = np.array([[1.01, 2.0], [33.3, 1000.0]])
+    assert accountant.rdp(1.0, 3.0, alphas) == pytest.approx(alphas / 18)
+    for q, sigma in [(1e-5, 100.0), (0.01, 0.3), (0.7, 2.0)]:
+        exact = math.log1p(q * q * math.expm1(1 / sigma**2))
+        assert accountant.rdp(q, sigma, 2) == pytest.approx(exact, rel=1e-12, abs=0)
+    near = [accountant.rdp(0.02, 1.3, a) for a in (3 - 1e-9, 3, 3 + 1e-9)]  # the two routes meet
+    assert near[0] == pytest.approx(near[1], rel=1e-8) and near[2] == pytest.approx(near[1], rel=1e-8)
+    assert (accountant.rdp(0, 1.0, alphas) == 0).all() and np.isinf(accountant.rdp(0.1, 0, alphas)).all()
+    assert float(accountant.rdp(0.1, 1e-4, 1.5)) <= 1.5 / 2e-8  # next to no noise: still finite, never above q = 1
+
+
+@pytest.mark.parametrize("q, sigma, steps, delta, exact, by_rdp, order", EPSILON)
+def test_rdp_epsilon_over_all_orders(q, sigma, steps, delta, exact, by_rdp, order):
+    eps, best = accountant.rdp_epsilon(q, sigma, steps, delta)
+    assert eps == pytest.approx(by_rdp, rel=1e-7) and best == pytest.approx(order, rel=1e-3)
+    assert accountant.epsilon(q, sigma, steps, delta) == eps >= exact
+    assert accountant.delta(q, sigma, steps, eps) == pytest.approx(delta, rel=1e-5)  # the conversion inverts
+
+
+# ---- privacy loss distributions ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("q, sigma, steps, delta, exact, by_rdp, order", EPSILON)
+def test_pld_brackets_exact(q, sigma, steps, delta, exact, by_rdp, order):
+    lower, upper = accountant.pld_epsilon(q, sigma, steps, delta)
+    assert lower <= exact * (1 + 5e-6) and exact * (1 - 5e-6) <= upper <= exact * 1.0005  # 5e-6: of the references
+    assert upper - lower < 1e-3 * exact
+    assert accountant.epsilon(q, sigma, steps, delta, "pld") == upper <= by_rdp
+
+
+CONTOUR = [
+    (((0.02, 1.0), 500),),
+    (((0.1, 0.8), 60),),
+    (((0.004, 2.0), 30000),),
+    (((0.05, 1.1), 100), ((0.2, 3.0), 150)),
+]
+
+
+@pytest.mark.parametrize("groups", CONTOUR)
+@pytest.mark.parametrize("coarse", [1, 20])
+def test_pld_certificate_holds_on_every_grid(groups, coarse):
+    """lower <= exact <= upper in each direction, also on a grid so coarse that no slack can hide a missing term."""
+    full = tuple(((q, sigma, 1), t) for (q, sigma), t in groups)
+    eps, order = accountant._rdp_epsilon(full, 1e-5)
+    theta, steps = order - 1, sum(t for _, t in groups)
+    for added, (upper, lower, _) in enumerate(accountant._curves(full, theta, eps * coarse**2, 1e-5)):
+        for e in (0.8 * eps, 0.93 * eps, eps):
+            exact = exact_delta(groups, e, theta, added)
+            assert lower(e) <= exact * (1 + 1e-7) and exact * (1 - 1e-7) <= float(upper(e)), (e, added, steps)
+            if coarse == 1 and exact > 1e-7:
+                assert 0 <= float(upper(e)) - lower(e) < 0.03 * exact
+
+
+def test_pld_certificate_counts_cut_tails_and_rounding(monkeypatch):
+    """The same with coarse tails (infinite losses of one percent) and with cell masses as if float64 had 8 digits."""
+    groups, eps = (((0.02, 1.0), 500),), 1.6
+    full = (((0.02, 1.0, 1), 500),)
+    exact = [exact_delta(groups, eps, 6.0, added) for added in (False, True)]
+    for (upper, _, _), truth in zip(accountant._curves(full, 6.0, 1.7, 1e4), exact, strict=True):
+        assert truth <= float(upper(eps)) <= truth + 0.02
+    monkeypatch.setattr(accountant, "MASS_NOISE", 1e-8)
+    for (upper, lower, _), truth in zip(accountant._curves(full, 6.0, 1.7, 1e-5), exact, strict=True):
+        assert lower(eps) <= truth <= float(upper(eps))
+
+
+def test_pld_delta_against_simulation():
+    """The definition, E[(1 - e^{eps - Y})_+], over simulated outputs of the composed mechanism, both directions."""
+    q, sigma, steps, n = 0.15, 1.2, 12, 300_000
+    losses = sample_losses(q, sigma, steps, n, np.random.default_rng(1))
+    for eps in (0.3, 1.0, 2.0):
+        draws = [np.maximum(0, -np.expm1(eps - y)) for y in losses]
+        worst = max(draws, key=np.mean)
+        lower, upper = accountant.pld_delta(q, sigma, steps, eps)
+        noise = 4 * worst.std() / math.sqrt(n)
+        assert lower - noise <= worst.mean() <= upper + noise
+        assert upper - lower < 0.02 * upper
+
+
+def test_pld_full_batch():
+    """q = 1 is one Gaussian mechanism; the FFT route must meet the closed form as q -> 1."""
+    for mu, eps in [(1.0, 0.5), (2.0, 6.0), (0.3, 0.0)]:
+        exact = ndtr(mu / 2 - eps / mu) - math.exp(eps) * ndtr(-mu / 2 - eps / mu)
+        lower, upper = accountant.pld_delta(1, 4 / mu, 16, eps)
+        assert lower <= exact * (1 + 1e-12) and exact * (1 - 1e-12) <= upper <= exact * 1.000001
+        lower, upper = accountant.pld_delta(1 - 1e-9, 4 / mu, 16, eps)
+        assert lower <= exact * (1 + 1e-6) and exact * (1 - 1e-6) <= upper <= exact * 1.01
+
+
+def test_pld_many_steps():
+    """A million steps of tiny q: close to one Gaussian mechanism of the same variance, and still certified tightly."""
+    lower, upper = accountant.pld_epsilon(0.001, 3.0, 10**6, 1e-5)
+    mu = 1e3 * 0.001 * math.sqrt(math.expm1(1 / 9))
+    assert 0 < upper - lower < 5e-4 * upper < accountant.epsilon(0.001, 3.0, 10**6, 1e-5) * 5e-4
+    assert upper == pytest.approx(accountant.epsilon(1, 1 / mu, 1, 1e-5, "pld"), rel=2e-2)
+
+
+# ---- what holds for both -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method, points", [("rdp", 40), ("pld", 12)])
+def test_monotone(method, points):
+    rng = np.random.default_rng(2)
+    for _ in range(points):
+        q, sigma = 10 ** rng.uniform(-3, -0.7), 10 ** rng.uniform(-0.1, 0.8)
+        steps, delta = int(10 ** rng.uniform(1, 3.5)), 10 ** rng.uniform(-8, -3)
+        eps = accountant.epsilon(q, sigma, steps, delta, method)
+        worse = [(q * 1.1, sigma, steps, delta), (q, sigma / 1.1, steps, delta), (q, sigma, steps * 2, delta)]
+        for other in [*worse, (q, sigma, steps, delta / 3)]:
+            assert 0 <= eps <= accountant.epsilon(*other, method)
+        lower, upper = accountant.pld_epsilon(q, sigma, steps, delta)
+        assert lower <= upper <= accountant.epsilon(q, sigma, steps, delta, "rdp") + (upper - lower)
+
+
+def test_nothing_and_everything():
+    for method in ("rdp", "pld"):
+        assert accountant.epsilon(0.1, 0, 5, 1e-5, method) == math.inf
+        assert accountant.epsilon(0, 1, 5, 1e-5, method) == accountant.epsilon(0.1, 1, 0, 1e-5, method) == 0
+        assert accountant.epsilon(0, 0, 5, 1e-5, method) == accountant.epsilon_of_ledger([], 1e-5, method) == 0
+        assert accountant.epsilon(1e-5, 100, 1, 1e-5, method) == 0  # never negative
+        assert accountant.delta(0.1, 1, 0, 1.0, method) == 0 and accountant.delta(0.1, 0, 1, 1.0, method) == 1
+        assert accountant.noise_multiplier(1, 1e-5, 0, 10, method) == 0
+    assert accountant.epsilon(0.1, 1, 5, 1e-12) > accountant.epsilon(0.1, 1, 5, 1e-10) > 0  # rdp has no floor
+
+
+@pytest.mark.parametrize("eps, delta, q, steps, exact, by_rdp", NOISE)
+def test_noise_multiplier_is_the_smallest_on_the_safe_side(eps, delta, q, steps, exact, by_rdp):
+    for method, reference, tolerance in (("rdp", by_rdp, 1e-6), ("pld", exact, 2e-4)):
+        sigma = accountant.noise_multiplier(eps, delta, q, steps, method)
+        assert sigma == pytest.approx(reference, rel=tolerance)
+        assert accountant.epsilon(q, sigma, steps, delta, method) <= eps
+        assert accountant.epsilon(q, sigma * (1 - 1e-4), steps, delta, method) > eps
+        assert sigma >= reference * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("method", ["rdp", "pld"])
+def test_max_steps(method):
+    steps = accountant.max_steps(3, 1e-5, 0.02, 1.5, method)
+    eps = [accountant.epsilon(0.02, 1.5, t, 1e-5, method) for t in (steps, steps + 1)]
+    assert eps[0] <= 3 < eps[1]
+    assert accountant.max_steps(0.01, 1e-5, 0.5, 0.5, method) == 0
+    assert accountant.max_steps(1, 1e-5, 0, 1, method) == math.inf
+
+
+@pytest.mark.parametrize("method", ["rdp", "pld"])
+def test_ledger(method):
+    one = [{"step": i, "q": 0.02, "sigma": 1.1, "clip_norm": 1.0, "batch_size": 9} for i in range(400)]
+    two = [{"q": 0.05, "sigma": 2.0}] * 300 + [{"q": 0, "sigma": 1.0}] * 5
+    eps = accountant.epsilon_of_ledger(one, 1e-5, method)
+    assert eps == accountant.epsilon(0.02, 1.1, 400, 1e-5, method)
+    both = accountant.epsilon_of_ledger(one + two, 1e-5, method)
+    assert both == accountant.epsilon_of_ledger(two + one, 1e-5, method)  # order does not matter
+    assert (
+        max(eps, accountant.epsilon_of_ledger(two, 1e-5, method))
+        < both
+        < accountant.epsilon(0.05, 1.1, 700, 1e-5, method)
+    )
+    assert accountant.epsilon_of_ledger([*one, {"q": 0.1, "sigma": 0}], 1e-5, method) == math.inf
+    exact = exact_delta((((0.02, 1.1), 400), ((0.05, 2.0), 300)), both, 4.0, added=False)
+    assert exact <= 1e-5 and (method == "rdp" or exact > 0.99e-5)
+
+
+# ---- meaning -------------------------------------------------------------------------------------------------------
+
+
+def test_groups_of_pictures():
+    def group(k, q=0.05, sigma=4.0, steps=100):
+        return accountant.group_epsilon(k, q, sigma, steps, 1e-5)
+
+    assert group(1) == accountant.epsilon(0.05, 4.0, 100, 1e-5, "pld") and group(0) == 0
+    assert group(1) < group(2) < group(3)
+    full = accountant.epsilon(1, 20 / 3, 10, 1e-5, "pld")  # three pictures, always all there: three times the shift
+    assert group(3, 1, 20, 10) == pytest.approx(full, rel=1e-6)
+    assert group(3, 1 - 1e-7, 20, 10) == pytest.approx(full, rel=2e-3)
+    assert group(20, sigma=0.3) == math.inf  # float64 ends: never a number that is too small
+
+
+def test_groups_of_pictures_by_simulation():
+    n, eps = 200_000, 1.0
+    draws = [
+        np.maximum(0, -np.expm1(eps - y)) for y in sample_losses(0.2, 3.0, 8, n, np.random.default_rng(3), shifts=3)
+    ]
+    worst = max(draws, key=np.mean)
+    upper, lower = zip(
+        *[(c[0](eps), c[1](eps)) for c in accountant._curves((((0.2, 3.0, 3), 8),), 2.0, eps, 1e-3)], strict=True
+    )
+    noise = 4 * worst.std() / math.sqrt(n)
+    assert max(lower) - noise <= worst.mean() <= max(upper) + noise and max(upper) < 1.01 * max(lower)
+
+
+def test_attacker():
+    fprs = np.array([0.001, 0.01, 0.1])
+    gaussian = ndtr(ndtri(fprs) + math.sqrt(200) / 20)
+    assert accountant.attacker_tpr(1, 20, 200) == pytest.approx(gaussian)
+    assert accountant.attacker_tpr(1 - 1e-9, 20, 200) == pytest.approx(gaussian, rel=1e-3)
+    rng, n = np.random.default_rng(4), 200_000
+    with_it, without = sample_losses(0.15, 1.2, 12, n, rng)
+    best = accountant.attacker_tpr(0.15, 1.2, 12, fprs)
+    for fpr, bound in zip(
+        fprs, best, strict=True
+    ):  # the likelihood-ratio attack reaches the bound and does not pass it
+        rate = (with_it > np.quantile(-without, 1 - fpr)).mean()
+        assert rate == pytest.approx(bound, abs=4 * math.sqrt(bound / n) + 4 * bound / math.sqrt(n * fpr))
+    assert (accountant.attacker_tpr(0.1, 1, 0, fprs) == fprs).all() and (
+        accountant.attacker_tpr(0.1, 0, 1, fprs) == 1
+    ).all()
+
+
+# ---- bad input and the command line --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call, word",
+    [
+        (lambda: accountant.epsilon(1.1, 1, 1, 1e-5), "q ="),
+        (lambda: accountant.epsilon(-0.1, 1, 1, 1e-5), "q ="),
+        (lambda: accountant.epsilon(math.nan, 1, 1, 1e-5), "q ="),
+        (lambda: accountant.epsilon(0.1, -1, 1, 1e-5), "sigma ="),
+        (lambda: accountant.epsilon(0.1, 1, -1, 1e-5), "steps ="),
+        (lambda: accountant.epsilon(0.1, 1, 1.5, 1e-5), "steps ="),
+        (lambda: accountant.epsilon(0.1, 1, 1, 0), "delta ="),
+        (lambda: accountant.epsilon(0.1, 1, 1, 1.0), "delta ="),
+        (lambda: accountant.epsilon(0.1, 1, 1, 1e-11, "pld"), "1e-10"),
+        (lambda: accountant.epsilon(0.1, 1, 1, 1e-5, "moments"), "method ="),
+        (lambda: accountant.rdp(0.1, 1, [2, 1.0]), "orders"),
+        (lambda: accountant.delta(0.1, 1, 1, -1.0), "epsilon ="),
+        (lambda: accountant.noise_multiplier(0, 1e-5, 0.1, 10), "epsilon ="),
+        (lambda: accountant.noise_multiplier(1e-14, 1e-5, 1.0, 10**12), "out of reach"),
+        (lambda: accountant.max_steps(-1, 1e-5, 0.1, 1), "epsilon ="),
+        (lambda: accountant.group_epsilon(1.5, 0.1, 1, 1, 1e-5), "k ="),
+        (lambda: accountant.attacker_tpr(0.1, 1, 1, [0]), "fprs"),
+        (lambda: accountant.epsilon_of_ledger([{"q": 0.1}], 1e-5), "ledger"),
+        (lambda: accountant.epsilon_of_ledger([{"q": 2, "sigma": 1}], 1e-5), "q ="),
+    ],
+)
+def test_bad_input(call, word):
+    with pytest.raises(ValueError, match=word):
+        call()
+
+
+def command(words):
+    return accountant.main(words.split())
+
+
+def numbers(line):
+    return [float(word) for word in line.replace("(stated:", " ").replace(")", " ").split() if word[0].isdigit()]
+
+
+def test_command_line_plan(capsys):
+    assert command("--n 60000 --batch 2000 --epochs 200 --delta 1e-5 --sigma 5") == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("given"))
+    sigma, steps, by_rdp, order, by_pld, gap, *rates = numbers(row)
+    assert (
+        (sigma, steps) == (5, 6000)
+        and by_rdp == pytest.approx(2.28195, abs=1e-4)
+        and order == pytest.approx(9.18, abs=0.01)
+    )
+    assert by_pld == pytest.approx(2.0992, abs=2e-4) and 0 < gap < 1e-3 and 0.1 < rates[0] < rates[1] < rates[2] < 100
+    assert command("--n 60000 --batch 2000 --steps 6000 --epsilon 10 --group 2") == 0
+    out = capsys.readouterr().out
+    assert "1.5445" in out and "1.4709" in out and out.count("2 pictures of one person") == 2
+    assert command("--q 0.02 --sigma 1.5 --epsilon 3 --group 1") == 0
+    assert str(accountant.max_steps(3, 1e-5, 0.02, 1.5, "pld")) in capsys.readouterr().out
+
+
+def test_command_line_runs(tmp_path, capsys):
+    for name in "ab":
+        (tmp_path / name / "release").mkdir(parents=True)
+        statement = {"epsilon": 1.5, "delta": 1e-6, "n": 1000, "q": 0.02, "steps": 400, "sigma": 1.1}
+        (tmp_path / name / "release" / "privacy.json").write_text(json.dumps(statement))
+    (tmp_path / "b" / "internal").mkdir()
+    row = json.dumps({"step": 0, "q": 0.05, "sigma": 2.0, "clip_norm": 1.0, "batch_size": 50})
+    (tmp_path / "b" / "internal" / "ledger.jsonl").write_text(
+        f"{row}\n" * 299 + row[:20]
+    )  # torn by a crash: the 300th step
+    assert accountant.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    a, b, both = capsys.readouterr().out.splitlines()[2:5]
+    rows = [{"q": 0.02, "sigma": 1.1}] * 400 + [{"q": 0.05, "sigma": 2.0}] * 300
+    for line, part in ((a, rows[:400]), (b, rows[400:]), (both, rows)):
+        eps = [accountant.epsilon_of_ledger(part, 1e-6, method) for method in ("rdp", "pld")]
+        values = numbers(line)
+        assert len(part) in values and all(any(v == pytest.approx(e, abs=6e-5) for v in values) for e in eps)
+    assert "stated: 1.5" in a
+    (tmp_path / "b" / "internal" / "ledger.jsonl").write_text(f"{row[:20]}\n{row}\n")  # torn in the middle: damaged
+    assert accountant.main([str(tmp_path / "b")]) == 2 and "row 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "--q 2 --sigma 1 --steps 1",
+        "--q 0.1 --sigma 1",
+        "--q 0.1 --steps 5 --epsilon 0",
+        "--nonsense",
+        "no/such/run",
+    ],
+)
+def test_command_line_errors_are_one_line(words, capsys):
+    assert command(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("accountant.py: ")

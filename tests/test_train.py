@@ -1,0 +1,242 @@
+"""The programs end to end on the smoke preset: all stages, release, sampling, resuming, and every refusal in one line."""
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import accountant
+import folder
+import sample
+import train
+
+PRIVACY_KEYS = {"statement", "epsilon", "delta", "accountant", "adjacency", "unit", "sampling", "n", "q", "steps", "sigma",
+                "clip_norm", "noise_multiplicity", "expected_batch_size", "covers", "does_not_cover", "insecure_seed"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "smoke"
+    train.main(["--preset", "smoke", "--out", str(out)])
+    return out
+
+
+def read_rows(out):
+    return [json.loads(line) for line in (out / "internal" / "ledger.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_it_promises(run):
+    for name in ("public/vae.pt", "public/ldm.pt", "public/autoencoder.png", "release/model.pt", "release/privacy.json",
+                 "release/samples.png", "release/comparison.png", "internal/ledger.jsonl", "internal/state.pt"):
+        assert (run / name).stat().st_size > 100, name
+    assert not list(run.rglob("*.tmp"))
+    privacy = folder.read_json(run / "release" / "privacy.json")
+    assert privacy.keys() >= PRIVACY_KEYS
+    assert 9.9 < privacy["epsilon"] <= 10.0 and privacy["delta"] == 1e-5 and privacy["n"] == 1000
+    assert privacy["private"] and "(10, 1e-05)" in privacy["statement"]
+
+
+def test_the_ledger_has_one_row_per_logical_step_and_gives_the_epsilon(run):
+    rows, privacy = read_rows(run), folder.read_json(run / "release" / "privacy.json")
+    assert len(rows) == privacy["steps"] == 4  # four logical steps of about three micro-batches each
+    assert all(row["q"] == 100 / 1000 and row["sigma"] == privacy["sigma"] for row in rows)
+    assert abs(accountant.epsilon(100 / 1000, privacy["sigma"], 4, 1e-5) - privacy["epsilon"]) < 1e-6
+
+
+def test_only_the_chosen_parameters_changed(run):
+    public, released = folder.load(run / "public" / "ldm.pt")["model"], folder.load(run / "release" / "model.pt")["model"]
+    changed = {k for k in public if not torch.equal(public[k], released[k])}
+    model, _ = sample.build_model(folder.load(run / "public" / "ldm.pt"))
+    import unet
+    assert changed == set(unet.select_trainable(model, "attention"))  # each of them gets noise, used or not
+    assert torch.equal(folder.load(run / "public" / "vae.pt")["state"]["quant_conv.weight"],
+                       folder.load(run / "release" / "model.pt")["vae"]["state"]["quant_conv.weight"])
+
+
+def test_samples_come_from_the_release_alone(run, tmp_path):
+    shutil.copytree(run / "release", tmp_path / "release")
+    release = sample.load_release(tmp_path)
+    images = sample.generate(release, [3, 3, 9], steps=3, seed=1, progress=False)
+    assert images.shape == (3, 1, 28, 28) and images.dtype == torch.uint8
+    assert torch.equal(images, sample.generate(release, [3, 3, 9], steps=3, seed=1, progress=False))
+    assert not torch.equal(images, sample.generate(release, [3, 3, 9], steps=3, progress=False))
+    sample.main([str(tmp_path), "--n", "7", "--labels", "0-2,9", "--steps", "2", "--npz", str(tmp_path / "x.npz"), "--out",
+                 str(tmp_path / "x.png"), "--guidance", "1.5"])
+    with np.load(tmp_path / "x.npz") as file:
+        assert file["images"].shape == (7, 28, 28) and file["images"].dtype == np.uint8
+        assert file["labels"].tolist() == [0, 1, 2, 9, 0, 1, 2]
+    with pytest.raises(ValueError, match="labels"):
+        sample.generate(release, [10])
+
+
+def test_resume_after_ctrl_c_ends_like_an_uninterrupted_run(run, tmp_path, monkeypatch):
+    out = tmp_path / "r"
+    again = ["--preset", "smoke", "--out", str(out), "--init", str(run)]
+    append, stops = folder.append_row, []
+
+    def interrupting(row, path):  # a real SIGINT's handler, called right after the ledger row of step 1
+        append(row, path)
+        if path.name == "ledger.jsonl" and row["step"] == 1:
+            stops[0].handle(2, None)
+
+    monkeypatch.setattr(folder, "append_row", interrupting)
+    init = folder.Stop.__init__
+    monkeypatch.setattr(folder.Stop, "__init__", lambda self: (init(self), stops.append(self))[0])
+    with pytest.raises(SystemExit) as stopped:
+        train.main(again)
+    assert stopped.value.code == 130 and len(read_rows(out)) == 2
+    assert folder.load(out / "internal" / "state.pt")["done"] == 2
+    monkeypatch.undo()
+    train.main(["--resume", "--out", str(out)])
+    assert [r["step"] for r in read_rows(out)] == [0, 1, 2, 3]
+    whole, resumed = (folder.read_json(x / "release" / "privacy.json") for x in (run, out))
+    assert whole == resumed
+
+
+def test_a_step_lost_in_a_crash_stays_spent(run, tmp_path, monkeypatch):
+    out = tmp_path / "r"
+
+    class Crash(BaseException):
+        pass
+
+    def crash(self, optimizer):
+        raise Crash
+
+    import dp_sgd
+    step = dp_sgd.DPSGD.step
+    calls = []
+    monkeypatch.setattr(dp_sgd.DPSGD, "step", lambda self, o: calls.append(1) or (step if len(calls) < 3 else crash)(self, o))
+    with pytest.raises(Crash):
+        train.main(["--preset", "smoke", "--out", str(out), "--init", str(run)])
+    monkeypatch.undo()
+    assert len(read_rows(out)) == 3  # the third batch was drawn and is in the ledger, its update never happened
+    with open(out / "internal" / "ledger.jsonl", "a") as file:
+        file.write('{"step": 3, "q": 0.0')  # and a torn row
+    train.main(["--resume", "--out", str(out)])
+    assert folder.load(out / "internal" / "state.pt")["done"] == 2
+    privacy = folder.read_json(out / "release" / "privacy.json")
+    assert privacy["steps"] == 4 and privacy["epsilon"] <= 10.0
+
+
+def test_resume_refuses_what_would_change_the_guarantee(run, tmp_path):
+    out = tmp_path / "r"
+    shutil.copytree(run, out)
+    with pytest.raises(ValueError, match="clip_norm"):
+        train.main(["--resume", "--out", str(out), "--clip-norm", "0.7"])
+    plan = folder.read_json(out / "internal" / "plan.json")
+    folder.write_json(plan | {"private_pictures": "0"}, out / "internal" / "plan.json")
+    with pytest.raises(ValueError, match="private_pictures"):
+        train.main(["--resume", "--out", str(out)])
+    folder.write_json(plan, out / "internal" / "plan.json")
+    (out / "internal" / "ledger.jsonl").write_text("")
+    with pytest.raises(ValueError, match="rows are missing"):
+        train.main(["--resume", "--out", str(out)])
+
+
+def test_steps_zero_releases_the_public_model_without_reading_private_pictures(run, tmp_path, monkeypatch):
+    import data
+    read = data.load
+
+    def watched(name, split="train", *args, **kwargs):
+        assert (name, split) != ("mnist10k", "train"), "a private picture was read"
+        return read(name, split, *args, **kwargs)
+
+    monkeypatch.setattr(data, "load", watched)
+    train.main(["--preset", "smoke", "--out", str(tmp_path / "r"), "--init", str(run), "--steps", "0"])
+    assert folder.read_json(tmp_path / "r" / "release" / "privacy.json")["epsilon"] == 0.0
+
+
+def test_no_noise_is_named_not_private(run, tmp_path, capsys):
+    train.main(["--preset", "smoke", "--out", str(tmp_path / "r"), "--init", str(run), "--epsilon", "inf", "--steps", "1"])
+    privacy = folder.read_json(tmp_path / "r" / "release" / "privacy.json")
+    assert privacy["epsilon"] == "inf" and not privacy["private"] and "NOT PRIVATE" in privacy["statement"]
+    assert "NOT private" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--tune", "lora:2"], ["--tune", "all", "--clipping", "automatic"],
+                                   ["--noise-multiplicity", "2", "--flips", "yes"], ["--insecure-seed", "1"],
+                                   ["--from-block", "1", "--accountant", "pld"]])
+def test_ablations_are_flags(run, tmp_path, flags):
+    train.main(["--preset", "smoke", "--out", str(tmp_path / "r"), "--init", str(run), "--steps", "1", *flags])
+    assert sample.generate(sample.load_release(tmp_path / "r"), [1], steps=2, progress=False).shape == (1, 1, 28, 28)
+    privacy = folder.read_json(tmp_path / "r" / "release" / "privacy.json")
+    assert privacy["private"] == ("--insecure-seed" not in flags) and privacy["epsilon"] <= 10
+
+
+def test_dry_run_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--preset", "smoke", "--dry-run"])
+    out = capsys.readouterr().out
+    assert "epsilon 10" in out and "sigma" in out and "minutes" in out and not list(tmp_path.iterdir())
+
+
+REFUSED = [
+    (["--epsilon", "0"], "--epsilon"), (["--epsilon", "nan"], "--epsilon"), (["--delta", "0"], "--delta"),
+    (["--delta", "0.002"], "below 1/n"), (["--batch-size", "1001"], "exceeds"), (["--batch-size", "0"], "--batch-size"),
+    (["--steps", "-1"], "--steps"), (["--clip-norm", "0"], "--clip-norm"), (["--sigma", "-1"], "--sigma"),
+    (["--tune", "attn"], "unknown tune"), (["--from-block", "99"], "from_block"), (["--lr", "-1"], "--lr"),
+    (["--private", "mnist", "--data-root", "/nonexistent"], "mnist"), (["--init", "/nonexistent"], "there is no"),
+    (["--resume", "--out", "/nonexistent"], "there is no"), (["--device", "cuda:99"], "--device"),
+    (["--guidance", "2", "--cond-drop", "0"], "--guidance"), (["--ema", "1"], "--ema"),
+]
+
+
+@pytest.mark.parametrize("flags, message", REFUSED)
+def test_bad_input_is_refused_before_any_work(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "fit", None)  # would fail with a TypeError if training began
+    with pytest.raises(SystemExit) as left:
+        folder.run_cli(lambda: train.main(["--preset", "smoke", *flags]))
+    error = capsys.readouterr().err.strip().splitlines()
+    assert left.value.code == 2 and message in error[-1] and error[-1].startswith("error: ")
+
+
+def test_a_used_folder_is_not_mixed_into(run):
+    with pytest.raises(ValueError, match="already holds a run"):
+        train.main(["--preset", "smoke", "--out", str(run)])
+
+
+def test_command_line_of_the_real_program(run, tmp_path):
+    def call(*args):
+        done = subprocess.run([sys.executable, *args], capture_output=True, text=True)
+        return done.returncode, done.stderr.strip().splitlines()
+
+    assert call("train.py", "--no-such-flag")[0] == 2
+    code, lines = call("sample.py", str(tmp_path))
+    assert code == 2 and len(lines) == 1 and "there is no" in lines[0]
+    (tmp_path / "model.pt").write_bytes(b"not a checkpoint")
+    code, lines = call("sample.py", str(tmp_path))
+    assert code == 2 and len(lines) == 1 and "damaged" in lines[0]
+
+
+def test_a_checkpoint_with_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("code ran",))
+
+    torch.save({"format": 1, "x": Evil()}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        sample.load_release(tmp_path)
+
+
+def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    folder.save({"a": 1}, tmp_path / "x.pt")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        folder.save({"a": 2}, tmp_path / "x.pt")
+    assert folder.load(tmp_path / "x.pt") == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_ema_formula():
+    average, values = [torch.zeros(2)], [torch.ones(2)]
+    train.update_ema(average, values, 0.9, 0)
+    assert torch.allclose(average[0], torch.full((2,), 0.9))  # first step: d = 1/10
+    train.update_ema(average, values, 0.5, 1000)
+    assert torch.allclose(average[0], torch.full((2,), 0.95))

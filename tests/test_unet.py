@@ -1,0 +1,206 @@
+"""The UNet: parameter counts of the paper's networks, shapes, conditioning, the choice of what is tuned, LoRA, weights."""
+import copy
+
+import pytest
+import torch
+
+import unet
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    config = dict(in_channels=2, out_channels=2, model_channels=32, num_heads=4, context_dim=6) | changes
+    network = unet.UNet(unet.UNetConfig(**config))
+    for p in network.parameters():  # zero-initialised layers would hide mistakes
+        torch.nn.init.normal_(p, std=0.1)
+    embedder = unet.ClassEmbedder(3, 6, null_class=True) if config["context_dim"] else None
+    return unet.LatentModel(network, embedder)
+
+
+def count(parameters):
+    return sum(p.numel() for p in parameters)
+
+
+# Exact counts of the authors' networks (measured by building them): UNet, in attention, modules; then condition embedder.
+COUNTS = {
+    "mnist": (4_606_467, 1_578_304, 7, (26, 5, False), 130),
+    "cifar10": (90_290_563, 23_867_520, 16, (1000, 512, True), 512_512),
+    "celeba64": (72_172_803, 7_959_808, 16, None, 0),
+    "celeba32": (162_314_115, 17_887_104, 16, None, 0),
+    "celeba256-text": (872_300_484, 280_018_880, 16, None, 0),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameter_counts_equal_the_papers(name):
+    total, attention, modules, embedder, embedded = COUNTS[name]
+    with torch.device("meta"):  # shapes only: the largest would need 3.5 GB
+        network = unet.UNet(unet.PAPER[name])
+        model = unet.LatentModel(network, unet.ClassEmbedder(*embedder) if embedder else None)
+    assert count(network.parameters()) == total
+    assert len(unet.attention_modules(model)) == modules
+    unet.select_trainable(model, "attention")
+    assert count(p for p in model.parameters() if p.requires_grad) == attention + embedded
+
+
+def test_later_blocks_of_the_cifar_network():
+    with torch.device("meta"):
+        model = unet.LatentModel(unet.UNet(unet.PAPER["cifar10"]), unet.ClassEmbedder(1000, 512, True))
+    unet.select_trainable(model, "attention", from_block=8)  # the authors' ablation_blocks = 9
+    assert count(p for p in model.parameters() if p.requires_grad) == 9_788_032
+
+
+def test_noise_only_parameters_of_the_mnist_network():
+    model = unet.LatentModel(unet.UNet(unet.PAPER["mnist"]), unet.ClassEmbedder(26, 5))
+    unet.select_trainable(model)
+    names = unet.noise_only_names(model)
+    assert count(dict(model.named_parameters())[n] for n in names) == 82_752
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    model(torch.randn(2, 3, 4, 4), torch.tensor([1, 500]), torch.tensor([0, 1])).sum().backward()
+    silent = {n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
+    assert silent == set(names)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"use_scale_shift_norm": False}, {"resblock_updown": False}, {"attention_resolutions": (2,)},
+    {"transformer_depth": 2}, {"num_res_blocks": 2}, {"use_spatial_transformer": False, "context_dim": None},
+    {"context_dim": None}, {"num_head_channels": 8}, {"channel_mult": (1, 1, 2)}])
+def test_every_variant_keeps_the_shape_and_uses_every_parameter(changes):
+    model = tiny(**changes)
+    x = torch.randn(2, 2, 8, 8)
+    cond = torch.tensor([0, 2]) if model.embedder else None
+    out = model(x, torch.tensor([1, 999]), cond)
+    assert out.shape == x.shape
+    unet.select_trainable(model, "all")
+    out.square().sum().backward()
+    out = model(x, torch.tensor([1, 999]), cond)
+    out.square().sum().backward()
+    unused = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert unused <= set(unet.noise_only_names(model))
+
+
+def test_the_class_and_the_time_matter():
+    model, x = tiny(), torch.randn(1, 2, 4, 4)
+    one = model(x, torch.tensor([5]), torch.tensor([0]))
+    assert not torch.allclose(one, model(x, torch.tensor([5]), torch.tensor([1])))
+    assert not torch.allclose(one, model(x, torch.tensor([600]), torch.tensor([0])))
+
+
+def test_one_token_shortcut_is_exact():
+    # A context of two equal tokens has the same answer as one token, and takes the full path.
+    network = tiny().unet.double()
+    x, t, token = torch.randn(2, 2, 4, 4).double(), torch.tensor([3, 700]), torch.randn(2, 1, 6).double()
+    assert torch.allclose(network(x, t, token), network(x, t, token.expand(-1, 2, -1)), rtol=1e-10, atol=1e-12)
+
+
+def test_multiplicity_repeats_each_condition_in_place():
+    model, z = tiny(), torch.randn(6, 2, 4, 4)
+    t, cond = torch.arange(6) * 100, torch.tensor([0, 2])
+    assert torch.allclose(model(z, t, cond), model(z, t, cond.repeat_interleave(3)), atol=1e-6)
+    calls = []
+    model.embedder.embedding.register_forward_hook(lambda m, i, o: calls.append(len(i[0])))
+    model(z, t, cond)
+    assert calls == [2]
+
+
+def test_time_embedding_is_cos_then_sin():
+    e = unet.timestep_embedding(torch.tensor([7]), 8)[0].double()
+    angles = 7 * 10000 ** (-torch.arange(4, dtype=torch.float64) / 4)
+    assert torch.allclose(e, torch.cat([angles.cos(), angles.sin()]), atol=1e-6)
+
+
+def test_null_class():
+    embedder = unet.ClassEmbedder(3, 4, null_class=True)
+    assert embedder.null(torch.tensor([0, 1])).tolist() == [3, 3]
+    with pytest.raises(ValueError, match="null class"):
+        unet.ClassEmbedder(3, 4).null(torch.tensor([0]))
+
+
+def test_select_trainable():
+    def names(tune, from_block=0):
+        return set(unet.select_trainable(tiny(), tune, from_block))
+
+    attention, only = names("attention"), names("attention-only")
+    assert attention - only == {"embedder.embedding.weight"} == names("embedder")
+    assert only == {f"{n}.{k}" for n, m in unet.attention_modules(tiny()) for k, _ in m.named_parameters()}
+    assert names("all") == {n for n, _ in tiny().named_parameters()}
+    assert not (names("resblocks") & only) and any("conv1" in n for n in names("resblocks"))
+    assert all("norm" in n or "out.0" in n or "embedder" in n for n in names("norm"))
+    assert names("attention-only", 6) == {n for n in only if n.startswith("unet.output_blocks.3")}
+    model = tiny()
+    chosen = unet.select_trainable(model, "attention")
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(chosen)
+
+
+@pytest.mark.parametrize("tune, from_block, message", [
+    ("attn", 0, "unknown tune"), ("attention", 7, "from_block"), ("all", 1, "from_block"), ("lora:0", 0, "rank"),
+    ("lora:x", 0, "rank")])
+def test_select_trainable_refuses(tune, from_block, message):
+    with pytest.raises(ValueError, match=message):
+        unet.select_trainable(tiny(), tune, from_block)
+
+
+def test_lora_starts_as_identity_trains_few_and_merges_exactly():
+    model = tiny().double()
+    x, t, cond = torch.randn(2, 2, 4, 4).double(), torch.tensor([3, 700]), torch.tensor([0, 1])
+    plain, keys = model(x, t, cond), set(model.state_dict())
+    full = count(p for _, m in unet.attention_modules(model) for p in m.parameters())
+    names = unet.select_trainable(model, "lora:2")
+    assert torch.allclose(model(x, t, cond), plain)
+    assert all("up" in n or "down" in n or "embedder" in n for n in names)
+    assert count(p for p in model.parameters() if p.requires_grad) < full / 4
+    with pytest.raises(ValueError, match="merge"):
+        unet.select_trainable(model, "lora:2")
+    for n, p in model.named_parameters():
+        if ".up." in n:
+            torch.nn.init.normal_(p)
+    tuned = model(x, t, cond)
+    assert not torch.allclose(tuned, plain)
+    unet.merge_lora(model)
+    assert set(model.state_dict()) == keys and torch.allclose(model(x, t, cond), tuned)
+
+
+def test_bad_width_is_refused():
+    with pytest.raises(ValueError, match="divisible"):
+        unet.UNet(unet.UNetConfig(model_channels=48))
+
+
+def original_names(state):
+    """Our weights under the original's names and shapes, written independently of unet.LDM_NAMES."""
+    table = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_proj": "emb_layers.1", "norm2": "out_layers.0",
+             "conv2": "out_layers.3", "skip": "skip_connection"}
+    theirs = {}
+    for key, value in state.items():
+        parts = key.split(".")
+        if "blocks" in parts:  # inside a transformer block
+            key = key.replace(".blocks.", ".transformer_blocks.").replace("to_out.", "to_out.0.")
+            key = key.replace("ff.proj_in", "ff.net.0.proj").replace("ff.proj_out", "ff.net.2")
+        elif parts[-2] in table:
+            key = ".".join(parts[:-2] + [table[parts[-2]], parts[-1]])
+        elif parts[-2] in ("proj_in", "proj_out", "qkv") and value.dim() == 2:
+            value = value[:, :, None] if "qkv" in state_names(state) else value[:, :, None, None]
+        theirs["model.diffusion_model." + key] = value
+    return theirs
+
+
+def state_names(state):
+    return {part for key in state for part in key.split(".")}
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_spatial_transformer": False, "context_dim": None}])
+def test_load_ldm_is_strict_and_complete(changes):
+    source, target = tiny(**changes).unet, tiny(**changes).unet
+    for p in target.parameters():
+        torch.nn.init.zeros_(p)
+    theirs = original_names(source.state_dict())
+    unet.load_ldm(target, theirs | {"first_stage_model.x": torch.zeros(1)})
+    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True))
+    unet.load_ldm(target, {k.removeprefix("model.diffusion_model."): v for k, v in theirs.items()})
+    before = copy.deepcopy(target.state_dict())
+    some = next(iter(theirs))
+    for broken in (dict(list(theirs.items())[1:]), theirs | {"model.diffusion_model.extra": torch.zeros(1)},
+                   theirs | {some: torch.zeros(3, 3)}):
+        with pytest.raises(ValueError, match="do not fit"):
+            unet.load_ldm(target, broken)
+    assert all(torch.equal(a, before[k]) for k, a in target.state_dict().items())
