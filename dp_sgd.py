@@ -260,6 +260,11 @@ def bookkeeping(model, layers, loss_fn, batch, clip):
     return sums
 
 
+def joined(parts):
+    """Weight gradients of a layer's linear parts -> of the layer: the kernel's offsets are the last dimensions."""
+    return parts[0] if len(parts) == 1 else torch.stack(parts, -1)
+
+
 def grams_are_cheaper(layer, x, g, n):
     """Count multiplications per example, P^2 (d + p) against P d p; the scales of norm layers are always formed."""
     m = layer.module
@@ -323,7 +328,7 @@ def per_example(layer, x, g, n):
         weight, bias = one_hot.mT @ positions(g, n), None
     else:
         if "weight" in layer.params:
-            weight = torch.stack([b.mT @ a for a, b in linear_parts(layer, x, g, n)], -1)  # (n, p, d, taps)
+            weight = joined([b.mT @ a for a, b in linear_parts(layer, x, g, n)])  # (n, p, d[, taps])
         bias = positions(channels_last(layer, g), n).sum(1)
     return {k: (weight if k == "weight" else bias).reshape(n, *p.shape) for k, p in layer.params.items()}
 
@@ -335,7 +340,7 @@ def weighted_product(layer, x, g, factor):
     if isinstance(m, nn.Embedding):
         return {"weight": g.new_zeros(m.weight.shape).index_add_(0, x.flatten(), g.reshape(-1, g.shape[-1]))}
     parts = [b.flatten(0, 1).mT @ a.flatten(0, 1) for a, b in linear_parts(layer, x, g, n)]  # (p, n P) @ (n P, d)
-    grads = {"weight": (parts[0] if len(parts) == 1 else torch.stack(parts, -1)).view(m.weight.shape)}
+    grads = {"weight": joined(parts).view(m.weight.shape)}
     if "bias" in layer.params:
         grads["bias"] = channels_last(layer, g).sum(tuple(range(g.dim() - 1)))
     return grads
@@ -382,11 +387,11 @@ def linear_parts(layer, x, g, n):
     return [(positions(x[:, i, j], n), positions(g[:, o, q], n)) for o, i in rows for q, j in columns]
 
 
-# ------------------------------------------------------------------------------------------------- what may be trained
+# ---------------------------------------------------------------------------------------------- what may be trained
 
 
 class Layer(NamedTuple):
-    """One module with trainable parameters of its own: name in the model, the module, {"weight" and/or "bias": Parameter}."""
+    """A module with trainable parameters of its own: {"weight" and/or "bias": Parameter}."""
 
     name: str
     module: nn.Module
@@ -398,35 +403,35 @@ FEWEST_DIMS = {nn.Linear: 2, nn.Conv2d: 4, nn.GroupNorm: 2, nn.LayerNorm: 2, nn.
 
 
 def trainable_layers(model, method="bookkeeping"):
-    """The layers that DP-SGD trains; anything whose per-example gradient would be wrong is refused here, by name.
+    """The layers that DP-SGD trains. Raises ValueError, by name, for all whose per-example gradient would be wrong:
 
-    Raises ValueError for no trainable parameter, layers that mix examples or keep statistics of them, dropout, a
-    parameter shared by two layers, and (book-keeping only) layers without a rule.
+    layers that mix examples or keep statistics of them, dropout, a parameter shared by two layers, and (book-keeping
+    only) layers without a rule; also if nothing is trainable.
     """
     layers, owner = [], {}
     for name, m in model.named_modules():
+        title = f"layer {name!r} ({type(m).__name__})"
         if isinstance(m, nn.modules.batchnorm._BatchNorm) or getattr(m, "track_running_stats", False):
-            raise ValueError(f"layer {name!r} ({type(m).__name__}) mixes the examples of a batch or keeps statistics of them, so "
-                             "per-example clipping bounds nothing; use GroupNorm or LayerNorm")
+            raise ValueError(f"{title} mixes the examples of a batch or keeps statistics of them, which clipping per "
+                             "example does not bound; use GroupNorm or LayerNorm")
         rate = m.p if isinstance(m, nn.modules.dropout._DropoutNd) else getattr(m, "dropout", 0)
         if isinstance(rate, (int, float)) and rate > 0:
-            raise ValueError(f"layer {name!r} ({type(m).__name__}) has dropout {rate}; set it to 0 for the private stage")
+            raise ValueError(f"{title} has dropout {rate}; set it to 0 for the private stage")
         params = {k: p for k, p in m.named_parameters(recurse=False) if p.requires_grad}
-        for k, p in params.items():
-            if id(p) in owner:
-                raise ValueError(f"parameter {k!r} of layer {name!r} is shared with layer {owner[id(p)]!r}; untie or freeze it")
-            owner[id(p)] = name
+        shared = [owner[p] for p in params.values() if owner.setdefault(p, name) != name]
+        if shared:
+            raise ValueError(f"{title} shares a parameter with layer {shared[0]!r}; untie or freeze it")
         if params:
             layers.append(Layer(name, m, params))
             if method == "bookkeeping" and (reason := without_rule(m, params)):
-                raise ValueError(f"layer {name!r} ({type(m).__name__}): {reason}; freeze it or choose method='vmap'")
+                raise ValueError(f"{title}: {reason}; freeze it or choose method='vmap'")
     if not layers:
         raise ValueError("the model has no trainable parameter; call unet.select_trainable first")
     return layers
 
 
 def without_rule(m, params):
-    """Why book-keeping cannot train this layer, or "". Subclasses may compute anything, so the type must match exactly."""
+    """Why book-keeping cannot train this layer, or "". Subclasses may compute anything: the type must match exactly."""
     if type(m) not in FEWEST_DIMS or not set(params) <= {"weight", "bias"}:
         return f"book-keeping has no rule for its trainable parameters ({', '.join(params)})"
     if isinstance(m, nn.Conv2d) and (m.groups > 1 or m.padding_mode != "zeros" or isinstance(m.padding, str)):
@@ -440,17 +445,17 @@ def rows(batch):
     """Number of examples N of a micro-batch, on which all its items (tensors or None) must agree."""
     sizes = {len(b) for b in batch if b is not None}
     if len(sizes) != 1:
-        raise ValueError(f"every item of a micro-batch must have one row per example or be None; found {sorted(sizes)} rows")
+        raise ValueError(f"every item of a micro-batch needs one row per example or is None; found {sorted(sizes)} rows")
     return sizes.pop()
 
 
 def checked(losses, n):
     """The losses, if there is one per example and it depends on trainable parameters."""
     if not isinstance(losses, torch.Tensor) or losses.shape != (n,):
-        raise ValueError(f"loss_fn must return one loss per example, shape ({n},), not {tuple(getattr(losses, 'shape', ()))}: "
-                         "average over pixels and noise draws, never over examples")
+        raise ValueError(f"loss_fn must return one loss per example, shape ({n},), not "
+                         f"{tuple(getattr(losses, 'shape', ()))}: average over pixels and draws, never over examples")
     if not losses.requires_grad:
-        raise ValueError("the losses do not depend on any trainable parameter; is loss_fn under no_grad, or the layer unused?")
+        raise ValueError("the losses do not depend on any trainable parameter; is loss_fn under no_grad?")
     return losses
 
 
@@ -459,7 +464,7 @@ def zeros(params):
     return [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False) for p in params]
 
 
-# ---------------------------------------------------------------------------------------------------------- the engine
+# ------------------------------------------------------------------------------------------------------- the engine
 
 
 class DPSGD:
@@ -467,16 +472,16 @@ class DPSGD:
 
     clip_norm C > 0 (None: 1, for "automatic" only) · noise_multiplier sigma >= 0 in units of C (0 is not private) ·
     expected_batch_size B = q * n · method "bookkeeping", "loop" or "vmap" (same result) · clipping "flat", "automatic"
-    or "per-layer" (`clip_factors`) · generator of the noise, None: `fresh_generator` on the parameters' device; a seeded
-    one makes the noise reproducible, thus void.
+    or "per-layer" (`clip_factors`) · generator of the noise; None: `fresh_generator` on the parameters' device (one
+    with a known seed makes the noise reproducible, thus void). Raises ValueError for bad arguments and for the layers
+    that `trainable_layers` refuses.
 
-    Between accumulate and step, `sums` holds the clipped sum, one tensor per trainable parameter in the order of `names`: the
-    place to write the ledger, or to reduce over processes. It is not private yet. Neither is `last`, figures of the last
-    step: examples, nonfinite, loss (mean), clipped_fraction, norm_quantiles (0, 1/4, 1/2, 3/4, 1).
+    Between accumulate and step, `sums` holds the clipped sum, one tensor per trainable parameter in the order of
+    `names`: the moment to write the ledger, or to reduce over processes. It is not private yet. Neither is `last`,
+    figures of the last step: examples, nonfinite, loss (mean), clipped_fraction, norm_quantiles (0, 1/4, 1/2, 3/4, 1).
 
-    Autocast is the caller's, around or inside loss_fn: bfloat16 for forward and backward, no loss scaling; norms, sums
-    and noise are float32 whatever the region. Raises ValueError for bad arguments and for the layers that
-    `trainable_layers` refuses.
+    Autocast is the caller's, around or inside loss_fn: bfloat16 for forward and backward, no loss scaling. Norms, sums
+    and noise are float32 whatever the region.
     """
 
     def __init__(self, model, clip_norm, noise_multiplier, expected_batch_size, method="bookkeeping", clipping="flat",
@@ -489,12 +494,12 @@ class DPSGD:
             raise ValueError(f"noise_multiplier sigma must be 0 (not private) or positive, got {noise_multiplier}")
         if not 0 < expected_batch_size < float("inf"):
             raise ValueError(f"expected_batch_size q * n must be positive, got {expected_batch_size}")
-        if method not in METHODS:
-            raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
-        if clipping not in CLIPPING:
-            raise ValueError(f"unknown clipping {clipping!r}; choose one of {', '.join(CLIPPING)}")
+        for name, value, choices in (("method", method, METHODS), ("clipping", clipping, CLIPPING)):
+            if value not in choices:
+                raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
         self.model, self.method, self.clipping = model, method, clipping
-        self.clip_norm, self.noise_multiplier, self.expected_batch_size = clip_norm, noise_multiplier, expected_batch_size
+        self.clip_norm, self.noise_multiplier = clip_norm, noise_multiplier
+        self.expected_batch_size = expected_batch_size
         self.layers = trainable_layers(model, method)
         self.names = [f"{layer.name}.{k}".lstrip(".") for layer in self.layers for k in layer.params]
         self.parameters = [p for layer in self.layers for p in layer.params.values()]
@@ -504,11 +509,11 @@ class DPSGD:
     def accumulate(self, loss_fn, *batch):
         """Add the clipped per-example gradients of one micro-batch to `sums`: all of them, or none if anything raises.
 
-        loss_fn(model, *batch) -> (N,) losses, deterministic, example n's loss depending on rows n of the batch only. Batch
-        items have N rows (N = 0 is fine) or are None. A non-finite example contributes exactly zero. Raises ValueError for
-        losses of another shape, rows that do not match, or a changed set of trainable parameters.
+        loss_fn(model, *batch) -> (N,) losses, deterministic, example n's loss depending on rows n of the batch only.
+        Batch items have N rows (N = 0 is fine) or are None. A non-finite example contributes exactly zero. Raises
+        ValueError for losses of another shape, rows that do not match, or a changed set of trainable parameters.
         """
-        if {id(p) for p in self.model.parameters() if p.requires_grad} != {id(p) for p in self.parameters}:
+        if {p for p in self.model.parameters() if p.requires_grad} != set(self.parameters):
             raise ValueError("the set of trainable parameters changed; make a new DPSGD after select_trainable")
         if rows(batch) == 0:
             return
@@ -516,19 +521,20 @@ class DPSGD:
 
         def clip(squared, losses):
             factors, finite = clip_factors(squared, losses, self.clip_norm, self.clipping)
-            figures.append(torch.stack([squared.sum(0).sqrt(), losses.double(), (factors < 1).any(0).double(), finite.double()]))
-            return factors, finite
+            clipped = (factors < 1).any(0)
+            figures.append(torch.stack([squared.sum(0).sqrt(), *(a.double() for a in (losses, clipped, finite))]))
+            return factors, None if finite.all() else finite
 
         with torch.enable_grad():
             sums = METHODS[self.method](self.model, self.layers, loss_fn, batch, clip)
-        torch._foreach_add_(self.sums, sums)  # the only lines that change anything: nothing can fail halfway
+        torch._foreach_add_(self.sums, sums)  # the only lines that change anything: what could fail is behind us
         self._figures += figures
 
     def step(self, optimizer):
-        """Noise once, divide by B, optimizer.step(), clear. Right also after no accumulate at all: a step of noise only."""
+        """Noise once, divide by B, optimizer.step(), clear. Right also after no accumulate at all: a step of noise."""
         grads = privatise(self.sums, self.clip_norm, self.noise_multiplier, self.expected_batch_size, self.generator)
         self.last = summary(self._figures)
-        self.sums, self._figures = zeros(self.parameters), []  # before anything can fail: these sums are spent
+        self.sums, self._figures = zeros(self.parameters), []  # before anything else can fail: these sums are spent
         for p, g in zip(self.parameters, grads, strict=True):
             p.grad = g.to(p.dtype)
         optimizer.step()
@@ -538,12 +544,12 @@ class DPSGD:
 
 def summary(figures):
     """Rows (4, N) of norms, losses, clipped, finite -> the figures of `DPSGD.last` (one copy to the host per step)."""
-    norms, losses, clipped, finite = torch.cat(figures, 1).cpu() if figures else torch.zeros(4, 0, dtype=torch.float64)
-    good = finite > 0
-    count = max(int(good.sum()), 1)
-    quantiles = norms[good].quantile(torch.linspace(0, 1, 5, dtype=torch.float64)).tolist() if good.any() else [0.0] * 5
-    return {"examples": len(norms), "nonfinite": int((~good).sum()), "loss": float(losses[good].sum() / count),
-            "clipped_fraction": float(clipped[good].sum() / count), "norm_quantiles": quantiles}
+    figures = torch.cat(figures, 1).cpu() if figures else torch.zeros(4, 0, dtype=torch.float64)
+    norms, losses, clipped, _ = good = figures[:, figures[3] > 0]
+    count, quantiles = good.shape[1], torch.linspace(0, 1, 5, dtype=torch.float64)
+    return {"examples": figures.shape[1], "nonfinite": figures.shape[1] - count, "loss": float(losses.sum()) / max(count, 1),
+            "clipped_fraction": float(clipped.sum()) / max(count, 1),
+            "norm_quantiles": norms.quantile(quantiles).tolist() if count else [0.0] * 5}
 
 
 METHODS = {"loop": loop, "vmap": vmap, "bookkeeping": bookkeeping}

@@ -40,10 +40,10 @@ import vae
 
 DIGITS = dict(  # every key is a flag or a network; a preset overrides some of them, the command line overrides both
     public="strokes", public_classes="all", public_n=36_000, private="mnist10k", private_n=None, crop=28, flips=False,
-    vae=vae.VAEConfig(ch=8, ch_mult=(1, 2, 4, 8)), vae_steps=1200, vae_batch=64, vae_lr=3e-3, kl_weight=1e-6,
-    unet=unet.UNetConfig(4, 4, num_heads=4, context_dim=64), schedule=diffusion.Schedule("cosine", "v"),
-    ldm_steps=800, ldm_batch=256, ldm_lr=1e-3, cond_drop=0.1,
-    epsilon=10.0, delta=1e-5, sigma=None, accountant="rdp", batch_size=2000, steps=60, clip_norm=0.1, clipping="flat",
+    vae=vae.VAEConfig(ch=8, ch_mult=(1, 2, 4, 8)), vae_steps=900, vae_batch=64, vae_lr=3e-3, kl_weight=1e-6,
+    unet=unet.UNetConfig(4, 4, 32, num_heads=4, context_dim=64, num_groups=8), schedule=diffusion.Schedule("cosine", "v"),
+    ldm_steps=1600, ldm_batch=256, ldm_lr=2e-3, cond_drop=0.1,
+    epsilon=10.0, delta=1e-5, sigma=None, accountant="pld", batch_size=2000, steps=60, clip_norm=0.1, clipping="flat",
     noise_multiplicity=1, tune="attention", from_block=0, lr=1e-3, ema=0.9, method="bookkeeping", micro_batch=250,
     sample_steps=30, sample_eta=0.0, guidance=1.0,
 )
@@ -59,7 +59,7 @@ PRESETS = {
         unet=unet.PAPER["mnist"], schedule=diffusion.PAPER, ldm_steps=50_000, ldm_batch=512, ldm_lr=2.5e-3, cond_drop=0.0,
         steps=6000, clip_norm=1e-3, ema=0.9999, sample_steps=200, sample_eta=1.0),
     "smoke": dict(public_n=400, private_n=1000, vae=vae.VAEConfig(ch=8, ch_mult=(1, 1, 2, 2)), vae_steps=20, vae_batch=32,
-                  unet=unet.UNetConfig(4, 4, 32, attention_resolutions=(2,), context_dim=8), ldm_steps=20, ldm_batch=64,
+                  unet=unet.UNetConfig(4, 4, 32, attention_resolutions=(2,), context_dim=8, num_groups=8), ldm_steps=20, ldm_batch=64,
                   batch_size=100, steps=4, micro_batch=32, sample_steps=4),
 }
 # These may differ when a run is resumed: they change where and how fast, not what is computed or guaranteed.
@@ -347,11 +347,11 @@ def privacy_plan(s, n):
 def print_plan(s, plan, model):
     trained, total = count(p for p in model.parameters() if p.requires_grad), count(model.parameters())
     idle = count(dict(model.named_parameters())[name] for name in unet.noise_only_names(model))
-    print(f"privacy plan   epsilon {plan['epsilon']:.4g} at delta {plan['delta']:g} ({s.accountant}); unit: one picture, added or "
-          f"removed\n               n {plan['n']}, Poisson sampling with q {plan['q']:.4g} (expected batch {s.batch_size}), "
+    print(f"privacy plan   epsilon {plan['epsilon']:.4g} at delta {plan['delta']:g} ({s.accountant}); unit: one picture, added "
+          f"or removed\n               n {plan['n']}, Poisson sampling with q {plan['q']:.4g} (expected batch {s.batch_size}), "
           f"T {plan['steps']} steps, sigma {plan['sigma']:.4g}, C {s.clip_norm:g} {s.clipping}, K {s.noise_multiplicity}\n"
-          f"tuned          {s.tune}: {trained:,} of {total:,} parameters ({trained / total:.1%}), of which {idle:,} see only noise "
-          f"(query and key for a one-token condition)")
+          f"tuned          {s.tune}: {trained:,} of {total:,} parameters ({trained / total:.1%}), of which {idle:,} see only "
+          f"noise (query and key for a one-token condition)")
     if plan["steps"] and (plan["sigma"] == 0 or s.insecure_seed is not None):
         print("WARNING: no noise or a known noise seed: this run is NOT private", file=sys.stderr)
 
@@ -394,7 +394,8 @@ def tune_privately(s, model, latents, labels, plan, stop):
                      "optimizer": optimizer.state_dict(), "done": done}, state_path)
         so_far = float(accountant.epsilon(plan["q"], plan["sigma"], len(rows), s.delta))
         folder.append_row({"step": step, "epsilon_rdp": plain(so_far), **engine.last}, s.out / "internal" / "log.jsonl")
-        bar.set_postfix(loss=f"{engine.last['loss']:.4f}", epsilon=f"{so_far:.3f}", clipped=f"{engine.last['clipped_fraction']:.0%}",
+        last = engine.last
+        bar.set_postfix(loss=f"{last['loss']:.4f}", epsilon=f"{so_far:.3f}", clipped=f"{last['clipped_fraction']:.0%}",
                         examples_per_s=f"{examples / (time.monotonic() - begin):.0f}")
         if stop.asked and len(rows) < plan["steps"]:
             stop.leave(s.out)
@@ -425,11 +426,16 @@ def privacy_statement(s, plan, rows, trained):
     both = {m: accountant.epsilon_of_ledger(rows, s.delta, m) if rows else 0.0 for m in ("rdp", "pld")}
     epsilon = both[s.accountant]
     private = s.insecure_seed is None and math.isfinite(epsilon)
+    spent = (plan["q"], plan["sigma"], len(rows))
+    groups = accountant.group_epsilon(20, *spent, s.delta) if rows else 0.0
+    false_positives = (0.001, 0.01, 0.1)  # what an optimal membership test can do at most, per picture
+    attacker = dict(zip(map(str, false_positives), map(float, accountant.attacker_tpr(*spent, false_positives)), strict=True))
     return plain({
         "statement": f"({epsilon:.4g}, {s.delta:g})-differentially private with respect to one picture" if private else
                      "NOT PRIVATE: no noise, or a known noise seed",
         "private": private, "epsilon": epsilon, "delta": s.delta, "accountant": s.accountant,
         "epsilon_rdp": both["rdp"], "epsilon_pld": both["pld"],
+        "epsilon_for_20_pictures_of_one_person": groups, "attacker_true_positive_rates": attacker,
         "adjacency": "add or remove one picture", "unit": "one picture", "sampling": "Poisson", "n": plan["n"], "q": plan["q"],
         "expected_batch_size": s.batch_size, "steps": len(rows), "sigma": plan["sigma"], "clip_norm": s.clip_norm,
         "clipping": s.clipping, "noise_multiplicity": s.noise_multiplicity, "tune": s.tune, "from_block": s.from_block,
@@ -448,8 +454,9 @@ def privacy_statement(s, plan, rows, trained):
 def write_release(s, vae_checkpoint, ldm_checkpoint, model, classes, privacy, public):
     """release/: model.pt, privacy.json, samples.png, comparison.png (real public | before | after tuning)."""
     unet.merge_lora(model)
-    content = {"format": sample.FORMAT, "vae": {k: vae_checkpoint[k] for k in ("config", "state")}, "scale": vae_checkpoint["scale"],
-               **{k: ldm_checkpoint[k] for k in ("unet", "embedder", "schedule")}, "classes": classes, "crop": s.crop,
+    content = {"format": sample.FORMAT, "vae": {k: vae_checkpoint[k] for k in ("config", "state")},
+               "scale": vae_checkpoint["scale"], **{k: ldm_checkpoint[k] for k in ("unet", "embedder", "schedule")},
+               "classes": classes, "crop": s.crop,
                "data": {"public": s.public, "public_classes": s.public_classes, "private": s.private}, "privacy": privacy}
     folder.save({**content, "model": model.state_dict()}, s.out / "release" / "model.pt")
     folder.write_json(privacy, s.out / "release" / "privacy.json")
@@ -475,7 +482,8 @@ def estimate(s, model, plan):
     """Print the minutes of each stage, extrapolated from one step on random data."""
     model, autoencoder = (m.to(s.device, memory_format=torch.channels_last) for m in (model, vae.AutoencoderKL(s.vae)))
     x = torch.rand(s.vae_batch, s.vae.in_channels, s.vae.resolution, s.vae.resolution, device=s.device)
-    z, y = torch.randn(s.ldm_batch, *autoencoder.latent_shape, device=s.device), torch.zeros(s.ldm_batch, dtype=int, device=s.device)
+    z = torch.randn(s.ldm_batch, *autoencoder.latent_shape, device=s.device)
+    y = torch.zeros(s.ldm_batch, dtype=torch.int64, device=s.device)
     loss_fn = partial(diffusion.loss, schedule=s.schedule)
     engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, s.method, s.clipping)
     few = slice(0, min(s.micro_batch, s.ldm_batch))
@@ -490,9 +498,10 @@ def estimate(s, model, plan):
     private = minutes(plan["steps"] * s.batch_size / len(z[few]),
                       lambda: engine.accumulate(loss_fn, *diffusion.draw(z[few], y[few], s.noise_multiplicity)))
     model.requires_grad_(True)
-    print(f"time           autoencoder {minutes(s.vae_steps, lambda: vae.loss(autoencoder, x)[0].backward()):.1f}, latent diffusion "
-          f"{minutes(s.ldm_steps, lambda: loss_fn(model, *diffusion.draw(z, y)).mean().backward()):.1f}, private tuning "
-          f"{private:.1f} minutes ({'bf16' if s.bf16 else 'float32'} on {s.device}, {torch.get_num_threads()} threads)")
+    first = minutes(s.vae_steps, lambda: vae.loss(autoencoder, x)[0].backward())
+    second = minutes(s.ldm_steps, lambda: loss_fn(model, *diffusion.draw(z, y)).mean().backward())
+    print(f"time           autoencoder {first:.1f}, latent diffusion {second:.1f}, private tuning {private:.1f} minutes "
+          f"({'bf16' if s.bf16 else 'float32'} on {s.device}, {torch.get_num_threads()} threads)")
 
 
 def main(argv=None):
@@ -505,7 +514,8 @@ def main(argv=None):
     s.bf16 = s.precision == "bf16" or (s.precision == "auto" and bf16_wins(s.device))
     find = partial(data.load, root=s.data_root, size=s.vae.resolution)
     # Both sets are read before the first long loop: nobody waits an hour to learn that a file is missing.
-    private = find(s.private, "train", n=s.private_n) if s.steps else find(s.private, "test")  # steps 0: no private picture is read
+    # With --steps 0 no private picture is read at all.
+    private = find(s.private, "train", n=s.private_n) if s.steps else find(s.private, "test")
     public = find(s.public, public_classes=s.public_classes if s.public == "strokes" else None,
                   n=200 if s.dry_run else s.public_n, seed=s.seed)
     plan = privacy_plan(s, len(private) if s.steps else 0)
@@ -529,7 +539,8 @@ def main(argv=None):
     second = folder.load(s.out / "public" / "ldm.pt") if have["ldm.pt"] else train_diffusion(
         s, encode(s, autoencoder, public.images, scale), public.labels.to(s.device), num_classes, stop)
     if second["embedder"]["num_classes"] < len(private.classes):
-        raise ValueError(f"the public model has {second['embedder']['num_classes']} classes, {s.private} has {len(private.classes)}")
+        raise ValueError(f"the public model has {second['embedder']['num_classes']} classes, fewer than {s.private}'s "
+                         f"{len(private.classes)}")
 
     model = sample.build_model(second)[0].to(s.device, memory_format=torch.channels_last)
     names = unet.select_trainable(model, s.tune, s.from_block)

@@ -8,9 +8,9 @@ Symbols: z_t noisy latent (N, C, H, W) · t timestep (N,) · c condition, embedd
 
 The picture of the network (MNIST configuration: 64 channels, multipliers 1 and 2, attention at every level)::
 
-    z_t -> conv -> [Res + ST] -> Res-down -> [Res + ST] -> middle: Res, ST, Res -> 2 x [Res + ST] -> Res-up -> 2 x [Res + ST] -> norm, conv
-                       |                         |                                    ^ skip connections |
-                       +-------------------------+------------------------------------+------------------+
+    z_t -> conv -> [Res + ST] -> Res-down -> [Res + ST] -> middle: Res, ST, Res -> 2x[Res + ST], Res-up -> 2x[Res + ST] -> conv
+              |        |             |            |                                      ^                      ^
+              +--------+-------------+------------+----------- skip connections ---------+----------------------+
 
 Res  = ResBlock: knows the timestep, mixes neighbouring pixels, never sees the condition.
 ST   = SpatialTransformer: self-attention over the pixels, then cross-attention to the condition. The ONLY place where
@@ -400,11 +400,11 @@ def attention_modules(model):
 def select_trainable(model, tune="attention", from_block=0):
     """Choose what DP-SGD trains (the paper's section 3: attention modules and condition embedder); freeze the rest.
 
-    model: a LatentModel (or a bare UNet: then nothing is embedded). tune: "attention" (the paper) ·
-    "attention-only" (without the embedder) · "all" · "resblocks", "norm" (all GroupNorm and LayerNorm), "lora:R" (rank-R
-    pairs inserted at every attention projection), each with the embedder · "embedder" alone. from_block leaves out
-    the first from_block attention modules in forward order (the authors' `ablation_blocks` is from_block + 1); it
-    applies to "attention", "attention-only" and "lora:R". Sets requires_grad on every parameter and returns the names of the trainable ones.
+    model: a LatentModel, or a bare UNet (then there is no embedder). tune: "attention" (the paper) · "attention-only"
+    (without the embedder) · "all" · "resblocks", "norm" (every GroupNorm and LayerNorm), "lora:R" (rank-R pairs inserted
+    at every attention projection), each with the embedder · "embedder" alone. from_block leaves out the first
+    from_block attention modules in forward order (the authors' `ablation_blocks` is from_block + 1); it applies to
+    attention and lora. Sets requires_grad on every parameter and returns the names of the trainable ones.
     Raises ValueError for an unknown choice, a from_block that leaves nothing, or an empty selection.
     """
     modules = attention_modules(model)

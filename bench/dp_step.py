@@ -2,12 +2,13 @@
 
     python -m bench.dp_step [--threads 1] [--rounds 5] [--sizes 4 8] [--tune attention all] [--batches 64 256] [--profile]
 
-The network is the paper's MNIST row (PAPER.md) with 4 latent channels at 4x4, and the same at 8x8. `none` is a forward
-and backward pass of the mean loss, weight gradients of the same parameters included. The methods of a row take turns
-within a round, so that another load on the machine hits all of them; a ratio is the median over the rounds of
-(method / none in the same round). With one thread on the CPU the process's own CPU time is taken, not the clock. Peak memory: each cell in a forked process of its own, growth of the resident set from
-before the model is built; on CUDA, the allocator's peak. The loop costs the same per example at any size, so it is
-timed on 16 examples; vmap is left out where its per-example gradients alone would take more than 2 GB.
+The network is the paper's MNIST row with 4 latent channels at 4x4, and the same at 8x8. `none` is a forward and
+backward pass of the mean loss, weight gradients of the same parameters included. The methods of a row take turns within
+a round, so that another load on the machine hits all of them; a ratio is the median over the rounds of (method / none in
+the same round). With one thread on the CPU the process's own CPU time is taken, not the clock. Peak memory: each cell in
+a forked process of its own, growth of the resident set from before the model is built; on CUDA the allocator's peak.
+The loop costs the same per example at any size, so it is timed on 16 examples; vmap is left out where its per-example
+gradients alone would take more than 2 GB.
 
 --profile tells what book-keeping spends its time on. --channels-last and --bf16 run everything that way.
 """
@@ -109,7 +110,7 @@ def too_large(args, tune, batch_size, method):
 def profile(args, size, tune, batch_size):
     """Milliseconds of book-keeping's parts: the smallest over the rounds, the rest being forward and backward."""
     parts = {"gram_squared_norm": "norms from Grams", "per_example": "small gradients formed", "squared_norm": "their norms",
-             "weighted_product": "sums by product", "weighted": "sums of formed"}
+             "weighted_product": "sums by product", "weighted_sum": "sums of formed"}
     spent, originals = dict.fromkeys(parts, 0.0), {name: getattr(dp_sgd, name) for name in parts}
 
     def timed(name):
@@ -165,8 +166,8 @@ def main():
     runnable = [(cell, m) for cell in cells for m in methods if not too_large(args, cell[1], cell[2], m)]
     memory = {key: peak_memory(args, *key[0], key[1]) for key in runnable}  # before this process has grown
 
-    print(f"torch {torch.__version__}, {args.device}, {args.threads} thread(s), channels-last {args.channels_last}, bf16 {args.bf16}; "
-          f"medians of {args.rounds} rounds\n")
+    print(f"torch {torch.__version__}, {args.device}, {args.threads} thread(s), channels-last {args.channels_last}, "
+          f"bf16 {args.bf16}; medians of {args.rounds} rounds\n")
     print("| latents | trained | micro-batch | method | examples/s | time / none | peak MiB | memory / none |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for cell in cells:
@@ -179,8 +180,9 @@ def main():
         for m in names:
             ratio = statistics.median(a / b for a, b in zip(times[m][1:], times["none"][1:], strict=True))
             peak = "" if m == "loop" else f"{memory[cell, m]:.0f} | {memory[cell, m] / memory[cell, 'none']:.2f}"
-            print(f"| {cell[0]}x{cell[0]} | {cell[1]} | {cell[2]} | {m} | {1 / statistics.median(times[m][1:]):.0f} | {ratio:.2f} "
-                  f"| {peak or ' | '} |", flush=True)
+            speed = 1 / statistics.median(times[m][1:])
+            print(f"| {cell[0]}x{cell[0]} | {cell[1]} | {cell[2]} | {m} | {speed:.0f} | {ratio:.2f} | {peak or ' | '} |",
+                  flush=True)
     return 0
 
 

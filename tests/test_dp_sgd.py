@@ -122,7 +122,8 @@ def image(*shape):
 LAYERS = {
     "linear": (nn.Linear(6, 5), image(7, 6)), "linear without bias": (nn.Linear(6, 5, bias=False), image(7, 6)),
     "linear on vectors": (nn.Linear(6, 5), image(6)), "linear on images": (nn.Linear(6, 5), image(3, 4, 6)),
-    "conv": (nn.Conv2d(3, 5, 3, padding=1), image(3, 4, 5)), "conv without bias": (nn.Conv2d(3, 5, 3, bias=False), image(3, 4, 5)),
+    "conv": (nn.Conv2d(3, 5, 3, padding=1), image(3, 4, 5)),
+    "conv without bias": (nn.Conv2d(3, 5, 3, bias=False), image(3, 4, 5)),
     "conv stride 2": (nn.Conv2d(3, 5, 3, stride=2, padding=1), image(3, 5, 4)), "conv 1x1": (nn.Conv2d(3, 5, 1), image(3, 4, 5)),
     "conv oblong": (nn.Conv2d(3, 5, (3, 2), stride=(1, 3), padding=(2, 1), dilation=(2, 1)), image(3, 6, 7)),
     "conv wide padding": (nn.Conv2d(3, 5, 3, stride=2, padding=4), image(3, 2, 3)),
@@ -455,7 +456,7 @@ def test_layers_whose_gradient_would_be_wrong_are_refused_by_name():
     refused(r"1\.0.*mix examples", model(nn.Embedding(4, 4, max_norm=1.0)))
     tied = model(nn.Linear(3, 3))
     tied[1][0].weight = tied[0].weight
-    refused(r"1\.0.*shared with layer '0'", tied)
+    refused(r"1\.0.*shares a parameter with layer '0'", tied)
     DPSGD(model(nn.Dropout(0.0)), 1.0, 1.0, 1.0)
     DPSGD(model(Scale().requires_grad_(False)), 1.0, 1.0, 1.0)
     DPSGD(model(Scale()), 1.0, 1.0, 1.0, method="vmap")
