@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
+import folder
 import strokes
 
 EMBEDDED = Path(__file__).resolve().parent / "data" / "mnist10k.npz"
@@ -78,7 +79,7 @@ def load(name, split="train", root=None, size=32, public_classes=None, n=None, s
         raise ValueError(f"public_classes only applies to 'strokes', not to {name!r}")
     if n is not None and n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
-    root = Path(root or os.environ.get("DPLDM_DATA") or "~/.cache/dpldm").expanduser()
+    root = data_root(root)
     if name == "strokes":
         images, labels, classes = draw_strokes(public_classes or "all", n or 60_000, seed)
     else:
@@ -89,6 +90,11 @@ def load(name, split="train", root=None, size=32, public_classes=None, n=None, s
             chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:n].sort().values
             images, labels = images[chosen], labels[chosen]
     return ImageSet(name, pad(images, size), labels, classes)
+
+
+def data_root(root=None):
+    """The folder of the full sets: the argument, else the environment variable DPLDM_DATA, else ~/.cache/dpldm."""
+    return Path(root or os.environ.get("DPLDM_DATA") or "~/.cache/dpldm").expanduser()
 
 
 # ---- pixels ------------------------------------------------------------------------------------------------------
@@ -121,13 +127,12 @@ def to_uint8(x):
 
 
 def save_grid(images, path, columns=10):
-    """Write images (N,C,H,W) uint8 as one PNG, row by row; by write-and-rename, so a crash leaves no torn file."""
-    path = Path(path)
-    grid = torchvision.utils.make_grid(images.cpu().float() / 255, nrow=columns, padding=1, pad_value=0.2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    torchvision.utils.save_image(grid, partial, format="png")
-    os.replace(partial, path)
+    """Write images (N,C,H,W) uint8 as one PNG, row by row, small ones enlarged; all or nothing (folder.replacing)."""
+    enlarge = max(1, min(3, 900 // (columns * images.shape[-1])))
+    images = images.cpu().repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
+    grid = torchvision.utils.make_grid(images.float() / 255, nrow=columns, padding=enlarge, pad_value=0.2)
+    with folder.replacing(path) as file:
+        torchvision.utils.save_image(grid, file, format="png")
 
 
 # ---- the sets: images (N,C,h,h) uint8, labels (N,) int64, class names --------------------------------------------
@@ -218,8 +223,8 @@ def read_pair(folders, stem, download, first_label=0, last_label=9):
 def find(folders, stem):
     """[pictures, labels] in the first folder that has both, plain or .gz; None if no folder does."""
     names = (f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte")
-    for folder in folders:
-        paths = [next((p for p in (folder / name, folder / f"{name}.gz") if p.exists()), None) for name in names]
+    for place in folders:
+        paths = [next((p for p in (place / name, place / f"{name}.gz") if p.exists()), None) for name in names]
         if None not in paths:
             return paths
     return None

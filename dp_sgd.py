@@ -239,8 +239,7 @@ def bookkeeping(model, layers, loss_fn, batch, clip):
             handle = layer.module.register_forward_hook(lambda _, args, out, i=i: seen(i, args[0], out))
             undo.callback(handle.remove)
         losses = checked(loss_fn(model, *batch), n)
-        # A non-finite loss is taken out before the sum, so that it cannot reach the other examples.
-        torch.where(losses.isfinite(), losses, 0.0).sum().backward()
+        losses.sum().backward()  # one NaN makes the sum NaN, but not its gradient: that is 1 for every example
 
     losses, sums = losses.detach(), []
     with exact(losses.device):

@@ -21,7 +21,6 @@ pictures, not from Inception; it compares runs of this project with one another 
 import argparse
 import hashlib
 import math
-import os
 import time
 from pathlib import Path
 
@@ -223,7 +222,7 @@ def held_out_sets(release, root=None):
     real = data.load(private, "test", root, release.crop)
     sets = {f"{len(real):,} held out of {private}": real}
     if private == "mnist10k":
-        raw = Path(root or os.environ.get("DPLDM_DATA") or "~/.cache/dpldm").expanduser() / "MNIST" / "raw"
+        raw = data.data_root(root) / "MNIST" / "raw"
         if data.find([raw], "t10k"):  # no download just to evaluate
             official = data.load("mnist", "test", root, release.crop)
             sets[f"{len(official):,} MNIST test digits"] = official

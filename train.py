@@ -59,8 +59,8 @@ PRESETS = {
         unet=unet.PAPER["mnist"], schedule=diffusion.PAPER, ldm_steps=50_000, ldm_batch=512, ldm_lr=2.5e-3, cond_drop=0.0,
         steps=6000, clip_norm=1e-3, ema=0.9999, sample_steps=200, sample_eta=1.0),
     "smoke": dict(public_n=400, private_n=1000, vae=vae.VAEConfig(ch=8, ch_mult=(1, 1, 2, 2)), vae_steps=20, vae_batch=32,
-                  unet=unet.UNetConfig(4, 4, 32, attention_resolutions=(2,), context_dim=8, num_groups=8), ldm_steps=20, ldm_batch=64,
-                  batch_size=100, steps=4, micro_batch=32, sample_steps=4),
+                  unet=unet.UNetConfig(4, 4, 32, attention_resolutions=(2,), context_dim=8, num_groups=8), ldm_steps=20,
+                  ldm_batch=64, batch_size=100, steps=4, micro_batch=32, sample_steps=4),
 }
 # These may differ when a run is resumed: they change where and how fast, not what is computed or guaranteed.
 FREE = {"preset", "out", "init", "resume", "dry_run", "device", "precision", "data_root", "micro_batch", "method"}

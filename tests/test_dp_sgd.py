@@ -291,6 +291,18 @@ def test_non_finite_examples_are_counted_and_kept_out_of_the_figures(method):
     assert 1e-3 < engine.last["norm_quantiles"][0] <= engine.last["norm_quantiles"][4] < 100
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_non_finite_loss_with_finite_gradient_is_masked(method):
+    def loss_fn(model, x, offset):
+        return squares(model, x) + offset
+
+    model, x, offset = two_layers(), torch.randn(N, 10), torch.zeros(N)
+    expected = clipped_sum(model, loss_fn, [x[1:], offset[1:]], 1.0, method)
+    for value in (float("nan"), float("inf")):
+        offset[0] = value
+        assert_close(clipped_sum(model, loss_fn, [x, offset], 1.0, method), expected, 1e-6)
+
+
 def test_a_finite_loss_with_infinite_gradient_is_masked():
     class Root(nn.Module):
         def __init__(self):
