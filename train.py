@@ -43,8 +43,8 @@ DIGITS = dict(  # every key is a flag or a network; a preset overrides some of t
     vae=vae.VAEConfig(ch=8, ch_mult=(1, 2, 4, 8)), vae_steps=900, vae_batch=64, vae_lr=3e-3, kl_weight=1e-6,
     unet=unet.UNetConfig(4, 4, 32, num_heads=4, context_dim=64, num_groups=8), schedule=diffusion.Schedule("cosine", "v"),
     ldm_steps=1600, ldm_batch=256, ldm_lr=2e-3, cond_drop=0.1,
-    epsilon=10.0, delta=1e-5, sigma=None, accountant="pld", batch_size=2000, steps=60, clip_norm=0.1, clipping="flat",
-    noise_multiplicity=1, tune="attention", from_block=0, lr=1e-3, ema=0.9, method="bookkeeping", micro_batch=250,
+    epsilon=10.0, delta=1e-5, sigma=None, accountant="pld", batch_size=4000, steps=30, clip_norm=0.1, clipping="flat",
+    noise_multiplicity=1, tune="attention", from_block=0, lr=5e-3, ema=0.9, method="bookkeeping", micro_batch=250,
     sample_steps=30, sample_eta=0.0, guidance=1.0,
 )
 PRESETS = {
@@ -57,7 +57,7 @@ PRESETS = {
         public="emnist", private="mnist", public_n=None,
         vae=replace(vae.PAPER["mnist"], in_channels=1, out_ch=1), vae_steps=60_000, vae_batch=100, vae_lr=4.5e-4,
         unet=unet.PAPER["mnist"], schedule=diffusion.PAPER, ldm_steps=50_000, ldm_batch=512, ldm_lr=2.5e-3, cond_drop=0.0,
-        steps=6000, clip_norm=1e-3, ema=0.9999, sample_steps=200, sample_eta=1.0),
+        batch_size=2000, steps=6000, clip_norm=1e-3, lr=1e-3, ema=0.9999, sample_steps=200, sample_eta=1.0),
     "smoke": dict(public_n=400, private_n=1000, vae=vae.VAEConfig(ch=8, ch_mult=(1, 1, 2, 2)), vae_steps=20, vae_batch=32,
                   unet=unet.UNetConfig(4, 4, 32, attention_resolutions=(2,), context_dim=8, num_groups=8), ldm_steps=20,
                   ldm_batch=64, batch_size=100, steps=4, micro_batch=32, sample_steps=4),
@@ -441,7 +441,7 @@ def privacy_statement(s, plan, rows, trained):
         "clipping": s.clipping, "noise_multiplicity": s.noise_multiplicity, "tune": s.tune, "from_block": s.from_block,
         "trained_parameters": trained, "public_set": s.public, "private_set": s.private,
         "insecure_seed": s.insecure_seed is not None,
-        "noise": "torch generators, each seeded with 64 bits from the operating system",
+        "noise": "Mersenne twister with its whole state from the operating system (CPU) or Philox with 64 bits (CUDA)",
         "covers": "everything in release/ and whatever is made from it",
         "does_not_cover": [
             "the number n of private pictures, which is treated as public", "hyper-parameters, taken as chosen beforehand",

@@ -16,12 +16,14 @@ import time
 from datetime import date
 from pathlib import Path
 
+import torch
+
 RESULTS = Path(__file__).with_name("results.jsonl")
 BASE = "runs/digits"
 ROWS = {  # name: (label in the table, flags of train.py)
     "eps10": ("attention, epsilon 10 (the default)", ""),
     "public": ("public only, before tuning", "--steps 0"),
-    "eps1": ("attention, epsilon 1", "--epsilon 1 --steps 20 --batch-size 4000"),
+    "eps1": ("attention, epsilon 1", "--epsilon 1 --lr 2e-3"),
     "eps3": ("attention, epsilon 3", "--epsilon 3"),
     "inf": ("attention, no noise (not private)", "--epsilon inf"),
     "all": ("all parameters, epsilon 10", "--tune all"),
@@ -54,7 +56,7 @@ def run_row(name):
         seconds[stage] = time.monotonic() - begin
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     row = {"table": "digits", "row": name, "label": ROWS[name][0], "commands": [train, evaluate], "commit": commit,
-           "date": date.today().isoformat(), "seconds": seconds,
+           "date": date.today().isoformat(), "seconds": seconds, "threads": torch.get_num_threads(),
            "privacy": json.loads((out / "release" / "privacy.json").read_text()),
            "evaluation": json.loads((out / "internal" / "evaluation.json").read_text())}
     with open(RESULTS, "a") as file:

@@ -31,7 +31,7 @@ def digits():
     rows = load("digits")
     held_out = list(rows[0]["evaluation"]["held_out"].items())
     head = ["run", "epsilon", "trained parameters", *[f"CNN, {n:,} {name} digits" for name, n in held_out], "MLP", "log. regr.",
-            "Frechet", "minutes", "command"]
+            "Frechet", "minutes: train + evaluate (threads)", "command"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         p, e = row["privacy"], row["evaluation"]
@@ -40,8 +40,8 @@ def digits():
         cells = [row["label"], epsilon, f"{p['trained_parameters']:,}" if p["steps"] else "-",
                  *[percent(e["accuracy"]["cnn"][name]) if name in e["accuracy"]["cnn"] else "-" for name, _ in held_out],
                  percent(e["accuracy"]["mlp"][first]), percent(e["accuracy"]["logreg"][first]),
-                 f"{e['distance']['frechet']:.1f}", f"{row['seconds']['train'] / 60:.1f} + {row['seconds']['evaluate'] / 60:.1f}",
-                 f"`{row['commands'][0]}`"]
+                 f"{e['distance']['frechet']:.1f}", f"{row['seconds']['train'] / 60:.1f} + {row['seconds']['evaluate'] / 60:.1f} "
+                 f"({row['threads']})", f"`{row['commands'][0]}`"]
         lines.append("| " + " | ".join(cells) + " |")
     commits = sorted({row["commit"] for row in rows})
     return "\n".join(lines) + f"\n\nProtocol `{rows[0]['evaluation']['protocol']}`; measured at {', '.join(commits)}."

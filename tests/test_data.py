@@ -103,8 +103,8 @@ def test_grid_is_a_png_in_reading_order(tmp_path):
     images[1], images[3] = 255, 128
     data.save_grid(images, tmp_path / "new" / "grid.png", columns=3)
     grid = np.asarray(Image.open(tmp_path / "new" / "grid.png"))
-    assert grid.shape == (19, 28, 3)  # 2 x 3 pictures of 8 pixels with lines of 1
-    assert grid[4, 4, 0] == 0 and grid[4, 14, 0] == 255 and grid[14, 4, 0] == 128
+    assert grid.shape == (57, 84, 3)  # 2 x 3 pictures of 8 pixels, enlarged threefold, with lines of 3
+    assert grid[12, 12, 0] == 0 and grid[12, 42, 0] == 255 and grid[42, 12, 0] == 128
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["grid.png"], "no partial file is left"
 
 

@@ -383,6 +383,7 @@ def test_randomness_is_fresh_and_leaves_the_global_generator_alone():
         draws.append((model.weight.detach(), dp_sgd.poisson_sample(1000, 0.5).tolist()))
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(draws[0][0], draws[1][0]) and draws[0][1] != draws[1][1]
+    assert dp_sgd.fresh_generator().initial_seed() != dp_sgd.fresh_generator().initial_seed()  # all that CUDA has
     generator = dp_sgd.fresh_generator()  # its stream is not the one that its 32-bit seed would give
     again = torch.Generator().manual_seed(generator.initial_seed())
     assert not torch.equal(torch.rand(700, generator=generator)[-10:], torch.rand(700, generator=again)[-10:])
