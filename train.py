@@ -44,7 +44,7 @@ DIGITS = dict(  # every key is a flag or a network; a preset overrides some of t
     unet=unet.UNetConfig(4, 4, 32, num_heads=4, context_dim=64, num_groups=8), schedule=diffusion.Schedule("cosine", "v"),
     ldm_steps=1600, ldm_batch=256, ldm_lr=2e-3, cond_drop=0.1,
     epsilon=10.0, delta=1e-5, sigma=None, accountant="pld", batch_size=4000, steps=30, clip_norm=0.1, clipping="flat",
-    noise_multiplicity=1, tune="attention", from_block=0, lr=5e-3, ema=0.9, method="bookkeeping", micro_batch=250,
+    noise_multiplicity=1, tune="attention", from_block=0, lr=5e-3, ema=0.9, method="bookkeeping", micro_batch=None,
     sample_steps=30, sample_eta=0.0, guidance=1.0,
 )
 PRESETS = {
@@ -116,7 +116,7 @@ def parse(argv):
           ("from_block", int, "leave out the first attention modules in forward order"),
           ("lr", float, "learning rate of Adam"), ("ema", float, "decay of the average of the tuned parameters, per step"),
           ("method", str, "how per-example gradients are found, same result", [*dp_sgd.METHODS]),
-          ("micro_batch", int, "pictures at a time, memory and speed only"))
+          ("micro_batch", int, "pictures at a time, memory and speed only; None: the fastest, by a short measurement"))
     flags("pictures at the end", ("sample_steps", int, "DDIM steps"), ("sample_eta", float, "DDIM eta, 0..1"),
           ("guidance", float, "guidance weight, 1: none"))
     defaults = {a.dest: a.default for a in p._actions if a.default is not argparse.SUPPRESS}
@@ -374,13 +374,15 @@ def tune_privately(s, model, latents, labels, plan, stop):
     loss_fn, null = partial(diffusion.loss, schedule=s.schedule), null_condition(s, model, labels)
     rows = folder.read_ledger(ledger, plan)
     done = resume(state_path, engine, average, optimizer, len(rows))  # updates contained in the weights
+    # A run with --insecure-seed is to be repeatable, and the draws depend on how a batch is cut.
+    micro_batch = s.micro_batch or (256 if s.insecure_seed is not None else fastest_micro_batch(s, model, latents.shape[2:]))
     # A step in the ledger is spent, also one whose result a crash has lost: the run ends when the budget is spent.
     bar = tqdm(range(len(rows), plan["steps"]), desc="3/3 private tuning", unit="step", initial=len(rows), total=plan["steps"])
-    begin, examples = time.monotonic(), 0
+    begin, examples, so_far = time.monotonic(), 0, 0.0
     for step in bar:
         # ---- one private step ----------------------------------------------------------------------------------------
         batch = dp_sgd.poisson_sample(plan["n"], plan["q"], sampler)  # may be empty: then noise only, and it counts
-        for part in batch.to(s.device).split(s.micro_batch):
+        for part in batch.to(s.device).split(micro_batch):
             drawn = diffusion.draw(latents[part], labels[part], s.noise_multiplicity, generator, s.schedule, null, s.cond_drop)
             with autocast(s):
                 engine.accumulate(loss_fn, *drawn)
@@ -392,8 +394,9 @@ def tune_privately(s, model, latents, labels, plan, stop):
         done, examples = done + 1, examples + len(batch)
         folder.save({"tuned": dict(zip(engine.names, engine.parameters, strict=True)), "average": average,
                      "optimizer": optimizer.state_dict(), "done": done}, state_path)
-        so_far = float(accountant.epsilon(plan["q"], plan["sigma"], len(rows), s.delta))
-        folder.append_row({"step": step, "epsilon_rdp": plain(so_far), **engine.last}, s.out / "internal" / "log.jsonl")
+        if len(rows) % max(1, plan["steps"] // 100) == 0:  # tight accounting takes a tenth of a second
+            so_far = float(accountant.epsilon(plan["q"], plan["sigma"], len(rows), s.delta, s.accountant))
+        folder.append_row({"step": step, "epsilon": plain(so_far), **engine.last}, s.out / "internal" / "log.jsonl")
         last = engine.last
         bar.set_postfix(loss=f"{last['loss']:.4f}", epsilon=f"{so_far:.3f}", clipped=f"{last['clipped_fraction']:.0%}",
                         examples_per_s=f"{examples / (time.monotonic() - begin):.0f}")
@@ -401,6 +404,37 @@ def tune_privately(s, model, latents, labels, plan, stop):
             stop.leave(s.out)
     torch._foreach_copy_([p.data for p in engine.parameters], average)
     return rows
+
+
+def fastest_micro_batch(s, model, shape, sizes=(32, 64, 128, 256, 512, 1024)):
+    """The micro-batch size with the most examples per second, tried on random latents of one example's `shape`.
+
+    The size changes memory and speed only, never the result: dp_sgd sums clipped gradients over micro-batches.
+    """
+    engine = dp_sgd.DPSGD(model, s.clip_norm, 0.0, 1, s.method, s.clipping)  # a throw-away: nothing of it is released
+    best, fastest = sizes[0], 0.0
+    for size in sizes if s.method != "loop" else ():
+        z, y = torch.randn(size, *shape, device=s.device), torch.zeros(size, dtype=torch.int64, device=s.device)
+        try:
+            rate = size / min(seconds(s, lambda z=z, y=y: engine.accumulate(
+                partial(diffusion.loss, schedule=s.schedule), *diffusion.draw(z, y, s.noise_multiplicity))) for _ in range(2))
+        except torch.OutOfMemoryError:
+            break
+        if rate > 1.03 * fastest:
+            best, fastest = size, rate
+    return best
+
+
+def seconds(s, f):
+    """Wall time of one call of f under the run's precision."""
+    with autocast(s):
+        if "cuda" in s.device:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        f()
+        if "cuda" in s.device:
+            torch.cuda.synchronize()
+    return time.perf_counter() - begin
 
 
 def resume(path, engine, average, optimizer, spent):
@@ -486,14 +520,12 @@ def estimate(s, model, plan):
     y = torch.zeros(s.ldm_batch, dtype=torch.int64, device=s.device)
     loss_fn = partial(diffusion.loss, schedule=s.schedule)
     engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, s.method, s.clipping)
-    few = slice(0, min(s.micro_batch, s.ldm_batch))
+    size = s.micro_batch or fastest_micro_batch(s, model, z.shape[1:])
+    few = slice(0, min(size, len(z)))
 
     def minutes(times, f):
-        with autocast(s):
-            f()
-            begin = time.perf_counter()
-            f()
-        return 1.1 * times * (time.perf_counter() - begin) / 60  # optimiser, data and checkpoints: about a tenth on top
+        f()
+        return 1.1 * times * seconds(s, f) / 60  # optimiser, data and checkpoints: about a tenth on top
 
     private = minutes(plan["steps"] * s.batch_size / len(z[few]),
                       lambda: engine.accumulate(loss_fn, *diffusion.draw(z[few], y[few], s.noise_multiplicity)))
