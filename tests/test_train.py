@@ -43,7 +43,7 @@ def test_the_ledger_has_one_row_per_logical_step_and_gives_the_epsilon(run):
     rows, privacy = read_rows(run), folder.read_json(run / "release" / "privacy.json")
     assert len(rows) == privacy["steps"] == 4  # four logical steps of about three micro-batches each
     assert all(row["q"] == 100 / 1000 and row["sigma"] == privacy["sigma"] for row in rows)
-    assert abs(accountant.epsilon(100 / 1000, privacy["sigma"], 4, 1e-5) - privacy["epsilon"]) < 1e-6
+    assert abs(accountant.epsilon(100 / 1000, privacy["sigma"], 4, 1e-5, privacy["accountant"]) - privacy["epsilon"]) < 1e-6
 
 
 def test_only_the_chosen_parameters_changed(run):
@@ -178,7 +178,7 @@ REFUSED = [
     (["--delta", "0.002"], "below 1/n"), (["--batch-size", "1001"], "exceeds"), (["--batch-size", "0"], "--batch-size"),
     (["--steps", "-1"], "--steps"), (["--clip-norm", "0"], "--clip-norm"), (["--sigma", "-1"], "--sigma"),
     (["--tune", "attn"], "unknown tune"), (["--from-block", "99"], "from_block"), (["--lr", "-1"], "--lr"),
-    (["--private", "mnist", "--data-root", "/nonexistent"], "mnist"), (["--init", "/nonexistent"], "there is no"),
+    (["--private", "mnist", "--data-root", "/nonexistent"], "MNIST"), (["--init", "/nonexistent"], "there is no"),
     (["--resume", "--out", "/nonexistent"], "there is no"), (["--device", "cuda:99"], "--device"),
     (["--guidance", "2", "--cond-drop", "0"], "--guidance"), (["--ema", "1"], "--ema"),
 ]
