@@ -38,7 +38,7 @@ def commands(name):
     if name not in ("eps10", "letters"):
         flags += f" --init {BASE}"
     where = "" if name == "eps10" else f" --out {out}"
-    return f"python train.py {flags.strip()}{where}".replace("  ", " "), f"python evaluate.py {out}"
+    return f"python train.py {flags.strip()}{where}".replace("  ", " ").strip(), f"python evaluate.py {out}"
 
 
 def run_row(name):

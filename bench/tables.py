@@ -30,7 +30,7 @@ def digits():
     """One line per run: what was tuned, epsilon, accuracies on real digits, Frechet distance, parameters, minutes, command."""
     rows = load("digits")
     held_out = list(rows[0]["evaluation"]["held_out"].items())
-    head = ["run", "epsilon", "trained parameters", *[f"CNN, {n:,} {name} digits" for name, n in held_out], "MLP", "log. regr.",
+    head = ["run", "epsilon", "trained parameters", *[f"CNN on {name}" for name, _ in held_out], "MLP", "log. regr.",
             "Frechet", "minutes: train + evaluate (threads)", "command"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
