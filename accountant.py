@@ -478,6 +478,37 @@ def _groups(rows):
     return sum((_one(*step, count) for step, count in sorted(counts.items())), ())
 
 
+def ledger_rows(text, *known):
+    """Text of a ledger -> its rows, one per line; the one rule for a crash while writing, used by train.py as well.
+
+    What is not a complete row counts as one step for every row that was begun on the line, with the largest q and the
+    smallest sigma of the complete rows and of `known` (dicts with q and sigma: the plan), so never understated.
+    Raises ValueError if there is a damaged line and nothing to count it by."""
+
+    def read(line):
+        try:
+            row = json.loads(line)
+            return row if complete(row) else None
+        except (ValueError, RecursionError):
+            return None
+
+    def complete(row):
+        q, sigma = (row.get(key) for key in ("q", "sigma")) if isinstance(row, dict) else ("", "")
+        return all(type(x) in (int, float) for x in (q, sigma)) and 0 <= q <= 1 and 0 <= sigma < math.inf
+
+    lines = text.removesuffix("\n").split("\n") if text else []
+    rows = [read(line) for line in lines]
+    whole = [row for row in (*rows, *known) if complete(row)]
+    if None in rows and not whole:
+        raise ValueError(f"row {rows.index(None) + 1} of the ledger is damaged, and no other row or plan tells its q and sigma")
+    for number, line in enumerate(lines):
+        if rows[number] is None:
+            worst = {"q": max(row["q"] for row in whole), "sigma": min(row["sigma"] for row in whole), "torn": True}
+            rows[number] = worst
+            rows += [worst] * (line.count("{") - 1)
+    return rows
+
+
 def epsilon_of_ledger(rows, delta, method="rdp"):
     """epsilon of heterogeneous steps, and of several runs on the same private data (concatenate their rows).
 
@@ -581,24 +612,17 @@ def max_steps(epsilon, delta, q, sigma, method="rdp"):
 def read_run(path):
     """(groups, privacy) of a run directory: the steps of its ledger if that is there, else those privacy.json states.
 
-    A torn last ledger row (crash while writing) counts as a step like the one before it.  ValueError names the run."""
-    ledger, statement = Path(path, "internal", "ledger.jsonl"), Path(path, "release", "privacy.json")
+    ValueError, one line, names the run."""
+    ledger, statement, plan = (Path(path, *name) for name in (("internal", "ledger.jsonl"), ("release", "privacy.json"),
+                                                              ("internal", "plan.json")))
     try:
-        privacy = json.loads(statement.read_text()) if statement.exists() else {}
-        if not ledger.exists():
-            if not privacy:
-                raise ValueError("neither internal/ledger.jsonl nor release/privacy.json is there")
-            _check(privacy["q"], privacy["sigma"], privacy["steps"])
-            return _one(privacy["q"], privacy["sigma"], privacy["steps"]), privacy
-        lines, rows = ledger.read_text(errors="replace").splitlines(), []
-        for number, line in enumerate(lines, start=1):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                if number < len(lines) or not (rows or privacy):
-                    raise ValueError(f"row {number} of the ledger is damaged") from None
-                rows.append(rows[-1] if rows else privacy)
-        return _groups(rows), privacy
+        privacy, planned = (json.loads(file.read_text()) if file.exists() else {} for file in (statement, plan))
+        if ledger.exists():
+            return _groups(ledger_rows(ledger.read_bytes().decode(errors="replace"), planned)), privacy
+        if not privacy:
+            raise ValueError("neither internal/ledger.jsonl nor release/privacy.json is there")
+        _check(privacy["q"], privacy["sigma"], privacy["steps"])
+        return _one(privacy["q"], privacy["sigma"], privacy["steps"]), privacy
     except KeyError as error:
         raise ValueError(f"{path}: privacy.json lacks {error}") from None
     except (TypeError, ValueError, AttributeError) as error:

@@ -82,26 +82,16 @@ def append_row(row, path):
         os.fsync(file.fileno())
 
 
-def read_ledger(path, plan):
-    """Rows of the ledger, [] if there is none. A torn line (crash while writing it) counts as a step with the plan's q, sigma.
-
-    The torn line stays where it is; only its line end is added, so that the next row stands on a line of its own.
-    """
+def read_ledger(path):
+    """Text of the ledger, "" if there is none, for accountant.ledger_rows. A torn line stays where it is, as a step that
+    was spent; only its line end is added, so that the next row stands on a line of its own."""
     if not Path(path).exists():
-        return []
-    text = Path(path).read_text(errors="replace")
+        return ""
+    text = Path(path).read_bytes().decode(errors="replace")
     if text and not text.endswith("\n"):
         with open(path, "a") as file:
             file.write("\n")
-    rows = []
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-            float(row["q"]), float(row["sigma"])
-        except (ValueError, LookupError, TypeError):
-            row = {"q": plan["q"], "sigma": plan["sigma"], "torn": True}
-        rows.append(row)
-    return rows
+    return text
 
 
 def prepare(out, resume):

@@ -380,7 +380,7 @@ def tune_privately(s, model, latents, labels, plan, stop):
     optimizer = torch.optim.Adam(engine.parameters, s.lr)
     average = [p.detach().clone() for p in engine.parameters]
     loss_fn, null = partial(diffusion.loss, schedule=s.schedule), null_condition(s, model, labels)
-    rows = folder.read_ledger(ledger, plan)
+    rows = accountant.ledger_rows(folder.read_ledger(ledger), plan)
     done = resume(state_path, engine, average, optimizer, len(rows))  # updates contained in the weights
     # A run with --insecure-seed is to be repeatable, and the draws depend on how a batch is cut.
     micro_batch = s.micro_batch or (256 if s.insecure_seed is not None else fastest_micro_batch(s, model, latents.shape[2:]))
@@ -468,7 +468,7 @@ def privacy_statement(s, plan, rows, trained):
     both = {m: accountant.epsilon_of_ledger(rows, s.delta, m) if rows else 0.0 for m in ("rdp", "pld")}
     epsilon = both[s.accountant]
     private = s.insecure_seed is None and math.isfinite(epsilon)
-    spent = (plan["q"], plan["sigma"], len(rows))
+    spent = (max(r["q"] for r in rows), min(r["sigma"] for r in rows), len(rows)) if rows else (0.0, 1.0, 0)
     groups = accountant.group_epsilon(20, *spent, s.delta) if rows else 0.0
     false_positives = (0.001, 0.01, 0.1)  # what an optimal membership test can do at most, per picture
     attacker = dict(zip(map(str, false_positives), map(float, accountant.attacker_tpr(*spent, false_positives)), strict=True))

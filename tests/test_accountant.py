@@ -10,6 +10,7 @@ from scipy.special import ndtr, ndtri
 from scipy.stats import norm
 
 import accountant
+import folder
 
 # T-fold Poisson-subsampled Gaussian: q, sigma, steps, delta, exact epsilon (two PLD programs agreeing to 5e-6, or a
 # closed form), epsilon of a perfect RDP accountant, its order.
@@ -430,8 +431,47 @@ def test_command_line_runs(tmp_path, capsys):
         values = numbers(line)
         assert len(part) in values and all(any(v == pytest.approx(e, abs=6e-5) for v in values) for e in eps)
     assert "stated: 1.5" in a
-    (tmp_path / "b" / "internal" / "ledger.jsonl").write_text(f"{row[:20]}\n{row}\n")  # torn in the middle: damaged
-    assert accountant.main([str(tmp_path / "b")]) == 2 and "row 1" in capsys.readouterr().err
+
+
+WHOLE = json.dumps({"step": 0, "q": 0.05, "sigma": 2.0})
+PLAN = {"q": 0.05, "sigma": 2.0}
+
+
+@pytest.mark.parametrize(
+    "text, known, expected",
+    [
+        ("", (), []),
+        (f"{WHOLE}\n{WHOLE}\n", (), [(0.05, 2.0)] * 2),
+        (f"{WHOLE}\n{WHOLE}", (), [(0.05, 2.0)] * 2),  # only the line end was lost
+        (f"{WHOLE}\n{WHOLE[:9]}", (), [(0.05, 2.0)] * 2),  # torn last
+        (f"{WHOLE}\n{WHOLE[:9]}\n{WHOLE}\n", (), [(0.05, 2.0)] * 3),  # torn, then resumed
+        (WHOLE[:9], (PLAN,), [(0.05, 2.0)]),  # only torn
+        (f"{WHOLE[:9]}{WHOLE}\n", (PLAN,), [(0.05, 2.0)] * 2),  # two rows that ran into one line
+        (f"{WHOLE}\n\n", (), [(0.05, 2.0)] * 2),  # empty line
+        (f"{WHOLE}\r\n\r\r\n", (), [(0.05, 2.0)] * 2),
+        (f"{WHOLE}\n\0\0\0", (), [(0.05, 2.0)] * 2),  # what a power cut may leave
+        (f'[1]\n{WHOLE}\n{{"q": "0.1", "sigma": 9}}\n{{"q": 2, "sigma": NaN}}\n', (), [(0.05, 2.0)] * 4),
+        (f'{WHOLE}\n{{"q": 0.01, "sigma": 1.5}}\n{"[" * 20000}\n', ({"q": 0.2},), [(0.05, 2.0), (0.01, 1.5), (0.05, 1.5)]),
+        ("garbage\n", ({"sigma": "inf"}, {}), None),
+    ],
+)
+def test_a_damaged_ledger_is_read_alike_by_resume_and_calculator(text, known, expected, tmp_path):
+    (tmp_path / "internal").mkdir()
+    ledger = tmp_path / "internal" / "ledger.jsonl"
+    ledger.write_bytes(text.encode())
+    if known:
+        (tmp_path / "internal" / "plan.json").write_text(json.dumps(known[0]))
+    for reader in (lambda: accountant.read_run(tmp_path)[0],
+                   lambda: accountant._groups(accountant.ledger_rows(folder.read_ledger(ledger), *known)),
+                   lambda: accountant.read_run(tmp_path)[0]):  # again, after resume has added a missing line end
+        if expected is None:
+            with pytest.raises(ValueError, match="row 1 of the ledger is damaged"):
+                reader()
+        else:
+            assert reader() == accountant._groups([{"q": q, "sigma": sigma} for q, sigma in expected])
+    with open(ledger, "a") as file:  # the next row of a resumed run stands on a line of its own
+        file.write(WHOLE + "\n")
+    assert sum(steps for _, steps in accountant.read_run(tmp_path)[0]) == len([0] if expected is None else expected) + 1
 
 
 @pytest.mark.parametrize(
