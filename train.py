@@ -39,7 +39,8 @@ import vae
 # ------------------------------------------------------------------------------------------------------------ settings
 
 DIGITS = dict(  # every key is a flag or a network; a preset overrides some of them, the command line overrides both
-    public="strokes", public_classes="all", public_n=36_000, private="mnist10k", private_n=None, crop=28, flips=False,
+    public="strokes", public_classes="all", public_n=36_000, private="mnist10k", private_n=None,
+    label_attribute="Male", size=None, flips=False,
     vae=vae.VAEConfig(ch=8, ch_mult=(1, 2, 4, 8)), vae_steps=900, vae_batch=64, vae_lr=3e-3, kl_weight=1e-6,
     unet=unet.UNetConfig(4, 4, 32, num_heads=4, context_dim=64, num_groups=8), schedule=diffusion.Schedule("cosine", "v"),
     ldm_steps=1600, ldm_batch=256, ldm_lr=2e-3, cond_drop=0.1,
@@ -58,6 +59,11 @@ PRESETS = {
         vae=replace(vae.PAPER["mnist"], in_channels=1, out_ch=1), vae_steps=60_000, vae_batch=100, vae_lr=4.5e-4,
         unet=unet.PAPER["mnist"], schedule=diffusion.PAPER, ldm_steps=50_000, ldm_batch=512, ldm_lr=2.5e-3, cond_drop=0.0,
         batch_size=2000, steps=6000, clip_norm=1e-3, lr=1e-3, ema=0.9999, sample_steps=200, sample_eta=1.0),
+    "faces": dict(  # colour at 32 pixels on two CPU cores: 8x8x4 latents, a twelfth of a picture's numbers
+        public="public32", public_n=None, private="faces", flips=True,
+        vae=vae.VAEConfig(3, 3, 16, (1, 2, 4)), vae_steps=1000, vae_batch=64, vae_lr=2e-3,
+        unet=unet.UNetConfig(4, 4, 48, num_heads=4, context_dim=64, num_groups=16),
+        ldm_steps=600, ldm_batch=256, ldm_lr=1.5e-3, batch_size=2500, steps=40),
     "smoke": dict(public_n=400, private_n=1000, vae=vae.VAEConfig(ch=8, ch_mult=(1, 1, 2, 2)), vae_steps=20, vae_batch=32,
                   unet=unet.UNetConfig(4, 4, 32, attention_resolutions=(2,), context_dim=8, num_groups=8), ldm_steps=20,
                   ldm_batch=64, batch_size=100, steps=4, micro_batch=32, sample_steps=4),
@@ -91,11 +97,13 @@ def parse(argv):
     g.add_argument("--insecure-seed", type=int, default=None,
                    help="debugging: seed the private stage too, which VOIDS the guarantee [none]")
     g.add_argument("--data-root", default=None, help="folder of the full data sets [$DPLDM_DATA or ~/.cache/dpldm]")
-    flags("data", ("public", str, "public set", [*data.LOADERS]),
+    flags("data", ("public", str, f"public set: {', '.join(data.LOADERS)} (folder:PATH, npz:PATH)"),
           ("public_classes", str, "classes of the set strokes", ("digits", "letters", "all")),
           ("public_n", int, "public pictures to use or draw"),
-          ("private", str, "private set", [k for k in data.LOADERS if k not in ("strokes", "omniglot")]),
+          ("private", str, f"private set, any of these but {', '.join(data.PUBLIC_ONLY)}"),
           ("private_n", int, "private pictures to use, a random choice"),
+          ("label_attribute", str, "attribute of celeba and faces that gives the two classes"),
+          ("size", int, "side of the pictures the networks see, in pixels; None: the preset's"),
           ("flips", lambda x: {"yes": True, "no": False}[x], "mirror pictures at random, yes or no"))
     flags("stage 1, autoencoder (public)", ("vae_steps", int, "steps"), ("vae_batch", int, "pictures per step"),
           ("vae_lr", float, "peak learning rate of AdamW"),
@@ -123,6 +131,7 @@ def parse(argv):
     given = {k: v for k, v in vars(p.parse_args(argv)).items() if k not in defaults or v != defaults[k]}
     s = argparse.Namespace(**{**defaults, **DIGITS, **PRESETS[given.get("preset", "digits")], **given})
     s.out = given.get("out", Path("runs") / s.preset)
+    s.vae = replace(s.vae, resolution=s.size or s.vae.resolution)
     if s.resume:
         adopt_settings(s, given)
     check(s)
@@ -154,8 +163,12 @@ def check(s):
     demand("sigma kl_weight", lambda v: 0 <= v < math.inf, "be 0 or a positive number")
     demand("epsilon", lambda v: v > 0, "be positive (inf: no privacy)")
     demand("delta", lambda v: 0 < v < 1, "lie between 0 and 1")
+    demand("size", lambda v: v in (32, 64, 128, 256), "be 32, 64, 128 or 256")
     demand("cond_drop ema", lambda v: 0 <= v < 1, "lie in [0, 1)")
     demand("sample_eta", lambda v: 0 <= v <= 1, "lie in [0, 1]")
+    for flag, name in (("--public", s.public), ("--private", s.private)):
+        if data.kind_of(name) in data.PUBLIC_ONLY and flag == "--private":
+            raise ValueError(f"--private {name}: this set is public only, nothing of it is held out")
     if s.guidance != 1 and s.cond_drop == 0:
         raise ValueError("--guidance other than 1 needs --cond-drop above 0")
     try:
@@ -253,7 +266,7 @@ def train_autoencoder(s, images, stop):
     model.eval()
     shown = pictures(images[:4000], s.device)
     checkpoint = {"config": asdict(s.vae), "state": model.state_dict(), "scale": vae.latent_scale(model, shown),
-                  "trained_on": s.public, "steps": s.vae_steps}
+                  "trained_on": data.kind_of(s.public), "steps": s.vae_steps}
     folder.save(checkpoint, s.out / "public" / "vae.pt")
     with torch.no_grad():
         pairs = torch.stack([shown[:32], model.decode(model.encode(shown[:32]).mean)], 1).flatten(0, 1)
@@ -276,7 +289,7 @@ def train_diffusion(s, latents, labels, num_classes, stop):
 
     fit(s, "2/3 latent diffusion", model, loss_fn, s.ldm_steps, s.ldm_lr, 0.995, s.out / "internal" / "ldm_state.pt", stop)
     checkpoint = {"unet": asdict(s.unet), "embedder": shape, "schedule": asdict(s.schedule), "model": model.state_dict(),
-                  "trained_on": s.public, "steps": s.ldm_steps}
+                  "trained_on": data.kind_of(s.public), "steps": s.ldm_steps}
     folder.save(checkpoint, s.out / "public" / "ldm.pt")
     return checkpoint
 
@@ -473,7 +486,7 @@ def privacy_statement(s, plan, rows, trained):
         "adjacency": "add or remove one picture", "unit": "one picture", "sampling": "Poisson", "n": plan["n"], "q": plan["q"],
         "expected_batch_size": s.batch_size, "steps": len(rows), "sigma": plan["sigma"], "clip_norm": s.clip_norm,
         "clipping": s.clipping, "noise_multiplicity": s.noise_multiplicity, "tune": s.tune, "from_block": s.from_block,
-        "trained_parameters": trained, "public_set": s.public, "private_set": s.private,
+        "trained_parameters": trained, "public_set": data.kind_of(s.public), "private_set": data.kind_of(s.private),
         "insecure_seed": s.insecure_seed is not None,
         "noise": "Mersenne twister with its whole state from the operating system (CPU) or Philox with 64 bits (CUDA)",
         "covers": "everything in release/ and whatever is made from it",
@@ -491,10 +504,12 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, classes, privacy, pu
     content = {"format": sample.FORMAT, "vae": {k: vae_checkpoint[k] for k in ("config", "state")},
                "scale": vae_checkpoint["scale"], **{k: ldm_checkpoint[k] for k in ("unet", "embedder", "schedule")},
                "classes": classes, "crop": s.crop,
-               "data": {"public": s.public, "public_classes": s.public_classes, "private": s.private}, "privacy": privacy}
+               "data": {"public": data.kind_of(s.public), "public_classes": s.public_classes,
+                        "private": data.kind_of(s.private), "label_attribute": s.label_attribute}, "privacy": privacy}
     folder.save({**content, "model": model.state_dict()}, s.out / "release" / "model.pt")
     folder.write_json(privacy, s.out / "release" / "privacy.json")
-    labels = torch.arange(len(classes)).repeat_interleave(10)
+    lines = max(1, 6 // len(classes))  # of ten pictures, for each class
+    labels = torch.arange(len(classes)).repeat_interleave(10 * lines)
     draw = partial(sample.generate, labels=labels, steps=s.sample_steps, eta=s.sample_eta, guidance=s.guidance, seed=s.seed)
     released = sample.load_release(s.out, s.device)
     after = draw(released)
@@ -502,9 +517,11 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, classes, privacy, pu
     before = draw(replace(released, model=public_model.eval().to(s.device)))
     data.save_grid(after, s.out / "release" / "samples.png", 10)
     rows, gap = [], torch.full((1, *after.shape[1:]), 96, dtype=torch.uint8)
-    for label in range(len(classes)):
-        real = data.crop(public.images[public.labels == label][:4], s.crop)
-        first = slice(10 * label, 10 * label + 6)
+    for i, label in enumerate(labels[::10].tolist()):
+        alike = public.classes[label:label + 1] == classes[label:label + 1]  # else any public pictures stand on the left
+        shown = public.images[public.labels == label] if alike else public.images
+        real = data.crop(shown[4 * (i % lines if alike else i):][:4], s.crop)
+        first = slice(10 * i, 10 * i + 6)
         rows += [real, gap.expand(5 - len(real), -1, -1, -1), before[first], gap, after[first]]
     data.save_grid(torch.cat(rows), s.out / "release" / "comparison.png", 18)
 
@@ -544,12 +561,18 @@ def main(argv=None):
         s.vae, s.unet = vae.VAEConfig(**first["config"]), unet.UNetConfig(**second["unet"])
         s.schedule, s.cond_drop = diffusion.Schedule(**second["schedule"]), s.cond_drop * second["embedder"]["null_class"]
     s.bf16 = s.precision == "bf16" or (s.precision == "auto" and bf16_wins(s.device))
-    find = partial(data.load, root=s.data_root, size=s.vae.resolution)
+    find = partial(data.load, root=s.data_root, size=s.vae.resolution, channels=s.vae.in_channels, decode=not s.dry_run)
     # Both sets are read before the first long loop: nobody waits an hour to learn that a file is missing.
     # With --steps 0 no private picture is read at all.
-    private = find(s.private, "train", n=s.private_n) if s.steps else find(s.private, "test")
+    private = find(s.private, "train" if s.steps else "test", n=s.private_n if s.steps else None,
+                   label_attribute=s.label_attribute)
     public = find(s.public, public_classes=s.public_classes if s.public == "strokes" else None,
                   n=200 if s.dry_run else s.public_n, seed=s.seed)
+    for title, found in (("--public", public), ("--private", private)):
+        if found.images.shape[1] != s.vae.in_channels:
+            raise ValueError(f"{title} {found.name} has {found.images.shape[1]} colour channels, the autoencoder of preset "
+                             f"{s.preset} takes {s.vae.in_channels}: choose another preset or set")
+    s.crop = private.side  # samples look like private pictures, whose padding is cut off again
     plan = privacy_plan(s, len(private) if s.steps else 0)
     num_classes = max(len(public.classes), len(private.classes))
     with torch.device("cpu" if s.dry_run else "meta"):  # meta: no memory, only to refuse a wrong --tune before any work
@@ -580,7 +603,7 @@ def main(argv=None):
     trained, rows = count(p for p in model.parameters() if p.requires_grad), []
     if s.steps:
         facts = {**plan, "clip_norm": s.clip_norm, "clipping": s.clipping, "tuned": names,
-                 "private_pictures": hashlib.sha256(private.images.numpy().tobytes()).hexdigest()}
+                 "private_pictures": hashlib.sha256(private.images.numpy()).hexdigest()}
         folder.check_unchanged(plain(facts), s.out / "internal" / "plan.json")
         rows = tune_privately(s, model, encode(s, autoencoder, private.images, scale), private.labels.to(s.device), plan, stop)
     privacy = privacy_statement(s, plan, rows, trained)
