@@ -20,14 +20,12 @@ the Poisson sampler of the private stage lives in dp_sgd.py.
 
 The data root is --data-root, else the environment variable DPLDM_DATA, else ~/.cache/dpldm. Decoded photographs are kept
 in its folder cache if it may be written to: they are as private as the originals.
-Alone:  python data.py NAME [SPLIT]     prints the figures of a set and writes NAME.png, ten columns.
+Alone:  python data.py NAME [SPLIT]     prints the figures of a set and writes its first hundred to NAME.png.
 """
 
 import contextlib
 import gzip
-import hashlib
 import io
-import json
 import math
 import os
 import sys
@@ -35,17 +33,15 @@ import tarfile
 import zipfile
 import zlib
 from dataclasses import dataclass, replace
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
-from tqdm import tqdm
 
 import folder
+import photos
 import strokes
 
 EMBEDDED = Path(__file__).resolve().parent / "data" / "mnist10k.npz"
@@ -55,8 +51,6 @@ DIGITS = [str(d) for d in range(10)]
 LETTERS = [chr(ord("a") + i) for i in range(26)]
 GARMENTS = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 ATTRIBUTE_CLASSES = {"Male": ["female", "male"], "Young": ["not young", "young"]}  # others: "not NAME", "NAME"
-CACHE_FROM = 1000  # fewer pictures are decoded faster than anybody notices
-IMAGES = set(torchvision.datasets.folder.IMG_EXTENSIONS)
 WAYS_OUT = "point --data-root or DPLDM_DATA at a folder that has it"
 
 
@@ -124,7 +118,7 @@ def load(name, split="train", root=None, size=32, public_classes=None, n=None, s
         side = part.images.shape[-1] if part.images.shape[1] == 1 else size
         images = pad(part.images, size) if part.images.shape[1] == 1 else resize(part.images, size)
     elif decode:
-        images, side = decode_photographs(part.images, size, channels, cache or writable(root)), size
+        images, side = photos.decode(part.images, size, channels, cache or cache_folder(root)), size
     else:
         images, side = torch.empty(len(part), channels, size, size, dtype=torch.uint8, device="meta"), size
     return replace(part, name=name, images=images, side=side)
@@ -290,9 +284,10 @@ def load_npz(root, split, where):
     """An own set: arrays images (N,H,H) or (N,H,H,3) uint8, labels (N,), class_names; the last two may be absent."""
     path = located(root, where)
     arrays = read_npz(path, ("images",), optional=("labels", "class_names"))
-    labels = arrays.get("labels", np.zeros(len(arrays["images"]), np.uint8))
-    names = [str(x) for x in arrays.get("class_names", range(int(labels.max(initial=0)) + 1))]
-    images, labels = check(arrays["images"], labels, path, 0, len(names) - 1)
+    labels = arrays.get("labels", np.zeros(arrays["images"].shape[:1], np.uint8))
+    names = [str(x) for x in np.atleast_1d(arrays.get("class_names", []))]
+    images, labels = check(arrays["images"], labels, path, 0, len(names or range(1000)) - 1)
+    names = names or [str(x) for x in range(int(labels.max()) + 1)]
     if split is not None:
         side = torch.tensor([held_out(x.numpy().tobytes()) for x in images]) == (split == "test")
         images, labels = images[side], labels[side]
@@ -302,49 +297,33 @@ def load_npz(root, split, where):
 
 
 def load_folder(root, split, where):
-    """An own set of picture files: one subfolder per class (torchvision's ImageFolder), or one flat folder."""
+    """An own set of picture files; images of the result is the list of paths."""
     base = located(root, where)
-    files = sorted(p.relative_to(base) for p in base.rglob("*") if p.suffix.lower() in IMAGES and p.name[0] != ".")
-    classes = sorted({p.parts[0] for p in files if len(p.parts) > 1}) or ["picture"]
-    loose = next((p for p in files if len(p.parts) == 1), None)
-    if loose and classes != ["picture"]:
-        raise DataError(f"{base / loose} lies beside the class folders ({', '.join(classes)}): move it into one of them")
-    files = [p for p in files if held_out(p.as_posix().encode()) == (split == "test")]
-    if not files:
-        raise DataError(f"{base} has no picture in the split {split!r} ({', '.join(sorted(IMAGES))})")
-    labels = torch.tensor([classes.index(p.parts[0]) if len(p.parts) > 1 else 0 for p in files])
-    captions = read_captions(base / "captions.txt", files) if (base / "captions.txt").exists() else None
-    return ImageSet("folder", [base / p for p in files], labels, classes, captions)
+    files, labels, classes = photos.tree(base)
+    rows = [i for i, file in enumerate(files) if held_out(file.as_posix().encode()) == (split == "test")]
+    if not rows:
+        raise DataError(f"{base} has no picture in the split {split!r}: it has {len(files)} in all")
+    captions = None
+    if (base / "captions.txt").exists():
+        captions = photos.captions(base / "captions.txt", [files[i] for i in rows])
+    return ImageSet("folder", [base / files[i] for i in rows], torch.tensor(labels)[rows], classes, captions)
 
 
 def load_celeba(root, split, name="celeba", label_attribute="Male"):
-    """CelebA's layout under ROOT/name or ROOT: img_align_celeba/, list_attr_celeba.txt, list_eval_partition.txt.
-
-    The attributes are those that the header names, however many. images of the result is the list of paths.
-    """
+    """CelebA's layout in ROOT/name or ROOT itself; images of the result is the list of paths."""
     places, tried = [root / name, root], ""
-    base = next((p for p in places if (p / "list_attr_celeba.txt").exists()), None)
-    if base is None and name == "celeba":
+    if name == "celeba" and not any((p / "list_attr_celeba.txt").exists() for p in places):
+        tried = ", download failed"
         with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):  # gdown raises what it likes
             torchvision.datasets.CelebA(root, download=True)
-        base, tried = (places[0] if (places[0] / "list_attr_celeba.txt").exists() else None), ", download failed"
+    base = next((p for p in places if (p / "list_attr_celeba.txt").exists()), None)
     if base is None:
         raise DataError(f"{places[0] / 'list_attr_celeba.txt'} not found{tried}: {WAYS_OUT}")
-    names, rows = read_attributes(base / "list_attr_celeba.txt")
-    parts = read_partition(base / "list_eval_partition.txt")
-    for here, there, file in ((parts, rows, "list_attr_celeba.txt"), (rows, parts, "list_eval_partition.txt")):
-        if lacking := next((picture for picture in here if picture not in there), None):
-            raise DataError(damaged(base / file, f"no row for {lacking}"))
-    if label_attribute not in names:
-        raise ValueError(f"--label-attribute {label_attribute}: {base / 'list_attr_celeba.txt'} has {', '.join(names)}")
-    pictures = [picture for picture, part in parts.items() if (part == 0) == (split == "train")]
-    if not pictures:
-        raise DataError(damaged(base / "list_eval_partition.txt", f"no picture of the split {split!r}"))
-    table = torch.tensor([rows[picture] for picture in pictures])  # (N, attributes) bool
-    attributes = {key: table[:, i].clone() for i, key in enumerate(names)}
-    plain = label_attribute.replace("_", " ").lower()
-    classes = ATTRIBUTE_CLASSES.get(label_attribute, [f"not {plain}", plain])
-    paths = [base / "img_align_celeba" / picture for picture in pictures]
+    paths, attributes = photos.celeba(base, split)
+    if label_attribute not in attributes:
+        raise ValueError(f"--label-attribute {label_attribute}: {base / 'list_attr_celeba.txt'} has {', '.join(attributes)}")
+    words = label_attribute.replace("_", " ").lower()
+    classes = ATTRIBUTE_CLASSES.get(label_attribute, [f"not {words}", words])
     return ImageSet(name, paths, attributes[label_attribute].long(), list(classes), None, attributes)
 
 
@@ -363,6 +342,9 @@ LOADERS = {  # (root, split) -> images, labels, classes; strokes draws, the last
     "npz": load_npz,
 }
 OWN = {"folder": load_folder, "npz": load_npz}
+FULL = {  # pictures and classes of the "train" sides, for a plan made where the files are not
+    "mnist": (60_000, 10), "fashion": (60_000, 10), "emnist": (124_800, 26), "cifar10": (50_000, 10), "celeba": (162_770, 2),
+    "folder:imagenet/train": (1_281_167, 1000), "folder:laion": (1_000_000, 1)}
 PUBLIC_ONLY = ("strokes", "omniglot", "public32")  # sets without held-out pictures
 
 
@@ -398,11 +380,11 @@ def read_idx(path):
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(damaged(path, error)) from error
+        raise DataError(photos.damaged(path, error)) from error
     ndim = raw[3] if len(raw) > 3 and raw[:3] == b"\0\0\x08" else 0
     shape = np.frombuffer(raw, ">u4", ndim, 4).tolist() if ndim and len(raw) >= 4 + 4 * ndim else []
     if not shape or len(raw) - 4 - 4 * ndim != math.prod(shape):
-        raise DataError(damaged(path, f"{len(raw)} bytes do not fit the header"))
+        raise DataError(photos.damaged(path, f"{len(raw)} bytes do not fit the header"))
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(shape)
 
 
@@ -415,9 +397,9 @@ def read_npz(path, keys, optional=()):
         raise DataError(f"{path} not found: restore it from the repository") from error
     except ValueError as error:
         why = "an array of objects: pictures of unequal size, or pickles" if "pickle" in str(error) else error
-        raise DataError(damaged(path, why)) from error
+        raise DataError(photos.damaged(path, why)) from error
     except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(damaged(path, error)) from error
+        raise DataError(photos.damaged(path, error)) from error
 
 
 def check(images, labels, path, first_label, last_label):
@@ -425,127 +407,37 @@ def check(images, labels, path, first_label, last_label):
     shape = images.shape
     layout = len(shape) in (3, 4) and shape[0] > 0 and shape[1] == shape[2] and shape[3:] in ((), (3,))
     if images.dtype != np.uint8 or not layout:
-        raise DataError(damaged(path, f"pictures are {images.dtype} {shape}, expected uint8 (N,H,H) or (N,H,H,3)"))
+        raise DataError(photos.damaged(path, f"pictures are {images.dtype} {shape}, expected uint8 (N,H,H) or (N,H,H,3)"))
     if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
-        raise DataError(damaged(path, f"{len(images)} pictures with labels {labels.dtype} {labels.shape}"))
+        raise DataError(photos.damaged(path, f"{len(images)} pictures with labels {labels.dtype} {labels.shape}"))
     if labels.min() < first_label or labels.max() > last_label:
         found = f"labels run from {labels.min()} to {labels.max()}"
-        raise DataError(damaged(path, f"{found}, expected {first_label} to {last_label}"))
+        raise DataError(photos.damaged(path, f"{found}, expected {first_label} to {last_label}"))
     images = torch.from_numpy(images.copy())
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
     return images, torch.from_numpy(labels.astype(np.int64))
 
 
 def located(root, where):
-    """An own file or folder: the path as given, else under the data root. Raises DataError if there is neither."""
+    """The path of an own set as given, else under the data root. Raises DataError if there is neither."""
     found = next((p for p in (Path(where).expanduser(), root / where) if p.exists()), None)
     if found is None:
         raise DataError(f"{where} not found, neither here nor in {root}")
     return found
 
 
-def read_lines(path):
-    """The lines of a small text file, split at white space, empty ones left out."""
-    try:
-        return [line.split() for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} not found: {WAYS_OUT}" if not path.exists() else damaged(path, error)) from error
-
-
-def read_attributes(path):
-    """list_attr_celeba.txt: a count, the names, then a row per picture -> names, {picture: [bool] in their order}."""
-    lines, code = read_lines(path), {"1": True, "-1": False}
-    names = lines[1] if len(lines) > 1 else []
-    rows = {}
-    for picture, *values in lines[2:]:
-        if len(values) != len(names) or not set(values) <= code.keys() or picture in rows:
-            raise DataError(damaged(path, f"row {picture}: expected once {len(names)} values 1 or -1"))
-        rows[picture] = [code[value] for value in values]
-    if not rows or lines[0] != [str(len(rows))]:
-        raise DataError(damaged(path, f"{len(rows)} rows, the first line announces {' '.join(lines[0]) if lines else 0}"))
-    return names, rows
-
-
-def read_partition(path):
-    """list_eval_partition.txt -> {picture: 0 train, 1 validation, 2 test}."""
-    parts = {}
-    for line in read_lines(path):
-        if len(line) != 2 or line[1] not in ("0", "1", "2") or line[0] in parts:
-            raise DataError(damaged(path, f"row {' '.join(line)[:60]}: expected once a picture and 0, 1 or 2"))
-        parts[line[0]] = int(line[1])
-    return parts
-
-
-def read_captions(path, files):
-    """captions.txt, lines "filename TAB caption", names relative to the folder -> the captions of these files."""
-    try:
-        lines = [line.split("\t") for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(damaged(path, error)) from error
-    if wrong := next((line for line in lines if len(line) != 2), None):
-        raise DataError(f"{path}: line {' '.join(wrong)[:60]!r} is not 'filename TAB caption'")
-    captions = dict(lines)
-    if lacking := next((p for p in files if p.as_posix() not in captions), None):
-        raise DataError(f"{path} has no line for {lacking}")
-    return [captions[p.as_posix()] for p in files]
-
-
-def writable(root):
+def cache_folder(root):
     """ROOT/cache if it may be written to, else None: data roots are often shared and read-only."""
-    allowed = root.is_dir() and os.access(root, os.W_OK) and root.stat().st_mode & 0o222
+    allowed = root.is_dir() and os.access(root, os.W_OK) and root.stat().st_mode & 0o222  # root may write regardless
     return root / "cache" if allowed else None
-
-
-def decode_photographs(paths, size, channels=3, cache=None):
-    """Picture files -> (N,channels,size,size) uint8: the central square, resized, in as many threads as torch uses.
-
-    From CACHE_FROM pictures on the result is kept in the folder `cache`, under a name made from everything it depends
-    on: paths, their sizes and times, `size`, `channels`. A cache that cannot be read or written is done without.
-    """
-    try:
-        stats = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in paths]
-    except OSError as error:
-        raise DataError(f"{error.filename} not found, though it is listed: {WAYS_OUT}") from error
-    shape = (len(paths), channels, size, size)
-    key = hashlib.sha256(json.dumps([1, channels, size, stats]).encode()).hexdigest()
-    kept = Path(cache) / f"{key[:24]}.npy" if cache and len(paths) >= CACHE_FROM else None
-    if kept and kept.exists():
-        with contextlib.suppress(OSError, ValueError, EOFError):
-            found = np.load(kept, allow_pickle=False)
-            if found.shape == shape and found.dtype == np.uint8:
-                return torch.from_numpy(found)
-    images = torch.empty(shape, dtype=torch.uint8)
-
-    def read(i):
-        try:
-            with Image.open(paths[i]) as picture:
-                side = min(picture.size)
-                left, top = ((length - side) // 2 for length in picture.size)
-                square = picture.convert("RGB" if channels == 3 else "L").resize(
-                    (size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side))  # PIL antialiases
-        except Exception as error:  # PIL raises a dozen types on damaged files
-            raise DataError(damaged(paths[i], error)) from error
-        images[i] = torch.from_numpy(np.array(square)).view(size, size, channels).permute(2, 0, 1)
-
-    few = len(paths) < CACHE_FROM
-    with ThreadPool(torch.get_num_threads()) as pool:  # threads suffice: PIL decodes outside the interpreter's lock
-        for _ in tqdm(pool.imap(read, range(len(paths)), 16), "decoding", len(paths), False, unit="picture", disable=few):
-            pass
-    if kept:
-        with contextlib.suppress(OSError), folder.replacing(kept) as file:
-            np.save(file, images.numpy())
-    return images
-
-
-def damaged(path, why):
-    return f"{path} is damaged ({' '.join(str(why).split())}): delete it and run again, or restore it from its source"
 
 
 if __name__ == "__main__":
     try:
-        chosen = load(*sys.argv[1:3], n=1000) if sys.argv[1:] else sys.exit(__doc__)
+        name, *split = sys.argv[1:3] or sys.exit(__doc__)
+        chosen = load(name, *split, n=None if kind_of(name) in OWN else 1000)
     except ValueError as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"{chosen.name}: {tuple(chosen.images.shape)}, mean {chosen.images.float().mean():.1f}, {chosen.classes}")
-    save_grid(chosen.images[:100], f"{chosen.name}.png")
+    save_grid(chosen.images[:100], f"{kind_of(name)}.png")

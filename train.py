@@ -48,7 +48,12 @@ DIGITS = dict(  # every key is a flag or a network; a preset overrides some of t
     noise_multiplicity=1, tune="attention", from_block=0, lr=5e-3, ema=0.9, method="bookkeeping", micro_batch=None,
     sample_steps=30, sample_eta=0.0, guidance=1.0,
 )
-PRESETS = {
+CELEBA = dict(  # the authors' settings for faces; large, for GPUs
+    public="folder:imagenet/train", public_n=None, private="celeba", delta=1e-6, clip_norm=5e-4, ema=0.9999, cond_drop=0.0,
+    schedule=diffusion.Schedule(beta_end=0.0195), vae_steps=200_000, vae_batch=16, vae_lr=1.6e-5, ldm_steps=500_000,
+    sample_steps=200, sample_eta=1.0)
+CLASSES = dict(use_spatial_transformer=True, context_dim=512)  # theirs are unconditional, with plain self-attention
+PRESETS = {  # epochs are turned into steps: epochs * n / batch, with n = 50,000 (CIFAR-10) and 162,770 (CelebA)
     "digits": {},
     "mnist": dict(public="emnist", private="mnist", public_n=None),
     "mnist-strokes": dict(private="mnist", public_n=72_000),
@@ -64,6 +69,17 @@ PRESETS = {
         vae=vae.VAEConfig(3, 3, 16, (1, 2, 4)), vae_steps=1000, vae_batch=64, vae_lr=2e-3,
         unet=unet.UNetConfig(4, 4, 48, num_heads=4, context_dim=64, num_groups=16),
         ldm_steps=600, ldm_batch=256, ldm_lr=1.5e-3, batch_size=2500, steps=40),
+    "cifar10": CELEBA | dict(
+        private="cifar10", delta=1e-5, vae=vae.PAPER["cifar10"], unet=unet.PAPER["cifar10"], schedule=diffusion.PAPER,
+        ldm_batch=200, ldm_lr=2e-4, cond_drop=0.1, batch_size=2000, steps=750, clip_norm=1e-6, lr=2e-3, from_block=8),
+    "celeba32": CELEBA | dict(vae=vae.PAPER["cifar10"], unet=replace(unet.PAPER["celeba32"], **CLASSES),
+                              ldm_batch=384, ldm_lr=1.9e-4, batch_size=2048, steps=5563, lr=1e-3),
+    "celeba64": CELEBA | dict(vae=vae.PAPER["celeba64"], unet=replace(unet.PAPER["celeba64"], **CLASSES),
+                              ldm_batch=75, ldm_lr=7.5e-5, batch_size=8192, steps=1391, lr=8.2e-4),
+    "celeba256-text": CELEBA | dict(  # theirs: LAION, then 30,000 pictures of CelebA-HQ; here all of CelebA, 1/n < delta
+        public="folder:laion", public_n=200_000, vae=vae.PAPER["celeba256-text"], unet=unet.PAPER["celeba256-text"],
+        schedule=diffusion.Schedule(beta_start=0.00085, beta_end=0.012), vae_batch=4, ldm_batch=16, ldm_lr=5e-5,
+        cond_drop=0.1, batch_size=256, steps=6358, clip_norm=1e-3, lr=2.6e-7),
     "smoke": dict(public_n=400, private_n=1000, vae=vae.VAEConfig(ch=8, ch_mult=(1, 1, 2, 2)), vae_steps=20, vae_batch=32,
                   unet=unet.UNetConfig(4, 4, 32, attention_resolutions=(2,), context_dim=8, num_groups=8), ldm_steps=20,
                   ldm_batch=64, batch_size=100, steps=4, micro_batch=32, sample_steps=4),
@@ -264,8 +280,10 @@ def train_autoencoder(s, images, stop):
 
     fit(s, "1/3 autoencoder", model, loss_fn, s.vae_steps, s.vae_lr, 0.99, s.out / "internal" / "vae_state.pt", stop)
     model.eval()
-    shown = pictures(images[:4000], s.device)
-    checkpoint = {"config": asdict(s.vae), "state": model.state_dict(), "scale": vae.latent_scale(model, shown),
+    area = s.vae.resolution ** 2
+    shown = pictures(images[:min(4000, 8_000_000 // area)], s.device)
+    scale = vae.latent_scale(model, shown, max(1, 262_144 // area))
+    checkpoint = {"config": asdict(s.vae), "state": model.state_dict(), "scale": scale,
                   "trained_on": data.kind_of(s.public), "steps": s.vae_steps}
     folder.save(checkpoint, s.out / "public" / "vae.pt")
     with torch.no_grad():
@@ -305,14 +323,14 @@ def null_condition(s, model, labels):
 
 
 @torch.no_grad()
-def encode(s, autoencoder, images, scale, batch=500):
+def encode(s, autoencoder, images, scale):
     """Pictures (N, C, H, W) uint8 -> scaled latents (N, F, embed_dim, h, w), F = 2 with the mirror images; once for all.
 
     The mean of the posterior is used: at a KL weight of 1e-6 its standard deviation is tiny.
     """
     autoencoder = autoencoder.to(s.device, memory_format=torch.channels_last)
     latents = []
-    for part in tqdm(images.split(batch), desc="    encoding", unit="batch", leave=False):
+    for part in tqdm(images.split(max(1, 512_000 // s.vae.resolution ** 2)), desc="    encoding", unit="batch", leave=False):
         x = pictures(part, s.device)
         views = [x, x.flip(-1)] if s.flips else [x]
         latents.append(torch.stack([autoencoder.encode(view).mean * scale for view in views], 1))
@@ -529,9 +547,58 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, classes, privacy, pu
 # ------------------------------------------------------------------------------------------------------------ the run
 
 
-def estimate(s, model, plan):
+def find_set(s, name, split="train", **kwargs):
+    """data.load as the settings ask; for --dry-run photographs are only listed, and a full set that is absent assumed."""
+    try:
+        return data.load(name, split, s.data_root, s.vae.resolution, channels=s.vae.in_channels, decode=not s.dry_run, **kwargs)
+    except data.DataError as error:
+        n, classes = data.FULL.get(name, (0, 2))
+        n = kwargs.get("n") or n
+        if not s.dry_run or not n:
+            raise
+        print(f"ASSUMED        n {n:,} and {classes} classes: {error}")
+        shape = (n, s.vae.in_channels, s.vae.resolution, s.vae.resolution)
+        return data.ImageSet(name, torch.empty(shape, dtype=torch.uint8, device="meta"), torch.zeros(n, dtype=torch.int64),
+                             list(map(str, range(classes))), side=s.vae.resolution)
+
+
+def print_memory(s, model, public, private):
+    """Print where the bytes go: weights with gradient, Adam and EMA, activations of one picture, pictures and latents.
+
+    Runs the networks on the meta device, which computes shapes only: no memory, no time, however large they are. All that
+    autograd keeps of one picture is counted; the private stage keeps about the same (bench/dp_step.py).
+    """
+    with torch.device("meta"):
+        autoencoder = vae.AutoencoderKL(s.vae)
+        x = torch.empty(1, s.vae.in_channels, s.vae.resolution, s.vae.resolution)
+        z, t = torch.empty(1, *autoencoder.latent_shape), torch.zeros(1, dtype=torch.int64)
+
+    def kept(network, f):
+        weights, seen = {p.untyped_storage()._cdata for p in network.parameters()}, {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda a: seen.update({a.untyped_storage()._cdata: a}) or a, lambda a: a):
+            out = f()  # keeps the graph, and with it the storages, until they are counted
+        return sum(a.untyped_storage().nbytes() for key, a in seen.items() if key not in weights) + 0 * len(out)
+
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.requires_grad_(True)
+    first = kept(autoencoder, lambda: autoencoder.decode(autoencoder.encode(x).mean))
+    second = kept(model, lambda: model(z, t, t))
+    for name, p in model.named_parameters():
+        p.requires_grad_(wanted[name])
+    stored = [len(found) * (math.prod(found.images.shape[1:]) + 4 * (1 + s.flips) * z.numel()) for found in (public, private)]
+    trained, total, big = count(p for p in model.parameters() if p.requires_grad), count(model.parameters()), 1e9
+    print(f"memory, GB     autoencoder {20 * count(autoencoder.parameters()) / big:.2f} + {first / big:.3f} a picture, latent "
+          f"diffusion {20 * total / big:.2f} + {second / big:.3f}, private tuning {(4 * total + 24 * trained) / big:.2f} + "
+          f"{second / big:.3f}; pictures and latents {sum(stored) / big:.2f} of main memory")
+
+
+def estimate(s, plan, num_classes):
     """Print the minutes of each stage, extrapolated from one step on random data."""
-    model, autoencoder = (m.to(s.device, memory_format=torch.channels_last) for m in (model, vae.AutoencoderKL(s.vae)))
+    with torch.device(s.device):
+        autoencoder = vae.AutoencoderKL(s.vae).to(memory_format=torch.channels_last)
+        model = unet.LatentModel(unet.UNet(s.unet), unet.ClassEmbedder(num_classes, s.unet.context_dim, s.cond_drop > 0))
+    model = model.to(memory_format=torch.channels_last)
+    unet.select_trainable(model, s.tune, s.from_block)
     x = torch.rand(s.vae_batch, s.vae.in_channels, s.vae.resolution, s.vae.resolution, device=s.device)
     z = torch.randn(s.ldm_batch, *autoencoder.latent_shape, device=s.device)
     y = torch.zeros(s.ldm_batch, dtype=torch.int64, device=s.device)
@@ -561,13 +628,15 @@ def main(argv=None):
         s.vae, s.unet = vae.VAEConfig(**first["config"]), unet.UNetConfig(**second["unet"])
         s.schedule, s.cond_drop = diffusion.Schedule(**second["schedule"]), s.cond_drop * second["embedder"]["null_class"]
     s.bf16 = s.precision == "bf16" or (s.precision == "auto" and bf16_wins(s.device))
-    find = partial(data.load, root=s.data_root, size=s.vae.resolution, channels=s.vae.in_channels, decode=not s.dry_run)
+    if s.size and s.size != s.vae.resolution:
+        raise ValueError(f"--size {s.size}: the networks of {s.init} are for {s.vae.resolution} pixels")
     # Both sets are read before the first long loop: nobody waits an hour to learn that a file is missing.
     # With --steps 0 no private picture is read at all.
-    private = find(s.private, "train" if s.steps else "test", n=s.private_n if s.steps else None,
-                   label_attribute=s.label_attribute)
-    public = find(s.public, public_classes=s.public_classes if s.public == "strokes" else None,
-                  n=200 if s.dry_run else s.public_n, seed=s.seed)
+    private = find_set(s, s.private, "train" if s.steps else "test", n=s.private_n if s.steps else None,
+                       label_attribute=s.label_attribute)
+    drawn = s.public == "strokes"
+    public = find_set(s, s.public, public_classes=s.public_classes if drawn else None,
+                      n=200 if drawn and s.dry_run else s.public_n, seed=s.seed)
     for title, found in (("--public", public), ("--private", private)):
         if found.images.shape[1] != s.vae.in_channels:
             raise ValueError(f"{title} {found.name} has {found.images.shape[1]} colour channels, the autoencoder of preset "
@@ -575,12 +644,15 @@ def main(argv=None):
     s.crop = private.side  # samples look like private pictures, whose padding is cut off again
     plan = privacy_plan(s, len(private) if s.steps else 0)
     num_classes = max(len(public.classes), len(private.classes))
-    with torch.device("cpu" if s.dry_run else "meta"):  # meta: no memory, only to refuse a wrong --tune before any work
+    with torch.device("meta"):  # no memory; refuses a wrong --tune before any work
         model = unet.LatentModel(unet.UNet(s.unet), unet.ClassEmbedder(num_classes, s.unet.context_dim, s.cond_drop > 0))
         unet.select_trainable(model, s.tune, s.from_block)
     if s.dry_run:
         print_plan(s, plan, model)
-        return estimate(s, model, plan)
+        print_memory(s, model, public, private)
+        if count(model.parameters()) > 5e7 and s.device == "cpu":
+            return print("time           not measured: networks of this size are for a GPU; run --dry-run there")
+        return estimate(s, plan, num_classes)
 
     stop = folder.Stop()
     folder.prepare(s.out, s.resume)
