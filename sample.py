@@ -75,11 +75,11 @@ def load_release(path, device="cpu"):
 
 
 @torch.no_grad()
-def generate(release, labels, steps=30, eta=0.0, guidance=1.0, seed=None, batch=500, progress=True):
+def generate(release, labels, steps=30, eta=0.0, guidance=1.0, seed=None, batch=None, progress=True):
     """Pictures of the given classes: labels (N,) int64 -> uint8 (N, C, crop, crop).
 
     steps, eta, guidance: see diffusion.ddim. seed None draws a fresh one; with a seed the same call gives the same
-    pictures. batch is only a matter of memory, but belongs to what the seed fixes.
+    pictures. batch (None: 500 at 32 pixels, fewer at more) is only a matter of memory, but belongs to what the seed fixes.
     Raises ValueError for a label outside the model's classes.
     """
     labels = torch.as_tensor(labels, dtype=torch.int64)
@@ -91,7 +91,7 @@ def generate(release, labels, steps=30, eta=0.0, guidance=1.0, seed=None, batch=
     channels, side, _ = release.vae.latent_shape
     pictures = []
     with tqdm(total=len(labels), desc="sampling", unit="picture", disable=not progress) as bar:
-        for part in labels.split(batch):
+        for part in labels.split(batch or max(1, 512_000 // release.vae.config.resolution ** 2)):
             cond = part.to(device) if release.model.embedder is not None else None
             z = diffusion.ddim(release.model, (len(part), channels, side, side), cond, steps, eta, guidance, generator,
                                release.schedule)
@@ -135,10 +135,10 @@ def main(argv=None):
     parser.add_argument("--eta", type=float, default=0.0, help="fresh noise per step, 0..1 (default 0; the paper's MNIST: 1)")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance weight (default 1 = none)")
     parser.add_argument("--seed", type=int, default=None, help="seed of the sampling noise (default: a fresh one)")
-    parser.add_argument("--batch", type=int, default=500, help="pictures at a time, memory only (default 500)")
+    parser.add_argument("--batch", type=int, default=None, help="pictures at a time, memory only (default 500 of 32 pixels)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda[:i]")
     args = parser.parse_args(argv)
-    if args.n < 1 or args.batch < 1 or args.columns < 1:
+    if args.n < 1 or (args.batch or 1) < 1 or args.columns < 1:
         raise ValueError("--n, --batch and --columns must be at least 1")
     release = load_release(args.run, args.device)
     wanted = parse_labels(args.labels, release.classes) if args.labels else list(range(len(release.classes)))

@@ -40,7 +40,8 @@ import vae
 # ------------------------------------------------------------------------------------------------------------ settings
 
 DIGITS = dict(  # every key is a flag or a network; a preset overrides some of them, the command line overrides both
-    public="strokes", public_classes="all", public_n=36_000, private="mnist10k", private_n=None, crop=28, flips=False,
+    public="strokes", public_classes="all", public_n=36_000, private="mnist10k", private_n=None,
+    label_attribute="Male", size=None, flips=False,
     vae=vae.VAEConfig(ch=8, ch_mult=(1, 2, 4, 8)), vae_steps=900, vae_batch=64, vae_lr=3e-3, kl_weight=1e-6,
     unet=unet.UNetConfig(4, 4, 32, num_heads=4, context_dim=64, num_groups=8), schedule=diffusion.Schedule("cosine", "v"),
     ldm_steps=1600, ldm_batch=256, ldm_lr=2e-3, cond_drop=0.1,
@@ -49,7 +50,12 @@ DIGITS = dict(  # every key is a flag or a network; a preset overrides some of t
     sample_steps=30, sample_eta=0.0, guidance=1.0,
 )
 LARGE = dict(batch_size=6000, steps=150, lr=3e-3, ema=0.95)  # for 60,000 private pictures: the noise allows more steps
-PRESETS = {
+CELEBA = dict(  # the authors' settings for faces; large, for GPUs
+    public="folder:imagenet/train", public_n=None, private="celeba", delta=1e-6, clip_norm=5e-4, ema=0.9999, cond_drop=0.0,
+    schedule=diffusion.Schedule(beta_end=0.0195), vae_steps=200_000, vae_batch=16, vae_lr=1.6e-5, ldm_steps=500_000,
+    sample_steps=200, sample_eta=1.0)
+CLASSES = dict(use_spatial_transformer=True, context_dim=512)  # theirs are unconditional, with plain self-attention
+PRESETS = {  # epochs are turned into steps: epochs * n / batch, with n = 50,000 (CIFAR-10) and 162,770 (CelebA)
     "digits": {},
     "mnist": dict(public="emnist", private="mnist", public_n=None, **LARGE),
     "mnist-strokes": dict(private="mnist", public_n=72_000, **LARGE),
@@ -60,6 +66,22 @@ PRESETS = {
         vae=replace(vae.PAPER["mnist"], in_channels=1, out_ch=1), vae_steps=60_000, vae_batch=100, vae_lr=4.5e-4,
         unet=unet.PAPER["mnist"], schedule=diffusion.PAPER, ldm_steps=50_000, ldm_batch=512, ldm_lr=2.5e-3, cond_drop=0.0,
         batch_size=2000, steps=6000, clip_norm=1e-3, lr=1e-3, ema=0.9999, sample_steps=200, sample_eta=1.0),
+    "faces": dict(  # colour at 32 pixels on two CPU cores: 8x8x4 latents, a twelfth of a picture's numbers
+        public="public32", public_n=None, private="faces", flips=True,
+        vae=vae.VAEConfig(3, 3, 16, (1, 2, 4)), vae_steps=1000, vae_batch=64, vae_lr=2e-3,
+        unet=unet.UNetConfig(4, 4, 48, num_heads=4, context_dim=64, num_groups=16),
+        ldm_steps=600, ldm_batch=256, ldm_lr=1.5e-3, batch_size=2500, steps=40),
+    "cifar10": CELEBA | dict(
+        private="cifar10", delta=1e-5, vae=vae.PAPER["cifar10"], unet=unet.PAPER["cifar10"], schedule=diffusion.PAPER,
+        ldm_batch=200, ldm_lr=2e-4, cond_drop=0.1, batch_size=2000, steps=750, clip_norm=1e-6, lr=2e-3, from_block=8),
+    "celeba32": CELEBA | dict(vae=vae.PAPER["cifar10"], unet=replace(unet.PAPER["celeba32"], **CLASSES),
+                              ldm_batch=384, ldm_lr=1.9e-4, batch_size=2048, steps=5563, lr=1e-3),
+    "celeba64": CELEBA | dict(vae=vae.PAPER["celeba64"], unet=replace(unet.PAPER["celeba64"], **CLASSES),
+                              ldm_batch=75, ldm_lr=7.5e-5, batch_size=8192, steps=1391, lr=8.2e-4),
+    "celeba256-text": CELEBA | dict(  # theirs: LAION, then 30,000 pictures of CelebA-HQ; here all of CelebA, 1/n < delta
+        public="folder:laion", public_n=200_000, vae=vae.PAPER["celeba256-text"], unet=unet.PAPER["celeba256-text"],
+        schedule=diffusion.Schedule(beta_start=0.00085, beta_end=0.012), vae_batch=4, ldm_batch=16, ldm_lr=5e-5,
+        cond_drop=0.1, batch_size=256, steps=6358, clip_norm=1e-3, lr=2.6e-7),
     "smoke": dict(public_n=400, private_n=1000, vae=vae.VAEConfig(ch=8, ch_mult=(1, 1, 2, 2)), vae_steps=20, vae_batch=32,
                   unet=unet.UNetConfig(4, 4, 32, attention_resolutions=(2,), context_dim=8, num_groups=8), ldm_steps=20,
                   ldm_batch=64, batch_size=100, steps=4, micro_batch=32, sample_steps=4),
@@ -93,11 +115,13 @@ def parse(argv):
     g.add_argument("--insecure-seed", type=int, default=None,
                    help="debugging: seed the private stage too, which VOIDS the guarantee [none]")
     g.add_argument("--data-root", default=None, help="folder of the full data sets [$DPLDM_DATA or ~/.cache/dpldm]")
-    flags("data", ("public", str, "public set", [*data.LOADERS]),
+    flags("data", ("public", str, f"public set: {', '.join(data.LOADERS)} (folder:PATH, npz:PATH)"),
           ("public_classes", str, "classes of the set strokes", ("digits", "letters", "all")),
           ("public_n", int, "public pictures to use or draw"),
-          ("private", str, "private set", [k for k in data.LOADERS if k not in ("strokes", "omniglot")]),
+          ("private", str, f"private set, any of these but {', '.join(data.PUBLIC_ONLY)}"),
           ("private_n", int, "private pictures to use, a random choice"),
+          ("label_attribute", str, "attribute of celeba and faces that gives the two classes"),
+          ("size", int, "side of the pictures the networks see, in pixels; None: the preset's"),
           ("flips", lambda x: {"yes": True, "no": False}[x], "mirror pictures at random, yes or no"))
     flags("stage 1, autoencoder (public)", ("vae_steps", int, "steps"), ("vae_batch", int, "pictures per step"),
           ("vae_lr", float, "peak learning rate of AdamW"),
@@ -125,6 +149,7 @@ def parse(argv):
     given = {k: v for k, v in vars(p.parse_args(argv)).items() if k not in defaults or v != defaults[k]}
     s = argparse.Namespace(**{**defaults, **DIGITS, **PRESETS[given.get("preset", "digits")], **given})
     s.out = given.get("out", Path("runs") / s.preset)
+    s.vae = replace(s.vae, resolution=s.size or s.vae.resolution)
     if s.resume:
         adopt_settings(s, given)
     check(s)
@@ -156,8 +181,12 @@ def check(s):
     demand("sigma kl_weight", lambda v: 0 <= v < math.inf, "be 0 or a positive number")
     demand("epsilon", lambda v: v > 0, "be positive (inf: no privacy)")
     demand("delta", lambda v: 0 < v < 1, "lie between 0 and 1")
+    demand("size", lambda v: v in (32, 64, 128, 256), "be 32, 64, 128 or 256")
     demand("cond_drop ema", lambda v: 0 <= v < 1, "lie in [0, 1)")
     demand("sample_eta", lambda v: 0 <= v <= 1, "lie in [0, 1]")
+    for flag, name in (("--public", s.public), ("--private", s.private)):
+        if data.kind_of(name) in data.PUBLIC_ONLY and flag == "--private":
+            raise ValueError(f"--private {name}: this set is public only, nothing of it is held out")
     if s.guidance != 1 and s.cond_drop == 0:
         raise ValueError("--guidance other than 1 needs --cond-drop above 0")
     try:
@@ -253,9 +282,11 @@ def train_autoencoder(s, images, stop):
 
     fit(s, "1/3 autoencoder", model, loss_fn, s.vae_steps, s.vae_lr, 0.99, s.out / "internal" / "vae_state.pt", stop)
     model.eval()
-    shown = pictures(images[:4000], s.device)
-    checkpoint = {"config": asdict(s.vae), "state": model.state_dict(), "scale": vae.latent_scale(model, shown),
-                  "trained_on": s.public, "steps": s.vae_steps}
+    area = s.vae.resolution ** 2
+    shown = pictures(images[:min(4000, 8_000_000 // area)], s.device)
+    scale = vae.latent_scale(model, shown, max(1, 262_144 // area))
+    checkpoint = {"config": asdict(s.vae), "state": model.state_dict(), "scale": scale,
+                  "trained_on": data.kind_of(s.public), "steps": s.vae_steps}
     folder.save(checkpoint, s.out / "public" / "vae.pt")
     with torch.no_grad():
         pairs = torch.stack([shown[:32], model.decode(model.encode(shown[:32]).mean)], 1).flatten(0, 1)
@@ -278,7 +309,7 @@ def train_diffusion(s, latents, labels, num_classes, stop):
 
     fit(s, "2/3 latent diffusion", model, loss_fn, s.ldm_steps, s.ldm_lr, 0.995, s.out / "internal" / "ldm_state.pt", stop)
     checkpoint = {"unet": asdict(s.unet), "embedder": shape, "schedule": asdict(s.schedule), "model": model.state_dict(),
-                  "trained_on": s.public, "steps": s.ldm_steps}
+                  "trained_on": data.kind_of(s.public), "steps": s.ldm_steps}
     folder.save(checkpoint, s.out / "public" / "ldm.pt")
     return checkpoint
 
@@ -294,14 +325,14 @@ def null_condition(s, model, labels):
 
 
 @torch.no_grad()
-def encode(s, autoencoder, images, scale, batch=500):
+def encode(s, autoencoder, images, scale):
     """Pictures (N, C, H, W) uint8 -> scaled latents (N, F, embed_dim, h, w), F = 2 with the mirror images; once for all.
 
     The mean of the posterior is used: at a KL weight of 1e-6 its standard deviation is tiny.
     """
     autoencoder = autoencoder.to(s.device, memory_format=torch.channels_last)
     latents = []
-    for part in tqdm(images.split(batch), desc="    encoding", unit="batch", leave=False):
+    for part in tqdm(images.split(max(1, 512_000 // s.vae.resolution ** 2)), desc="    encoding", unit="batch", leave=False):
         x = pictures(part, s.device)
         views = [x, x.flip(-1)] if s.flips else [x]
         latents.append(torch.stack([autoencoder.encode(view).mean * scale for view in views], 1))
@@ -481,7 +512,8 @@ def privacy_statement(s, plan, rows, trained):
         "adjacency": "add or remove one picture", "unit": "one picture", "sampling": "Poisson", "n": plan["n"], "q": plan["q"],
         "expected_batch_size": s.batch_size, "steps": len(rows), "sigma": plan["sigma"], "clip_norm": s.clip_norm,
         "clipping": s.clipping, "noise_multiplicity": s.noise_multiplicity, "tune": s.tune, "from_block": s.from_block,
-        "trained_parameters": trained[0], "of_these_see_only_noise": trained[1], "public_set": s.public, "private_set": s.private,
+        "trained_parameters": trained[0], "of_these_see_only_noise": trained[1], "public_set": data.kind_of(s.public),
+        "private_set": data.kind_of(s.private),
         "insecure_seed": s.insecure_seed is not None,
         "noise": "Mersenne twister with its whole state from the operating system (CPU) or Philox with 64 bits (CUDA)",
         "covers": "everything in release/ and whatever is made from it",
@@ -499,10 +531,12 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, classes, privacy, pu
     content = {"format": sample.FORMAT, "vae": {k: vae_checkpoint[k] for k in ("config", "state")},
                "scale": vae_checkpoint["scale"], **{k: ldm_checkpoint[k] for k in ("unet", "embedder", "schedule")},
                "classes": classes, "crop": s.crop,
-               "data": {"public": s.public, "public_classes": s.public_classes, "private": s.private}, "privacy": privacy}
+               "data": {"public": data.kind_of(s.public), "public_classes": s.public_classes,
+                        "private": data.kind_of(s.private), "label_attribute": s.label_attribute}, "privacy": privacy}
     folder.save({**content, "model": model.state_dict()}, s.out / "release" / "model.pt")
     folder.write_json(privacy, s.out / "release" / "privacy.json")
-    labels = torch.arange(len(classes)).repeat_interleave(10)
+    lines = max(1, 6 // len(classes))  # of ten pictures, for each class
+    labels = torch.arange(len(classes)).repeat_interleave(10 * lines)
     draw = partial(sample.generate, labels=labels, steps=s.sample_steps, eta=s.sample_eta, guidance=s.guidance, seed=s.seed)
     released = sample.load_release(s.out, s.device)
     after = draw(released)
@@ -510,9 +544,11 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, classes, privacy, pu
     before = draw(replace(released, model=public_model.eval().to(s.device)))
     data.save_grid(after, s.out / "release" / "samples.png", 10)
     rows, gap = [], torch.full((1, *after.shape[1:]), 96, dtype=torch.uint8)
-    for label in range(len(classes)):
-        real = data.crop(public.images[public.labels == label][:4], s.crop)
-        first = slice(10 * label, 10 * label + 6)
+    for i, label in enumerate(labels[::10].tolist()):
+        alike = public.classes[label:label + 1] == classes[label:label + 1]  # else any public pictures stand on the left
+        shown = public.images[public.labels == label] if alike else public.images
+        real = data.crop(shown[4 * (i % lines if alike else i):][:4], s.crop)
+        first = slice(10 * i, 10 * i + 6)
         rows += [real, gap.expand(5 - len(real), -1, -1, -1), before[first], gap, after[first]]
     data.save_grid(torch.cat(rows), s.out / "release" / "comparison.png", 18)
 
@@ -520,9 +556,58 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, classes, privacy, pu
 # ------------------------------------------------------------------------------------------------------------ the run
 
 
-def estimate(s, model, plan):
+def find_set(s, name, split="train", **kwargs):
+    """data.load as the settings ask; for --dry-run photographs are only listed, and a full set that is absent assumed."""
+    try:
+        return data.load(name, split, s.data_root, s.vae.resolution, channels=s.vae.in_channels, decode=not s.dry_run, **kwargs)
+    except data.DataError as error:
+        n, classes = data.FULL.get(name, (0, 2))
+        n = kwargs.get("n") or n
+        if not s.dry_run or not n:
+            raise
+        print(f"ASSUMED        n {n:,} and {classes} classes: {error}")
+        shape = (n, s.vae.in_channels, s.vae.resolution, s.vae.resolution)
+        return data.ImageSet(name, torch.empty(shape, dtype=torch.uint8, device="meta"), torch.zeros(n, dtype=torch.int64),
+                             list(map(str, range(classes))), side=s.vae.resolution)
+
+
+def print_memory(s, model, public, private):
+    """Print where the bytes go: weights with gradient, Adam and EMA, activations of one picture, pictures and latents.
+
+    Runs the networks on the meta device, which computes shapes only: no memory, no time, however large they are. All that
+    autograd keeps of one picture is counted; the private stage keeps about the same (bench/dp_step.py).
+    """
+    with torch.device("meta"):
+        autoencoder = vae.AutoencoderKL(s.vae)
+        x = torch.empty(1, s.vae.in_channels, s.vae.resolution, s.vae.resolution)
+        z, t = torch.empty(1, *autoencoder.latent_shape), torch.zeros(1, dtype=torch.int64)
+
+    def kept(network, f):
+        weights, seen = {p.untyped_storage()._cdata for p in network.parameters()}, {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda a: seen.update({a.untyped_storage()._cdata: a}) or a, lambda a: a):
+            out = f()  # keeps the graph, and with it the storages, until they are counted
+        return sum(a.untyped_storage().nbytes() for key, a in seen.items() if key not in weights) + 0 * len(out)
+
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.requires_grad_(True)
+    first = kept(autoencoder, lambda: autoencoder.decode(autoencoder.encode(x).mean))
+    second = kept(model, lambda: model(z, t, t))
+    for name, p in model.named_parameters():
+        p.requires_grad_(wanted[name])
+    stored = [len(found) * (math.prod(found.images.shape[1:]) + 4 * (1 + s.flips) * z.numel()) for found in (public, private)]
+    trained, total, big = count(p for p in model.parameters() if p.requires_grad), count(model.parameters()), 1e9
+    print(f"memory, GB     autoencoder {20 * count(autoencoder.parameters()) / big:.2f} + {first / big:.3f} a picture, latent "
+          f"diffusion {20 * total / big:.2f} + {second / big:.3f}, private tuning {(4 * total + 24 * trained) / big:.2f} + "
+          f"{second / big:.3f}; pictures and latents {sum(stored) / big:.2f} of main memory")
+
+
+def estimate(s, plan, num_classes):
     """Print the minutes of each stage, extrapolated from one step on random data."""
-    model, autoencoder = (m.to(s.device, memory_format=torch.channels_last) for m in (model, vae.AutoencoderKL(s.vae)))
+    with torch.device(s.device):
+        autoencoder = vae.AutoencoderKL(s.vae).to(memory_format=torch.channels_last)
+        model = unet.LatentModel(unet.UNet(s.unet), unet.ClassEmbedder(num_classes, s.unet.context_dim, s.cond_drop > 0))
+    model = model.to(memory_format=torch.channels_last)
+    unet.select_trainable(model, s.tune, s.from_block)
     x = torch.rand(s.vae_batch, s.vae.in_channels, s.vae.resolution, s.vae.resolution, device=s.device)
     z = torch.randn(s.ldm_batch, *autoencoder.latent_shape, device=s.device)
     y = torch.zeros(s.ldm_batch, dtype=torch.int64, device=s.device)
@@ -552,20 +637,31 @@ def main(argv=None):
         s.vae, s.unet = vae.VAEConfig(**first["config"]), unet.UNetConfig(**second["unet"])
         s.schedule, s.cond_drop = diffusion.Schedule(**second["schedule"]), s.cond_drop * second["embedder"]["null_class"]
     s.bf16 = s.precision == "bf16" or (s.precision == "auto" and bf16_wins(s.device))
-    find = partial(data.load, root=s.data_root, size=s.vae.resolution)
+    if s.size and s.size != s.vae.resolution:
+        raise ValueError(f"--size {s.size}: the networks of {s.init} are for {s.vae.resolution} pixels")
     # Both sets are read before the first long loop: nobody waits an hour to learn that a file is missing.
     # With --steps 0 no private picture is read at all.
-    private = find(s.private, "train", n=s.private_n) if s.steps else find(s.private, "test")
-    public = find(s.public, public_classes=s.public_classes if s.public == "strokes" else None,
-                  n=200 if s.dry_run else s.public_n, seed=s.seed)
+    private = find_set(s, s.private, "train" if s.steps else "test", n=s.private_n if s.steps else None,
+                       label_attribute=s.label_attribute)
+    drawn = s.public == "strokes"
+    public = find_set(s, s.public, public_classes=s.public_classes if drawn else None,
+                      n=200 if drawn and s.dry_run else s.public_n, seed=s.seed)
+    for title, found in (("--public", public), ("--private", private)):
+        if found.images.shape[1] != s.vae.in_channels:
+            raise ValueError(f"{title} {found.name} has {found.images.shape[1]} colour channels, the autoencoder of preset "
+                             f"{s.preset} takes {s.vae.in_channels}: choose another preset or set")
+    s.crop = private.side  # samples look like private pictures, whose padding is cut off again
     plan = privacy_plan(s, len(private) if s.steps else 0)
     num_classes = max(len(public.classes), len(private.classes))
-    with torch.device("cpu" if s.dry_run else "meta"):  # meta: no memory, only to refuse a wrong --tune before any work
+    with torch.device("meta"):  # no memory; refuses a wrong --tune before any work
         model = unet.LatentModel(unet.UNet(s.unet), unet.ClassEmbedder(num_classes, s.unet.context_dim, s.cond_drop > 0))
         unet.select_trainable(model, s.tune, s.from_block)
     if s.dry_run:
         print_plan(s, plan, model)
-        return estimate(s, model, plan)
+        print_memory(s, model, public, private)
+        if count(model.parameters()) > 5e7 and s.device == "cpu":
+            return print("time           not measured: networks of this size are for a GPU; run --dry-run there")
+        return estimate(s, plan, num_classes)
 
     stop = folder.Stop()
     folder.prepare(s.out, s.resume)
@@ -590,7 +686,7 @@ def main(argv=None):
     trained, rows = (count(p for p in model.parameters() if p.requires_grad), noise_only(model)), []
     if s.steps:
         facts = {**plan, "clip_norm": s.clip_norm, "clipping": s.clipping, "tuned": names,
-                 "private_pictures": hashlib.sha256(private.images.numpy().tobytes()).hexdigest()}
+                 "private_pictures": hashlib.sha256(private.images.numpy()).hexdigest()}
         folder.check_unchanged(plain(facts), s.out / "internal" / "plan.json")
         rows = tune_privately(s, model, encode(s, autoencoder, private.images, scale), private.labels.to(s.device), plan, stop)
     privacy = privacy_statement(s, plan, rows, trained)
