@@ -54,6 +54,8 @@ class ImageSet:
     images: torch.Tensor
     labels: torch.Tensor
     classes: list[str]
+    captions: list[str] | None = None
+    attributes: dict[str, torch.Tensor] | None = None
 
     def __len__(self):
         return len(self.labels)
