@@ -45,18 +45,22 @@ class Release:
     prompts: list | None = None
 
 
+def condition_kind(entry):
+    """ "none", "class" or "text" from a checkpoint's entry `embedder`; the first checkpoints knew only classes."""
+    return entry.get("kind", "class") if entry else "none"
+
+
 def build_embedder(entry):
-    """Condition embedder from a checkpoint's entry `embedder`: None, {"kind": "class", ...} or {"kind": "text", ...}."""
-    entry = dict(entry or {"kind": "none"})
-    kind = entry.pop("kind", "class")  # the first checkpoints knew only classes and did not say so
+    """Condition embedder from a checkpoint's entry: None, {"kind": "class", ...} or {"kind": "text", "words": ...}."""
+    kind, rest = condition_kind(entry), {k: v for k, v in (entry or {}).items() if k not in ("kind", "words")}
     if kind == "text":
-        return text.TextEncoder(vocabulary_size=text.SPECIAL + len(entry.pop("words")), **entry)
-    return unet.ClassEmbedder(**entry) if kind == "class" else None
+        return text.TextEncoder(vocabulary_size=len(build_tokenizer(entry)), **rest)
+    return unet.ClassEmbedder(**rest) if kind == "class" else None
 
 
 def build_tokenizer(entry):
     """Tokenizer of a text model from the same entry; None for the others."""
-    return text.Tokenizer(entry["words"], entry["length"]) if (entry or {}).get("kind") == "text" else None
+    return text.Tokenizer(entry["words"], entry["length"]) if condition_kind(entry) == "text" else None
 
 
 def build_model(checkpoint):

@@ -51,7 +51,8 @@ WORN = {
     "Wearing_Necklace": ("a necklace",), "Wearing_Necktie": ("a necktie", "a tie"),
 }
 SLOTS = (ADJECTIVES, PICTURES, TEXTURES, COLOURS, FEATURES, WORN)
-OPPOSITES = {"Young": (ADJECTIVES, ("older", "middle-aged")), "No_Beard": (FEATURES, ("a beard", "facial hair"))}  # if false
+PHRASES = {(name, True): (slot, phrases) for slot, table in enumerate(SLOTS) for name, phrases in table.items()}
+PHRASES |= {("Young", False): (0, ("older", "middle-aged")), ("No_Beard", False): (4, ("a beard", "facial hair"))}
 NOUNS = {  # (Child, Male), None where the set does not say
     (True, True): ("boy",), (True, False): ("girl",), (True, None): ("child", "kid"), (False, None): ("adult",),
     (False, True): ("man", "guy"), (False, False): ("woman", "lady"), (None, None): ("person",),
@@ -68,43 +69,47 @@ def caption(attributes, generator, omit=0.2, deny=0.02):
     deny: that a false one is said ("without a hat"). "Male" and "Child" choose the noun and are always said. An attribute
     that the grammar does not know is said by its name ("Dark_Photo": ", dark photo").
     """
+    random = dice(generator)
+
     def chance(p):
-        return float(torch.rand((), generator=generator)) < p
+        return next(random) < p
 
     def pick(options):
-        return options[int(torch.randint(len(options), (), generator=generator))]
+        return options[int(next(random) * len(options))]
 
     def shuffled(items):
-        return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
+        return sorted(items, key=lambda _: next(random))
 
     attributes = {name: bool(value) for name, value in attributes.items()}
-    said, rest, face = {id(slot): [] for slot in SLOTS}, [], False
+    said, rest = [[] for _ in SLOTS], []
     for name, value in attributes.items():
-        slot = next((slot for slot in SLOTS if name in slot), None)
-        face = face or slot is not None or name in ("Male", "Child")
         if name in ("Male", "Child") or needless(name, attributes):
             continue
-        if not value and name in OPPOSITES:
-            slot, phrases = OPPOSITES[name]
-        else:
-            phrases = slot[name] if slot else (name.replace("_", " ").lower(),)
-        if value or name in OPPOSITES:
+        if value or (name, value) in PHRASES:
+            slot, phrases = PHRASES.get((name, value), (None, (name.replace("_", " ").lower(),)))
             if not chance(omit):
-                (said[id(slot)] if slot else rest).append(pick(phrases))
+                (rest if slot is None else said[slot]).append(pick(phrases))
         elif chance(deny):
-            hair = " hair" if slot in (TEXTURES, COLOURS) else ""
-            rest.append(("without " if slot in (FEATURES, WORN, TEXTURES, COLOURS) else "not ") + pick(phrases) + hair)
-    adjectives, pictures, textures, colours, features, worn = (shuffled(said[id(slot)]) for slot in SLOTS)
-    if not face:  # attributes of something else than faces
-        return ", ".join(["a picture", *rest])
+            slot, phrases = PHRASES.get((name, True), (None, (name.replace("_", " ").lower(),)))
+            hair = " hair" if name in TEXTURES or name in COLOURS else ""
+            rest.append(("without " if hair or name in FEATURES or name in WORN else "not ") + pick(phrases) + hair)
+    adjectives, pictures, textures, colours, features, worn = map(shuffled, said)
+    if not any(name in ("Male", "Child") or (name, True) in PHRASES for name in attributes):
+        return ", ".join(["a picture", *rest])  # attributes of something else than faces
     subject = " ".join([*adjectives, pick(NOUNS[attributes.get("Child"), attributes.get("Male")])])
     frame = f"{article(' '.join(pictures))} {pick(('photo', 'picture'))} of " if pictures else pick(FRAMES)
     if textures or colours:
-        features = shuffled([*features, " ".join([*textures, *listed(colours).split(), "hair"])])
+        features = shuffled([*features, " ".join(filter(None, [*textures, listed(colours), "hair"]))])
     if chance(0.3):  # "with a hat" as well as "wearing a hat"
         features, worn = shuffled([*features, *worn]), []
     clauses = [f"{word} {listed(items)}" for word, items in (("with", features), ("wearing", worn)) if items]
     return ", ".join([" ".join([frame + article(subject), *shuffled(clauses)]), *shuffled(rest)])
+
+
+def dice(generator):
+    """Endless random numbers in [0, 1), drawn in blocks: one by one they would take most of the time."""
+    while True:
+        yield from torch.rand(32, generator=generator).tolist()
 
 
 def needless(name, attributes):
@@ -124,11 +129,10 @@ def listed(items):
 
 def class_caption(class_name, generator):
     """One sentence about a picture of a class: "frog" -> "a photo of a frog", "7" -> "a picture of the digit 7"."""
-    name = class_name.replace("_", " ").lower()
+    name, frame = class_name.replace("_", " ").lower(), FRAMES[int(torch.randint(len(FRAMES), (), generator=generator))]
     if len(name) == 1 and name.isalnum():  # "a photo of an a" would be hard to tell from its article
-        return FRAMES[int(torch.randint(len(FRAMES), (), generator=generator))] + (
-            f"the {'digit' if name.isdigit() else 'letter'} {name}")
-    return FRAMES[int(torch.randint(len(FRAMES), (), generator=generator))] + article(name)
+        return f"{frame}the {'digit' if name.isdigit() else 'letter'} {name}"
+    return frame + article(name)
 
 
 def split(prompt):
@@ -142,9 +146,8 @@ def vocabulary(attribute_names, class_names):
     Made from names only (the schema, treated as public), never from captions or pictures. All words of the face
     grammar are in it whatever the names, so that a public model can be tuned on faces later.
     """
-    tables = [phrases for slot in (*SLOTS, NOUNS) for phrases in slot.values()] + [p for _, p in OPPOSITES.values()]
-    phrases = [phrase for options in tables for phrase in options]
-    return sorted({word for text in [GLUE, *FRAMES, *phrases, *attribute_names, *class_names] for word in split(text)})
+    phrases = [phrase for options in [*NOUNS.values(), *(p for _, p in PHRASES.values())] for phrase in options]
+    return sorted({word for part in [GLUE, *FRAMES, *phrases, *attribute_names, *class_names] for word in split(part)})
 
 
 # ------------------------------------------------------------------------------------------------------ the tokenizer

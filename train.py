@@ -323,10 +323,8 @@ def find_conditions(s, pictures, embedder):
     seed made from the picture itself: with one generator for all, leaving out one picture would reword those after it,
     and the guarantee is about sets that differ in one picture only.
     """
-    if embedder is None:
-        return None
-    if embedder.get("kind", "class") == "class":
-        return pictures.labels.to(s.device)
+    if sample.condition_kind(embedder) != "text":
+        return pictures.labels.to(s.device) if embedder else None
     captions = pictures.captions
     if captions is None:
         captions = []
@@ -358,9 +356,9 @@ def select(conditions, index):
 
 def stand_in(model, n, device):
     """n conditions of the model's kind for measuring times: None, label 0, or prompts of full length."""
-    if model.embedder is None:
-        return None
-    return torch.full((n, *([model.embedder.length] if isinstance(model.embedder, text.TextEncoder) else [])), 1, device=device)
+    if isinstance(model.embedder, text.TextEncoder):
+        return torch.full((n, model.embedder.length), text.BEGIN, device=device)
+    return None if model.embedder is None else torch.zeros(n, dtype=torch.int64, device=device)
 
 
 def null_condition(s, model, conditions):
@@ -629,9 +627,8 @@ def main(argv=None):
     if s.init and not s.resume:  # networks of an earlier run are taken as they are: their checkpoints say what they are
         first, second = (folder.load(s.init / "public" / name) for name in ("vae.pt", "ldm.pt"))
         s.vae, s.unet = vae.VAEConfig(**first["config"]), unet.UNetConfig(**second["unet"])
-        kind = (second["embedder"] or {"kind": "none"}).get("kind", "class")
-        if kind != s.condition:
-            raise ValueError(f"--condition {s.condition}: the model of --init {s.init} was made with --condition {kind}; "
+        if (made := sample.condition_kind(second["embedder"])) != s.condition:
+            raise ValueError(f"--condition {s.condition}: the model of --init {s.init} was made with --condition {made}; "
                              "use that, or train anew")
         s.schedule = diffusion.Schedule(**second["schedule"])
         s.cond_drop *= second["embedder"]["null_class"] if second["embedder"] else 0
@@ -679,6 +676,9 @@ def main(argv=None):
                               find_conditions(s, private, embedder), plan, stop)
     privacy = privacy_statement(s, plan, rows, trained)
     prompts = class_prompts(s, private) if s.condition == "text" else None
+    for options in prompts or ():
+        if unknown := sample.build_tokenizer(embedder).unknown(" ".join(options)):
+            print(f"WARNING: the public model does not know {', '.join(unknown)}: train it anew, without --init", file=sys.stderr)
     write_release(s, first, second, model, private.classes, prompts, privacy, public)
     print(f"{s.out}/release: {privacy['statement']}; {(time.monotonic() - begin) / 60:.1f} minutes")
 

@@ -37,7 +37,7 @@ def random_attributes(names, generator, p=0.3):
 
 
 def test_every_attribute_of_celeba_is_worded():
-    known = {name for slot in text.SLOTS for name in slot} | {"Male"}
+    known = {name for name, value in text.PHRASES if value} | {"Male"}
     assert len(CELEBA) == 40 and set(CELEBA) <= known
     for name in CELEBA:  # alone and certain to be said, a true attribute changes the sentence
         said, unsaid = ({text.caption({"Male": True, name: value}, seeded(i), omit=0, deny=0) for i in range(20)}
