@@ -34,6 +34,7 @@ import diffusion
 import dp_sgd
 import folder
 import sample
+import text
 import unet
 import vae
 
@@ -41,7 +42,7 @@ import vae
 
 DIGITS = dict(  # every key is a flag or a network; a preset overrides some of them, the command line overrides both
     public="strokes", public_classes="all", public_n=36_000, private="mnist10k", private_n=None,
-    label_attribute="Male", size=None, flips=False,
+    label_attribute="Male", size=None, flips=False, condition="class", text_length=32, text_width=64,
     vae=vae.VAEConfig(ch=8, ch_mult=(1, 2, 4, 8)), vae_steps=900, vae_batch=64, vae_lr=3e-3, kl_weight=1e-6,
     unet=unet.UNetConfig(4, 4, 32, num_heads=4, context_dim=64, num_groups=8), schedule=diffusion.Schedule("cosine", "v"),
     ldm_steps=1600, ldm_batch=256, ldm_lr=2e-3, cond_drop=0.1,
@@ -97,9 +98,9 @@ def parse(argv):
 
     def flags(title, *rows):
         group = p.add_argument_group(title)
-        for key, kind, text, *choices in rows:
+        for key, kind, meaning, *choices in rows:
             group.add_argument("--" + key.replace("_", "-"), type=kind, choices=choices[0] if choices else None,
-                               help=f"{text} [{DIGITS[key]}]")
+                               help=f"{meaning} [{DIGITS[key]}]")
 
     g = p.add_argument_group("run")
     g.add_argument("--preset", choices=PRESETS, default="digits", help="data sets, networks and defaults [digits]")
@@ -122,6 +123,9 @@ def parse(argv):
           ("private_n", int, "private pictures to use, a random choice"),
           ("label_attribute", str, "attribute of celeba and faces that gives the two classes"),
           ("size", int, "side of the pictures the networks see, in pixels; None: the preset's"),
+          ("condition", str, "what a picture is made from: its class, a text (captions, or sentences about attributes or "
+           "classes), nothing", ("class", "text", "none")),
+          ("text_length", int, "most words of a prompt, and one"), ("text_width", int, "width of the text encoder"),
           ("flips", lambda x: {"yes": True, "no": False}[x], "mirror pictures at random, yes or no"))
     flags("stage 1, autoencoder (public)", ("vae_steps", int, "steps"), ("vae_batch", int, "pictures per step"),
           ("vae_lr", float, "peak learning rate of AdamW"),
@@ -152,6 +156,8 @@ def parse(argv):
     s.vae = replace(s.vae, resolution=s.size or s.vae.resolution)
     if s.resume:
         adopt_settings(s, given)
+    if s.condition == "none":  # cross-attention then asks the pixels themselves
+        s.unet, s.cond_drop = replace(s.unet, context_dim=None), 0.0
     check(s)
     return s
 
@@ -174,7 +180,8 @@ def check(s):
             if getattr(s, key) is not None and not good(getattr(s, key)):
                 raise ValueError(f"--{key.replace('_', '-')} must {text}, got {getattr(s, key)}")
 
-    demand("vae_steps vae_batch ldm_steps ldm_batch batch_size noise_multiplicity micro_batch sample_steps public_n private_n",
+    demand("vae_steps vae_batch ldm_steps ldm_batch batch_size noise_multiplicity micro_batch sample_steps public_n private_n "
+           "text_length",
            lambda v: v >= 1, "be at least 1")
     demand("steps from_block", lambda v: v >= 0, "not be negative")
     demand("vae_lr ldm_lr lr clip_norm", lambda v: 0 < v < math.inf, "be a positive number")
@@ -187,6 +194,11 @@ def check(s):
     for flag, name in (("--public", s.public), ("--private", s.private)):
         if data.kind_of(name) in data.PUBLIC_ONLY and flag == "--private":
             raise ValueError(f"--private {name}: this set is public only, nothing of it is held out")
+    demand("text_width", lambda v: v > 0 and v % 8 == 0, "be a multiple of 8")
+    if s.condition != "none" and not (s.unet.context_dim and s.unet.use_spatial_transformer):
+        raise ValueError(f"--condition {s.condition}: the network of this preset is unconditional; use --condition none")
+    if s.guidance != 1 and s.condition == "none":
+        raise ValueError("--guidance other than 1 needs a condition, --condition class or text")
     if s.guidance != 1 and s.cond_drop == 0:
         raise ValueError("--guidance other than 1 needs --cond-drop above 0")
     try:
@@ -294,21 +306,24 @@ def train_autoencoder(s, images, stop):
     return checkpoint
 
 
-def train_diffusion(s, latents, labels, num_classes, stop):
-    """Stage 2 (Liu et al. 2024, section 3): public latents (N, F, C, h, w), labels (N,) -> dict, also public/ldm.pt."""
+def train_diffusion(s, latents, conditions, embedder, stop):
+    """Stage 2 (Liu et al. 2024, section 3): public latents (N, F, C, h, w), N conditions -> dict, also public/ldm.pt.
+
+    embedder: what the conditions are (`embedder_entry`).
+    """
     torch.manual_seed(s.seed)
-    shape = {"num_classes": num_classes, "dim": s.unet.context_dim, "null_class": s.cond_drop > 0}
-    model = unet.LatentModel(unet.UNet(s.unet), unet.ClassEmbedder(**shape)).to(s.device, memory_format=torch.channels_last)
-    null = null_condition(s, model, labels)
+    model = unet.LatentModel(unet.UNet(s.unet), sample.build_embedder(embedder)).to(
+        s.device, memory_format=torch.channels_last)
+    null = null_condition(s, model, conditions)
 
     def loss_fn(generator):
         index = torch.randint(len(latents), (s.ldm_batch,), generator=generator, device=s.device)
-        batch = diffusion.draw(latents[index], labels[index], 1, generator, s.schedule, null, s.cond_drop)
+        batch = diffusion.draw(latents[index], select(conditions, index), 1, generator, s.schedule, null, s.cond_drop)
         loss = diffusion.loss(model, *batch, schedule=s.schedule).mean()
         return loss, {"loss": loss.detach()}
 
     fit(s, "2/3 latent diffusion", model, loss_fn, s.ldm_steps, s.ldm_lr, 0.995, s.out / "internal" / "ldm_state.pt", stop)
-    checkpoint = {"unet": asdict(s.unet), "embedder": shape, "schedule": asdict(s.schedule), "model": model.state_dict(),
+    checkpoint = {"unet": asdict(s.unet), "embedder": embedder, "schedule": asdict(s.schedule), "model": model.state_dict(),
                   "trained_on": data.kind_of(s.public), "steps": s.ldm_steps}
     folder.save(checkpoint, s.out / "public" / "ldm.pt")
     return checkpoint
@@ -319,9 +334,68 @@ def pictures(images, device):
     return data.to_float(images.to(device)).contiguous(memory_format=torch.channels_last)
 
 
-def null_condition(s, model, labels):
-    """The label that stands for a dropped condition, shape (1,), or None where conditions are never dropped."""
-    return model.embedder.null(labels[:1]) if s.cond_drop > 0 else None
+def embedder_entry(s, public, private):
+    """What the condition embedder is, as it stands in the checkpoints (`sample.build_embedder`); None: there is none.
+
+    Of the private set only the schema is used, names of classes and attributes; never its captions or pictures.
+    """
+    if s.condition == "none":
+        return None
+    entry = {"kind": s.condition, "dim": s.unet.context_dim, "null_class": s.cond_drop > 0}
+    if s.condition == "class":
+        return {**entry, "num_classes": max(len(public.classes), len(private.classes))}
+    words = text.vocabulary([*(public.attributes or {}), *(private.attributes or {})], public.classes + private.classes)
+    return {**entry, "words": words, "length": s.text_length, "width": s.text_width}
+
+
+def find_conditions(s, pictures, embedder):
+    """Conditions of an image set: None, labels (N,), or tokens (N, L) of one caption per picture; on the device.
+
+    A caption is the picture's own, else a sentence about its attributes, else about its class. Its wording is drawn with a
+    seed made from the picture itself: with one generator for all, leaving out one picture would reword those after it,
+    and the guarantee is about sets that differ in one picture only.
+    """
+    if sample.condition_kind(embedder) != "text":
+        return pictures.labels.to(s.device) if embedder else None
+    captions = pictures.captions
+    if captions is None:
+        captions = []
+        for i, image in enumerate(tqdm(pictures.images.numpy(), desc="    captions", unit="picture", leave=False)):
+            seed = int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:8], "little")
+            generator = torch.Generator().manual_seed(seed)
+            if pictures.attributes:
+                captions.append(text.caption({k: v[i] for k, v in pictures.attributes.items()}, generator))
+            else:
+                captions.append(text.class_caption(pictures.classes[pictures.labels[i]], generator))
+    return sample.build_tokenizer(embedder).encode(captions).to(s.device)
+
+
+def class_prompts(s, private, n=10):
+    """Prompts that mean a class, a list per class, made from names only: so a text model can be sampled by label."""
+    generator = torch.Generator().manual_seed(0)
+    name = getattr(s, "label_attribute", None) or "Male"
+    if name in (private.attributes or {}) and len(private.classes) == 2:
+        makers = [partial(text.caption, {name: value}, generator, omit=0, deny=1) for value in (False, True)]
+    else:
+        makers = [partial(text.class_caption, name, generator) for name in private.classes]
+    return [list(dict.fromkeys(make() for _ in range(n))) for make in makers]
+
+
+def select(conditions, index):
+    """Rows of the conditions, None for none."""
+    return None if conditions is None else conditions[index]
+
+
+def stand_in(model, n, device):
+    """n conditions of the model's kind for measuring times: None, label 0, or prompts of full length."""
+    if isinstance(model.embedder, text.TextEncoder):
+        return torch.full((n, model.embedder.length), text.BEGIN, device=device)
+    return None if model.embedder is None else torch.zeros(n, dtype=torch.int64, device=device)
+
+
+def null_condition(s, model, conditions):
+    """The condition that stands for a dropped one, (1,) or (1, L), or None where conditions are never dropped."""
+    return model.embedder.null(conditions[:1]) if conditions is not None and s.cond_drop > 0 else None
 
 
 @torch.no_grad()
@@ -389,16 +463,16 @@ def print_plan(s, plan, model):
     print(f"privacy plan   epsilon {plan['epsilon']:.4g} at delta {plan['delta']:g} ({s.accountant}); unit: one picture, added "
           f"or removed\n               n {plan['n']}, Poisson sampling with q {plan['q']:.4g} (expected batch {s.batch_size}), "
           f"T {plan['steps']} steps, sigma {plan['sigma']:.4g}, C {s.clip_norm:g} {s.clipping}, K {s.noise_multiplicity}\n"
-          f"tuned          {s.tune}: {trained:,} of {total:,} parameters ({trained / total:.1%}), of which {idle:,} see only "
-          f"noise (query and key for a one-token condition)")
+          f"tuned          {s.tune}: {trained:,} of {total:,} parameters ({trained / total:.1%})" + (
+              f", of which {idle:,} see only noise (query and key for a one-token condition)" if idle else ""))
     if plan["steps"] and (plan["sigma"] == 0 or s.insecure_seed is not None):
         print("WARNING: no noise or a known noise seed: this run is NOT private", file=sys.stderr)
 
 
-def tune_privately(s, model, latents, labels, plan, stop):
+def tune_privately(s, model, latents, conditions, plan, stop):
     """Stage 3, Algorithm 1 of the paper: DP-SGD on the parameters of `model` that require grad, in place -> ledger rows.
 
-    latents (n, F, C, h, w) of the private pictures, labels (n,). On return the tuned parameters hold their EMA. The
+    latents (n, F, C, h, w) of the private pictures, n conditions or None. On return the tuned parameters hold their EMA. The
     order within a step is what makes it crash-safe: draw, accumulate, ledger row on the disk, noise and update, save.
     """
     ledger, state_path = s.out / "internal" / "ledger.jsonl", s.out / "internal" / "state.pt"
@@ -410,7 +484,7 @@ def tune_privately(s, model, latents, labels, plan, stop):
     engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, s.method, s.clipping, generator)
     optimizer = torch.optim.Adam(engine.parameters, s.lr)
     average = [p.detach().clone() for p in engine.parameters]
-    loss_fn, null = partial(diffusion.loss, schedule=s.schedule), null_condition(s, model, labels)
+    loss_fn, null = partial(diffusion.loss, schedule=s.schedule), null_condition(s, model, conditions)
     rows = accountant.ledger_rows(folder.read_ledger(ledger), plan)
     done = resume(state_path, engine, average, optimizer, len(rows))  # updates contained in the weights
     # A run with --insecure-seed is to be repeatable, and the draws depend on how a batch is cut.
@@ -422,7 +496,8 @@ def tune_privately(s, model, latents, labels, plan, stop):
         # ---- one private step ----------------------------------------------------------------------------------------
         batch = dp_sgd.poisson_sample(plan["n"], plan["q"], sampler)  # may be empty: then noise only, and it counts
         for part in batch.to(s.device).split(micro_batch):
-            drawn = diffusion.draw(latents[part], labels[part], s.noise_multiplicity, generator, s.schedule, null, s.cond_drop)
+            drawn = diffusion.draw(latents[part], select(conditions, part), s.noise_multiplicity, generator, s.schedule, null,
+                                   s.cond_drop)
             with autocast(s):
                 engine.accumulate(loss_fn, *drawn)
         rows.append({"step": step, "q": plan["q"], "sigma": plan["sigma"], "clip_norm": s.clip_norm, "batch_size": s.batch_size})
@@ -453,7 +528,7 @@ def fastest_micro_batch(s, model, shape, sizes=(32, 64, 128, 256, 512, 1024)):
     engine = dp_sgd.DPSGD(model, s.clip_norm, 0.0, 1, s.method, s.clipping)  # a throw-away: nothing of it is released
     best, fastest = sizes[0], 0.0
     for size in sizes if s.method != "loop" else ():
-        z, y = torch.randn(size, *shape, device=s.device), torch.zeros(size, dtype=torch.int64, device=s.device)
+        z, y = torch.randn(size, *shape, device=s.device), stand_in(model, size, s.device)
         try:
             rate = size / min(seconds(s, lambda z=z, y=y: engine.accumulate(
                 partial(diffusion.loss, schedule=s.schedule), *diffusion.draw(z, y, s.noise_multiplicity))) for _ in range(2))
@@ -512,31 +587,42 @@ def privacy_statement(s, plan, rows, trained):
         "adjacency": "add or remove one picture", "unit": "one picture", "sampling": "Poisson", "n": plan["n"], "q": plan["q"],
         "expected_batch_size": s.batch_size, "steps": len(rows), "sigma": plan["sigma"], "clip_norm": s.clip_norm,
         "clipping": s.clipping, "noise_multiplicity": s.noise_multiplicity, "tune": s.tune, "from_block": s.from_block,
-        "trained_parameters": trained[0], "of_these_see_only_noise": trained[1], "public_set": data.kind_of(s.public),
-        "private_set": data.kind_of(s.private),
+        "condition": s.condition, "trained_parameters": trained[0], "of_these_see_only_noise": trained[1],
+        "public_set": data.kind_of(s.public), "private_set": data.kind_of(s.private),
         "insecure_seed": s.insecure_seed is not None,
         "noise": "Mersenne twister with its whole state from the operating system (CPU) or Philox with 64 bits (CUDA)",
         "covers": "everything in release/ and whatever is made from it",
         "does_not_cover": [
-            "the number n of private pictures, which is treated as public", "hyper-parameters, taken as chosen beforehand",
+            "the number n of private pictures and the names of their classes and attributes, which are treated as public",
+            "hyper-parameters, taken as chosen beforehand",
             "other runs on the same private pictures: their epsilons add up", "internal/ (losses, gradient norms)",
             "several pictures of one person: the guarantee is for one picture",
             "floating-point attacks on the Gaussian noise, and timing"],
     })
 
 
-def write_release(s, vae_checkpoint, ldm_checkpoint, model, classes, privacy, public):
-    """release/: model.pt, privacy.json, samples.png, comparison.png (real public | before | after tuning)."""
+def write_release(s, vae_checkpoint, ldm_checkpoint, model, classes, prompts, privacy, public):
+    """release/: model.pt, privacy.json, samples.png, comparison.png (real public | before | after tuning).
+
+    One row of pictures per class; with prompts (a list per class, None for models without text) per prompt: prompts.txt.
+    """
     unet.merge_lora(model)
     content = {"format": sample.FORMAT, "vae": {k: vae_checkpoint[k] for k in ("config", "state")},
                "scale": vae_checkpoint["scale"], **{k: ldm_checkpoint[k] for k in ("unet", "embedder", "schedule")},
-               "classes": classes, "crop": s.crop,
+               "classes": classes, "crop": s.crop, "prompts": prompts,
                "data": {"public": data.kind_of(s.public), "public_classes": s.public_classes,
                         "private": data.kind_of(s.private), "label_attribute": s.label_attribute}, "privacy": privacy}
     folder.save({**content, "model": model.state_dict()}, s.out / "release" / "model.pt")
     folder.write_json(privacy, s.out / "release" / "privacy.json")
     lines = max(1, 6 // len(classes))  # of ten pictures, for each class
-    labels = torch.arange(len(classes)).repeat_interleave(10 * lines)
+    row_classes = [label for label in range(len(classes)) for _ in range(lines)]
+    labels = torch.tensor(row_classes).repeat_interleave(10)
+    if prompts:
+        row_prompts = [prompt for options in prompts for prompt in options[:lines]]
+        row_classes = [label for label, options in enumerate(prompts) for _ in options[:lines]]
+        labels = [prompt for prompt in row_prompts for _ in range(10)]
+        with folder.replacing(s.out / "release" / "prompts.txt") as file:
+            file.write("".join(f"{prompt}\n" for prompt in row_prompts).encode())
     draw = partial(sample.generate, labels=labels, steps=s.sample_steps, eta=s.sample_eta, guidance=s.guidance, seed=s.seed)
     released = sample.load_release(s.out, s.device)
     after = draw(released)
@@ -544,7 +630,7 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, classes, privacy, pu
     before = draw(replace(released, model=public_model.eval().to(s.device)))
     data.save_grid(after, s.out / "release" / "samples.png", 10)
     rows, gap = [], torch.full((1, *after.shape[1:]), 96, dtype=torch.uint8)
-    for i, label in enumerate(labels[::10].tolist()):
+    for i, label in enumerate(row_classes):
         alike = public.classes[label:label + 1] == classes[label:label + 1]  # else any public pictures stand on the left
         shown = public.images[public.labels == label] if alike else public.images
         real = data.crop(shown[4 * (i % lines if alike else i):][:4], s.crop)
@@ -591,7 +677,7 @@ def print_memory(s, model, public, private):
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(True)
     first = kept(autoencoder, lambda: autoencoder.decode(autoencoder.encode(x).mean))
-    second = kept(model, lambda: model(z, t, t))
+    second = kept(model, lambda: model(z, t, stand_in(model, 1, "meta")))
     for name, p in model.named_parameters():
         p.requires_grad_(wanted[name])
     stored = [len(found) * (math.prod(found.images.shape[1:]) + 4 * (1 + s.flips) * z.numel()) for found in (public, private)]
@@ -601,16 +687,16 @@ def print_memory(s, model, public, private):
           f"{second / big:.3f}; pictures and latents {sum(stored) / big:.2f} of main memory")
 
 
-def estimate(s, plan, num_classes):
+def estimate(s, plan, embedder):
     """Print the minutes of each stage, extrapolated from one step on random data."""
     with torch.device(s.device):
         autoencoder = vae.AutoencoderKL(s.vae).to(memory_format=torch.channels_last)
-        model = unet.LatentModel(unet.UNet(s.unet), unet.ClassEmbedder(num_classes, s.unet.context_dim, s.cond_drop > 0))
+        model = unet.LatentModel(unet.UNet(s.unet), sample.build_embedder(embedder))
     model = model.to(memory_format=torch.channels_last)
     unet.select_trainable(model, s.tune, s.from_block)
     x = torch.rand(s.vae_batch, s.vae.in_channels, s.vae.resolution, s.vae.resolution, device=s.device)
     z = torch.randn(s.ldm_batch, *autoencoder.latent_shape, device=s.device)
-    y = torch.zeros(s.ldm_batch, dtype=torch.int64, device=s.device)
+    y = stand_in(model, s.ldm_batch, s.device)
     loss_fn = partial(diffusion.loss, schedule=s.schedule)
     engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, s.method, s.clipping)
     size = s.micro_batch or fastest_micro_batch(s, model, z.shape[1:])
@@ -621,7 +707,7 @@ def estimate(s, plan, num_classes):
         return 1.1 * times * seconds(s, f) / 60  # optimiser, data and checkpoints: about a tenth on top
 
     private = minutes(plan["steps"] * s.batch_size / len(z[few]),
-                      lambda: engine.accumulate(loss_fn, *diffusion.draw(z[few], y[few], s.noise_multiplicity)))
+                      lambda: engine.accumulate(loss_fn, *diffusion.draw(z[few], select(y, few), s.noise_multiplicity)))
     model.requires_grad_(True)
     first = minutes(s.vae_steps, lambda: vae.loss(autoencoder, x)[0].backward())
     second = minutes(s.ldm_steps, lambda: loss_fn(model, *diffusion.draw(z, y)).mean().backward())
@@ -635,7 +721,11 @@ def main(argv=None):
     if s.init and not s.resume:  # networks of an earlier run are taken as they are: their checkpoints say what they are
         first, second = (folder.load(s.init / "public" / name) for name in ("vae.pt", "ldm.pt"))
         s.vae, s.unet = vae.VAEConfig(**first["config"]), unet.UNetConfig(**second["unet"])
-        s.schedule, s.cond_drop = diffusion.Schedule(**second["schedule"]), s.cond_drop * second["embedder"]["null_class"]
+        if (made := sample.condition_kind(second["embedder"])) != s.condition:
+            raise ValueError(f"--condition {s.condition}: the model of --init {s.init} was made with --condition {made}; "
+                             "use that, or train anew")
+        s.schedule = diffusion.Schedule(**second["schedule"])
+        s.cond_drop *= second["embedder"]["null_class"] if second["embedder"] else 0
     s.bf16 = s.precision == "bf16" or (s.precision == "auto" and bf16_wins(s.device))
     if s.size and s.size != s.vae.resolution:
         raise ValueError(f"--size {s.size}: the networks of {s.init} are for {s.vae.resolution} pixels")
@@ -652,16 +742,16 @@ def main(argv=None):
                              f"{s.preset} takes {s.vae.in_channels}: choose another preset or set")
     s.crop = private.side  # samples look like private pictures, whose padding is cut off again
     plan = privacy_plan(s, len(private) if s.steps else 0)
-    num_classes = max(len(public.classes), len(private.classes))
+    embedder = second["embedder"] if s.init and not s.resume else embedder_entry(s, public, private)
     with torch.device("meta"):  # no memory; refuses a wrong --tune before any work
-        model = unet.LatentModel(unet.UNet(s.unet), unet.ClassEmbedder(num_classes, s.unet.context_dim, s.cond_drop > 0))
+        model = unet.LatentModel(unet.UNet(s.unet), sample.build_embedder(embedder))
         unet.select_trainable(model, s.tune, s.from_block)
     if s.dry_run:
         print_plan(s, plan, model)
         print_memory(s, model, public, private)
         if count(model.parameters()) > 5e7 and s.device == "cpu":
             return print("time           not measured: networks of this size are for a GPU; run --dry-run there")
-        return estimate(s, plan, num_classes)
+        return estimate(s, plan, embedder)
 
     stop = folder.Stop()
     folder.prepare(s.out, s.resume)
@@ -675,9 +765,10 @@ def main(argv=None):
     first = folder.load(s.out / "public" / "vae.pt") if have["vae.pt"] else train_autoencoder(s, public.images, stop)
     autoencoder, scale = sample.build_vae(first), first["scale"]
     second = folder.load(s.out / "public" / "ldm.pt") if have["ldm.pt"] else train_diffusion(
-        s, encode(s, autoencoder, public.images, scale), public.labels.to(s.device), num_classes, stop)
-    if second["embedder"]["num_classes"] < len(private.classes):
-        raise ValueError(f"the public model has {second['embedder']['num_classes']} classes, fewer than {s.private}'s "
+        s, encode(s, autoencoder, public.images, scale), find_conditions(s, public, embedder), embedder, stop)
+    embedder = second["embedder"]
+    if s.condition == "class" and embedder["num_classes"] < len(private.classes):
+        raise ValueError(f"the public model has {embedder['num_classes']} classes, fewer than {s.private}'s "
                          f"{len(private.classes)}")
 
     model = sample.build_model(second)[0].to(s.device, memory_format=torch.channels_last)
@@ -688,9 +779,14 @@ def main(argv=None):
         facts = {**plan, "clip_norm": s.clip_norm, "clipping": s.clipping, "tuned": names,
                  "private_pictures": hashlib.sha256(private.images.numpy()).hexdigest()}
         folder.check_unchanged(plain(facts), s.out / "internal" / "plan.json")
-        rows = tune_privately(s, model, encode(s, autoencoder, private.images, scale), private.labels.to(s.device), plan, stop)
+        rows = tune_privately(s, model, encode(s, autoencoder, private.images, scale),
+                              find_conditions(s, private, embedder), plan, stop)
     privacy = privacy_statement(s, plan, rows, trained)
-    write_release(s, first, second, model, private.classes, privacy, public)
+    prompts = class_prompts(s, private) if s.condition == "text" else None
+    for options in prompts or ():
+        if unknown := sample.build_tokenizer(embedder).unknown(" ".join(options)):
+            print(f"WARNING: the public model does not know {', '.join(unknown)}: train it anew, without --init", file=sys.stderr)
+    write_release(s, first, second, model, private.classes, prompts, privacy, public)
     print(f"{s.out}/release: {privacy['statement']}; {(time.monotonic() - begin) / 60:.1f} minutes")
 
 
