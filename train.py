@@ -41,6 +41,7 @@ import vae
 DIGITS = dict(  # every key is a flag or a network; a preset overrides some of them, the command line overrides both
     public="strokes", public_classes="all", public_n=36_000, private="mnist10k", private_n=None, crop=28, flips=False,
     vae=vae.VAEConfig(ch=8, ch_mult=(1, 2, 4, 8)), vae_steps=900, vae_batch=64, vae_lr=3e-3, kl_weight=1e-6,
+    perceptual_weight=0.0, adversarial_weight=0.0, adversarial_start=0,
     unet=unet.UNetConfig(4, 4, 32, num_heads=4, context_dim=64, num_groups=8), schedule=diffusion.Schedule("cosine", "v"),
     ldm_steps=1600, ldm_batch=256, ldm_lr=2e-3, cond_drop=0.1,
     epsilon=10.0, delta=1e-5, sigma=None, accountant="pld", batch_size=4000, steps=30, clip_norm=0.1, clipping="flat",
@@ -56,6 +57,7 @@ PRESETS = {
     "mnist-paper": dict(  # the authors' networks and settings (theirs on grey pictures); large, for a GPU
         public="emnist", private="mnist", public_n=None,
         vae=replace(vae.PAPER["mnist"], in_channels=1, out_ch=1), vae_steps=60_000, vae_batch=100, vae_lr=4.5e-4,
+        perceptual_weight=1.0, adversarial_weight=0.5, adversarial_start=50_000,
         unet=unet.PAPER["mnist"], schedule=diffusion.PAPER, ldm_steps=50_000, ldm_batch=512, ldm_lr=2.5e-3, cond_drop=0.0,
         batch_size=2000, steps=6000, clip_norm=1e-3, lr=1e-3, ema=0.9999, sample_steps=200, sample_eta=1.0),
     "smoke": dict(public_n=400, private_n=1000, vae=vae.VAEConfig(ch=8, ch_mult=(1, 1, 2, 2)), vae_steps=20, vae_batch=32,
@@ -81,6 +83,11 @@ def parse(argv):
     g.add_argument("--preset", choices=PRESETS, default="digits", help="data sets, networks and defaults [digits]")
     g.add_argument("--out", type=Path, help="run folder to write [runs/PRESET]")
     g.add_argument("--init", type=Path, default=None, help="run folder whose public stages are reused [train them]")
+    g.add_argument("--init-ldm", type=Path, default=None, help="UNet, autoencoder and class embedder from a checkpoint of the "
+                   "original latent-diffusion code, instead of stages 1 and 2 [train them]")
+    g.add_argument("--init-vae", type=Path, default=None, help="autoencoder from such a checkpoint [--init-ldm's, or train it]")
+    g.add_argument("--init-scale", type=float, default=None, help="scale_factor of --init-ldm's configuration, if the "
+                   "checkpoint has no such buffer [1, the original code's default]")
     g.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out")
     g.add_argument("--dry-run", action="store_true", default=False, help="print plan, sizes and times, then stop")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -99,7 +106,10 @@ def parse(argv):
           ("flips", lambda x: {"yes": True, "no": False}[x], "mirror pictures at random, yes or no"))
     flags("stage 1, autoencoder (public)", ("vae_steps", int, "steps"), ("vae_batch", int, "pictures per step"),
           ("vae_lr", float, "peak learning rate of AdamW"),
-          ("kl_weight", float, "weight of the KL term against the sum of |error| over a picture's pixels"))
+          ("kl_weight", float, "weight of the KL term against the sum of |error| over a picture's pixels"),
+          ("perceptual_weight", float, "weight of the distance in VGG16's features, per pixel; 0: off"),
+          ("adversarial_weight", float, "weight of the patch discriminator's term; 0: off"),
+          ("adversarial_start", int, "steps before the discriminator begins"))
     flags("stage 2, latent diffusion (public)", ("ldm_steps", int, "steps"), ("ldm_batch", int, "latents per step"),
           ("ldm_lr", float, "peak learning rate of AdamW"),
           ("cond_drop", float, "probability of dropping the condition, for guidance; 0: no null class"))
@@ -149,13 +159,15 @@ def check(s):
 
     demand("vae_steps vae_batch ldm_steps ldm_batch batch_size noise_multiplicity micro_batch sample_steps public_n private_n",
            lambda v: v >= 1, "be at least 1")
-    demand("steps from_block", lambda v: v >= 0, "not be negative")
-    demand("vae_lr ldm_lr lr clip_norm", lambda v: 0 < v < math.inf, "be a positive number")
-    demand("sigma kl_weight", lambda v: 0 <= v < math.inf, "be 0 or a positive number")
+    demand("steps from_block adversarial_start", lambda v: v >= 0, "not be negative")
+    demand("vae_lr ldm_lr lr clip_norm init_scale", lambda v: 0 < v < math.inf, "be a positive number")
+    demand("sigma kl_weight perceptual_weight adversarial_weight", lambda v: 0 <= v < math.inf, "be 0 or a positive number")
     demand("epsilon", lambda v: v > 0, "be positive (inf: no privacy)")
     demand("delta", lambda v: 0 < v < 1, "lie between 0 and 1")
     demand("cond_drop ema", lambda v: 0 <= v < 1, "lie in [0, 1)")
     demand("sample_eta", lambda v: 0 <= v <= 1, "lie in [0, 1]")
+    if s.init and (s.init_ldm or s.init_vae):
+        raise ValueError("--init takes both public stages from a run; it cannot be combined with --init-ldm or --init-vae")
     if s.guidance != 1 and s.cond_drop == 0:
         raise ValueError("--guidance other than 1 needs --cond-drop above 0")
     try:
@@ -198,10 +210,11 @@ def update_ema(average, parameters, decay, step):
     torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(decay, (1 + step) / (10 + step)))
 
 
-def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop):
+def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=None):
     """The loop of stages 1 and 2: AdamW on public data. loss_fn(generator) -> (loss of one batch, figures for the bar).
 
-    On return the model holds the EMA of its weights. Saves its state every minute and on Ctrl-C, goes on from it.
+    On return the model holds the EMA of its weights. Saves its state every minute and on Ctrl-C, goes on from it; also: a
+    module that loss_fn trains by itself and whose state is to be saved as well.
     """
     parameters = list(model.parameters())
     average = [p.detach().clone() for p in parameters]
@@ -214,6 +227,8 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop):
         torch._foreach_copy_(average, [a.to(s.device) for a in state["average"]])
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
+        if also is not None:
+            also.load_state_dict(state["also"])
         first = state["step"]
     saved = time.monotonic()
     for step in (bar := tqdm(range(first, steps), desc=title, unit="step", initial=first, total=steps)):
@@ -230,7 +245,8 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop):
             bar.set_postfix({k: f"{float(v):.4g}" for k, v in figures.items()}, refresh=False)
         if stop.asked or time.monotonic() - saved > 60:
             folder.save({"model": model.state_dict(), "average": average, "optimizer": optimizer.state_dict(),
-                         "generator": generator.get_state(), "step": step + 1}, state_path)
+                         "generator": generator.get_state(), "step": step + 1,
+                         "also": None if also is None else also.state_dict()}, state_path)
             saved = time.monotonic()
         if stop.asked:
             stop.leave(s.out)
@@ -242,18 +258,26 @@ def train_autoencoder(s, images, stop):
     """Stage 1 (Rombach et al. 2022, section 3.1): public pictures (N, C, H, W) uint8 -> dict, written to public/vae.pt."""
     torch.manual_seed(s.seed)
     model = vae.AutoencoderKL(s.vae).to(s.device, memory_format=torch.channels_last)
+    looks, perceptual, adversary = "", None, None
+    if s.perceptual_weight:
+        looks, perceptual = vae.perceptual_distance(s.device)
+        if looks != "vgg16":
+            print(f"note: VGG16's weights cannot be had here; the perceptual term compares {looks} instead", file=sys.stderr)
+    if s.adversarial_weight:
+        adversary = vae.Adversary(s.vae.out_ch, s.adversarial_weight, s.adversarial_start).to(s.device)
 
     def loss_fn(generator):
         index = torch.randint(len(images), (s.vae_batch,), generator=generator, device=s.device)
-        loss, error, kl = vae.loss(model, pictures(images[index.cpu()], s.device), s.kl_weight, generator)
+        loss, error, kl = vae.loss(model, pictures(images[index.cpu()], s.device), s.kl_weight, generator, perceptual,
+                                   s.perceptual_weight, adversary)
         # Divided by the number of pixels only to bring the gradient to the scale of `fit`'s leash; Adam does not mind.
         return loss / images[0].numel(), {"error": error, "kl": kl}
 
-    fit(s, "1/3 autoencoder", model, loss_fn, s.vae_steps, s.vae_lr, 0.99, s.out / "internal" / "vae_state.pt", stop)
+    fit(s, "1/3 autoencoder", model, loss_fn, s.vae_steps, s.vae_lr, 0.99, s.out / "internal" / "vae_state.pt", stop, adversary)
     model.eval()
     shown = pictures(images[:4000], s.device)
     checkpoint = {"config": asdict(s.vae), "state": model.state_dict(), "scale": vae.latent_scale(model, shown),
-                  "trained_on": s.public, "steps": s.vae_steps}
+                  "trained_on": s.public, "steps": s.vae_steps, "perceptual": looks}
     folder.save(checkpoint, s.out / "public" / "vae.pt")
     with torch.no_grad():
         pairs = torch.stack([shown[:32], model.decode(model.encode(shown[:32]).mean)], 1).flatten(0, 1)
@@ -279,6 +303,61 @@ def train_diffusion(s, latents, labels, num_classes, stop):
                   "trained_on": s.public, "steps": s.ldm_steps}
     folder.save(checkpoint, s.out / "public" / "ldm.pt")
     return checkpoint
+
+
+def read_original(path):
+    """Tensors of a checkpoint of the original code, by name. ValueError, one line, if it cannot be read without running code."""
+    if not path.is_file():
+        raise ValueError(f"there is no {path}")
+    try:
+        checkpoint = folder.load(path)
+        return {k: v for k, v in checkpoint.get("state_dict", checkpoint).items() if isinstance(v, torch.Tensor)}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: no tensors that can be read without running code ({str(error)[:120]}); if you trust the file, "
+                         f"convert it once: python -c \"import torch; torch.save(torch.load('{path}', map_location='cpu', "
+                         f"weights_only=False)['state_dict'], '{path}.pt')\"") from None
+
+
+def adopt_original(s, images, num_classes):
+    """Weights of the original latent-diffusion code instead of training: (vae.pt's dict, ldm.pt's dict), either may be None.
+
+    images: PUBLIC pictures, for the latent scale where only the autoencoder is given. The UNet was trained with one scale
+    and one noise schedule: both come with it (buffers `scale_factor` and `betas`; a scale that is no buffer stands in its
+    configuration, --init-scale). An embedder of another width or with too few classes is left out for a fresh one.
+    """
+    ldm = read_original(s.init_ldm) if s.init_ldm else {}
+    kl = read_original(s.init_vae) if s.init_vae else ldm
+    if s.vae.in_channels == 1 and any(k.endswith("encoder.conv_in.weight") and v.shape[1] == 3 for k, v in kl.items()):
+        kl = vae.to_grey(kl)
+    autoencoder = vae.AutoencoderKL(s.vae).eval()
+    vae.load_ldm(autoencoder, kl)
+    if not ldm:
+        scale = vae.latent_scale(autoencoder.to(s.device), pictures(images[:4000], s.device))
+    else:
+        scale = float(ldm.get("scale_factor", s.init_scale or 1.0))
+    first = {"config": asdict(s.vae), "state": autoencoder.cpu().state_dict(), "scale": scale,
+             "trained_on": f"weights of {(s.init_vae or s.init_ldm).name}", "steps": 0}
+    if not ldm:
+        return first, None
+    if "betas" in ldm:
+        begin, end = (float(f"{b:.6g}") for b in ldm["betas"][[0, -1]].tolist())  # float32 in the file
+        s.schedule = diffusion.Schedule("linear", "eps", len(ldm["betas"]), begin, end)
+        if "alphas_cumprod" in ldm and not torch.allclose(
+                diffusion.alphas_cumprod(s.schedule), ldm["alphas_cumprod"].double(), rtol=1e-3, atol=1e-6):
+            raise ValueError(f"{s.init_ldm}: its noise schedule is not linear in sqrt(beta)")
+    table, null, shape = ldm.get("cond_stage_model.embedding.weight"), s.cond_drop > 0, None
+    if s.unet.context_dim is not None:
+        fits = table is not None and table.shape[1:] == (s.unet.context_dim,) and len(table) - null >= num_classes
+        shape = {"num_classes": len(table) - null if fits else num_classes, "dim": s.unet.context_dim, "null_class": null}
+    torch.manual_seed(s.seed)
+    model = unet.LatentModel(unet.UNet(s.unet), unet.ClassEmbedder(**shape) if shape else None)
+    unet.load_ldm(model.unet, ldm)
+    if shape and fits:
+        model.embedder.embedding.load_state_dict({"weight": table})
+    print(f"weights        {s.init_ldm.name}: UNet, autoencoder{'' if s.init_vae is None else ' of ' + s.init_vae.name}, "
+          f"{'class embedder' if shape and fits else 'a fresh class embedder' if shape else 'no condition'}; scale {scale:.5g}")
+    return first, {"unet": asdict(s.unet), "embedder": shape, "schedule": asdict(s.schedule), "model": model.state_dict(),
+                   "trained_on": f"weights of {s.init_ldm.name}", "steps": 0}
 
 
 def pictures(images, device):
@@ -377,6 +456,7 @@ def tune_privately(s, model, latents, labels, plan, stop):
     # A run with --insecure-seed is to be repeatable, and the draws depend on how a batch is cut.
     micro_batch = s.micro_batch or (256 if s.insecure_seed is not None else fastest_micro_batch(s, model, latents.shape[2:]))
     # A step in the ledger is spent, also one whose result a crash has lost: the run ends when the budget is spent.
+    fits = micro_batch  # examples that fit into memory at a time
     bar = tqdm(range(len(rows), plan["steps"]), desc="3/3 private tuning", unit="step", initial=len(rows), total=plan["steps"])
     begin, examples, so_far = time.monotonic(), 0, 0.0
     for step in bar:
@@ -384,8 +464,7 @@ def tune_privately(s, model, latents, labels, plan, stop):
         batch = dp_sgd.poisson_sample(plan["n"], plan["q"], sampler)  # may be empty: then noise only, and it counts
         for part in batch.to(s.device).split(micro_batch):
             drawn = diffusion.draw(latents[part], labels[part], s.noise_multiplicity, generator, s.schedule, null, s.cond_drop)
-            with autocast(s):
-                engine.accumulate(loss_fn, *drawn)
+            fits = accumulate_in_pieces(s, engine, loss_fn, drawn, fits)
         rows.append({"step": step, "q": plan["q"], "sigma": plan["sigma"], "clip_norm": s.clip_norm, "batch_size": s.batch_size})
         folder.append_row(rows[-1], ledger)
         engine.step(optimizer)
@@ -404,6 +483,29 @@ def tune_privately(s, model, latents, labels, plan, stop):
             stop.leave(s.out)
     torch._foreach_copy_([p.data for p in engine.parameters], average)
     return rows
+
+
+def accumulate_in_pieces(s, engine, loss_fn, drawn, size):
+    """engine.accumulate on at most `size` examples at a time; out of memory: half of that -> the size that fits.
+
+    The result is the same whatever the pieces: all randomness is in `drawn` already, and `accumulate` commits a piece
+    wholly or not at all, so an example of a piece tried again counts once. Raises ValueError if one example is too much.
+    """
+    done, n = 0, len(drawn[0])
+    while done < n:
+        piece = [d if d is None else d[done:done + size] for d in drawn]
+        try:
+            with autocast(s):
+                engine.accumulate(loss_fn, *piece)
+            done += size
+            continue
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise ValueError("the private stage runs out of memory with one example at a time; use a smaller network or "
+                                 "--noise-multiplicity 1") from None
+        size = max(1, min(size, len(piece[0])) // 2)
+        torch.cuda.empty_cache()  # here the error is gone, and with it what it held on to; no effect without CUDA
+    return size
 
 
 def fastest_micro_batch(s, model, shape, sizes=(32, 64, 128, 256, 512, 1024)):
@@ -473,7 +575,8 @@ def privacy_statement(s, plan, rows, trained):
         "adjacency": "add or remove one picture", "unit": "one picture", "sampling": "Poisson", "n": plan["n"], "q": plan["q"],
         "expected_batch_size": s.batch_size, "steps": len(rows), "sigma": plan["sigma"], "clip_norm": s.clip_norm,
         "clipping": s.clipping, "noise_multiplicity": s.noise_multiplicity, "tune": s.tune, "from_block": s.from_block,
-        "trained_parameters": trained, "public_set": s.public, "private_set": s.private,
+        "trained_parameters": trained, "public_set": s.public,
+        "public_weights": [Path(p).name for p in (s.init_ldm, s.init_vae) if p], "private_set": s.private,
         "insecure_seed": s.insecure_seed is not None,
         "noise": "Mersenne twister with its whole state from the operating system (CPU) or Philox with 64 bits (CUDA)",
         "covers": "everything in release/ and whatever is made from it",
@@ -481,6 +584,7 @@ def privacy_statement(s, plan, rows, trained):
             "the number n of private pictures, which is treated as public", "hyper-parameters, taken as chosen beforehand",
             "other runs on the same private pictures: their epsilons add up", "internal/ (losses, gradient norms)",
             "several pictures of one person: the guarantee is for one picture",
+            "pictures that weights taken from elsewhere (public_weights) were trained on",
             "floating-point attacks on the Gaussian noise, and timing"],
     })
 
@@ -539,6 +643,7 @@ def estimate(s, model, plan):
 def main(argv=None):
     begin = time.monotonic()
     s = parse(sys.argv[1:] if argv is None else argv)
+    first = second = None
     if s.init and not s.resume:  # networks of an earlier run are taken as they are: their checkpoints say what they are
         first, second = (folder.load(s.init / "public" / name) for name in ("vae.pt", "ldm.pt"))
         s.vae, s.unet = vae.VAEConfig(**first["config"]), unet.UNetConfig(**second["unet"])
@@ -559,12 +664,15 @@ def main(argv=None):
         print_plan(s, plan, model)
         return estimate(s, model, plan)
 
+    if (s.init_ldm or s.init_vae) and not s.resume:
+        first, second = adopt_original(s, public.images, len(private.classes))
     stop = folder.Stop()
     folder.prepare(s.out, s.resume)
     if not s.resume:
         folder.write_json({k: plain(v) for k, v in vars(s).items()}, s.out / "internal" / "settings.json")
-        for name, checkpoint in (("vae.pt", first), ("ldm.pt", second)) if s.init else ():
-            folder.save(checkpoint, s.out / "public" / name)
+        for name, checkpoint in (("vae.pt", first), ("ldm.pt", second)):
+            if checkpoint:
+                folder.save(checkpoint, s.out / "public" / name)
     have = {name: (s.out / "public" / name).exists() for name in ("vae.pt", "ldm.pt")}
     first = folder.load(s.out / "public" / "vae.pt") if have["vae.pt"] else train_autoencoder(s, public.images, stop)
     autoencoder, scale = sample.build_vae(first), first["scale"]
