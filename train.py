@@ -44,6 +44,7 @@ DIGITS = dict(  # every key is a flag or a network; a preset overrides some of t
     public="strokes", public_classes="all", public_n=36_000, private="mnist10k", private_n=None,
     label_attribute="Male", size=None, flips=False, condition="class", text_length=32, text_width=64,
     vae=vae.VAEConfig(ch=8, ch_mult=(1, 2, 4, 8)), vae_steps=900, vae_batch=64, vae_lr=3e-3, kl_weight=1e-6,
+    perceptual_weight=0.0, adversarial_weight=0.0, adversarial_start=0,
     unet=unet.UNetConfig(4, 4, 32, num_heads=4, context_dim=64, num_groups=8), schedule=diffusion.Schedule("cosine", "v"),
     ldm_steps=1600, ldm_batch=256, ldm_lr=2e-3, cond_drop=0.1,
     epsilon=10.0, delta=1e-5, sigma=None, accountant="pld", batch_size=4000, steps=30, clip_norm=0.1, clipping="flat",
@@ -65,6 +66,7 @@ PRESETS = {  # epochs are turned into steps: epochs * n / batch, with n = 50,000
     "mnist-paper": dict(  # the authors' networks and settings (theirs on grey pictures); large, for a GPU
         public="emnist", private="mnist", public_n=None,
         vae=replace(vae.PAPER["mnist"], in_channels=1, out_ch=1), vae_steps=60_000, vae_batch=100, vae_lr=4.5e-4,
+        perceptual_weight=1.0, adversarial_weight=0.5, adversarial_start=50_000,
         unet=unet.PAPER["mnist"], schedule=diffusion.PAPER, ldm_steps=50_000, ldm_batch=512, ldm_lr=2.5e-3, cond_drop=0.0,
         batch_size=2000, steps=6000, clip_norm=1e-3, lr=1e-3, ema=0.9999, sample_steps=200, sample_eta=1.0),
     "faces": dict(  # colour at 32 pixels on two CPU cores: 8x8x4 latents, a twelfth of a picture's numbers
@@ -106,6 +108,11 @@ def parse(argv):
     g.add_argument("--preset", choices=PRESETS, default="digits", help="data sets, networks and defaults [digits]")
     g.add_argument("--out", type=Path, help="run folder to write [runs/PRESET]")
     g.add_argument("--init", type=Path, default=None, help="run folder whose public stages are reused [train them]")
+    g.add_argument("--init-ldm", type=Path, default=None, help="UNet, autoencoder and class embedder from a checkpoint of the "
+                   "original latent-diffusion code, instead of stages 1 and 2 [train them]")
+    g.add_argument("--init-vae", type=Path, default=None, help="autoencoder from such a checkpoint [--init-ldm's, or train it]")
+    g.add_argument("--init-scale", type=float, default=None, help="scale_factor of --init-ldm's configuration, if the "
+                   "checkpoint has no such buffer [1, the original code's default]")
     g.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out")
     g.add_argument("--dry-run", action="store_true", default=False, help="print plan, sizes and times, then stop")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -129,7 +136,10 @@ def parse(argv):
           ("flips", lambda x: {"yes": True, "no": False}[x], "mirror pictures at random, yes or no"))
     flags("stage 1, autoencoder (public)", ("vae_steps", int, "steps"), ("vae_batch", int, "pictures per step"),
           ("vae_lr", float, "peak learning rate of AdamW"),
-          ("kl_weight", float, "weight of the KL term against the sum of |error| over a picture's pixels"))
+          ("kl_weight", float, "weight of the KL term against the sum of |error| over a picture's pixels"),
+          ("perceptual_weight", float, "weight of the distance in VGG16's features, per pixel; 0: off"),
+          ("adversarial_weight", float, "weight of the patch discriminator's term; 0: off"),
+          ("adversarial_start", int, "steps before the discriminator begins"))
     flags("stage 2, latent diffusion (public)", ("ldm_steps", int, "steps"), ("ldm_batch", int, "latents per step"),
           ("ldm_lr", float, "peak learning rate of AdamW"),
           ("cond_drop", float, "probability of dropping the condition, for guidance; 0: no null class"))
@@ -183,9 +193,9 @@ def check(s):
     demand("vae_steps vae_batch ldm_steps ldm_batch batch_size noise_multiplicity micro_batch sample_steps public_n private_n "
            "text_length",
            lambda v: v >= 1, "be at least 1")
-    demand("steps from_block", lambda v: v >= 0, "not be negative")
-    demand("vae_lr ldm_lr lr clip_norm", lambda v: 0 < v < math.inf, "be a positive number")
-    demand("sigma kl_weight", lambda v: 0 <= v < math.inf, "be 0 or a positive number")
+    demand("steps from_block adversarial_start", lambda v: v >= 0, "not be negative")
+    demand("vae_lr ldm_lr lr clip_norm init_scale", lambda v: 0 < v < math.inf, "be a positive number")
+    demand("sigma kl_weight perceptual_weight adversarial_weight", lambda v: 0 <= v < math.inf, "be 0 or a positive number")
     demand("epsilon", lambda v: v > 0, "be positive (inf: no privacy)")
     demand("delta", lambda v: 0 < v < 1, "lie between 0 and 1")
     demand("size", lambda v: v in (32, 64, 128, 256), "be 32, 64, 128 or 256")
@@ -199,6 +209,8 @@ def check(s):
         raise ValueError(f"--condition {s.condition}: the network of this preset is unconditional; use --condition none")
     if s.guidance != 1 and s.condition == "none":
         raise ValueError("--guidance other than 1 needs a condition, --condition class or text")
+    if s.init and (s.init_ldm or s.init_vae):
+        raise ValueError("--init takes both public stages from a run; it cannot be combined with --init-ldm or --init-vae")
     if s.guidance != 1 and s.cond_drop == 0:
         raise ValueError("--guidance other than 1 needs --cond-drop above 0")
     try:
@@ -241,10 +253,11 @@ def update_ema(average, parameters, decay, step):
     torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(decay, (1 + step) / (10 + step)))
 
 
-def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop):
+def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=None):
     """The loop of stages 1 and 2: AdamW on public data. loss_fn(generator) -> (loss of one batch, figures for the bar).
 
-    On return the model holds the EMA of its weights. Saves its state every minute and on Ctrl-C, goes on from it.
+    On return the model holds the EMA of its weights. Saves its state every minute and on Ctrl-C, goes on from it; also: a
+    module that loss_fn trains by itself and whose state is to be saved as well.
     """
     parameters = list(model.parameters())
     average = [p.detach().clone() for p in parameters]
@@ -257,6 +270,8 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop):
         torch._foreach_copy_(average, [a.to(s.device) for a in state["average"]])
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
+        if also is not None:
+            also.load_state_dict(state["also"])
         first = state["step"]
     saved = time.monotonic()
     for step in (bar := tqdm(range(first, steps), desc=title, unit="step", initial=first, total=steps)):
@@ -273,7 +288,8 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop):
             bar.set_postfix({k: f"{float(v):.4g}" for k, v in figures.items()}, refresh=False)
         if stop.asked or time.monotonic() - saved > 60:
             folder.save({"model": model.state_dict(), "average": average, "optimizer": optimizer.state_dict(),
-                         "generator": generator.get_state(), "step": step + 1}, state_path)
+                         "generator": generator.get_state(), "step": step + 1,
+                         "also": None if also is None else also.state_dict()}, state_path)
             saved = time.monotonic()
         if stop.asked:
             stop.leave(s.out)
@@ -285,20 +301,28 @@ def train_autoencoder(s, images, stop):
     """Stage 1 (Rombach et al. 2022, section 3.1): public pictures (N, C, H, W) uint8 -> dict, written to public/vae.pt."""
     torch.manual_seed(s.seed)
     model = vae.AutoencoderKL(s.vae).to(s.device, memory_format=torch.channels_last)
+    looks, perceptual, adversary = "", None, None
+    if s.perceptual_weight:
+        looks, perceptual = vae.perceptual_distance(s.device)
+        if looks != "vgg16":
+            print(f"note: VGG16's weights cannot be had here; the perceptual term compares {looks} instead", file=sys.stderr)
+    if s.adversarial_weight:
+        adversary = vae.Adversary(s.vae.out_ch, s.adversarial_weight, s.adversarial_start).to(s.device)
 
     def loss_fn(generator):
         index = torch.randint(len(images), (s.vae_batch,), generator=generator, device=s.device)
-        loss, error, kl = vae.loss(model, pictures(images[index.cpu()], s.device), s.kl_weight, generator)
+        loss, error, kl = vae.loss(model, pictures(images[index.cpu()], s.device), s.kl_weight, generator, perceptual,
+                                   s.perceptual_weight, adversary)
         # Divided by the number of pixels only to bring the gradient to the scale of `fit`'s leash; Adam does not mind.
         return loss / images[0].numel(), {"error": error, "kl": kl}
 
-    fit(s, "1/3 autoencoder", model, loss_fn, s.vae_steps, s.vae_lr, 0.99, s.out / "internal" / "vae_state.pt", stop)
+    fit(s, "1/3 autoencoder", model, loss_fn, s.vae_steps, s.vae_lr, 0.99, s.out / "internal" / "vae_state.pt", stop, adversary)
     model.eval()
     area = s.vae.resolution ** 2
     shown = pictures(images[:min(4000, 8_000_000 // area)], s.device)
     scale = vae.latent_scale(model, shown, max(1, 262_144 // area))
     checkpoint = {"config": asdict(s.vae), "state": model.state_dict(), "scale": scale,
-                  "trained_on": data.kind_of(s.public), "steps": s.vae_steps}
+                  "trained_on": data.kind_of(s.public), "steps": s.vae_steps, "perceptual": looks}
     folder.save(checkpoint, s.out / "public" / "vae.pt")
     with torch.no_grad():
         pairs = torch.stack([shown[:32], model.decode(model.encode(shown[:32]).mean)], 1).flatten(0, 1)
@@ -327,6 +351,63 @@ def train_diffusion(s, latents, conditions, embedder, stop):
                   "trained_on": data.kind_of(s.public), "steps": s.ldm_steps}
     folder.save(checkpoint, s.out / "public" / "ldm.pt")
     return checkpoint
+
+
+def read_original(path):
+    """Tensors of a checkpoint of the original code, by name. ValueError, one line, if it cannot be read without running code."""
+    if not path.is_file():
+        raise ValueError(f"there is no {path}")
+    try:
+        checkpoint = folder.load(path)
+        return {k: v for k, v in checkpoint.get("state_dict", checkpoint).items() if isinstance(v, torch.Tensor)}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: no tensors that can be read without running code ({str(error)[:120]}); if you trust the file, "
+                         f"convert it once: python -c \"import torch; torch.save(torch.load('{path}', map_location='cpu', "
+                         f"weights_only=False)['state_dict'], '{path}.pt')\"") from None
+
+
+def adopt_original(s, images, embedder):
+    """Weights of the original latent-diffusion code instead of training: (vae.pt's dict, ldm.pt's dict), either may be None.
+
+    images: PUBLIC pictures, for the latent scale where only the autoencoder is given. The UNet was trained with one scale
+    and one noise schedule: both come with it (buffers `scale_factor` and `betas`; a scale that is no buffer stands in its
+    configuration, --init-scale). embedder: the entry of the condition embedder; its classes are read too if there are enough
+    of the right width, otherwise it starts afresh, as our text encoder always does.
+    """
+    ldm = read_original(s.init_ldm) if s.init_ldm else {}
+    kl = read_original(s.init_vae) if s.init_vae else ldm
+    if s.vae.in_channels == 1 and any(k.endswith("encoder.conv_in.weight") and v.shape[1] == 3 for k, v in kl.items()):
+        kl = vae.to_grey(kl)
+    autoencoder = vae.AutoencoderKL(s.vae).eval()
+    vae.load_ldm(autoencoder, kl)
+    if not ldm:
+        scale = vae.latent_scale(autoencoder.to(s.device), pictures(images[:4000], s.device))
+    else:
+        scale = float(ldm.get("scale_factor", s.init_scale or 1.0))
+    first = {"config": asdict(s.vae), "state": autoencoder.cpu().state_dict(), "scale": scale,
+             "trained_on": f"weights of {(s.init_vae or s.init_ldm).name}", "steps": 0}
+    if not ldm:
+        return first, None
+    if "betas" in ldm:
+        begin, end = (float(f"{b:.6g}") for b in ldm["betas"][[0, -1]].tolist())  # float32 in the file
+        s.schedule = diffusion.Schedule("linear", "eps", len(ldm["betas"]), begin, end)
+        if "alphas_cumprod" in ldm and not torch.allclose(
+                diffusion.alphas_cumprod(s.schedule), ldm["alphas_cumprod"].double(), rtol=1e-3, atol=1e-6):
+            raise ValueError(f"{s.init_ldm}: its noise schedule is not linear in sqrt(beta)")
+    table, fits = ldm.get("cond_stage_model.embedding.weight"), False
+    if table is not None and sample.condition_kind(embedder) == "class":
+        rows = len(table) - embedder["null_class"]
+        fits = table.shape[1:] == (embedder["dim"],) and rows >= embedder["num_classes"]
+        embedder = {**embedder, "num_classes": rows} if fits else embedder
+    torch.manual_seed(s.seed)
+    model = unet.LatentModel(unet.UNet(s.unet), sample.build_embedder(embedder))
+    unet.load_ldm(model.unet, ldm)
+    if fits:
+        model.embedder.embedding.load_state_dict({"weight": table})
+    print(f"weights        {s.init_ldm.name}: UNet, autoencoder{'' if s.init_vae is None else ' of ' + s.init_vae.name}, "
+          f"{'class embedder' if fits else 'a fresh embedder' if embedder else 'no condition'}; scale {scale:.5g}")
+    return first, {"unet": asdict(s.unet), "embedder": embedder, "schedule": asdict(s.schedule), "model": model.state_dict(),
+                   "trained_on": f"weights of {s.init_ldm.name}", "steps": 0}
 
 
 def pictures(images, device):
@@ -490,6 +571,7 @@ def tune_privately(s, model, latents, conditions, plan, stop):
     # A run with --insecure-seed is to be repeatable, and the draws depend on how a batch is cut.
     micro_batch = s.micro_batch or (256 if s.insecure_seed is not None else fastest_micro_batch(s, model, latents.shape[2:]))
     # A step in the ledger is spent, also one whose result a crash has lost: the run ends when the budget is spent.
+    fits = micro_batch  # examples that fit into memory at a time
     bar = tqdm(range(len(rows), plan["steps"]), desc="3/3 private tuning", unit="step", initial=len(rows), total=plan["steps"])
     begin, examples, so_far = time.monotonic(), 0, 0.0
     for step in bar:
@@ -498,8 +580,7 @@ def tune_privately(s, model, latents, conditions, plan, stop):
         for part in batch.to(s.device).split(micro_batch):
             drawn = diffusion.draw(latents[part], select(conditions, part), s.noise_multiplicity, generator, s.schedule, null,
                                    s.cond_drop)
-            with autocast(s):
-                engine.accumulate(loss_fn, *drawn)
+            fits = accumulate_in_pieces(s, engine, loss_fn, drawn, fits)
         rows.append({"step": step, "q": plan["q"], "sigma": plan["sigma"], "clip_norm": s.clip_norm, "batch_size": s.batch_size})
         folder.append_row(rows[-1], ledger)
         engine.step(optimizer)
@@ -518,6 +599,29 @@ def tune_privately(s, model, latents, conditions, plan, stop):
             stop.leave(s.out)
     torch._foreach_copy_([p.data for p in engine.parameters], average)
     return rows
+
+
+def accumulate_in_pieces(s, engine, loss_fn, drawn, size):
+    """engine.accumulate on at most `size` examples at a time; out of memory: half of that -> the size that fits.
+
+    The result is the same whatever the pieces: all randomness is in `drawn` already, and `accumulate` commits a piece
+    wholly or not at all, so an example of a piece tried again counts once. Raises ValueError if one example is too much.
+    """
+    done, n = 0, len(drawn[0])
+    while done < n:
+        piece = [d if d is None else d[done:done + size] for d in drawn]
+        try:
+            with autocast(s):
+                engine.accumulate(loss_fn, *piece)
+            done += size
+            continue
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise ValueError("the private stage runs out of memory with one example at a time; use a smaller network or "
+                                 "--noise-multiplicity 1") from None
+        size = max(1, min(size, len(piece[0])) // 2)
+        torch.cuda.empty_cache()  # here the error is gone, and with it what it held on to; no effect without CUDA
+    return size
 
 
 def fastest_micro_batch(s, model, shape, sizes=(32, 64, 128, 256, 512, 1024)):
@@ -589,6 +693,7 @@ def privacy_statement(s, plan, rows, trained):
         "clipping": s.clipping, "noise_multiplicity": s.noise_multiplicity, "tune": s.tune, "from_block": s.from_block,
         "condition": s.condition, "trained_parameters": trained[0], "of_these_see_only_noise": trained[1],
         "public_set": data.kind_of(s.public), "private_set": data.kind_of(s.private),
+        "public_weights": [Path(p).name for p in (s.init_ldm, s.init_vae) if p],
         "insecure_seed": s.insecure_seed is not None,
         "noise": "Mersenne twister with its whole state from the operating system (CPU) or Philox with 64 bits (CUDA)",
         "covers": "everything in release/ and whatever is made from it",
@@ -597,6 +702,7 @@ def privacy_statement(s, plan, rows, trained):
             "hyper-parameters, taken as chosen beforehand",
             "other runs on the same private pictures: their epsilons add up", "internal/ (losses, gradient norms)",
             "several pictures of one person: the guarantee is for one picture",
+            "pictures that weights taken from elsewhere (public_weights) were trained on",
             "floating-point attacks on the Gaussian noise, and timing"],
     })
 
@@ -718,6 +824,7 @@ def estimate(s, plan, embedder):
 def main(argv=None):
     begin = time.monotonic()
     s = parse(sys.argv[1:] if argv is None else argv)
+    first = second = None
     if s.init and not s.resume:  # networks of an earlier run are taken as they are: their checkpoints say what they are
         first, second = (folder.load(s.init / "public" / name) for name in ("vae.pt", "ldm.pt"))
         s.vae, s.unet = vae.VAEConfig(**first["config"]), unet.UNetConfig(**second["unet"])
@@ -753,12 +860,15 @@ def main(argv=None):
             return print("time           not measured: networks of this size are for a GPU; run --dry-run there")
         return estimate(s, plan, embedder)
 
+    if (s.init_ldm or s.init_vae) and not s.resume:
+        first, second = adopt_original(s, public.images, embedder)
     stop = folder.Stop()
     folder.prepare(s.out, s.resume)
     if not s.resume:
         folder.write_json({k: plain(v) for k, v in vars(s).items()}, s.out / "internal" / "settings.json")
-        for name, checkpoint in (("vae.pt", first), ("ldm.pt", second)) if s.init else ():
-            folder.save(checkpoint, s.out / "public" / name)
+        for name, checkpoint in (("vae.pt", first), ("ldm.pt", second)):
+            if checkpoint:
+                folder.save(checkpoint, s.out / "public" / name)
         if s.init and (s.init / "public" / "features.pt").exists():  # evaluate.py's, public too: runs are judged alike
             shutil.copy(s.init / "public" / "features.pt", s.out / "public")
     have = {name: (s.out / "public" / name).exists() for name in ("vae.pt", "ldm.pt")}

@@ -483,20 +483,20 @@ LDM_NAMES = [  # original name -> ours, applied in order
 def load_ldm(unet, state_dict):
     """Read weights of the original latent-diffusion code into our UNet, in place and strictly.
 
-    state_dict: tensors under the original names, with or without the prefix `model.diffusion_model.` (if any key has
-    the prefix, the others belong to other networks and are passed over). 1x1 convolutions become our Linear layers.
-    Raises ValueError naming the first missing, unexpected or misshapen tensors; the network is then unchanged.
+    state_dict: tensors under the original names, with or without the prefix `model.diffusion_model.`, or a whole
+    checkpoint that holds them under "state_dict". If any key has the prefix, the others belong to other networks
+    (`first_stage_model.`, `cond_stage_model.`, `model_ema.`, schedule) and are passed over. 1x1 convolutions become our
+    Linear layers. Raises ValueError naming what is missing, left over or of another shape; the network is then unchanged.
     """
-    prefix = "model.diffusion_model."
+    prefix, state_dict = "model.diffusion_model.", state_dict.get("state_dict", state_dict)
     if any(k.startswith(prefix) for k in state_dict):
         state_dict = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
-    ours = unet.state_dict()
-    theirs = {}
+    ours, theirs = unet.state_dict(), {}
     for key, value in state_dict.items():
         for pattern, replacement in LDM_NAMES:
             key = re.sub(pattern, replacement, key)
-        if key in ours and ours[key].dim() == 2:
-            value = value.flatten(1) if value[0].numel() == ours[key].shape[1] else value  # (p, d, 1[, 1]) -> (p, d)
+        if key in ours and ours[key].dim() == 2 < value.dim() and value.shape[2:].numel() == 1:
+            value = value.flatten(1)  # kernel of size 1: (p, d, 1[, 1]) -> (p, d)
         theirs[key] = value
     wrong = [f"missing {k}" for k in ours if k not in theirs] + [f"unexpected {k}" for k in theirs if k not in ours] + [
         f"{k} is {tuple(theirs[k].shape)}, expected {tuple(v.shape)}" for k, v in ours.items()
