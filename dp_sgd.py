@@ -46,9 +46,11 @@ Not covered: floating-point attacks on the Gaussian's low bits (Mironov 2012), a
 import os
 from collections import Counter
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -552,3 +554,43 @@ def summary(figures):
 
 
 METHODS = {"loop": loop, "vmap": vmap, "bookkeeping": bookkeeping}
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+
+def collective(operation, tensors):
+    """operation(flat tensor), one of torch.distributed's, on all tensors laid end to end; the result is copied into them.
+
+    Raises ConnectionError, one line, when another process is dead or silent for longer than the group's timeout.
+    """
+    flat = torch.cat([a.detach().flatten() for a in tensors])
+    try:
+        operation(flat)
+    except RuntimeError:
+        raise ConnectionError("another process of this run has died or hangs, so the step cannot be finished; all stop here, "
+                              "the ledger is whole, go on with --resume") from None
+    with torch.no_grad():
+        for a, part in zip(tensors, flat.split([a.numel() for a in tensors]), strict=True):
+            a.copy_(part.view_as(a))
+
+
+def reduce_sums(engine):
+    """Called by every process between accumulate and step: the sums of all ranks -> their total on rank 0, zeros elsewhere.
+
+    Each rank samples a shard of its own with the same q, so an example is on one rank and moves the total by at most C,
+    as in one process. Rank 0 alone then writes the ledger row, steps (all the noise, once) and hands out the parameters
+    by `broadcast`. A share of the noise on each rank would be smaller than it looks: a rank knows, and can subtract, its
+    own. Not DistributedDataParallel, which waits for as many backward passes on every rank: numbers of micro-batches differ.
+    """
+    figures = torch.cat(engine._figures, 1).cpu() if engine._figures else torch.zeros(4, 0, dtype=torch.float64)
+    gathered = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    collective(partial(dist.reduce, dst=0), engine.sums)
+    collective(lambda _: dist.gather_object(figures, gathered), [figures])
+    if gathered is None:
+        engine.last, engine.sums, gathered = summary([figures]), zeros(engine.parameters), []
+    engine._figures = gathered
+
+
+def broadcast(tensors):
+    """Rank 0's values, into everybody's tensors."""
+    collective(partial(dist.broadcast, src=0), tensors)

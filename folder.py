@@ -9,22 +9,34 @@ noisy step is applied; checkpoints are read with weights_only=True, so that a fi
     runs/NAME/internal/   ledger, state for resume, losses and gradient norms: NOT covered, never publish
 """
 import contextlib
+import fcntl
 import json
 import os
 import pickle
 import signal
 import sys
+import time
 import zipfile
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 PARTS = ("public", "release", "internal")
+
+
+def rank():
+    """This process's number among those of a torchrun, 0 when alone. Only rank 0 writes: for others the writers do nothing."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 @contextlib.contextmanager
 def replacing(path):
     """Open a file to write bytes; it takes the place of `path` when complete. A crash leaves the old file or the new one."""
+    if rank():
+        with open(os.devnull, "wb") as file:
+            yield file
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -76,6 +88,8 @@ def read_json(path):
 
 def append_row(row, path):
     """One JSON line at the end of the file, on the disk before we go on."""
+    if rank():
+        return
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
         file.flush()
@@ -88,19 +102,28 @@ def read_ledger(path):
     if not Path(path).exists():
         return ""
     text = Path(path).read_bytes().decode(errors="replace")
-    if text and not text.endswith("\n"):
+    if text and not text.endswith("\n") and not rank():
         with open(path, "a") as file:
             file.write("\n")
     return text
 
 
 def prepare(out, resume):
-    """Make the run folder; refuse to mix a new run into an old one."""
+    """Make the run folder, lock it until this process ends, clear up after a crash. Raises ValueError where a new run would
+    be mixed into an old one, or while another process trains there: two of them would each spend the whole budget."""
     used = [part for part in PARTS if (out / part).exists() and any((out / part).iterdir())]
     if used and not resume:
         raise ValueError(f"{out} already holds a run; go on with it (--resume --out {out}), choose another --out, or delete it")
     for part in PARTS:
         (out / part).mkdir(parents=True, exist_ok=True)
+    lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # stays open: closing it would give the lock back
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"another process is at work in {out}; wait for it, or choose another --out") from None
+    for part in PARTS:
+        for unfinished in (out / part).glob(".*.tmp"):
+            unfinished.unlink()
 
 
 def check_unchanged(facts, path):
@@ -113,22 +136,29 @@ def check_unchanged(facts, path):
 
 
 class Stop:
-    """First Ctrl-C (or SIGTERM): finish the step, save, leave with code 130. Second one: leave at once."""
+    """First Ctrl-C (or SIGTERM): finish the step, save, leave with code 130. Second one: leave at once.
+
+    Signals within a second of the first are taken as the same one: torchrun passes on what the terminal has sent already.
+    """
 
     def __init__(self):
-        self.asked = False
+        self.asked, self.since = False, 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # only a main thread may set handlers
                 signal.signal(number, self.handle)
 
     def handle(self, number, frame):
         if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nstopping after this step (once more: at once)", file=sys.stderr)
+            if time.monotonic() - self.since > 1:
+                raise KeyboardInterrupt
+            return
+        self.asked, self.since = True, time.monotonic()
+        if not rank():
+            print("\nstopping after this step (once more: at once)", file=sys.stderr)
 
     def leave(self, out):
-        print(f"stopped, nothing is lost; go on with: python train.py --resume --out {out}", file=sys.stderr)
+        if not rank():
+            print(f"stopped, nothing is lost; go on with: python train.py --resume --out {out}", file=sys.stderr)
         raise SystemExit(130)
 
 
@@ -137,7 +167,7 @@ def run_cli(main):
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"rank {rank()}: error: {error}" if rank() else f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

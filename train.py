@@ -11,6 +11,7 @@ Algorithm 1; the only file that knows all the others:
     python train.py --dry-run                privacy plan, parameter counts, time estimate; then stop
     python train.py --resume --out runs/x    go on where a stopped run was
     python train.py --epsilon 1 --init runs/digits --out runs/digits-eps1     only the private stage anew
+    torchrun --nproc_per_node=4 train.py     four processes, a part of every batch each, the same result
 
 "Step" always means a logical step: one Poisson batch, one ledger row, one noise addition, one optimiser and EMA update.
 Nothing derived from private pictures is written outside internal/, except through the noisy gradient.
@@ -18,14 +19,17 @@ Nothing derived from private pictures is written outside internal/, except throu
 import argparse
 import hashlib
 import math
+import os
 import shutil
 import sys
 import time
 from dataclasses import asdict, is_dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import accountant
@@ -37,6 +41,7 @@ import sample
 import text
 import unet
 import vae
+from folder import rank
 
 # ------------------------------------------------------------------------------------------------------------ settings
 
@@ -207,6 +212,8 @@ def check(s):
     demand("text_width", lambda v: v > 0 and v % 8 == 0, "be a multiple of 8")
     if s.condition != "none" and not (s.unet.context_dim and s.unet.use_spatial_transformer):
         raise ValueError(f"--condition {s.condition}: the network of this preset is unconditional; use --condition none")
+    if s.adversarial_weight and world() > 1:
+        raise ValueError("--adversarial-weight: the discriminator learns in one process only; leave torchrun out")
     if s.guidance != 1 and s.condition == "none":
         raise ValueError("--guidance other than 1 needs a condition, --condition class or text")
     if s.init and (s.init_ldm or s.init_vae):
@@ -236,6 +243,76 @@ def count(parameters):
     return sum(p.numel() for p in parameters)
 
 
+# ------------------------------------------------------------------------------------------------- several processes
+
+PATIENCE = timedelta(minutes=10)  # a dead process is noticed at once, by its closed connection; a hanging one after this
+
+
+def join():
+    """Under torchrun: meet the other processes (gloo for tensors on the CPU, NCCL on CUDA). Only rank 0 prints and writes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group(timeout=PATIENCE)
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+
+
+def world():
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def agreed(value):
+    """Rank 0's value, a small picklable one, for all; everybody waits for everybody."""
+    box = [value]
+    if world() > 1:
+        dp_sgd.collective(lambda flag: (dist.all_reduce(flag), dist.broadcast_object_list(box)), [torch.zeros(1)])
+    return box[0]
+
+
+def once(f, *args):
+    """f(*args) by rank 0 alone -> its result, for all. Where it raises, the error is told once: the others leave quietly."""
+    result = error = None
+    if rank() == 0:
+        try:
+            result = f(*args)
+        except BaseException as raised:
+            error = raised
+    result, failed = agreed((result, error is not None))
+    if error is not None:
+        raise error
+    if failed:
+        raise SystemExit(2)
+    return result
+
+
+def share(batch):
+    """This rank's part of a batch of the public stages; parts differ by one picture at most, add up to the batch."""
+    return batch // world() + (rank() < batch % world())
+
+
+def shard(tensor):
+    """This rank's part of a data set: every world()-th picture."""
+    return tensor[rank()::world()]
+
+
+def own_part(found):
+    """This rank's part of an ImageSet."""
+    return replace(found, images=shard(found.images), labels=shard(found.labels),
+                   captions=found.captions and shard(found.captions),
+                   attributes=found.attributes and {k: shard(v) for k, v in found.attributes.items()})
+
+
+def own_device(device):
+    """cuda -> cuda:i, the i-th for the i-th process of this machine."""
+    if world() > 1 and device == "cuda":
+        local, needed = int(os.environ.get("LOCAL_RANK", rank())), int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+        if torch.cuda.device_count() < needed:
+            raise ValueError(f"{needed} processes need as many CUDA devices, found {torch.cuda.device_count()}; or --device cpu")
+        torch.cuda.set_device(local)
+        return f"cuda:{local}"
+    return device
+
+
 # ------------------------------------------------------------------------------------------------- the public stages
 
 
@@ -257,44 +334,56 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=Non
     """The loop of stages 1 and 2: AdamW on public data. loss_fn(generator) -> (loss of one batch, figures for the bar).
 
     On return the model holds the EMA of its weights. Saves its state every minute and on Ctrl-C, goes on from it; also: a
-    module that loss_fn trains by itself and whose state is to be saved as well.
+    module that loss_fn trains by itself and whose state is to be saved as well. Several processes: each draws its share of
+    the batch with a seed of its own, and all apply the mean of their gradients.
     """
     parameters = list(model.parameters())
     average = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, peak, betas=(0.9, 0.99), weight_decay=0.01)
-    generator = torch.Generator(s.device).manual_seed(s.seed + 1)
+    generator = torch.Generator(s.device).manual_seed(s.seed + 1 + 1_000_000 * rank())
     first = 0
     if state_path.exists():
         state = folder.load(state_path)
         model.load_state_dict(state["model"])
         torch._foreach_copy_(average, [a.to(s.device) for a in state["average"]])
         optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
         if also is not None:
             also.load_state_dict(state["also"])
         first = state["step"]
+        if rank() == 0:
+            generator.set_state(state["generator"])
+        else:  # only rank 0's is stored
+            generator.manual_seed(s.seed + 1 + 1_000_000 * rank() + first)
+    agreed(None)  # nobody writes before all have read
     saved = time.monotonic()
-    for step in (bar := tqdm(range(first, steps), desc=title, unit="step", initial=first, total=steps)):
+    for step in (bar := tqdm(range(first, steps), desc=title, unit="step", initial=first, total=steps, disable=rank() > 0)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
         with autocast(s):
             loss, figures = loss_fn(generator)
         optimizer.zero_grad()
         loss.backward()
+        if world() > 1:
+            grads = [p.grad for p in parameters if p.grad is not None]
+            dp_sgd.collective(lambda flat: dist.all_reduce(flat.div_(world())), grads)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         update_ema(average, parameters, decay, step)
         if step % 10 == 0:
             bar.set_postfix({k: f"{float(v):.4g}" for k, v in figures.items()}, refresh=False)
-        if stop.asked or time.monotonic() - saved > 60:
+        leaving = agreed(stop.asked)
+        if leaving or time.monotonic() - saved > 60:
             folder.save({"model": model.state_dict(), "average": average, "optimizer": optimizer.state_dict(),
                          "generator": generator.get_state(), "step": step + 1,
                          "also": None if also is None else also.state_dict()}, state_path)
             saved = time.monotonic()
-        if stop.asked:
+        if leaving:
             stop.leave(s.out)
     torch._foreach_copy_([p.data for p in parameters], average)
-    state_path.unlink(missing_ok=True)
+    if world() > 1:
+        dp_sgd.broadcast(parameters)  # the same anyway, but for what different machines round
+    if rank() == 0:
+        state_path.unlink(missing_ok=True)
 
 
 def train_autoencoder(s, images, stop):
@@ -310,7 +399,7 @@ def train_autoencoder(s, images, stop):
         adversary = vae.Adversary(s.vae.out_ch, s.adversarial_weight, s.adversarial_start).to(s.device)
 
     def loss_fn(generator):
-        index = torch.randint(len(images), (s.vae_batch,), generator=generator, device=s.device)
+        index = torch.randint(len(images), (share(s.vae_batch),), generator=generator, device=s.device)
         loss, error, kl = vae.loss(model, pictures(images[index.cpu()], s.device), s.kl_weight, generator, perceptual,
                                    s.perceptual_weight, adversary)
         # Divided by the number of pixels only to bring the gradient to the scale of `fit`'s leash; Adam does not mind.
@@ -320,7 +409,7 @@ def train_autoencoder(s, images, stop):
     model.eval()
     area = s.vae.resolution ** 2
     shown = pictures(images[:min(4000, 8_000_000 // area)], s.device)
-    scale = vae.latent_scale(model, shown, max(1, 262_144 // area))
+    scale = agreed(vae.latent_scale(model, shown, max(1, 262_144 // area)))
     checkpoint = {"config": asdict(s.vae), "state": model.state_dict(), "scale": scale,
                   "trained_on": data.kind_of(s.public), "steps": s.vae_steps, "perceptual": looks}
     folder.save(checkpoint, s.out / "public" / "vae.pt")
@@ -341,7 +430,7 @@ def train_diffusion(s, latents, conditions, embedder, stop):
     null = null_condition(s, model, conditions)
 
     def loss_fn(generator):
-        index = torch.randint(len(latents), (s.ldm_batch,), generator=generator, device=s.device)
+        index = torch.randint(len(latents), (share(s.ldm_batch),), generator=generator, device=s.device)
         batch = diffusion.draw(latents[index], select(conditions, index), 1, generator, s.schedule, null, s.cond_drop)
         loss = diffusion.loss(model, *batch, schedule=s.schedule).mean()
         return loss, {"loss": loss.detach()}
@@ -487,7 +576,8 @@ def encode(s, autoencoder, images, scale):
     """
     autoencoder = autoencoder.to(s.device, memory_format=torch.channels_last)
     latents = []
-    for part in tqdm(images.split(max(1, 512_000 // s.vae.resolution ** 2)), desc="    encoding", unit="batch", leave=False):
+    for part in tqdm(images.split(max(1, 512_000 // s.vae.resolution ** 2)), desc="    encoding", unit="batch", leave=False,
+                     disable=rank() > 0):
         x = pictures(part, s.device)
         views = [x, x.flip(-1)] if s.flips else [x]
         latents.append(torch.stack([autoencoder.encode(view).mean * scale for view in views], 1))
@@ -546,22 +636,23 @@ def print_plan(s, plan, model):
           f"T {plan['steps']} steps, sigma {plan['sigma']:.4g}, C {s.clip_norm:g} {s.clipping}, K {s.noise_multiplicity}\n"
           f"tuned          {s.tune}: {trained:,} of {total:,} parameters ({trained / total:.1%})" + (
               f", of which {idle:,} see only noise (query and key for a one-token condition)" if idle else ""))
-    if plan["steps"] and (plan["sigma"] == 0 or s.insecure_seed is not None):
+    if plan["steps"] and (plan["sigma"] == 0 or s.insecure_seed is not None) and rank() == 0:
         print("WARNING: no noise or a known noise seed: this run is NOT private", file=sys.stderr)
 
 
 def tune_privately(s, model, latents, conditions, plan, stop):
     """Stage 3, Algorithm 1 of the paper: DP-SGD on the parameters of `model` that require grad, in place -> ledger rows.
 
-    latents (n, F, C, h, w) of the private pictures, n conditions or None. On return the tuned parameters hold their EMA. The
-    order within a step is what makes it crash-safe: draw, accumulate, ledger row on the disk, noise and update, save.
+    latents (n, F, C, h, w) of the private pictures, n conditions or None: of this process's shard, if there are several. On
+    return the tuned parameters hold their EMA (on rank 0). The order within a step is what makes it crash-safe: draw,
+    accumulate, ledger row on the disk, noise and update, save.
     """
     ledger, state_path = s.out / "internal" / "ledger.jsonl", s.out / "internal" / "state.pt"
     if s.insecure_seed is None:
         generator, sampler = dp_sgd.fresh_generator(s.device), dp_sgd.fresh_generator()
     else:
-        generator = torch.Generator(s.device).manual_seed(s.insecure_seed)
-        sampler = torch.Generator().manual_seed(s.insecure_seed + 1)
+        generator = torch.Generator(s.device).manual_seed(s.insecure_seed + 2 * rank())
+        sampler = torch.Generator().manual_seed(s.insecure_seed + 1 + 2 * rank())
     engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, s.method, s.clipping, generator)
     optimizer = torch.optim.Adam(engine.parameters, s.lr)
     average = [p.detach().clone() for p in engine.parameters]
@@ -570,23 +661,31 @@ def tune_privately(s, model, latents, conditions, plan, stop):
     done = resume(state_path, engine, average, optimizer, len(rows))  # updates contained in the weights
     # A run with --insecure-seed is to be repeatable, and the draws depend on how a batch is cut.
     micro_batch = s.micro_batch or (256 if s.insecure_seed is not None else fastest_micro_batch(s, model, latents.shape[2:]))
+    agreed(None)  # nobody writes before all have read
     # A step in the ledger is spent, also one whose result a crash has lost: the run ends when the budget is spent.
     fits = micro_batch  # examples that fit into memory at a time
-    bar = tqdm(range(len(rows), plan["steps"]), desc="3/3 private tuning", unit="step", initial=len(rows), total=plan["steps"])
+    bar = tqdm(range(len(rows), plan["steps"]), desc="3/3 private tuning", unit="step", initial=len(rows), total=plan["steps"],
+               disable=rank() > 0)
     begin, examples, so_far = time.monotonic(), 0, 0.0
     for step in bar:
         # ---- one private step ----------------------------------------------------------------------------------------
-        batch = dp_sgd.poisson_sample(plan["n"], plan["q"], sampler)  # may be empty: then noise only, and it counts
+        batch = dp_sgd.poisson_sample(len(latents), plan["q"], sampler)  # may be empty: then noise only, and it counts
         for part in batch.to(s.device).split(micro_batch):
             drawn = diffusion.draw(latents[part], select(conditions, part), s.noise_multiplicity, generator, s.schedule, null,
                                    s.cond_drop)
             fits = accumulate_in_pieces(s, engine, loss_fn, drawn, fits)
+        if world() > 1:
+            dp_sgd.reduce_sums(engine)
         rows.append({"step": step, "q": plan["q"], "sigma": plan["sigma"], "clip_norm": s.clip_norm, "batch_size": s.batch_size})
         folder.append_row(rows[-1], ledger)
-        engine.step(optimizer)
-        update_ema(average, engine.parameters, s.ema, done)
+        if rank() == 0:
+            engine.step(optimizer)
+            update_ema(average, engine.parameters, s.ema, done)
+        if world() > 1:
+            dp_sgd.broadcast(engine.parameters)
         # ---- end of the private step: from here on everything is post-processing -----------------------------------
-        done, examples = done + 1, examples + len(batch)
+        done, examples = done + 1, examples + engine.last["examples"]
+        leaving = agreed(stop.asked) and len(rows) < plan["steps"]
         folder.save({"tuned": dict(zip(engine.names, engine.parameters, strict=True)), "average": average,
                      "optimizer": optimizer.state_dict(), "done": done}, state_path)
         if len(rows) % max(1, plan["steps"] // 100) == 0:  # tight accounting takes a tenth of a second
@@ -595,7 +694,7 @@ def tune_privately(s, model, latents, conditions, plan, stop):
         last = engine.last
         bar.set_postfix(loss=f"{last['loss']:.4f}", epsilon=f"{so_far:.3f}", clipped=f"{last['clipped_fraction']:.0%}",
                         examples_per_s=f"{examples / (time.monotonic() - begin):.0f}")
-        if stop.asked and len(rows) < plan["steps"]:
+        if leaving:
             stop.leave(s.out)
     torch._foreach_copy_([p.data for p in engine.parameters], average)
     return rows
@@ -823,7 +922,9 @@ def estimate(s, plan, embedder):
 
 def main(argv=None):
     begin = time.monotonic()
-    s = parse(sys.argv[1:] if argv is None else argv)
+    join()
+    s = once(parse, sys.argv[1:] if argv is None else argv)
+    s.device = own_device(s.device)
     first = second = None
     if s.init and not s.resume:  # networks of an earlier run are taken as they are: their checkpoints say what they are
         first, second = (folder.load(s.init / "public" / name) for name in ("vae.pt", "ldm.pt"))
@@ -833,22 +934,26 @@ def main(argv=None):
                              "use that, or train anew")
         s.schedule = diffusion.Schedule(**second["schedule"])
         s.cond_drop *= second["embedder"]["null_class"] if second["embedder"] else 0
-    s.bf16 = s.precision == "bf16" or (s.precision == "auto" and bf16_wins(s.device))
+    s.bf16 = agreed(s.precision == "bf16" or (s.precision == "auto" and bf16_wins(s.device)))
     if s.size and s.size != s.vae.resolution:
         raise ValueError(f"--size {s.size}: the networks of {s.init} are for {s.vae.resolution} pixels")
     # Both sets are read before the first long loop: nobody waits an hour to learn that a file is missing.
     # With --steps 0 no private picture is read at all.
-    private = find_set(s, s.private, "train" if s.steps else "test", n=s.private_n if s.steps else None,
-                       label_attribute=s.label_attribute)
     drawn = s.public == "strokes"
-    public = find_set(s, s.public, public_classes=s.public_classes if drawn else None,
-                      n=200 if drawn and s.dry_run else s.public_n, seed=s.seed)
+    find_private = partial(find_set, s, s.private, "train" if s.steps else "test", n=s.private_n if s.steps else None,
+                           label_attribute=s.label_attribute)
+    find_public = partial(find_set, s, s.public, public_classes=s.public_classes if drawn else None,
+                          n=200 if drawn and s.dry_run else s.public_n, seed=s.seed)
+    if world() > 1:  # one process downloads what is missing, and tells what is wrong with it
+        once(lambda: (find_private(), None)[1])
+        once(lambda: (drawn or find_public(), None)[1])
+    private, public = find_private(), find_public()
     for title, found in (("--public", public), ("--private", private)):
         if found.images.shape[1] != s.vae.in_channels:
             raise ValueError(f"{title} {found.name} has {found.images.shape[1]} colour channels, the autoencoder of preset "
                              f"{s.preset} takes {s.vae.in_channels}: choose another preset or set")
     s.crop = private.side  # samples look like private pictures, whose padding is cut off again
-    plan = privacy_plan(s, len(private) if s.steps else 0)
+    plan = once(privacy_plan, s, len(private) if s.steps else 0)
     embedder = second["embedder"] if s.init and not s.resume else embedder_entry(s, public, private)
     with torch.device("meta"):  # no memory; refuses a wrong --tune before any work
         model = unet.LatentModel(unet.UNet(s.unet), sample.build_embedder(embedder))
@@ -863,19 +968,20 @@ def main(argv=None):
     if (s.init_ldm or s.init_vae) and not s.resume:
         first, second = adopt_original(s, public.images, embedder)
     stop = folder.Stop()
-    folder.prepare(s.out, s.resume)
+    once(folder.prepare, s.out, s.resume)
     if not s.resume:
-        folder.write_json({k: plain(v) for k, v in vars(s).items()}, s.out / "internal" / "settings.json")
         for name, checkpoint in (("vae.pt", first), ("ldm.pt", second)):
             if checkpoint:
                 folder.save(checkpoint, s.out / "public" / name)
-        if s.init and (s.init / "public" / "features.pt").exists():  # evaluate.py's, public too: runs are judged alike
+        if rank() == 0 and s.init and (s.init / "public" / "features.pt").exists():  # evaluate.py's: runs are judged alike
             shutil.copy(s.init / "public" / "features.pt", s.out / "public")
+        folder.write_json({k: plain(v) for k, v in vars(s).items()}, s.out / "internal" / "settings.json")
+    agreed(None)  # nobody looks before all is written
     have = {name: (s.out / "public" / name).exists() for name in ("vae.pt", "ldm.pt")}
     first = folder.load(s.out / "public" / "vae.pt") if have["vae.pt"] else train_autoencoder(s, public.images, stop)
     autoencoder, scale = sample.build_vae(first), first["scale"]
     second = folder.load(s.out / "public" / "ldm.pt") if have["ldm.pt"] else train_diffusion(
-        s, encode(s, autoencoder, public.images, scale), find_conditions(s, public, embedder), embedder, stop)
+        s, encode(s, autoencoder, shard(public.images), scale), find_conditions(s, own_part(public), embedder), embedder, stop)
     embedder = second["embedder"]
     if s.condition == "class" and embedder["num_classes"] < len(private.classes):
         raise ValueError(f"the public model has {embedder['num_classes']} classes, fewer than {s.private}'s "
@@ -888,9 +994,15 @@ def main(argv=None):
     if s.steps:
         facts = {**plan, "clip_norm": s.clip_norm, "clipping": s.clipping, "tuned": names,
                  "private_pictures": hashlib.sha256(private.images.numpy()).hexdigest()}
-        folder.check_unchanged(plain(facts), s.out / "internal" / "plan.json")
-        rows = tune_privately(s, model, encode(s, autoencoder, private.images, scale),
-                              find_conditions(s, private, embedder), plan, stop)
+        once(folder.check_unchanged, plain(facts), s.out / "internal" / "plan.json")
+        rows = tune_privately(s, model, encode(s, autoencoder, shard(private.images), scale),
+                              find_conditions(s, own_part(private), embedder), plan, stop)
+    if world() > 1:  # the rest is for one process
+        done = rank() > 0
+        agreed(None)
+        dist.destroy_process_group()
+        if done:
+            return
     privacy = privacy_statement(s, plan, rows, trained)
     prompts = class_prompts(s, private) if s.condition == "text" else None
     for options in prompts or ():
