@@ -90,6 +90,8 @@ def parse(argv):
     g.add_argument("--seed", type=int, default=0, help="of the PUBLIC stages only; the private stage has none [0]")
     g.add_argument("--insecure-seed", type=int, default=None,
                    help="debugging: seed the private stage too, which VOIDS the guarantee [none]")
+    g.add_argument("--secure-noise", action="store_true", default=False,
+                   help="draw noise and Poisson batches from the operating system's CSPRNG, in float64; slower [off]")
     g.add_argument("--data-root", default=None, help="folder of the full data sets [$DPLDM_DATA or ~/.cache/dpldm]")
     flags("data", ("public", str, "public set", [*data.LOADERS]),
           ("public_classes", str, "classes of the set strokes", ("digits", "letters", "all")),
@@ -156,6 +158,8 @@ def check(s):
     demand("delta", lambda v: 0 < v < 1, "lie between 0 and 1")
     demand("cond_drop ema", lambda v: 0 <= v < 1, "lie in [0, 1)")
     demand("sample_eta", lambda v: 0 <= v <= 1, "lie in [0, 1]")
+    if s.secure_noise and s.insecure_seed is not None:
+        raise ValueError("--secure-noise and --insecure-seed exclude each other")
     if s.guidance != 1 and s.cond_drop == 0:
         raise ValueError("--guidance other than 1 needs --cond-drop above 0")
     try:
@@ -368,7 +372,10 @@ def tune_privately(s, model, latents, labels, plan, stop):
     else:
         generator = torch.Generator(s.device).manual_seed(s.insecure_seed)
         sampler = torch.Generator().manual_seed(s.insecure_seed + 1)
-    engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, s.method, s.clipping, generator)
+    noise = generator  # `generator` also draws t and the diffusion noise, which are no secrets of the mechanism
+    if s.secure_noise:
+        noise = sampler = dp_sgd.SecureGenerator()
+    engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, s.method, s.clipping, noise)
     optimizer = torch.optim.Adam(engine.parameters, s.lr)
     average = [p.detach().clone() for p in engine.parameters]
     loss_fn, null = partial(diffusion.loss, schedule=s.schedule), null_condition(s, model, labels)
@@ -474,14 +481,16 @@ def privacy_statement(s, plan, rows, trained):
         "expected_batch_size": s.batch_size, "steps": len(rows), "sigma": plan["sigma"], "clip_norm": s.clip_norm,
         "clipping": s.clipping, "noise_multiplicity": s.noise_multiplicity, "tune": s.tune, "from_block": s.from_block,
         "trained_parameters": trained, "public_set": s.public, "private_set": s.private,
-        "insecure_seed": s.insecure_seed is not None,
-        "noise": "Mersenne twister with its whole state from the operating system (CPU) or Philox with 64 bits (CUDA)",
+        "insecure_seed": s.insecure_seed is not None, "secure_noise": s.secure_noise,
+        "noise": "float64 from the operating system's CSPRNG, four Box-Muller draws each (dp_sgd.SecureGenerator)" if
+                 s.secure_noise else
+                 "Mersenne twister with its whole state from the operating system (CPU) or Philox with 64 bits (CUDA)",
         "covers": "everything in release/ and whatever is made from it",
         "does_not_cover": [
             "the number n of private pictures, which is treated as public", "hyper-parameters, taken as chosen beforehand",
             "other runs on the same private pictures: their epsilons add up", "internal/ (losses, gradient norms)",
             "several pictures of one person: the guarantee is for one picture",
-            "floating-point attacks on the Gaussian noise, and timing"],
+            "timing" if s.secure_noise else "floating-point attacks on the Gaussian noise, and timing"],
     })
 
 
