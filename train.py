@@ -127,6 +127,8 @@ def parse(argv):
     g.add_argument("--seed", type=int, default=0, help="of the PUBLIC stages only; the private stage has none [0]")
     g.add_argument("--insecure-seed", type=int, default=None,
                    help="debugging: seed the private stage too, which VOIDS the guarantee [none]")
+    g.add_argument("--secure-noise", action="store_true", default=False,
+                   help="draw noise and Poisson batches from the operating system's CSPRNG, in float64; slower [off]")
     g.add_argument("--data-root", default=None, help="folder of the full data sets [$DPLDM_DATA or ~/.cache/dpldm]")
     flags("data", ("public", str, f"public set: {', '.join(data.LOADERS)} (folder:PATH, npz:PATH)"),
           ("public_classes", str, "classes of the set strokes", ("digits", "letters", "all")),
@@ -218,6 +220,8 @@ def check(s):
         raise ValueError("--guidance other than 1 needs a condition, --condition class or text")
     if s.init and (s.init_ldm or s.init_vae):
         raise ValueError("--init takes both public stages from a run; it cannot be combined with --init-ldm or --init-vae")
+    if s.secure_noise and s.insecure_seed is not None:
+        raise ValueError("--secure-noise and --insecure-seed exclude each other")
     if s.guidance != 1 and s.cond_drop == 0:
         raise ValueError("--guidance other than 1 needs --cond-drop above 0")
     try:
@@ -653,7 +657,10 @@ def tune_privately(s, model, latents, conditions, plan, stop):
     else:
         generator = torch.Generator(s.device).manual_seed(s.insecure_seed + 2 * rank())
         sampler = torch.Generator().manual_seed(s.insecure_seed + 1 + 2 * rank())
-    engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, s.method, s.clipping, generator)
+    noise = generator  # `generator` also draws t and the diffusion noise, which are no secrets of the mechanism
+    if s.secure_noise:
+        noise = sampler = dp_sgd.SecureGenerator()
+    engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, s.method, s.clipping, noise)
     optimizer = torch.optim.Adam(engine.parameters, s.lr)
     average = [p.detach().clone() for p in engine.parameters]
     loss_fn, null = partial(diffusion.loss, schedule=s.schedule), null_condition(s, model, conditions)
@@ -793,8 +800,10 @@ def privacy_statement(s, plan, rows, trained):
         "condition": s.condition, "trained_parameters": trained[0], "of_these_see_only_noise": trained[1],
         "public_set": data.kind_of(s.public), "private_set": data.kind_of(s.private),
         "public_weights": [Path(p).name for p in (s.init_ldm, s.init_vae) if p],
-        "insecure_seed": s.insecure_seed is not None,
-        "noise": "Mersenne twister with its whole state from the operating system (CPU) or Philox with 64 bits (CUDA)",
+        "insecure_seed": s.insecure_seed is not None, "secure_noise": s.secure_noise,
+        "noise": "float64 from the operating system's CSPRNG, four Box-Muller draws each (dp_sgd.SecureGenerator)" if
+                 s.secure_noise else
+                 "Mersenne twister with its whole state from the operating system (CPU) or Philox with 64 bits (CUDA)",
         "covers": "everything in release/ and whatever is made from it",
         "does_not_cover": [
             "the number n of private pictures and the names of their classes and attributes, which are treated as public",
@@ -802,7 +811,7 @@ def privacy_statement(s, plan, rows, trained):
             "other runs on the same private pictures: their epsilons add up", "internal/ (losses, gradient norms)",
             "several pictures of one person: the guarantee is for one picture",
             "pictures that weights taken from elsewhere (public_weights) were trained on",
-            "floating-point attacks on the Gaussian noise, and timing"],
+            "timing" if s.secure_noise else "floating-point attacks on the Gaussian noise, and timing"],
     })
 
 
