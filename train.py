@@ -47,7 +47,7 @@ from folder import rank
 
 DIGITS = dict(  # every key is a flag or a network; a preset overrides some of them, the command line overrides both
     public="strokes", public_classes="all", public_n=36_000, private="mnist10k", private_n=None,
-    label_attribute="Male", size=None, flips=False, condition="class", text_length=32, text_width=64,
+    label_attribute="Male", size=None, flips=False, condition="class", text_length=32, text_width=64, text_layers=2,
     vae=vae.VAEConfig(ch=8, ch_mult=(1, 2, 4, 8)), vae_steps=900, vae_batch=64, vae_lr=3e-3, kl_weight=1e-6,
     perceptual_weight=0.0, adversarial_weight=0.0, adversarial_start=0,
     unet=unet.UNetConfig(4, 4, 32, num_heads=4, context_dim=64, num_groups=8), schedule=diffusion.Schedule("cosine", "v"),
@@ -61,7 +61,6 @@ CELEBA = dict(  # the authors' settings for faces; large, for GPUs
     public="folder:imagenet/train", public_n=None, private="celeba", delta=1e-6, clip_norm=5e-4, ema=0.9999, cond_drop=0.0,
     schedule=diffusion.Schedule(beta_end=0.0195), vae_steps=200_000, vae_batch=16, vae_lr=1.6e-5, ldm_steps=500_000,
     sample_steps=200, sample_eta=1.0)
-CLASSES = dict(use_spatial_transformer=True, context_dim=512)  # theirs are unconditional, with plain self-attention
 PRESETS = {  # epochs are turned into steps: epochs * n / batch, with n = 50,000 (CIFAR-10) and 162,770 (CelebA)
     "digits": {},
     "mnist": dict(public="emnist", private="mnist", public_n=None, **LARGE),
@@ -82,13 +81,14 @@ PRESETS = {  # epochs are turned into steps: epochs * n / batch, with n = 50,000
     "cifar10": CELEBA | dict(
         private="cifar10", delta=1e-5, vae=vae.PAPER["cifar10"], unet=unet.PAPER["cifar10"], schedule=diffusion.PAPER,
         ldm_batch=200, ldm_lr=2e-4, cond_drop=0.1, batch_size=2000, steps=750, clip_norm=1e-6, lr=2e-3, from_block=8),
-    "celeba32": CELEBA | dict(vae=vae.PAPER["cifar10"], unet=replace(unet.PAPER["celeba32"], **CLASSES),
+    "celeba32": CELEBA | dict(vae=vae.PAPER["cifar10"], unet=unet.PAPER["celeba32"], condition="none",
                               ldm_batch=384, ldm_lr=1.9e-4, batch_size=2048, steps=5563, lr=1e-3),
-    "celeba64": CELEBA | dict(vae=vae.PAPER["celeba64"], unet=replace(unet.PAPER["celeba64"], **CLASSES),
+    "celeba64": CELEBA | dict(vae=vae.PAPER["celeba64"], unet=unet.PAPER["celeba64"], condition="none",
                               ldm_batch=75, ldm_lr=7.5e-5, batch_size=8192, steps=1391, lr=8.2e-4),
     "celeba256-text": CELEBA | dict(  # theirs: LAION, then 30,000 pictures of CelebA-HQ; here all of CelebA, 1/n < delta
         public="folder:laion", public_n=200_000, vae=vae.PAPER["celeba256-text"], unet=unet.PAPER["celeba256-text"],
         schedule=diffusion.Schedule(beta_start=0.00085, beta_end=0.012), vae_batch=4, ldm_batch=16, ldm_lr=5e-5,
+        condition="text", text_width=512, text_layers=4,  # theirs: 32 layers of width 1280
         cond_drop=0.1, batch_size=256, steps=6358, clip_norm=1e-3, lr=2.6e-7),
     "smoke": dict(public_n=400, private_n=1000, vae=vae.VAEConfig(ch=8, ch_mult=(1, 1, 2, 2)), vae_steps=20, vae_batch=32,
                   unet=unet.UNetConfig(4, 4, 32, attention_resolutions=(2,), context_dim=8, num_groups=8), ldm_steps=20,
@@ -140,6 +140,7 @@ def parse(argv):
           ("condition", str, "what a picture is made from: its class, a text (captions, or sentences about attributes or "
            "classes), nothing", ("class", "text", "none")),
           ("text_length", int, "most words of a prompt, and one"), ("text_width", int, "width of the text encoder"),
+          ("text_layers", int, "transformer blocks of the text encoder"),
           ("flips", lambda x: {"yes": True, "no": False}[x], "mirror pictures at random, yes or no"))
     flags("stage 1, autoencoder (public)", ("vae_steps", int, "steps"), ("vae_batch", int, "pictures per step"),
           ("vae_lr", float, "peak learning rate of AdamW"),
@@ -198,7 +199,7 @@ def check(s):
                 raise ValueError(f"--{key.replace('_', '-')} must {text}, got {getattr(s, key)}")
 
     demand("vae_steps vae_batch ldm_steps ldm_batch batch_size noise_multiplicity micro_batch sample_steps public_n private_n "
-           "text_length",
+           "text_length text_layers",
            lambda v: v >= 1, "be at least 1")
     demand("steps from_block adversarial_start", lambda v: v >= 0, "not be negative")
     demand("vae_lr ldm_lr lr clip_norm init_scale", lambda v: 0 < v < math.inf, "be a positive number")
@@ -519,7 +520,8 @@ def embedder_entry(s, public, private):
     if s.condition == "class":
         return {**entry, "num_classes": max(len(public.classes), len(private.classes))}
     words = text.vocabulary([*(public.attributes or {}), *(private.attributes or {})], public.classes + private.classes)
-    return {**entry, "words": words, "length": s.text_length, "width": s.text_width}
+    return {**entry, "words": words, "length": s.text_length, "width": s.text_width,
+            "layers": s.text_layers}
 
 
 def find_conditions(s, pictures, embedder):
@@ -547,7 +549,7 @@ def find_conditions(s, pictures, embedder):
 def class_prompts(s, private, n=10):
     """Prompts that mean a class, a list per class, made from names only: so a text model can be sampled by label."""
     generator = torch.Generator().manual_seed(0)
-    name = getattr(s, "label_attribute", None) or "Male"
+    name = s.label_attribute
     if name in (private.attributes or {}) and len(private.classes) == 2:
         makers = [partial(text.caption, {name: value}, generator, omit=0, deny=1) for value in (False, True)]
     else:
