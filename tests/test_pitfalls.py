@@ -32,9 +32,12 @@ def tiny_model():
 
 
 def private_stage(out, *flags, model=None, latents=None):
-    """Stage 3 alone on random latents, four steps of about six examples -> settings, plan, model, ledger rows."""
+    """Stage 3 alone on random latents, four steps of about six examples -> settings, plan, model, ledger rows.
+
+    Only the embedder is tuned: nothing here depends on how much is, and it is quick.
+    """
     s = train.parse(["--preset", "smoke", "--out", str(out), "--batch-size", "6", "--micro-batch", "2", "--accountant",
-                     "rdp", *flags])
+                     "rdp", "--tune", "embedder", *flags])
     s.bf16 = False
     (out / "internal").mkdir(parents=True)
     model = tiny_model() if model is None else model
