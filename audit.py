@@ -29,6 +29,7 @@ highest scores and "out" for the r/2 lowest; r is fixed before the run, from (q,
               the last step because P[F = i] = i P[F = i] / i and sum_i i P[F = i] = E[F].
   The bound is the first epsilon, coming from 0, at which that is not below 5 %. Since even r = m right guesses happen
   with probability p^m, it never exceeds about ln(m / 3): 8.1 for m = 10,000. It is valid, and far from tight.
+Each score has its own bound, at 95 % by itself; the verdict is about any of the three, so its false alarms may be thrice 5 %.
 ESTIMATE. The coordinates are independent, so m canaries are m independent trials. Clopper-Pearson bounds (97.5 % each) on
 the false positives and negatives of "sum above its expected midpoint" give mu = z(1 - fpr) - z(fnr), and the epsilon of the
 Gaussian mechanism with that mu at delta. Close to the truth, but it trusts that the whole trade-off curve is Gaussian,
