@@ -95,7 +95,8 @@ PRESETS = {  # epochs are turned into steps: epochs * n / batch, with n = 50,000
                   ldm_batch=64, batch_size=100, steps=4, micro_batch=32, sample_steps=4),
 }
 # These may differ when a run is resumed: they change where and how fast, not what is computed or guaranteed.
-FREE = {"preset", "out", "init", "resume", "dry_run", "device", "precision", "data_root", "micro_batch", "method"}
+FREE = {"preset", "out", "init", "resume", "dry_run", "device", "precision", "data_root", "cache", "micro_batch",
+        "method"}
 
 
 def parse(argv):
@@ -130,6 +131,7 @@ def parse(argv):
     g.add_argument("--secure-noise", action="store_true", default=False,
                    help="draw noise and Poisson batches from the operating system's CSPRNG, in float64; slower [off]")
     g.add_argument("--data-root", default=None, help="folder of the full data sets [$DPLDM_DATA or ~/.cache/dpldm]")
+    g.add_argument("--cache", default=None, help="folder for decoded photographs, as private as they are [DATA_ROOT/cache]")
     flags("data", ("public", str, f"public set: {', '.join(data.LOADERS)} (folder:PATH, npz:PATH)"),
           ("public_classes", str, "classes of the set strokes", ("digits", "letters", "all")),
           ("public_n", int, "public pictures to use or draw"),
@@ -830,7 +832,7 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, classes, prompts, pr
                         "private": data.kind_of(s.private), "label_attribute": s.label_attribute}, "privacy": privacy}
     folder.save({**content, "model": model.state_dict()}, s.out / "release" / "model.pt")
     folder.write_json(privacy, s.out / "release" / "privacy.json")
-    lines = max(1, 6 // len(classes))  # of ten pictures, for each class
+    lines = max(1, (6 if s.crop < 128 else 2) // len(classes))  # of ten pictures, for each class
     row_classes = [label for label in range(len(classes)) for _ in range(lines)]
     labels = torch.tensor(row_classes).repeat_interleave(10)
     if prompts:
@@ -861,7 +863,8 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, classes, prompts, pr
 def find_set(s, name, split="train", **kwargs):
     """data.load as the settings ask; for --dry-run photographs are only listed, and a full set that is absent assumed."""
     try:
-        return data.load(name, split, s.data_root, s.vae.resolution, channels=s.vae.in_channels, decode=not s.dry_run, **kwargs)
+        return data.load(name, split, s.data_root, s.vae.resolution, channels=s.vae.in_channels, cache=s.cache,
+                         decode=not s.dry_run, **kwargs)
     except data.DataError as error:
         n, classes = data.FULL.get(name, (0, 2))
         n = kwargs.get("n") or n
@@ -896,11 +899,13 @@ def print_memory(s, model, public, private):
     second = kept(model, lambda: model(z, t, stand_in(model, 1, "meta")))
     for name, p in model.named_parameters():
         p.requires_grad_(wanted[name])
-    stored = [len(found) * (math.prod(found.images.shape[1:]) + 4 * (1 + s.flips) * z.numel()) for found in (public, private)]
+    stored = (s.public_n or len(public)) + len(private)
+    stored *= x.numel() + 4 * (1 + s.flips) * z.numel()
+    # Weights, gradient, two moments, EMA; tuned ones: moments, EMA, clipped sum, a micro-batch's sum, noise.
     trained, total, big = count(p for p in model.parameters() if p.requires_grad), count(model.parameters()), 1e9
     print(f"memory, GB     autoencoder {20 * count(autoencoder.parameters()) / big:.2f} + {first / big:.3f} a picture, latent "
           f"diffusion {20 * total / big:.2f} + {second / big:.3f}, private tuning {(4 * total + 24 * trained) / big:.2f} + "
-          f"{second / big:.3f}; pictures and latents {sum(stored) / big:.2f} of main memory")
+          f"{second / big:.3f}; pictures and latents {stored / big:.2f} in all")
 
 
 def estimate(s, plan, embedder):

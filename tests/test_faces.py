@@ -2,8 +2,8 @@
 
 import json
 import os
+import runpy
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -84,16 +84,18 @@ def test_the_central_square_is_resized_with_antialiasing(tmp_path):
     for size in (32, 64):
         x = photos.decode([tmp_path / "stripes.png"], size).float()
         assert x.shape == (1, 3, size, size)
-        assert (x - 127.5).abs().max() < 16  # grey: without antialiasing the stripes would come back as black and white
+        assert (x - 127.5).abs().mean() < 10  # grey: without antialiasing stripes would come back, 64 and more from grey
     grey = photos.decode([tmp_path / "stripes.png"], 32, channels=1)
     assert grey.shape == (1, 1, 32, 32)
 
 
 def test_a_subset_keeps_everything_together_and_dry_reading_decodes_nothing(tmp_path):
     base = write_celeba(tmp_path)
-    part = data.load("celeba", root=tmp_path, size=16, n=11, seed=3)
-    red = (part.images[:, 0].float().mean((1, 2)) / 4).round().long()  # each picture's number
-    assert len(part) == 11 and torch.equal(part.labels, red % 2) and torch.equal(part.attributes["Wearing_Hat"], red % 3 == 0)
+    whole, part = data.load("celeba", root=tmp_path, size=16), data.load("celeba", root=tmp_path, size=16, n=11, seed=3)
+    where = {picture.numpy().tobytes(): i for i, picture in enumerate(whole.images)}
+    rows = torch.tensor([where[picture.numpy().tobytes()] for picture in part.images])
+    assert len(rows.unique()) == 11 and torch.equal(part.labels, rows % 2)
+    assert torch.equal(part.attributes["Wearing_Hat"], rows % 3 == 0)
     shutil.rmtree(base / "img_align_celeba")
     listed = data.load("celeba", root=tmp_path, size=64, decode=False)
     assert listed.images.shape == (40, 3, 64, 64) and listed.images.is_meta and len(listed) == 40
@@ -343,7 +345,8 @@ def test_unknown_names(name):
 # ---- all stages
 
 TINY = ["--vae-steps", "2", "--vae-batch", "8", "--ldm-steps", "2", "--ldm-batch", "8", "--steps", "2", "--batch-size", "8",
-        "--micro-batch", "8", "--sample-steps", "2", "--delta", "1e-3"]
+        "--micro-batch", "8", "--sample-steps", "1", "--delta", "1e-3", "--precision", "float32", "--sigma", "2"]
+SMALL = dict(vae=vae.VAEConfig(3, 3, 4, (1, 1, 1), num_groups=4), unet=unet.UNetConfig(4, 4, 16, (1,), num_groups=4))
 
 
 @pytest.fixture(scope="module")
@@ -376,7 +379,7 @@ def test_faces_are_evaluated(run, monkeypatch, capsys):
     result = json.loads((out / "internal" / "evaluation.json").read_text())
     assert result["held_out"] == {"20 held out of faces": 20} and 0 <= result["accuracy"]["cnn"]["20 held out of faces"] <= 1
     assert result["distance"]["frechet"] > 0 and "public32" in result["distance"]["features"]
-    assert evaluate.main([str(out), "--data-root", str(root), "--memorisation", "--n", "30"]) == 0
+    assert evaluate.main([str(out), "--data-root", str(root), "--memorisation", "--n", "30", "--classifiers", "cnn"]) == 0
     found = json.loads((out / "internal" / "memorisation.json").read_text())
     assert found["n"] == 30 and found["of_each"] == 20 and 0 <= found["closer_to_training"] <= 1
     assert Image.open(out / "internal" / "memorisation.png").size[0] > 11 * 32 and "PRIVATE" in capsys.readouterr().out
@@ -397,6 +400,7 @@ def test_memorisation_tells_copies_from_fresh_pictures():
 def test_own_sets_end_to_end_and_evaluated_from_the_run_folder(run, tmp_path, monkeypatch):
     write_pictures(tmp_path / "public", [f"{c}/{i}.png" for c in "ab" for i in range(15)])
     write_npz(tmp_path / "private.npz", 60, (32, 32, 3))
+    monkeypatch.setitem(train.PRESETS, "faces", train.PRESETS["faces"] | SMALL)
     out = tmp_path / "out"
     train.main(["--preset", "faces", *TINY, "--public", f"folder:{tmp_path / 'public'}", "--out", str(out), "--private",
                 f"npz:{tmp_path / 'private.npz'}", "--data-root", str(tmp_path / "none")])
@@ -434,7 +438,8 @@ def test_size_makes_the_autoencoder_larger(run):
     assert train.parse(["--preset", "celeba64"]).vae.resolution == 64
     out, root = run
     with pytest.raises(ValueError, match="--size 64"):
-        train.main(["--preset", "faces", "--init", str(out), "--size", "64", "--data-root", str(root), "--dry-run"])
+        train.main(["--preset", "faces", "--init", str(out), "--size", "64", "--data-root", str(root), "--dry-run", "--precision",
+                    "float32"])
 
 
 @pytest.mark.parametrize("preset", ["celeba64", "celeba32", "celeba256-text", "cifar10"])
@@ -447,7 +452,7 @@ def test_dry_run_without_data_says_what_it_assumes(preset, tmp_path, capsys, mon
 
     for name in ("CelebA", "CIFAR10"):
         monkeypatch.setattr(data.torchvision.datasets, name, offline)
-    train.main(["--preset", preset, "--dry-run", "--device", "cpu"])
+    train.main(["--preset", preset, "--dry-run", "--device", "cpu", "--precision", "float32"])
     out = capsys.readouterr().out
     n = 50_000 if preset == "cifar10" else 162_770
     assert "ASSUMED" in out and f"n {n}," in out and "memory, GB" in out and "not measured" in out
@@ -456,7 +461,7 @@ def test_dry_run_without_data_says_what_it_assumes(preset, tmp_path, capsys, mon
 
 def test_dry_run_without_data_takes_private_n(tmp_path, capsys):
     train.main(["--preset", "celeba64", "--dry-run", "--private-n", "20000", "--device", "cpu", "--sigma", "1", "--data-root",
-                str(tmp_path)])
+                str(tmp_path), "--precision", "float32"])
     assert "n 20000," in capsys.readouterr().out
 
 
@@ -473,14 +478,15 @@ def test_bad_flags_are_refused_before_any_work(run, flags, message, monkeypatch,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "fit", None)
     with pytest.raises(SystemExit) as left:
-        folder.run_cli(lambda: train.main(["--preset", "faces", "--data-root", str(run[1]), *flags]))
+        folder.run_cli(lambda: train.main(["--preset", "faces", "--data-root", str(run[1]), *TINY, *flags]))
     error = capsys.readouterr().err.strip().splitlines()
     assert left.value.code == 2 and message in error[-1] and error[-1].startswith("error: ")
 
 
-def test_a_set_is_looked_at_from_the_shell(tmp_path):
+def test_a_set_is_looked_at_from_the_shell(tmp_path, monkeypatch, capsys):
     write_pictures(tmp_path / "own", [f"{i}.png" for i in range(20)])
-    command = [sys.executable, data.__file__, f"folder:{tmp_path / 'own'}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and ", 3, 32, 32)" in done.stdout and "['picture']" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["data.py", "folder:own"])
+    runpy.run_path(data.__file__, run_name="__main__")
+    assert ", 3, 32, 32)" in (out := capsys.readouterr().out) and "['picture']" in out
     assert (tmp_path / "folder.png").stat().st_size > 100
