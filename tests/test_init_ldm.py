@@ -14,6 +14,7 @@ import torch
 import diffusion
 import folder
 import sample
+import settings
 import train
 import unet
 import vae
@@ -261,7 +262,7 @@ class Enough(Exception):
 @pytest.fixture
 def adopt(tmp_path, monkeypatch):
     """train.py up to the private stage -> contents of public/vae.pt and public/ldm.pt."""
-    monkeypatch.setitem(train.PRESETS, "smoke", train.PRESETS["smoke"] | TINY)
+    monkeypatch.setitem(settings.PRESETS, "smoke", settings.PRESETS["smoke"] | TINY)
 
     def enough(*args):
         raise Enough
@@ -307,7 +308,7 @@ def test_what_the_checkpoint_does_not_hold(adopt, tmp_path):
     torch.save(checkpoint(**few), tmp_path / "x.ckpt")
     first, second = adopt("--init-ldm", tmp_path / "x.ckpt")  # too few classes: a fresh embedder; scale: the original's default
     assert first["scale"] == 1.0 and second["embedder"]["num_classes"] == 10
-    assert second["schedule"]["kind"] == train.DIGITS["schedule"].kind
+    assert second["schedule"]["kind"] == settings.DIGITS["schedule"].kind
     first, _ = adopt("--init-ldm", tmp_path / "x.ckpt", "--init-scale", "0.18215", out="scaled")
     assert first["scale"] == 0.18215
 
@@ -337,7 +338,7 @@ def test_bad_checkpoints_are_refused_in_one_line(adopt, tmp_path):
 
     def refused():
         with pytest.raises(ValueError) as error:
-            train.adopt_original(train.parse(settings), None, 10)
+            train.adopt_original(settings.parse(settings), None, 10)
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -356,4 +357,4 @@ def test_bad_checkpoints_are_refused_in_one_line(adopt, tmp_path):
     torch.save(checkpoint(alphas_cumprod=torch.linspace(1, 0, 1000)), path)
     assert "schedule" in refused()
     with pytest.raises(ValueError, match="--init"):
-        train.parse([*settings, "--init", str(tmp_path)])
+        settings.parse([*settings, "--init", str(tmp_path)])

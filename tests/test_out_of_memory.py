@@ -35,7 +35,7 @@ def engine_and_draws():
 
 
 def settings():
-    s = train.parse(["--device", "cpu"])
+    s = settings.parse(["--device", "cpu"])
     s.bf16 = False
     return s
 
