@@ -9,9 +9,18 @@ the Poisson sampler of the private stage lives in dp_sgd.py.
     mnist10k   private   10,000 MNIST training digits in data/: the first 8,000 "train", the last 2,000 "test"
     mnist, fashion, emnist (letters)     the full sets, downloaded through torchvision when absent
     omniglot   public    handwriting of 50 alphabets without labels, omniglot.npz in the data root
+    cifar10    either    colour, 32 pixels, downloaded through torchvision when absent
+    public32   public    colour, 32 pixels, public32.npz in the data root
+    celeba     private   CelebA's folder as distributed, labels from one attribute; partition 0 is "train", 1 and 2 "test"
+    faces      private   other photographs of faces in the same layout, in the folder faces of the data root
+    folder:PATH, npz:PATH   either    your own pictures: one subfolder per class or one flat folder (captions.txt is
+                            optional: filename TAB caption), or the arrays images, labels, class_names
+    An own set is split by a checksum of each picture's name (npz: pixels): about one in ten is "test". No picture's side
+    depends on the others, so adding or removing one changes nothing else: the neighbouring relation of the guarantee.
 
-The data root is --data-root, else the environment variable DPLDM_DATA, else ~/.cache/dpldm.
-Alone:  python data.py NAME [SPLIT]     prints the figures of a set and writes NAME.png, ten columns.
+The data root is --data-root, else the environment variable DPLDM_DATA, else ~/.cache/dpldm. Decoded photographs are kept
+in its folder cache if it may be written to: they are as private as the originals.
+Alone:  python data.py NAME [SPLIT]     prints the figures of a set and writes its first hundred to NAME.png.
 """
 
 import contextlib
@@ -20,9 +29,10 @@ import io
 import math
 import os
 import sys
+import tarfile
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +41,7 @@ import torch.nn.functional as F
 import torchvision
 
 import folder
+import photos
 import strokes
 
 EMBEDDED = Path(__file__).resolve().parent / "data" / "mnist10k.npz"
@@ -39,6 +50,7 @@ DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # where the package 
 DIGITS = [str(d) for d in range(10)]
 LETTERS = [chr(ord("a") + i) for i in range(26)]
 GARMENTS = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+ATTRIBUTE_CLASSES = {"Male": ["female", "male"], "Young": ["not young", "young"]}  # others: "not NAME", "NAME"
 WAYS_OUT = "point --data-root or DPLDM_DATA at a folder that has it"
 
 
@@ -48,48 +60,93 @@ class DataError(ValueError):
 
 @dataclass
 class ImageSet:
-    """Pictures in memory: images (N,C,H,W) uint8, ink on background 0; labels (N,) int64 in 0..len(classes)-1."""
+    """Pictures in memory: images (N,C,H,W) uint8, ink on background 0; labels (N,) int64 in 0..len(classes)-1.
+
+    side is that of the pictures before padding, what a finished picture is cropped to. captions: one sentence per
+    picture; attributes: {name: (N,) bool}; None where the set has none.
+    """
 
     name: str
     images: torch.Tensor
     labels: torch.Tensor
     classes: list[str]
+    captions: list[str] | None = None
+    attributes: dict[str, torch.Tensor] | None = None
+    side: int = 0
 
     def __len__(self):
         return len(self.labels)
 
 
-def load(name, split="train", root=None, size=32, public_classes=None, n=None, seed=0):
+def load(name, split="train", root=None, size=32, public_classes=None, n=None, seed=0, label_attribute=None, channels=3,
+         cache=None, decode=True):
     """Read (or draw, for "strokes") an image set.
 
-    name            a key of LOADERS
-    split           "train" or "test"; "strokes" and "omniglot" have no split, every call gives the whole set
+    name            a key of LOADERS; "folder:PATH" and "npz:PATH" for own pictures, PATH also relative to the data root
+    split           "train" or "test"; "strokes", "omniglot" and "public32" have no split, every call gives the whole set
     root            data root as str or Path; None: DPLDM_DATA, else ~/.cache/dpldm
-    size            side of the returned pictures in pixels; smaller ones are padded with background on all sides
+    size            side of the returned pictures in pixels; grey arrays are padded with background on all sides, colour
+                    arrays resized; photographs are cut to the central square (CelebA: 178 x 178) and resized
     public_classes  "strokes" only: "digits" (labels 0..9), "letters" (0..25) or "all" (default; digits, then letters)
     n               number of pictures; a seeded subset in the set's order, or how many to draw (default 60,000)
     seed            rules the drawing and the subset; never the private stage
+    label_attribute "celeba" and "faces" only: the attribute that gives the two classes (default Male)
+    channels        of decoded photographs: 3, or 1 for grey
+    cache           folder of decoded photographs; None: "cache" in the data root if that may be written to
+    decode          False: photographs are only listed; images is then an empty shape on the meta device
     Returns ImageSet. Raises DataError if files are missing or damaged, ValueError for arguments out of range.
     """
-    if name not in LOADERS:
-        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(LOADERS)}")
+    kind = kind_of(name)
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
-    if public_classes is not None and name != "strokes":
+    if public_classes is not None and kind != "strokes":
         raise ValueError(f"public_classes only applies to 'strokes', not to {name!r}")
     if n is not None and n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
     root = data_root(root)
-    if name == "strokes":
+    if kind == "strokes":
         images, labels, classes = draw_strokes(public_classes or "all", n or 60_000, seed)
+        return ImageSet(name, pad(images, size), labels, classes, side=images.shape[-1])
+    if kind in ("celeba", "faces"):
+        whole = load_celeba(root, split, kind, label_attribute or "Male")
+    elif kind in OWN:
+        whole = OWN[kind](root, split, name.partition(":")[2])
     else:
-        images, labels, classes = LOADERS[name](root, split)
-        if n is not None and n > len(labels):
-            raise ValueError(f"{name} {split} has {len(labels)} pictures, fewer than the {n} asked for")
-        if n is not None:
-            chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:n].sort().values
-            images, labels = images[chosen], labels[chosen]
-    return ImageSet(name, pad(images, size), labels, classes)
+        whole = ImageSet(name, *LOADERS[kind](root, split))
+    part = subset(whole, n, seed, f"{name} {split}")
+    if isinstance(part.images, torch.Tensor):
+        side = part.images.shape[-1] if part.images.shape[1] == 1 else size
+        images = pad(part.images, size) if part.images.shape[1] == 1 else resize(part.images, size)
+    elif decode:
+        images, side = photos.decode(part.images, size, channels, cache or cache_folder(root)), size
+    else:
+        images, side = torch.empty(len(part), channels, size, size, dtype=torch.uint8, device="meta"), size
+    return replace(part, name=name, images=images, side=side)
+
+
+def kind_of(name):
+    """The key of LOADERS that a name stands for; "folder:PATH" -> "folder". ValueError for a name that is none."""
+    kind, colon, place = str(name).partition(":")
+    if kind not in LOADERS or bool(place) != (kind in OWN):
+        names = [f"{key}:PATH" if key in OWN else key for key in LOADERS]
+        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(names)}")
+    return kind
+
+
+def subset(whole, n, seed, title):
+    """n pictures of a set, chosen at random by the seed, in the set's order; None: all."""
+    if n is None:
+        return whole
+    if n > len(whole):
+        raise ValueError(f"{title} has {len(whole)} pictures, fewer than the {n} asked for")
+    chosen = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))[:n].sort().values
+
+    def take(values):
+        return [values[i] for i in chosen.tolist()] if isinstance(values, list) else values[chosen]
+
+    return replace(whole, images=take(whole.images), labels=whole.labels[chosen],
+                   captions=whole.captions and take(whole.captions),
+                   attributes=whole.attributes and {k: v[chosen] for k, v in whole.attributes.items()})
 
 
 def data_root(root=None):
@@ -114,6 +171,14 @@ def crop(images, size=28):
     if border < 0 or uneven:
         raise ValueError(f"cannot crop {images.shape[-1]} pixels to {size}: the difference must be even and positive")
     return images[..., border : border + size, border : border + size]
+
+
+def resize(images, size):
+    """(N,C,h,h) uint8 -> (N,C,size,size) uint8, bilinear, antialiased when it shrinks."""
+    if images.shape[-1] == size:
+        return images
+    parts = [F.interpolate(x.float(), size=(size, size), mode="bilinear", antialias=True) for x in images.split(500)]
+    return torch.cat([x.round().clamp(0, 255).to(torch.uint8) for x in parts])
 
 
 def to_float(images):
@@ -193,14 +258,94 @@ def load_omniglot(root, split):
     return *check(images, np.zeros(len(images), np.uint8), path, 0, 0), ["handwriting"]
 
 
-LOADERS = {  # strokes draws, the others read files: (root, split)
+def load_public32(root, split):
+    path = root / "public32.npz"
+    if not path.exists():
+        raise DataError(f"{path} not found: {WAYS_OUT}, or use another public set (cifar10, folder:PATH)")
+    whole = load_npz(root, None, path)
+    return whole.images, whole.labels, whole.classes
+
+
+def load_cifar10(root, split):
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            read = torchvision.datasets.CIFAR10(root, train=split == "train", download=True)
+    except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
+        raise DataError(f"{root / 'cifar-10-batches-py'} not found, download failed: {WAYS_OUT}") from error
+    return *check(read.data, np.array(read.targets), root, 0, 9), list(read.classes)
+
+
+def held_out(key):
+    """Whether the picture with these bytes as its key is on the "test" side: one in ten, whatever the others are."""
+    return zlib.crc32(key) % 10 == 0
+
+
+def load_npz(root, split, where):
+    """An own set: arrays images (N,H,H) or (N,H,H,3) uint8, labels (N,), class_names; the last two may be absent."""
+    path = located(root, where)
+    arrays = read_npz(path, ("images",), optional=("labels", "class_names"))
+    labels = arrays.get("labels", np.zeros(arrays["images"].shape[:1], np.uint8))
+    names = [str(x) for x in np.atleast_1d(arrays.get("class_names", []))]
+    images, labels = check(arrays["images"], labels, path, 0, len(names or range(1000)) - 1)
+    names = names or [str(x) for x in range(int(labels.max()) + 1)]
+    if split is not None:
+        side = torch.tensor([held_out(x.numpy().tobytes()) for x in images]) == (split == "test")
+        images, labels = images[side], labels[side]
+    if not len(images):
+        raise DataError(f"{path} has no picture in the split {split!r}: too few pictures")
+    return ImageSet("npz", images, labels, names)
+
+
+def load_folder(root, split, where):
+    """An own set of picture files; images of the result is the list of paths."""
+    base = located(root, where)
+    files, labels, classes = photos.tree(base)
+    rows = [i for i, file in enumerate(files) if held_out(file.as_posix().encode()) == (split == "test")]
+    if not rows:
+        raise DataError(f"{base} has no picture in the split {split!r}: it has {len(files)} in all")
+    captions = None
+    if (base / "captions.txt").exists():
+        captions = photos.captions(base / "captions.txt", [files[i] for i in rows])
+    return ImageSet("folder", [base / files[i] for i in rows], torch.tensor(labels)[rows], classes, captions)
+
+
+def load_celeba(root, split, name="celeba", label_attribute="Male"):
+    """CelebA's layout in ROOT/name or ROOT itself; images of the result is the list of paths."""
+    places, tried = [root / name, root], ""
+    if name == "celeba" and not any((p / "list_attr_celeba.txt").exists() for p in places):
+        tried = ", download failed"
+        with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):  # gdown raises what it likes
+            torchvision.datasets.CelebA(root, download=True)
+    base = next((p for p in places if (p / "list_attr_celeba.txt").exists()), None)
+    if base is None:
+        raise DataError(f"{places[0] / 'list_attr_celeba.txt'} not found{tried}: {WAYS_OUT}")
+    paths, attributes = photos.celeba(base, split)
+    if label_attribute not in attributes:
+        raise ValueError(f"--label-attribute {label_attribute}: {base / 'list_attr_celeba.txt'} has {', '.join(attributes)}")
+    words = label_attribute.replace("_", " ").lower()
+    classes = ATTRIBUTE_CLASSES.get(label_attribute, [f"not {words}", words])
+    return ImageSet(name, paths, attributes[label_attribute].long(), list(classes), None, attributes)
+
+
+LOADERS = {  # (root, split) -> images, labels, classes; strokes draws, the last four have their own arguments
     "strokes": draw_strokes,
     "mnist10k": load_mnist10k,
     "mnist": load_mnist,
     "fashion": load_fashion,
     "emnist": load_emnist,
     "omniglot": load_omniglot,
+    "cifar10": load_cifar10,
+    "public32": load_public32,
+    "celeba": load_celeba,
+    "faces": load_celeba,
+    "folder": load_folder,
+    "npz": load_npz,
 }
+OWN = {"folder": load_folder, "npz": load_npz}
+FULL = {  # pictures and classes of the "train" sides, for a plan made where the files are not
+    "mnist": (60_000, 10), "fashion": (60_000, 10), "emnist": (124_800, 26), "cifar10": (50_000, 10), "celeba": (162_770, 2),
+    "folder:imagenet/train": (1_281_167, 1000), "folder:laion": (1_000_000, 1)}
+PUBLIC_ONLY = ("strokes", "omniglot", "public32")  # sets without held-out pictures
 
 
 # ---- files -------------------------------------------------------------------------------------------------------
@@ -235,23 +380,26 @@ def read_idx(path):
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(damaged(path, error)) from error
+        raise DataError(photos.damaged(path, error)) from error
     ndim = raw[3] if len(raw) > 3 and raw[:3] == b"\0\0\x08" else 0
     shape = np.frombuffer(raw, ">u4", ndim, 4).tolist() if ndim and len(raw) >= 4 + 4 * ndim else []
     if not shape or len(raw) - 4 - 4 * ndim != math.prod(shape):
-        raise DataError(damaged(path, f"{len(raw)} bytes do not fit the header"))
+        raise DataError(photos.damaged(path, f"{len(raw)} bytes do not fit the header"))
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(shape)
 
 
-def read_npz(path, keys):
+def read_npz(path, keys, optional=()):
     """{key: array}. Pickled objects are refused: loading one would run its code."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in keys}
+            return {key: arrays[key] for key in (*keys, *(key for key in optional if key in arrays))}
     except FileNotFoundError as error:
         raise DataError(f"{path} not found: restore it from the repository") from error
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(damaged(path, error)) from error
+    except ValueError as error:
+        why = "an array of objects: pictures of unequal size, or pickles" if "pickle" in str(error) else error
+        raise DataError(photos.damaged(path, why)) from error
+    except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(photos.damaged(path, error)) from error
 
 
 def check(images, labels, path, first_label, last_label):
@@ -259,26 +407,37 @@ def check(images, labels, path, first_label, last_label):
     shape = images.shape
     layout = len(shape) in (3, 4) and shape[0] > 0 and shape[1] == shape[2] and shape[3:] in ((), (3,))
     if images.dtype != np.uint8 or not layout:
-        raise DataError(damaged(path, f"pictures are {images.dtype} {shape}, expected uint8 (N,H,H) or (N,H,H,3)"))
+        raise DataError(photos.damaged(path, f"pictures are {images.dtype} {shape}, expected uint8 (N,H,H) or (N,H,H,3)"))
     if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
-        raise DataError(damaged(path, f"{len(images)} pictures with labels {labels.dtype} {labels.shape}"))
+        raise DataError(photos.damaged(path, f"{len(images)} pictures with labels {labels.dtype} {labels.shape}"))
     if labels.min() < first_label or labels.max() > last_label:
         found = f"labels run from {labels.min()} to {labels.max()}"
-        raise DataError(damaged(path, f"{found}, expected {first_label} to {last_label}"))
+        raise DataError(photos.damaged(path, f"{found}, expected {first_label} to {last_label}"))
     images = torch.from_numpy(images.copy())
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
     return images, torch.from_numpy(labels.astype(np.int64))
 
 
-def damaged(path, why):
-    return f"{path} is damaged ({' '.join(str(why).split())}): delete it and run again, or restore it from its source"
+def located(root, where):
+    """The path of an own set as given, else under the data root. Raises DataError if there is neither."""
+    found = next((p for p in (Path(where).expanduser(), root / where) if p.exists()), None)
+    if found is None:
+        raise DataError(f"{where} not found, neither here nor in {root}")
+    return found
+
+
+def cache_folder(root):
+    """ROOT/cache if it may be written to, else None: data roots are often shared and read-only."""
+    allowed = root.is_dir() and os.access(root, os.W_OK) and root.stat().st_mode & 0o222  # root may write regardless
+    return root / "cache" if allowed else None
 
 
 if __name__ == "__main__":
     try:
-        chosen = load(*sys.argv[1:3], n=1000) if sys.argv[1:] else sys.exit(__doc__)
+        name, *split = sys.argv[1:3] or sys.exit(__doc__)
+        chosen = load(name, *split, n=None if kind_of(name) in OWN else 1000)
     except ValueError as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"{chosen.name}: {tuple(chosen.images.shape)}, mean {chosen.images.float().mean():.1f}, {chosen.classes}")
-    save_grid(chosen.images[:100], f"{chosen.name}.png")
+    save_grid(chosen.images[:100], f"{kind_of(name)}.png")

@@ -41,14 +41,16 @@ Rounding. Gram products cancel: where positions of opposite sign leave a small n
 rounding may make it too small, and that breaks the sensitivity. The error is at most a few float epsilons times
 (sum_p |x_p||g_p|)^2, which the two diagonals tell, so that bound is *added*: rounding can only clip harder (by about 1e-4).
 
-Not covered: floating-point attacks on the Gaussian's low bits (Mironov 2012), and timing.
+Not covered: timing and, unless the generator is a `SecureGenerator`, floating-point attacks on the noise (Mironov 2012).
 """
+import math
 import os
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -76,6 +78,39 @@ def fresh_generator(device="cpu"):
     return generator
 
 
+class SecureGenerator:
+    """Every number from the operating system's CSPRNG (os.urandom), in float64: takes a torch.Generator's place here.
+
+    Two attacks on ordinary generators are answered. (1) Prediction: a Mersenne twister's future follows from its past
+    outputs; a CSPRNG's does not. (2) Floating point (Mironov 2012 for Laplace; Holohan and Braghin 2021 for Gaussians,
+    whose remedy this is): a Gaussian computed from two uniforms can be one of few values only, so an output minus a
+    candidate sum that is none of them refutes the candidate. Here a normal is the sum of FOUR independent Box-Muller
+    draws, divided by 2: its values are as dense as float64 itself, and to invert it four pairs must be searched at once.
+    `privatise` adds it to the sum in float64 and rounds once, to the parameters' float32: that rounding is
+    post-processing of the noisy float64 sum, and drops the 29 low bits that such an attack reads.
+
+    Not covered: timing; the distance of a float64 Gaussian from the real one (no |draw| above 17 standard deviations,
+    which real ones exceed with probability 1e-64); parameters in float64, whose low bits stay. No seed, no state, nothing
+    to save or to replay. Slower: `python -m bench.noise`.
+    """
+
+    device = torch.device("cpu")
+
+    def uniforms(self, n):
+        """(n,) float64, multiples of 2^-53 in [0, 1)."""
+        bits = np.frombuffer(os.urandom(8 * n), dtype=np.uint64) >> np.uint64(11)
+        return torch.from_numpy(bits * 2.0 ** -53)
+
+    def normals(self, shape):
+        """Standard normals of the given shape, float64."""
+        n = math.prod(shape)
+        half = (n + 1) // 2
+        u = self.uniforms(8 * half).numpy().reshape(2, 4, half)
+        radius, angle = np.sqrt(-2 * np.log1p(-u[0])), 2 * np.pi * u[1]  # 1 - u is never 0
+        pairs = np.stack([(radius * np.cos(angle)).sum(0), (radius * np.sin(angle)).sum(0)]) / 2  # (2, half)
+        return torch.from_numpy(pairs.reshape(-1)[:n]).view(shape)
+
+
 def poisson_sample(n, q, generator=None):
     """Indices of a Poisson batch: each of n examples independently with probability q (Abadi et al. 2016, section 3.1).
 
@@ -88,7 +123,10 @@ def poisson_sample(n, q, generator=None):
     if n < 0:
         raise ValueError(f"n, the number of examples, cannot be negative, got {n}")
     generator = fresh_generator() if generator is None else generator
-    coins = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)  # float32 would round q
+    if isinstance(generator, SecureGenerator):
+        coins = generator.uniforms(n)
+    else:
+        coins = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)  # float32 would round q
     return (coins < q).nonzero()[:, 0]
 
 
@@ -99,7 +137,10 @@ def privatise(sums, clip_norm, noise_multiplier, expected_batch_size, generator)
     expected batch size; dividing by the actual one would reveal it and change the sensitivity.
     """
     std = noise_multiplier * clip_norm
-    noisy = (s + std * torch.randn(s.shape, dtype=s.dtype, device=s.device, generator=generator) for s in sums)
+    if isinstance(generator, SecureGenerator):  # added in float64, rounded once
+        noisy = ((s.double() + std * generator.normals(s.shape).to(s.device)).to(s.dtype) for s in sums)
+    else:
+        noisy = (s + std * torch.randn(s.shape, dtype=s.dtype, device=s.device, generator=generator) for s in sums)
     return [s / expected_batch_size for s in noisy]
 
 
@@ -473,9 +514,9 @@ class DPSGD:
 
     clip_norm C > 0 (None: 1, for "automatic" only) · noise_multiplier sigma >= 0 in units of C (0 is not private) ·
     expected_batch_size B = q * n · method "bookkeeping", "loop" or "vmap" (same result) · clipping "flat", "automatic"
-    or "per-layer" (`clip_factors`) · generator of the noise; None: `fresh_generator` on the parameters' device (one
-    with a known seed makes the noise reproducible, thus void). Raises ValueError for bad arguments and for the layers
-    that `trainable_layers` refuses.
+    or "per-layer" (`clip_factors`) · generator of the noise: a torch.Generator or a `SecureGenerator`; None:
+    `fresh_generator` on the parameters' device (one with a known seed makes the noise reproducible, thus void). Raises
+    ValueError for bad arguments and for the layers that `trainable_layers` refuses.
 
     Between accumulate and step, `sums` holds the clipped sum, one tensor per trainable parameter in the order of
     `names`: the moment to write the ledger, or to reduce over processes. It is not private yet. Neither is `last`,

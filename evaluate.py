@@ -8,11 +8,12 @@ ones), with classifiers as in DPDM (Dockhorn et al. 2023). Two protocols, whose 
 
 The LAST epoch counts: no held-out picture reaches the training loop, so none can choose an epoch (pitfall 15; the
 authors' script reports the epoch that does best on a validation set). Deviation: MNIST stays at 28 pixels as in DPDM,
-the authors enlarge it to 32.
+the authors enlarge it to 32. Pictures of more than 64 pixels are judged at 64, generated and real alike.
 
     python evaluate.py runs/digits                       table here, JSON in runs/digits/internal/evaluation.json
     python evaluate.py runs/digits --protocol table --data-root DIR
     python evaluate.py runs/digits --samples synthetic.npz --classifiers cnn
+    python evaluate.py runs/digits --memorisation        are samples nearer to private pictures than to held-out ones?
 
 Scores on real held-out pictures are NOT covered by epsilon, hence internal/: publish them only where those pictures are
 public anyway, as MNIST's are. The Frechet distance is no "FID": its features come from a small CNN trained on PUBLIC
@@ -74,6 +75,7 @@ PROTOCOLS = {  # sampler, and for each classifier the arguments of train_classif
 FEATURES = {**STRONG, "epochs": 4}  # the feature network is the same in both protocols, so that runs compare
 FEATURE_PICTURES = 12_000
 NEIGHBOURS, MANIFOLD = 3, 2_000  # precision and recall: k, and at most so many pictures of each kind
+LARGEST = 64  # pixels; larger pictures are judged at this size
 
 
 def train_classifier(kind, images, labels, num_classes, epochs, lr, batch=128, anneal=False, augment=False,
@@ -177,10 +179,11 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
 
     A file that is missing, damaged or made with other settings is replaced. "strokes" means all its 36 classes whatever
     the run used, so that runs with other --public-classes are measured alike, and stands in for omniglot, which has no
-    labels. Raises data.DataError if the public set is needed and absent.
+    labels. Raises data.DataError if the public set is needed and absent, or has no classes to tell apart.
     """
     public = "strokes" if public == "omniglot" else public
-    path, settings = Path(public_folder) / "features.pt", [public, channels, size, FEATURE_PICTURES, FEATURES]
+    kind = data.kind_of(public)
+    path, settings = Path(public_folder) / "features.pt", [kind, channels, size, FEATURE_PICTURES, FEATURES]
     try:
         saved = folder.load(path)
         if saved["settings"] != settings:
@@ -188,15 +191,17 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
         model = network(FEATURES["kind"], channels, size, saved["classes"])
         model.load_state_dict(saved["state"])
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError):
-        pictures = data.load(public, "train", root, size, n=FEATURE_PICTURES if public == "strokes" else None)
+        pictures = data.load(public, "train", root, size, n=FEATURE_PICTURES if kind == "strokes" else None, channels=channels)
+        if len(pictures.classes) < 2:
+            raise data.DataError(f"the public set {kind} has one class only, a feature network needs two") from None
         generator, classes = torch.Generator().manual_seed(0), len(pictures.classes)
         chosen = torch.randperm(len(pictures), generator=generator)[:FEATURE_PICTURES]
-        print(f"feature network: a CNN learns {len(chosen):,} pictures of {public}; kept in {path}")
+        print(f"feature network: a CNN learns {len(chosen):,} pictures of {kind}; kept in {path}")
         model = train_classifier(images=pictures.images[chosen], labels=pictures.labels[chosen], num_classes=classes,
                                  generator=generator, device=device, progress=progress, **FEATURES)
         folder.save({"settings": settings, "classes": classes, "state": model.cpu().state_dict()}, path)
     digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in model.state_dict().values())).hexdigest()
-    return model.to(device).eval(), f"CNN trained on {public} ({model[-1].out_features} classes, weights {digest[:8]})"
+    return model.to(device).eval(), f"CNN trained on {kind} ({model[-1].out_features} classes, weights {digest[:8]})"
 
 
 def compare(model, samples, real, seed=0):
@@ -209,18 +214,56 @@ def compare(model, samples, real, seed=0):
             "manifold_n": [len(few_a), len(few_b)]}
 
 
+def nearest(a, b, k=1):
+    """The k nearest rows of b (M,D) to each row of a (N,D): distances and indices, each (N,k), nearest first."""
+    found = [torch.cdist(part, b).topk(min(k, len(b)), largest=False) for part in a.split(256)]
+    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+
+
+def memorised(samples, train, held_out, seed=0):
+    """Are samples nearer to private training pictures than to held-out ones? Features (N,D), (M,D), (L,D) -> dict.
+
+    closer_to_training is the share of samples whose nearest neighbour among min(M, L) training pictures, chosen at
+    random, is nearer than that among as many held-out ones: about 1/2 without memorisation, 1 for copies. The quantiles
+    are of the distances to the nearest of these.
+    """
+    generator, count = torch.Generator().manual_seed(seed), min(len(train), len(held_out))
+    distances = {name: nearest(samples, x[torch.randperm(len(x), generator=generator)[:count]])[0][:, 0]
+                 for name, x in (("training", train), ("held_out", held_out))}
+    closer = (distances["training"] < distances["held_out"]).double() + 0.5 * (distances["training"] == distances["held_out"])
+    share = closer.mean().item()
+    points = torch.tensor([0.0, 0.01, 0.5], dtype=samples.dtype)
+    return {"closer_to_training": share, "standard_error": math.sqrt(share * (1 - share) / len(samples)), "n": len(samples),
+            "of_each": count, **{f"distance_to_{k}_min_1%_median": v.quantile(points).tolist() for k, v in distances.items()}}
+
+
 # ---------------------------------------------------------------------------------------------------------- a release
 
 
-def held_out_sets(release, root=None):
+def sources(release, run):
+    """Names of the public and the private set, for data.load. A release never says where own pictures lie: for those
+    the run folder's settings are asked. Raises ValueError if there are none.
+    """
+    names = [release.data["public"], release.data["private"]]
+    if any(name in data.OWN for name in names):
+        settings = folder.read_json(run / "internal" / "settings.json")
+        names = [settings["public"], settings["private"]]
+    return names
+
+
+def shrink(images):
+    return data.resize(images, min(LARGEST, images.shape[-1]))
+
+
+def held_out_sets(release, root=None, private=None):
     """{name: ImageSet} of real pictures no stage has seen, sized as the samples: the private set's test split, then
     the official MNIST test digits if the data root has them. Raises ValueError if they do not fit the release.
     """
-    private, split = release.data["private"], release.data.get("private_split", "train")
+    private, split = private or release.data["private"], release.data.get("private_split", "train")
     if split != "train":
         raise ValueError(f"nothing is held out: this release was trained on split {split!r} of {private}, not 'train'")
-    real = data.load(private, "test", root, release.crop)
-    sets = {f"{len(real):,} held out of {private}": real}
+    real = load_private(release, private, "test", root)
+    sets = {f"{len(real):,} held out of {data.kind_of(private)}": real}
     if private == "mnist10k":
         raw = data.data_root(root) / "MNIST" / "raw"
         if data.find([raw], "t10k"):  # no download just to evaluate
@@ -231,6 +274,14 @@ def held_out_sets(release, root=None):
     if real.images.shape[1] != release.vae.config.out_ch or list(real.classes) != list(release.classes):
         raise ValueError(f"{private} has other classes or channels than this release ({', '.join(release.classes)})")
     return sets
+
+
+def load_private(release, private, split, root=None, n=None):
+    """The private set as the release's samples look: their size (at most LARGEST), channels and classes."""
+    channels, size = release.vae.config.out_ch, release.crop if release.vae.config.out_ch == 1 else min(release.crop, LARGEST)
+    real = data.load(private, split, root, size, n=n, channels=channels, label_attribute=release.data.get("label_attribute"))
+    real.images = shrink(real.images)
+    return real
 
 
 def read_samples(path, release, n=None):
@@ -263,6 +314,42 @@ def table(result):
     return "\n".join([*lines, "", "seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in result["seconds"].items())])
 
 
+def memorisation(args, release, run, public, private, held_out):
+    """--memorisation: samples beside their nearest training and held-out neighbours, PNG and JSON in RUN/internal/.
+
+    The picture shows private pictures. Only for runs on this machine: the settings say which private pictures were used.
+    """
+    settings, n = folder.read_json(run / "internal" / "settings.json"), args.n or 1000
+    train = load_private(release, private, "train", args.data_root, settings["private_n"])
+    protocol = PROTOCOLS[args.protocol]
+    if args.samples:
+        samples, _ = read_samples(args.samples, release, args.n)
+    else:
+        samples = sample.generate(release, sample.uniform_labels(n, len(release.classes)), args.steps or protocol["steps"],
+                                  protocol["eta"] if args.eta is None else args.eta, args.guidance or 1.0, args.seed)
+    samples = shrink(samples)
+    try:
+        judge, space = public_features(run / "public", public, samples.shape[1], samples.shape[-1], args.data_root, args.device)
+        points = [features(judge, x) for x in (samples, train.images, held_out.images)]
+    except data.DataError as error:
+        print(f"no feature network ({error}): distances of pixels instead")
+        space, points = "pixels", [x.flatten(1).double() / 255 for x in (samples, train.images, held_out.images)]
+    result = {"note": "about private pictures, not covered by epsilon", "space": space, **memorised(*points, args.seed)}
+    closest = nearest(points[0], points[1])[0][:, 0].argsort()[:12]  # the samples most like a training picture
+    sides = [x[nearest(points[0][closest], y, 4)[1]] for x, y in ((train.images, points[1]), (held_out.images, points[2]))]
+    gap = torch.full_like(samples[closest], 96)[:, None]  # (12,1,C,S,S)
+    grid = torch.cat([samples[closest][:, None], gap, sides[0], gap, sides[1]], dim=1)  # (12, 11, C, S, S)
+    picture = run / "internal" / "memorisation.png"
+    data.save_grid(grid.flatten(0, 1), picture, grid.shape[1])
+    folder.write_json(result, run / "internal" / "memorisation.json")
+    figures = [" ".join(f"{d:.3g}" for d in result[f"distance_to_{key}_min_1%_median"]) for key in ("training", "held_out")]
+    print(f"{result['closer_to_training']:.1%} +- {result['standard_error']:.1%} of {result['n']:,} samples are closer to a "
+          f"training picture than to a held-out one, {result['of_each']:,} of each (1/2: no memorisation)\n"
+          f"distance to the nearest, {space}; minimum, 1 %, median: training {figures[0]}, held out {figures[1]}\n"
+          f"{picture}: sample | 4 nearest training | 4 nearest held out; shows PRIVATE pictures, never publish it")
+    return 0
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Score samples of a released DP-LDM model on real held-out pictures.")
     add = parser.add_argument
@@ -275,6 +362,7 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="of sampling and classifiers [0]")
     add("--samples", help="NPZ of sample.py to score instead of sampling")
     add("--classifiers", default="cnn,mlp,logreg", help="which to train, with commas [cnn,mlp,logreg]")
+    add("--memorisation", action="store_true", help="only look for private pictures near to samples; picture in internal/")
     add("--no-distance", action="store_true", help="skip Frechet distance, precision and recall")
     add("--data-root", help="folder of the real data sets [$DPLDM_DATA, else ~/.cache/dpldm]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda[:i] [cuda if present]")
@@ -290,10 +378,13 @@ def main(argv=None):
     release = sample.load_release(args.run, args.device)
     if args.n is not None and args.n < len(release.classes):
         raise ValueError(f"--n must be at least {len(release.classes)}, one sample of each class")
-    real_sets = held_out_sets(release, args.data_root)  # before the long work, so that missing data shows at once
     run = Path(args.run).resolve()
     run = run.parent if run.is_file() else run
     run = run.parent if run.name == "release" else run
+    public, private = sources(release, run)
+    real_sets = held_out_sets(release, args.data_root, private)  # before the long work, so that missing data shows at once
+    if args.memorisation:
+        return memorisation(args, release, run, public, private, next(iter(real_sets.values())))
     print(release.privacy["statement"])
 
     clock, seconds = time.monotonic(), {}
@@ -311,6 +402,7 @@ def main(argv=None):
         labels = sample.uniform_labels(args.n or protocol["n"], len(release.classes))  # not the private histogram (16)
         images = sample.generate(release, labels, steps, eta, guidance, args.seed)
         sampler = f"DDIM, {steps} steps, eta {eta:g}, guidance {guidance:g}, seed {args.seed}, uniform labels"
+    images = shrink(images)
     lap("sampling")
     scores = {}
     for word, recipe in recipes.items():
@@ -321,10 +413,10 @@ def main(argv=None):
     distance, (split, real) = None, next(iter(real_sets.items()))
     if not args.no_distance:
         try:
-            judge, name = public_features(run / "public", release.data["public"], images.shape[1], release.crop,
-                                            args.data_root, args.device)
+            judge, name = public_features(run / "public", public, images.shape[1], images.shape[-1], args.data_root, args.device)
             lap("feature network")
-            distance = {"features": name, "split": split, "resize": f"{release.crop} pixels, not resized",
+            distance = {"features": name, "split": split, "resize": f"{images.shape[-1]} pixels, " + (
+                            "not resized" if images.shape[-1] == release.crop else f"resized from {release.crop}"),
                         **compare(judge, images, real.images, args.seed)}
             lap("distance")
         except data.DataError as error:  # the public set is not on this machine; the accuracies stand without it

@@ -1,13 +1,15 @@
 """Pictures from a released model: DDIM in latent space with guidance, then the decoder.
 
 Last step of DP-LDM (Liu et al. 2024, section 3): everything here is post-processing of a model trained with
-differential privacy, so any number of pictures, any label and any seed leave epsilon as it is. Needs
+differential privacy, so any number of pictures, any label or prompt and any seed leave epsilon as it is. Needs
 `release/model.pt` and nothing else; no training data is read.
 
     python sample.py runs/digits --labels 0-9 --n 100 --out grid.png
     python sample.py runs/digits --n 60000 --npz synthetic.npz
+    python sample.py runs/faces --prompt "a smiling young woman with eyeglasses" --n 16 --guidance 2
 """
 import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from tqdm import tqdm
 import data
 import diffusion
 import folder
+import text
 import unet
 import vae
 
@@ -26,7 +29,10 @@ FORMAT = 1  # of release/model.pt; raised whenever its keys change
 
 @dataclass
 class Release:
-    """A released model, ready to sample. crop is the side of the finished picture in pixels (28 for MNIST at 32)."""
+    """A released model, ready to sample. crop is the side of the finished picture in pixels (28 for MNIST at 32).
+
+    Models conditioned on text have a tokenizer and, for each class, prompts that mean it; others None.
+    """
     vae: vae.AutoencoderKL
     model: unet.LatentModel
     scale: float
@@ -35,13 +41,32 @@ class Release:
     crop: int
     data: dict
     privacy: dict
+    tokenizer: text.Tokenizer | None = None
+    prompts: list | None = None
+
+
+def condition_kind(entry):
+    """ "none", "class" or "text" from a checkpoint's entry `embedder`; the first checkpoints knew only classes."""
+    return entry.get("kind", "class") if entry else "none"
+
+
+def build_embedder(entry):
+    """Condition embedder from a checkpoint's entry: None, {"kind": "class", ...} or {"kind": "text", "words": ...}."""
+    kind, rest = condition_kind(entry), {k: v for k, v in (entry or {}).items() if k not in ("kind", "words")}
+    if kind == "text":
+        return text.TextEncoder(vocabulary_size=len(build_tokenizer(entry)), **rest)
+    return unet.ClassEmbedder(**rest) if kind == "class" else None
+
+
+def build_tokenizer(entry):
+    """Tokenizer of a text model from the same entry; None for the others."""
+    return text.Tokenizer(entry["words"], entry["length"]) if condition_kind(entry) == "text" else None
 
 
 def build_model(checkpoint):
     """LatentModel and Schedule from the dict that train.py wrote (keys unet, embedder, schedule, model)."""
     network = unet.UNet(unet.UNetConfig(**checkpoint["unet"]))
-    embedder = unet.ClassEmbedder(**checkpoint["embedder"]) if checkpoint["embedder"] else None
-    model = unet.LatentModel(network, embedder)
+    model = unet.LatentModel(network, build_embedder(checkpoint["embedder"]))
     model.load_state_dict(checkpoint["model"])
     return model, diffusion.Schedule(**checkpoint["schedule"])
 
@@ -65,7 +90,8 @@ def load_release(path, device="cpu"):
         autoencoder = build_vae(checkpoint["vae"])
         model, schedule = build_model(checkpoint)
         release = Release(autoencoder.to(device), model.eval().requires_grad_(False).to(device), checkpoint["scale"],
-                          schedule, checkpoint["classes"], checkpoint["crop"], checkpoint["data"], checkpoint["privacy"])
+                          schedule, checkpoint["classes"], checkpoint["crop"], checkpoint["data"], checkpoint["privacy"],
+                          build_tokenizer(checkpoint["embedder"]), checkpoint.get("prompts"))
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(f"{file} is not a release of this program ({type(error).__name__}: "
                          f"{str(error).splitlines()[0][:120]})") from None
@@ -75,23 +101,22 @@ def load_release(path, device="cpu"):
 
 
 @torch.no_grad()
-def generate(release, labels, steps=30, eta=0.0, guidance=1.0, seed=None, batch=500, progress=True):
-    """Pictures of the given classes: labels (N,) int64 -> uint8 (N, C, crop, crop).
+def generate(release, labels, steps=30, eta=0.0, guidance=1.0, seed=None, batch=None, progress=True):
+    """Pictures of the given classes or prompts: labels (N,) int64, or a list of N str -> uint8 (N, C, crop, crop).
 
+    A model conditioned on text draws a class by one of its prompts, at random; an unconditional one only counts the labels.
     steps, eta, guidance: see diffusion.ddim. seed None draws a fresh one; with a seed the same call gives the same
-    pictures. batch is only a matter of memory, but belongs to what the seed fixes.
-    Raises ValueError for a label outside the model's classes.
+    pictures. batch (None: 500 at 32 pixels, fewer at more) is only a matter of memory, but belongs to what the seed fixes.
+    Raises ValueError for a label outside the model's classes, and for prompts to a model that was not trained with any.
     """
-    labels = torch.as_tensor(labels, dtype=torch.int64)
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(release.classes):
-        raise ValueError(f"labels must lie in 0..{len(release.classes) - 1} ({', '.join(release.classes)})")
     device = next(release.model.parameters()).device
     generator = torch.Generator(device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
+    conditions = find_conditions(release, labels, generator.initial_seed())
     channels, side, _ = release.vae.latent_shape
     pictures = []
     with tqdm(total=len(labels), desc="sampling", unit="picture", disable=not progress) as bar:
-        for part in labels.split(batch):
+        for part in conditions.split(batch or max(1, 512_000 // release.vae.config.resolution ** 2)):
             cond = part.to(device) if release.model.embedder is not None else None
             z = diffusion.ddim(release.model, (len(part), channels, side, side), cond, steps, eta, guidance, generator,
                                release.schedule)
@@ -100,6 +125,22 @@ def generate(release, labels, steps=30, eta=0.0, guidance=1.0, seed=None, batch=
             bar.update(len(part))
     return torch.cat(pictures) if pictures else torch.empty(0, release.vae.config.out_ch, release.crop, release.crop,
                                                             dtype=torch.uint8)
+
+
+def find_conditions(release, labels, seed):
+    """What the model's embedder eats: labels (N,) int64, or tokens (N, L) of the prompts, if need be of the labels."""
+    if all(isinstance(label, str) for label in labels) and len(labels):
+        if release.tokenizer is None:
+            raise ValueError("this model was not trained with prompts; ask for classes (--labels)")
+        return release.tokenizer.encode(labels)
+    labels = torch.as_tensor(labels, dtype=torch.int64)
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(release.classes):
+        raise ValueError(f"labels must lie in 0..{len(release.classes) - 1} ({', '.join(release.classes)})")
+    if release.tokenizer is None:
+        return labels
+    generator = torch.Generator().manual_seed(seed)
+    return release.tokenizer.encode([release.prompts[label][torch.randint(len(release.prompts[label]), (), generator=generator)]
+                                     for label in labels.tolist()])
 
 
 def uniform_labels(n, num_classes):
@@ -123,32 +164,63 @@ def parse_labels(text, classes):
     return labels
 
 
+def read_prompts(args, release):
+    """The prompts asked for, None if there are none. Warns of words that the model does not know."""
+    if args.prompt is None and args.prompts is None:
+        return None
+    if args.prompt is not None and args.prompts is not None or args.labels:
+        raise ValueError("--prompt, --prompts and --labels exclude each other")
+    if release.tokenizer is None:
+        raise ValueError("this model was not trained with prompts; " + (
+            "ask for classes (--labels)" if release.model.embedder else "it is unconditional, leave --prompt out"))
+    prompts = [args.prompt]
+    if args.prompts is not None:
+        try:
+            prompts = [line.strip() for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--prompts: cannot read {args.prompts} ({error})") from None
+        if not prompts:
+            raise ValueError(f"--prompts: {args.prompts} has no prompt, one per line is expected")
+    unknown = list(dict.fromkeys(word for prompt in prompts for word in release.tokenizer.unknown(prompt)))
+    if unknown:
+        print(f"warning: unknown to this model and taken as <unk>: {', '.join(unknown)}", file=sys.stderr)
+    if long := [p for p in prompts if len(text.split(p)) >= release.tokenizer.length]:
+        print(f"warning: only the first {release.tokenizer.length - 1} words are read: {long[0]!r}", file=sys.stderr)
+    return prompts
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Draw pictures from a released DP-LDM model (no privacy cost).")
     parser.add_argument("run", help="run folder, release folder or model.pt")
     parser.add_argument("--labels", default=None, help='classes to draw, e.g. "0-9" or "3,5" (default: all, in turn)')
+    parser.add_argument("--prompt", default=None, help="text to draw, for models conditioned on text")
+    parser.add_argument("--prompts", default=None, metavar="FILE", help="file of prompts, one per line, drawn in turn")
     parser.add_argument("--n", type=int, default=100, help="number of pictures (default 100)")
     parser.add_argument("--out", default=None, help="PNG grid to write (default samples.png unless --npz is given)")
-    parser.add_argument("--npz", default=None, help="NPZ to write: images (N,H,W[,C]) uint8, labels (N,) uint8")
+    parser.add_argument("--npz", default=None, help="NPZ to write: images (N,H,W[,C]) uint8, labels (N,) uint8 or prompts")
     parser.add_argument("--columns", type=int, default=10, help="pictures per row of the grid (default 10)")
     parser.add_argument("--steps", type=int, default=30, help="DDIM steps (default 30; the paper uses 200)")
     parser.add_argument("--eta", type=float, default=0.0, help="fresh noise per step, 0..1 (default 0; the paper's MNIST: 1)")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance weight (default 1 = none)")
     parser.add_argument("--seed", type=int, default=None, help="seed of the sampling noise (default: a fresh one)")
-    parser.add_argument("--batch", type=int, default=500, help="pictures at a time, memory only (default 500)")
+    parser.add_argument("--batch", type=int, default=None, help="pictures at a time, memory only (default 500 of 32 pixels)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda[:i]")
     args = parser.parse_args(argv)
-    if args.n < 1 or args.batch < 1 or args.columns < 1:
+    if args.n < 1 or (args.batch or 1) < 1 or args.columns < 1:
         raise ValueError("--n, --batch and --columns must be at least 1")
     release = load_release(args.run, args.device)
-    wanted = parse_labels(args.labels, release.classes) if args.labels else list(range(len(release.classes)))
-    labels = torch.tensor(wanted)[uniform_labels(args.n, len(wanted))]
+    if release.model.embedder is None and (args.labels or args.guidance != 1):
+        raise ValueError("this model is unconditional: it has no use for --labels or --guidance")
+    prompts = read_prompts(args, release)
+    wanted = prompts or (parse_labels(args.labels, release.classes) if args.labels else range(len(release.classes)))
+    labels = [wanted[i] for i in uniform_labels(args.n, len(wanted)).tolist()]
     images = generate(release, labels, args.steps, args.eta, args.guidance, args.seed, args.batch)
     if args.npz:
         with folder.replacing(args.npz) as file:
             pixels = images.permute(0, 2, 3, 1)  # (N, H, W, C)
-            np.savez_compressed(file, images=(pixels[..., 0] if pixels.shape[3] == 1 else pixels).numpy(),
-                                labels=labels.numpy().astype(np.uint8))
+            kind = {"prompts": np.array(labels)} if prompts else {"labels": np.array(labels, dtype=np.uint8)}
+            np.savez_compressed(file, images=(pixels[..., 0] if pixels.shape[3] == 1 else pixels).numpy(), **(
+                kind if release.model.embedder is not None else {}))
         print(f"{args.npz}: {len(images)} pictures, {release.privacy['statement']}")
     if args.out or not args.npz:
         out = args.out or "samples.png"

@@ -144,15 +144,16 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, dim, bias=False)
         self.to_out = nn.Linear(dim, dim)
 
-    def forward(self, x, context):
-        """x (N, T, C) asks, context (N, L, D) answers -> (N, T, C)."""
+    def forward(self, x, context, mask=None):
+        """x (N, T, C) asks, context (N, L, D) answers where mask (N, L) is True (None: everywhere) -> (N, T, C)."""
         if context.shape[1] == 1:
             # A softmax over one token is 1 whatever Q and K are, so the answer is V for every pixel: (N, 1, C)
             # broadcasts. Exact, and it shows that with a class as condition Q and K of the cross-attention (and the
             # LayerNorm before them) get no gradient at all: under DP-SGD they receive noise only, without any effect.
             return self.to_out(self.to_v(context))
         q, k, v = (split_heads(y, self.num_heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        return self.to_out(merge_heads(F.scaled_dot_product_attention(q, k, v)))
+        mask = None if mask is None else mask[:, None, None]  # (N, 1, 1, L): the same for every head and pixel
+        return self.to_out(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
 
 
 def split_heads(x, heads):
@@ -188,11 +189,11 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
 
-    def forward(self, x, context):
+    def forward(self, x, context, mask=None):
         y = self.norm1(x)
         x = x + self.attn1(y, y)
         y = self.norm2(x) if context is None or context.shape[1] > 1 else x  # one token: the question is not looked at
-        x = x + self.attn2(y, y if context is None else context)
+        x = x + (self.attn2(y, y) if context is None else self.attn2(y, context, mask))
         return x + self.ff(self.norm3(x))
 
 
@@ -206,11 +207,11 @@ class SpatialTransformer(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(channels, context_dim, num_heads) for _ in range(depth))
         self.proj_out = zero_init(nn.Linear(channels, channels))
 
-    def forward(self, x, context):
-        """x (N, C, H, W), context (N, L, D) or None -> (N, C, H, W)."""
+    def forward(self, x, context, mask=None):
+        """x (N, C, H, W), context (N, L, D) or None, mask (N, L) or None -> (N, C, H, W)."""
         tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (N, T = H*W, C)
         for block in self.blocks:
-            tokens = block(tokens, context)
+            tokens = block(tokens, context, mask)
         return x + self.proj_out(tokens).transpose(1, 2).reshape(x.shape)
 
 
@@ -224,7 +225,7 @@ class AttentionBlock(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj_out = zero_init(nn.Linear(channels, channels))
 
-    def forward(self, x, context=None):
+    def forward(self, x, context=None, mask=None):
         qkv = self.qkv(self.norm(x).flatten(2).transpose(1, 2))  # (N, T, 3C)
         # Channel order of the original weights: heads first, then q, k, v within each head.
         q, k, v = split_heads(qkv, self.num_heads).chunk(3, dim=-1)  # each (N, heads, T, C/heads)
@@ -236,10 +237,11 @@ class AttentionBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """The denoiser: UNet(config)(x, t, context) -> prediction of the noise (or of v), same shape as x.
+    """The denoiser: UNet(config)(x, t, context, mask) -> prediction of the noise (or of v), same shape as x.
 
     x (N, in_channels, H, W) with H and W divisible by 2^(levels-1) · t (N,) timesteps, integer or float ·
-    context (N, L, context_dim) or None. Raises ValueError if a configured width cannot be split into groups and heads.
+    context (N, L, context_dim) or None · mask (N, L) bool, False where the context is padding, or None.
+    Raises ValueError if a configured width cannot be split into groups and heads.
     """
 
     def __init__(self, config):
@@ -293,25 +295,25 @@ class UNet(nn.Module):
         self.out = nn.Sequential(nn.GroupNorm(c.num_groups, w, eps=1e-5), nn.SiLU(),
                                  zero_init(nn.Conv2d(w, c.out_channels, 3, padding=1)))
 
-    def forward(self, x, t, context=None):
+    def forward(self, x, t, context=None, mask=None):
         time = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))  # (N, 4 * width)
         skips = []
         for stop in self.input_blocks:
-            x = run(stop, x, time, context)
+            x = run(stop, x, time, context, mask)
             skips.append(x)
-        x = run(self.middle_block, x, time, context)
+        x = run(self.middle_block, x, time, context, mask)
         for stop in self.output_blocks:
-            x = run(stop, torch.cat([x, skips.pop()], dim=1), time, context)
+            x = run(stop, torch.cat([x, skips.pop()], dim=1), time, context, mask)
         return self.out(x)
 
 
-def run(layers, x, time, context):
+def run(layers, x, time, context, mask):
     """Pass x through layers, giving each the side input that it knows."""
     for layer in layers:
         if isinstance(layer, ResBlock):
             x = layer(x, time)
         elif isinstance(layer, (SpatialTransformer, AttentionBlock)):
-            x = layer(x, context)
+            x = layer(x, context, mask)
         else:
             x = layer(x)
     return x
@@ -345,7 +347,7 @@ class LatentModel(nn.Module):
 
     LatentModel(unet, embedder)(z_t, t, cond): z_t (N*K, C, H, W), t (N*K,), cond N conditions (or None). Each
     condition is embedded once and repeated K times, rows n*K .. n*K + K-1 of z_t belonging to example n, so that noise
-    multiplicity K costs no K-fold embedding.
+    multiplicity K costs no K-fold embedding. An embedder of several tokens says by `mask(cond)` which are padding.
     """
 
     def __init__(self, unet, embedder=None):
@@ -353,12 +355,15 @@ class LatentModel(nn.Module):
         self.unet, self.embedder = unet, embedder
 
     def forward(self, z_t, t, cond=None):
-        context = None
+        context = mask = None
         if self.embedder is not None and cond is not None:
             context = self.embedder(cond)  # (N, L, D)
+            mask = self.embedder.mask(cond) if hasattr(self.embedder, "mask") else None  # (N, L)
             if len(z_t) != len(context):
-                context = context.repeat_interleave(len(z_t) // len(context), dim=0)  # (N*K, L, D)
-        return self.unet(z_t, t, context)
+                k = len(z_t) // len(context)
+                context = context.repeat_interleave(k, dim=0)  # (N*K, L, D)
+                mask = None if mask is None else mask.repeat_interleave(k, dim=0)  # (N*K, L)
+        return self.unet(z_t, t, context, mask)
 
 
 # ------------------------------------------------------------------------------------------- what is tuned on private data
@@ -459,7 +464,9 @@ def insert_lora(module, rank):
 
 
 def noise_only_names(model):
-    """Trainable names that get noise but no gradient when the context has one token: Q, K of cross-attention, norm2."""
+    """Trainable names that get noise but no gradient when the context is one token: Q, K of cross-attention, norm2."""
+    if not isinstance(getattr(model, "embedder", None), ClassEmbedder):  # with a text, or none at all, they do learn
+        return []
     return [n for n, p in model.named_parameters() if p.requires_grad and re.search(r"attn2\.to_[qk]\.|blocks\.\d+\.norm2\.", n)]
 
 
@@ -476,20 +483,20 @@ LDM_NAMES = [  # original name -> ours, applied in order
 def load_ldm(unet, state_dict):
     """Read weights of the original latent-diffusion code into our UNet, in place and strictly.
 
-    state_dict: tensors under the original names, with or without the prefix `model.diffusion_model.` (if any key has
-    the prefix, the others belong to other networks and are passed over). 1x1 convolutions become our Linear layers.
-    Raises ValueError naming the first missing, unexpected or misshapen tensors; the network is then unchanged.
+    state_dict: tensors under the original names, with or without the prefix `model.diffusion_model.`, or a whole
+    checkpoint that holds them under "state_dict". If any key has the prefix, the others belong to other networks
+    (`first_stage_model.`, `cond_stage_model.`, `model_ema.`, schedule) and are passed over. 1x1 convolutions become our
+    Linear layers. Raises ValueError naming what is missing, left over or of another shape; the network is then unchanged.
     """
-    prefix = "model.diffusion_model."
+    prefix, state_dict = "model.diffusion_model.", state_dict.get("state_dict", state_dict)
     if any(k.startswith(prefix) for k in state_dict):
         state_dict = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
-    ours = unet.state_dict()
-    theirs = {}
+    ours, theirs = unet.state_dict(), {}
     for key, value in state_dict.items():
         for pattern, replacement in LDM_NAMES:
             key = re.sub(pattern, replacement, key)
-        if key in ours and ours[key].dim() == 2:
-            value = value.flatten(1) if value[0].numel() == ours[key].shape[1] else value  # (p, d, 1[, 1]) -> (p, d)
+        if key in ours and ours[key].dim() == 2 < value.dim() and value.shape[2:].numel() == 1:
+            value = value.flatten(1)  # kernel of size 1: (p, d, 1[, 1]) -> (p, d)
         theirs[key] = value
     wrong = [f"missing {k}" for k in ours if k not in theirs] + [f"unexpected {k}" for k in theirs if k not in ours] + [
         f"{k} is {tuple(theirs[k].shape)}, expected {tuple(v.shape)}" for k, v in ours.items()

@@ -43,11 +43,70 @@ def digits():
                  f"{e['distance']['frechet']:.1f}", f"{row['seconds']['train'] / 60:.1f} + {row['seconds']['evaluate'] / 60:.1f} "
                  f"({row['threads']})", f"`{row['commands'][0]}`"]
         lines.append("| " + " | ".join(cells) + " |")
-    commits = sorted({row["commit"] for row in rows})
-    return "\n".join(lines) + f"\n\nProtocol `{rows[0]['evaluation']['protocol']}`; measured at {', '.join(commits)}."
+    return "\n".join(lines) + "\n\n" + origin(rows)
 
 
-TABLES = {"digits": digits}
+def ablations():
+    """What is tuned, at epsilon 10 and 1, beside the rows of `digits` with the same public stages; then changes of the recipe."""
+    base = {row["row"]: row for row in load("digits")}
+    rows = {row["row"]: row for row in load("ablations")}
+    tuned = {"attention": (base["eps10"], base["eps1"]), "all": (base["all"], rows.get("all-eps1"))}
+    tuned |= {name: (row, rows.get(f"{name}-eps1")) for name, row in rows.items()
+              if not name.endswith("-eps1") and row["privacy"]["tune"] + str(row["privacy"]["from_block"]) != "attention0"}
+
+    def scores(row):
+        if row is None:
+            return ["-"] * 3
+        e = row["evaluation"]
+        return [percent(next(iter(reversed(e["accuracy"]["cnn"].values())))),
+                percent(next(iter(reversed(e["accuracy"]["logreg"].values())))), f"{e['distance']['frechet']:.1f}"]
+
+    head = ["tuned (flag)", "trained", "of these only noise", *[f"{what}, epsilon {e}" for e in (10, 1)
+                                                               for what in ("CNN", "log. regr.", "Frechet")]]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for first, second in tuned.values():
+        p = first["privacy"]
+        flag = f"`{p['tune']}`" + (f" `--from-block {p['from_block']}`" if p["from_block"] else "")
+        idle = p.get("of_these_see_only_noise")
+        lines.append("| " + " | ".join([flag, f"{p['trained_parameters']:,}", "-" if idle is None else f"{idle:,}",
+                                        *scores(first), *scores(second)]) + " |")
+    recipe = {name: row for name, row in rows.items() if name not in tuned and not name.endswith("-eps1")}
+    lines += ["", "| change of the recipe (epsilon 10, attention) | CNN | log. regr. | Frechet | command |", "|---" * 5 + "|",
+              "| the default | " + " | ".join(scores(base["eps10"])) + " | `python train.py` |"]
+    lines += [f"| {row['label']} | " + " | ".join(scores(row)) + f" | `{row['commands'][0]}` |" for row in recipe.values()]
+    return "\n".join(lines) + "\n\n" + origin(list(rows.values()))
+
+
+def papers():
+    """Runs on full data sets: accuracy of a CNN trained on samples, one figure per sampling seed."""
+    rows = {row["row"]: row for row in load("papers")}
+    head = ["private and public set", "epsilon", "CNN on real test pictures, per sampling seed", "Frechet", "trained parameters",
+            "minutes: train + evaluate (threads)", "command"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, row in rows.items():
+        if "-seed" in name:
+            continue
+        seeds = [row, *(other for key, other in rows.items() if key.startswith(f"{name}-seed"))]
+        p, e = row["privacy"], row["evaluation"]
+        lines.append("| " + " | ".join([
+            row["label"], f"{p['epsilon']:.3g}", ", ".join(f"{100 * next(iter(r['evaluation']['accuracy']['cnn'].values())):.2f}"
+                                                           for r in seeds) + " %",
+            f"{e['distance']['frechet']:.1f}", f"{p['trained_parameters']:,}" if p["steps"] else "-",
+            f"{row['seconds'].get('train', 0) / 60:.0f} + {row['seconds']['evaluate'] / 60:.0f} ({row['threads']})",
+            f"`{row['commands'][0]}`"]) + " |")
+    return "\n".join(lines) + "\n\n" + origin(list(rows.values()))
+
+
+def origin(rows):
+    """Protocol, number of samples and commits, said once below a table."""
+    if not rows:
+        return "Not measured yet."
+    n = sorted({f"{row['evaluation']['n']:,}" for row in rows})
+    return (f"Protocol `{rows[0]['evaluation']['protocol']}`, {' or '.join(n)} samples; measured at "
+            f"{', '.join(sorted({row['commit'] for row in rows}))}.")
+
+
+TABLES = {"digits": digits, "papers": papers, "ablations": ablations}
 
 
 def main(argv=None):

@@ -1,8 +1,12 @@
 """The autoencoder: parameter counts of the paper's networks, closed forms of posterior and KL, shapes, scale, weights."""
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torchvision
 from torch.distributions import Normal, kl_divergence
 
+import train
 import vae
 
 COUNTS = {"mnist": 102_553_535, "cifar10": 14_639_807, "celeba64": 29_935_359, "celeba256-text": 83_653_863}
@@ -82,6 +86,133 @@ def test_downsampling_pads_right_and_bottom_only():
 def test_bad_config_is_refused():
     with pytest.raises(ValueError, match="divisible"):
         vae.AutoencoderKL(vae.VAEConfig(resolution=30))
+
+
+# ---------------------------------------------------------------------------------- the terms for large pictures
+
+
+@pytest.fixture
+def vgg(monkeypatch):
+    """VGG16's convolutions with random weights in the place of the download; the classifier is not needed."""
+    torch.manual_seed(0)
+    layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
+    monkeypatch.setattr(torchvision.models, "vgg16", lambda weights, progress: SimpleNamespace(features=layers))
+    return layers
+
+
+def test_perceptual_distance_is_that_of_unit_features_before_each_pooling(vgg):
+    name, distance = vae.perceptual_distance()
+    assert name == "vgg16"
+    x, y = torch.rand(2, 2, 3, 32, 32) * 2 - 1
+    expected = torch.zeros(2)
+    for i, (layer, following) in enumerate(zip(vgg, vgg[1:], strict=False)):
+        if isinstance(layer, torch.nn.ReLU) and isinstance(following, torch.nn.MaxPool2d):
+            a, b = ((vgg[:i + 1](torchvision.transforms.functional.normalize(
+                (z + 1) / 2, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))) for z in (x, y))
+            a, b = (z / z.square().sum(1, keepdim=True).sqrt() for z in (a, b))
+            expected += (a - b).square().sum(1).mean((1, 2)) / 5
+    assert expected.min() > 0 and torch.allclose(distance(x, y), expected, rtol=1e-4)
+    assert torch.equal(distance(x, x), torch.zeros(2)) and torch.allclose(distance(x, y), distance(y, x))
+    grey = x[:, :1], y[:, :1]
+    assert torch.allclose(distance(*grey), distance(*(z.expand(-1, 3, -1, -1) for z in grey)))
+    distance(x, y.requires_grad_()).sum().backward()
+    assert y.grad.any() and all(p.grad is None for p in vgg.parameters())
+
+
+def test_without_vgg_weights_image_gradients_are_compared(monkeypatch):
+    def no_network(weights, progress):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.models, "vgg16", no_network)
+    name, distance = vae.perceptual_distance()
+    assert name == "image gradients"
+    ramp = torch.arange(4.0).expand(1, 1, 4, 4)
+    assert distance(2 * ramp, torch.zeros(1, 1, 4, 4)).item() == 2.0  # horizontal slope 2, vertical 0
+    assert distance(3 * ramp.mT + 7, torch.ones(1, 1, 4, 4)).item() == 3.0
+
+
+def test_loss_with_the_perceptual_term():
+    model, x = tiny(), torch.randn(3, 2, 8, 8)
+    seed = torch.Generator().manual_seed
+    plain = vae.loss(model, x, 0.5, seed(3))[0]
+    y = model.decode(model.encode(x).sample(seed(3)))
+    total = vae.loss(model, x, 0.5, seed(3), vae.gradient_distance, 0.3)[0]
+    assert torch.allclose(total - plain, 0.3 * 2 * 8 * 8 * vae.gradient_distance(x, y).mean(), rtol=1e-3)
+
+
+def two_pictures():
+    """Real pictures (stripes), decoded ones that depend on a last weight, and a reconstruction loss."""
+    torch.manual_seed(0)
+    x = torch.tensor([1.0, -1.0]).repeat(16).expand(4, 1, 32, 32).clone()
+    last = torch.nn.Parameter(torch.randn(1, 2, 3, 3))
+    y = torch.nn.functional.conv2d(torch.randn(4, 2, 34, 34), last)
+    return x, y, (x - y).abs().sum((1, 2, 3)).mean(), last
+
+
+def test_discriminator_has_the_originals_size():
+    # NLayerDiscriminator(3, 64, n_layers=3); BatchNorm and GroupNorm have equally many parameters
+    assert sum(p.numel() for p in vae.Adversary(3).parameters()) == 2_765_633
+    assert vae.Adversary(3).net(torch.zeros(2, 3, 64, 64)).shape == (2, 1, 6, 6)
+
+
+def test_adversary_waits_then_learns_to_tell_real_from_decoded():
+    x, y, reconstruction, last = two_pictures()
+    adversary = vae.Adversary(1, start=2, width=32)
+    begin = [p.clone() for p in adversary.parameters()]
+    assert [adversary(x, y, reconstruction, last).item() for _ in range(2)] == [0.0, 0.0]
+    assert all(torch.equal(a, b) for a, b in zip(begin, adversary.parameters(), strict=True))
+    for _ in range(12):
+        adversary(x, y, reconstruction, last)
+    assert not torch.equal(begin[0], next(adversary.parameters()))
+    assert last.grad is None  # its own steps leave the autoencoder alone
+    real, fake = (adversary.net(z).mean().item() for z in (x, y))
+    assert real > fake + 0.5
+
+
+def test_adversarial_term_has_the_adaptive_length_and_pushes_towards_real():
+    x, y, reconstruction, last = two_pictures()
+    adversary = vae.Adversary(1, weight=0.25, width=32)
+    for _ in range(5):
+        term = adversary(x, y, reconstruction, last)
+    push, pull = (torch.autograd.grad(a, last, retain_graph=True)[0] for a in (term, reconstruction))
+    assert push.norm().item() == pytest.approx(0.25 * pull.norm().item(), rel=0.02)
+    score = torch.autograd.grad(adversary.net(y).mean(), last)[0]
+    assert (score * push).sum() < 0  # descending the loss raises the score
+
+
+class Stop:
+    """A Ctrl-C after some steps (`fit` asks twice per step)."""
+
+    def __init__(self, steps):
+        self.left = 2 * steps
+
+    @property
+    def asked(self):
+        self.left -= 1
+        return self.left < 0
+
+    def leave(self, out):
+        raise SystemExit(130)
+
+
+def test_stopped_adversarial_training_ends_like_an_unstopped_one(tmp_path, monkeypatch):
+    adversary = vae.Adversary
+    monkeypatch.setattr(vae, "Adversary", lambda *args: adversary(*args, width=32))  # small and fast
+    monkeypatch.setattr(vae, "perceptual_distance", lambda device: ("vgg16", vae.gradient_distance))
+    images = torch.randint(256, (20, 1, 32, 32), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
+
+    def train_six_steps(out, stop_after=1000):
+        s = train.parse(["--preset", "smoke", "--out", str(tmp_path / out), "--vae-steps", "6", "--vae-batch", "4",
+                         "--perceptual-weight", "1", "--adversarial-weight", "0.5", "--adversarial-start", "1",
+                         "--device", "cpu"])
+        s.bf16 = False
+        return train.train_autoencoder(s, images, Stop(stop_after))["state"]
+
+    whole = train_six_steps("a")
+    with pytest.raises(SystemExit):
+        train_six_steps("b", stop_after=2)
+    resumed = train_six_steps("b")
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
 def test_load_ldm_is_strict():

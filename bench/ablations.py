@@ -1,0 +1,37 @@
+"""One row per choice of the method, each under 15 minutes on two cores: `python -m bench.ablations NAME`. See `bench.runs`.
+
+All rows reuse the public stages of the default run (`python train.py` first) and change one thing of its private stage: what
+is tuned (the paper's claim), the privacy level, or the recipe. The default itself and `--tune all` are rows of `bench.digits`.
+"""
+from bench.digits import BASE, again
+from bench.runs import Row, main
+
+TUNED = {  # name: (label, flags); at epsilon 10 and again, with -eps1, at epsilon 1
+    "attention-only": ("attention without the embedder", "--tune attention-only"),
+    "later": ("attention, last 4 of 7 modules", "--from-block 3"),
+    "resblocks": ("ResBlocks", "--tune resblocks"),
+    "norm": ("norm layers", "--tune norm"),
+    "embedder": ("class embedder only", "--tune embedder"),
+    "lora4": ("LoRA, rank 4", "--tune lora:4"),
+    "lora16": ("LoRA, rank 16", "--tune lora:16"),
+}
+RECIPE = {
+    "K2": ("noise multiplicity 2, half the batch", "--noise-multiplicity 2 --batch-size 2000"),
+    "automatic": ("automatic clipping", "--clipping automatic --clip-norm 1"),
+    "per-layer": ("per-layer clipping", "--clipping per-layer"),
+    "no-ema": ("no EMA", "--ema 0"),
+    "small-batch": ("batch 1,000, 120 steps", "--batch-size 1000 --steps 120"),
+}
+SAMPLING = {  # post-processing: the default run, sampled otherwise
+    "guidance": ("guidance 1.5", "--guidance 1.5"),
+    "eta1": ("DDIM eta 1", "--eta 1"),
+}
+
+ROWS = {name: again(label, name, flags) for name, (label, flags) in TUNED.items()}
+ROWS |= {f"{name}-eps1": again(label, f"{name}-eps1", f"{flags} --epsilon 1 --lr 2e-3") for name, (label, flags) in TUNED.items()}
+ROWS |= {"all-eps1": again("all parameters", "all-eps1", "--tune all --epsilon 1 --lr 2e-3")}
+ROWS |= {name: again(label, name, flags) for name, (label, flags) in RECIPE.items()}
+ROWS |= {name: Row(label, None, BASE, f"{flags} --out {BASE}/internal/{name}.json") for name, (label, flags) in SAMPLING.items()}
+
+if __name__ == "__main__":
+    main("ablations", ROWS)

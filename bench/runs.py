@@ -1,0 +1,80 @@
+"""Measured training runs: a row of a README table is a train command and an evaluate command, run and written down.
+
+Used by `bench.digits`, `bench.papers` and `bench.ablations`, which only list rows. Each run adds one JSON line to
+bench/results.jsonl: commands, commit, date, seconds, threads, privacy statement, all figures with their protocol.
+`python -m bench.tables --write` turns the lines into the README's tables, so that no figure is typed.
+
+    python -m bench.NAME            all rows of that table that results.jsonl does not have yet
+    python -m bench.NAME ROW ...    some rows, anew
+    python -m bench.NAME --list     the commands of every row
+"""
+import json
+import shutil
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+RESULTS = Path(__file__).with_name("results.jsonl")
+
+
+class Row(NamedTuple):
+    """label in the table; flags of train.py ("" for a row that only evaluates `out` again); run folder; flags of evaluate.py."""
+
+    label: str
+    train: str
+    out: str
+    evaluate: str = ""
+
+
+def commands(row):
+    """The commands of a row as a user would type them: [train, evaluate], or [evaluate] for a run that another row made."""
+    evaluate = f"python evaluate.py {row.out} {row.evaluate}".strip()
+    train = f"python train.py {row.train}".strip()
+    return [evaluate] if row.train is None else [train, evaluate]
+
+
+def measure(table, name, row):
+    """Run a row's commands from the beginning and append the line. Raises CalledProcessError if a command fails."""
+    out, seconds = Path(row.out), {}
+    evaluation = Path(row.evaluate.partition("--out ")[2] or out / "internal" / "evaluation.json")
+    for command in commands(row):
+        training = command.startswith("python train.py")
+        if training:
+            shutil.rmtree(out, ignore_errors=True)
+        print(f"$ {command}", flush=True)
+        begin = time.monotonic()
+        subprocess.run([sys.executable, *command.split()[1:]], check=True)
+        seconds["train" if training else "evaluate"] = time.monotonic() - begin
+    result = {"table": table, "row": name, "label": row.label, "commands": commands(row), "commit": commit(),
+              "date": date.today().isoformat(), "seconds": seconds, "threads": torch.get_num_threads(),
+              "privacy": json.loads((out / "release" / "privacy.json").read_text()),
+              "evaluation": json.loads(evaluation.read_text())}
+    with open(RESULTS, "a") as file:
+        file.write(json.dumps(result) + "\n")
+
+
+def commit():
+    """Short name of the commit, with -dirty if any program differs from it (results and texts may)."""
+    def git(*words):
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent.parent).stdout.strip()
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
+
+
+def main(table, rows, argv=None):
+    """The command line of a table: rows is {name: Row}."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--list" in argv:
+        for name, row in rows.items():
+            print(f"{name:16} {' && '.join(commands(row))}")
+        return
+    if unknown := [name for name in argv if name not in rows]:
+        sys.exit(f"error: no row {unknown[0]!r}; choose among {', '.join(rows)}")
+    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    have = {line["row"] for line in lines if line["table"] == table}
+    for name in argv or [name for name in rows if name not in have]:
+        measure(table, name, rows[name])

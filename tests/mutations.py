@@ -1,0 +1,246 @@
+"""Put the mistakes of the README's table "Pitfalls" back, one at a time, and demand that the test named there goes red.
+
+    python -m tests.mutations            all of them, some minutes
+    python -m tests.mutations 4 12       those rows only; 0: what is not in the table (audit, secure generator)
+
+Run by hand (pytest does not collect it). The source is copied to a temporary folder; there a line is replaced, the named
+test is run, the line is restored. Fails, exit code 1, if a line no longer stands in its file exactly once, if a test
+stays green under its mistake, or if it is not green without. A test that cannot fail proves nothing: this shows they can.
+"""
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import scipy.stats  # noqa: F401 (this and torch: imported once, for all)
+import torch  # noqa: F401
+import torchvision  # noqa: F401
+
+ROOT = Path(__file__).resolve().parent.parent
+TUNE, ENGINE, PIT = "tests/test_train.py", "tests/test_dp_sgd.py", "tests/test_pitfalls.py"
+
+
+class Mutation(NamedTuple):
+    row: int
+    mistake: str
+    file: str
+    changes: tuple  # ((old, new), ...), each old standing in the file exactly once
+    test: str
+
+
+MUTATIONS = [Mutation(*m) for m in (
+    (1, "a random batch of fixed size, as from shuffling", "dp_sgd.py",
+     (("return (coins < q).nonzero()[:, 0]", "return coins.argsort()[:round(n * q)].sort()[0]"),),
+     f"{ENGINE}::test_poisson_batches_are_binomial_and_examples_independent"),
+    (2, "division by the actual batch size", "dp_sgd.py",
+     (("self.noise_multiplier, self.expected_batch_size, self.generator)",
+       "self.noise_multiplier, max(1, sum(f.shape[1] for f in self._figures)), self.generator)"),),
+     f"{ENGINE}::test_the_sum_is_divided_by_the_expected_batch_size_and_cleared"),
+    (3, "empty batches are skipped", "train.py",
+     (("        for part in batch.to(s.device).split(micro_batch):",
+       "        if not len(batch):\n            continue\n        for part in batch.to(s.device).split(micro_batch):"),),
+     f"{PIT}::test_empty_batches_are_steps_of_noise_and_count"),
+    (4, "the last micro-batch replaces the sum", "dp_sgd.py",
+     (("torch._foreach_add_(self.sums, sums)", "self.sums = sums"),),
+     f"{ENGINE}::test_the_size_of_micro_batches_changes_nothing"),
+    (4, "the sum of a micro-batch is clipped, not each example", "dp_sgd.py",
+     (("factors, finite = clip_factors(squared, losses, self.clip_norm, self.clipping)",
+       "total = squared.sum(1, keepdim=True).expand_as(squared)\n"
+       "            factors, finite = clip_factors(total, losses, self.clip_norm, self.clipping)"),),
+     f"{ENGINE}::test_the_size_of_micro_batches_changes_nothing"),
+    (4, "noise with every micro-batch", "dp_sgd.py",
+     (("torch._foreach_add_(self.sums, sums)",
+       "torch._foreach_add_(self.sums, privatise(sums, self.clip_norm, self.noise_multiplier, 1.0, self.generator))"),),
+     f"{PIT}::test_noise_is_added_once_whatever_the_number_of_micro_batches"),
+    (5, "the micro-batch's rate in the ledger", "train.py",
+     (('rows.append({"step": step, "q": plan["q"],', 'rows.append({"step": step, "q": micro_batch / plan["n"],'),),
+     f"{PIT}::test_the_ledger_has_one_row_per_step_with_the_rate_that_drew_the_batch"),
+    (6, "the lower end of the bisection, unasserted", "accountant.py",
+     (("    sigma = math.exp(log_sigma)\n", "    sigma = math.exp(log_sigma - 4e-6)\n"),
+      ("    assert _epsilon(_one(q, sigma, steps), delta, method) <= epsilon\n", "")),
+     "tests/test_accountant.py::test_noise_multiplier_is_the_smallest_on_the_safe_side"),
+    (7, "orders up to about 60 only", "accountant.py",
+     (("while -12 < t < 40 and g(t + step) < g(t):", "while -12 < t + step < 3.1 and g(t + step) < g(t):"),),
+     "tests/test_accountant.py::test_rdp_epsilon_over_all_orders"),
+    (8, "BatchNorm is let through", "dp_sgd.py",
+     (('if isinstance(m, nn.modules.batchnorm._BatchNorm) or getattr(m, "track_running_stats", False):', "if False:"),),
+     f"{ENGINE}::test_layers_whose_gradient_would_be_wrong_are_refused_by_name"),
+    (9, "a layer without a rule is let through", "dp_sgd.py",
+     (('if method == "bookkeeping" and (reason := without_rule(m, params)):', 'if (reason := ""):'),),
+     f"{ENGINE}::test_layers_whose_gradient_would_be_wrong_are_refused_by_name"),
+    (10, "frozen layers are recorded as well", "dp_sgd.py",
+     (("for k, p in m.named_parameters(recurse=False) if p.requires_grad}", "for k, p in m.named_parameters(recurse=False)}"),),
+     f"{ENGINE}::test_one_forward_one_backward_and_no_weight_gradients"),
+    (11, "norms and sums under autocast", "dp_sgd.py",
+     (("with torch.no_grad(), torch.autocast(device.type, enabled=False):", "with torch.no_grad():"),),
+     f"{ENGINE}::test_bfloat16_autocast_keeps_norms_and_sums_in_float32"),
+    (12, "a fixed seed in the engine", "dp_sgd.py",
+     (('manual_seed(int.from_bytes(os.urandom(8), "little"))', "manual_seed(0)"),
+      ('if generator.device.type == "cpu":', "if False:")),
+     f"{ENGINE}::test_randomness_is_fresh_and_leaves_the_global_generator_alone"),
+    (12, "the public seed for the private stage", "train.py",
+     (("generator, sampler = dp_sgd.fresh_generator(s.device), dp_sgd.fresh_generator()",
+       "generator, sampler = (torch.Generator().manual_seed(s.seed) for _ in range(2))"),),
+     f"{PIT}::test_two_private_runs_never_share_noise_or_batches"),
+    (12, "--secure-noise is ignored", "train.py",
+     (("        noise = sampler = dp_sgd.SecureGenerator()", "        pass"),),
+     f"{PIT}::test_secure_noise_comes_from_the_secure_generator_and_is_stated"),
+    (13, "the latent scale from private latents", "train.py",
+     (("    return torch.cat(latents).contiguous()", "    return torch.cat(latents).contiguous() / torch.cat(latents).std()"),),
+     f"{PIT}::test_the_latent_of_a_picture_depends_on_no_other_picture"),
+    (13, "the autoencoder sees private pictures", "train.py",
+     (("else train_autoencoder(s, public.images, stop)", "else train_autoencoder(s, private.images, stop)"),),
+     f"{PIT}::test_public_stages_see_public_pictures_only"),
+    (14, "losses and gradient norms beside the model", "train.py",
+     (('s.out / "internal" / "log.jsonl")', 's.out / "log.jsonl")'),),
+     f"{PIT}::test_the_private_stage_writes_into_internal_only"),
+    (15, "the average with the best private loss is released", "train.py",
+     (("update_ema(average, engine.parameters, s.ema, done)\n",
+       "update_ema(average, engine.parameters, s.ema, done); new = engine.last['loss'], [a.clone() for a in average]; "
+       "best = new if not done or new[0] < best[0] else best\n"),
+      ("    torch._foreach_copy_([p.data for p in engine.parameters], average)\n",
+       "    torch._foreach_copy_([p.data for p in engine.parameters], best[1])\n")),
+     f"{PIT}::test_the_last_average_is_released_and_nothing_is_chosen"),
+    (16, "labels follow a histogram", "sample.py",
+     (("return torch.arange(n) % num_classes", "return (torch.arange(n) // 2) % num_classes"),),
+     f"{PIT}::test_labels_are_drawn_uniformly_and_not_from_the_private_histogram"),
+    (17, "the average moves with every micro-batch", "train.py",
+     (("                engine.accumulate(loss_fn, *drawn)\n",
+       "                engine.accumulate(loss_fn, *drawn)\n            update_ema(average, engine.parameters, s.ema, done)\n"),),
+     f"{PIT}::test_the_average_holds_tuned_parameters_only_and_moves_once_per_step"),
+    (18, "resuming without the ledger", "train.py",
+     (('if state["done"] > spent:', "if False:"),), f"{TUNE}::test_resume_refuses_what_would_change_the_guarantee"),
+    (18, "resuming goes by the checkpoint, not by the ledger", "train.py",
+     (('tqdm(range(len(rows), plan["steps"])', 'tqdm(range(done, plan["steps"])'),),
+     f"{TUNE}::test_a_step_lost_in_a_crash_stays_spent"),
+    (20, "a delta above 1/n", "train.py",
+     (("if s.delta >= 1 / n:", "if False:"),), f"{PIT}::test_the_statement_carries_what_a_guarantee_needs"),
+    (20, "no neighbouring relation", "train.py",
+     (('"adjacency": "add or remove one picture", ', ""),), f"{PIT}::test_the_statement_carries_what_a_guarantee_needs"),
+    (21, "checkpoints are unpickled", "folder.py",
+     (("weights_only=True)\n", "weights_only=False)\n"),), f"{TUNE}::test_a_checkpoint_with_code_is_refused"),
+    (22, "a distance without its resolution", "evaluate.py",
+     (("{d['n'][0]:,} samples against {d['split']}, {d['resize']}; ", "{d['n'][0]:,} samples; "),),
+     f"{PIT}::test_every_distance_is_printed_with_what_it_depends_on"),
+    (23, "a factor of zero instead of a mask", "dp_sgd.py",
+     (("return torch.where(keep, a, 0.0) if a.is_floating_point() else a", "return a * keep if a.is_floating_point() else a"),),
+     f"{ENGINE}::test_one_more_example_moves_the_sum_by_at_most_the_sensitivity"),
+    (24, "no epsilon for several pictures of a person", "train.py",
+     (("accountant.group_epsilon(20, *spent, s.delta) if rows else 0.0", "epsilon"),),
+     f"{PIT}::test_the_statement_carries_what_a_guarantee_needs"),
+    (25, "several runs: the largest instead of the sum", "accountant.py",
+     (("            total.update(dict(groups))\n", "            total = dict(groups)\n"),),
+     "tests/test_accountant.py::test_command_line_runs"),
+    (25, "nothing said of other runs", "train.py",
+     (('            "other runs on the same private pictures: their epsilons add up", "internal/ (losses, gradient norms)",\n',
+       '            "internal/ (losses, gradient norms)",\n'),),
+     f"{PIT}::test_the_statement_carries_what_a_guarantee_needs"),
+    # Row 0: not of the table; the audit's theorem and the secure generator.
+    (0, "delta left out of the rigorous bound", "audit.py",
+     (("binom.sf(correct - 1, guesses, p) + 2 * m * delta * worst)", "binom.sf(correct - 1, guesses, p))"),),
+     "tests/test_audit.py::test_delta_enters_by_the_worst_distribution_of_free_guesses"),
+    (0, "delta times the guesses, not the canaries", "audit.py",
+     (("+ 2 * m * delta * worst", "+ 2 * guesses * delta * worst"),), "tests/test_audit.py::test_the_papers_examples"),
+    (0, "a bound at 50 % confidence", "audit.py",
+     (("CONFIDENCE = 0.95", "CONFIDENCE = 0.5"),),
+     "tests/test_audit.py::test_the_rigorous_bound_exceeds_randomised_response_in_at_most_five_percent"),
+    (0, "the coins given away to the attacker", "audit.py",
+     (('scores["sum"] += weight * y', 'scores["sum"] += weight * (y + torch.from_numpy(member) * 9)'),),
+     "tests/test_audit.py::test_the_rigorous_bound_exceeds_the_claim_in_at_most_five_percent_of_audits"),
+    (0, "normals from two pairs instead of four", "dp_sgd.py",
+     (("u = self.uniforms(8 * half).numpy().reshape(2, 4, half)", "u = self.uniforms(4 * half).numpy().reshape(2, 2, half)"),
+      ("(radius * np.sin(angle)).sum(0)]) / 2  # (2, half)", "(radius * np.sin(angle)).sum(0)]) / 2 ** 0.5")),
+     "tests/test_secure_noise.py::test_every_normal_takes_four_pairs_and_none_is_wasted"),
+    (0, "secure noise rounded before it is added", "dp_sgd.py",
+     (("((s.double() + std * generator.normals(s.shape).to(s.device)).to(s.dtype) for s in sums)",
+       "(s + (std * generator.normals(s.shape).to(s.device)).to(s.dtype) for s in sums)"),),
+     "tests/test_secure_noise.py::test_noise_is_added_in_double_and_rounded_once"),
+    (0, "secure noise with half the deviation", "dp_sgd.py",
+     (("(radius * np.sin(angle)).sum(0)]) / 2  # (2, half)", "(radius * np.sin(angle)).sum(0)]) / 4"),),
+     "tests/test_secure_noise.py::test_normals_are_normal_and_independent"),
+    (0, "secure mode draws batches from an ordinary generator", "dp_sgd.py",
+     (("        coins = generator.uniforms(n)\n", "        coins = torch.rand(n, dtype=torch.float64)\n"),),
+     "tests/test_secure_noise.py::test_the_engine_and_the_sampler_draw_from_it_alone"),
+)]
+
+
+def passes(folder, *tests):
+    """Do the tests pass in that copy? RuntimeError if one cannot be collected: that would look red, and be no test.
+
+    In a fork of this process, which has imported torch and nothing of the project: saves most of the time.
+    """
+    log = folder / "mutations.log"
+    if (child := os.fork()) == 0:
+        code = 3
+        try:
+            os.chdir(folder)
+            sys.path[:] = [str(folder), *(p for p in sys.path if Path(p).resolve() != ROOT)]
+            sys.dont_write_bytecode = True  # a stale .pyc would hide a mistake of the same length in the same second
+            for stream in (1, 2):
+                os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+            code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests])
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code not in (0, 1):
+        raise RuntimeError(f"{' '.join(tests)} could not be run (code {code}):\n{log.read_text()[-1000:]}")
+    return code == 0
+
+
+def changed(mutation, text):
+    """The file's text with the mistake; ValueError where a line is not there exactly once."""
+    for old, new in mutation.changes:
+        if (found := text.count(old)) != 1:
+            raise ValueError(f"row {mutation.row} ({mutation.mistake}): {found} times in {mutation.file}: {old.strip()!r}")
+        text = text.replace(old, new)
+    return text
+
+
+def copy(folder):
+    ignore = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache")
+    return Path(shutil.copytree(ROOT, folder, ignore=ignore))
+
+
+def red(mutation, folder):
+    """Does the named test fail under the mistake? The copy is as before afterwards."""
+    path = folder / mutation.file
+    text = path.read_text()
+    path.write_text(changed(mutation, text))
+    try:
+        return not passes(folder, mutation.test)
+    finally:
+        path.write_text(text)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Put each pitfall back and see its test go red.")
+    parser.add_argument("rows", nargs="*", type=int, help="rows of the table [all]")
+    chosen = parser.parse_args(argv).rows
+    mutations = [m for m in MUTATIONS if not chosen or m.row in chosen]
+    for m in mutations:  # a line that has moved: say so before minutes are spent
+        changed(m, (ROOT / m.file).read_text())
+    bad = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = copy(Path(temporary) / "copy")
+        tests = list(dict.fromkeys(m.test for m in mutations))
+        all_green = passes(folder, *tests)  # in one go; one by one only to find the culprit
+        green = {test: all_green or passes(folder, test) for test in tests}
+        print(f"{'row':>3}  {'without':7}  {'with':6} {'s':>5}  mistake -> test")
+        for m in mutations:
+            start = time.monotonic()
+            failed = red(m, folder)
+            good = green[m.test] and failed
+            bad += not good
+            print(f"{m.row:3}  {'green' if green[m.test] else 'RED !!':7}  {'red' if failed else 'GREEN!!':6} "
+                  f"{time.monotonic() - start:5.1f}  {m.mistake} -> {m.test}", flush=True)
+    print(f"{len(mutations) - bad} of {len(mutations)} mistakes are seen by their tests")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,492 @@
+"""Colour sets: CelebA's layout, own folders and arrays, their errors in one line; all stages on tiny colour pictures."""
+
+import json
+import os
+import runpy
+import shutil
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import evaluate
+import folder
+import photos
+import sample
+import train
+import unet
+import vae
+
+ATTRIBUTES = ["Male", "Wearing_Hat", "Zebra"]  # not CelebA's forty
+N = 60
+
+
+@pytest.fixture(autouse=True)
+def no_data_root(monkeypatch, tmp_path):
+    monkeypatch.setenv("DPLDM_DATA", str(tmp_path / "nothing"))
+
+
+def write_celeba(root, name="celeba", n=N):
+    """A folder in CelebA's layout: 22 x 28 pixels, JPEG; red grows with the picture's number, green marks the first
+    attribute, the top and bottom borders, outside the central square, are blue. Returns the base folder.
+    """
+    base = root / name
+    (base / "img_align_celeba").mkdir(parents=True)
+    rows, parts = [], []
+    for i in range(n):
+        pixels = np.zeros((28, 22, 3), np.uint8)
+        pixels[3:25, :, 0], pixels[3:25, :, 1] = 4 * i, 200 * (i % 2)
+        pixels[:3, :, 2] = pixels[25:, :, 2] = 255
+        Image.fromarray(pixels).save(base / "img_align_celeba" / f"{i + 1:06d}.jpg", quality=95, subsampling=0)
+        rows.append(f"{i + 1:06d}.jpg " + " ".join(f"{2 * bit - 1:2d}" for bit in (i % 2, i % 3 == 0, i == 7)))
+        parts.append(f"{i + 1:06d}.jpg {0 if i < 40 else 1 if i < 50 else 2}")
+    (base / "list_attr_celeba.txt").write_text("\n".join([str(n), " ".join(ATTRIBUTES), *rows]) + "\n")
+    (base / "list_eval_partition.txt").write_text("\n".join(parts) + "\n")
+    return base
+
+
+def one_line(caught, *words):
+    message = str(caught.value)
+    assert "\n" not in message and all(str(word) in message for word in words), message
+
+
+# ---- CelebA's layout
+
+
+def test_partition_attributes_and_labels(tmp_path):
+    write_celeba(tmp_path)
+    train_set, test_set = (data.load("celeba", split, tmp_path, 16) for split in ("train", "test"))
+    assert len(train_set) == 40 and len(test_set) == 20  # partition 0; 1 and 2
+    assert train_set.images.shape == (40, 3, 16, 16) and train_set.images.dtype == torch.uint8 and train_set.side == 16
+    assert list(train_set.attributes) == ATTRIBUTES and train_set.attributes["Zebra"].nonzero().flatten().tolist() == [7]
+    assert train_set.labels.tolist() == [0, 1] * 20 and train_set.classes == ["female", "male"]
+    assert torch.equal(test_set.attributes["Wearing_Hat"], torch.arange(40, 60) % 3 == 0)
+    for whole, first in ((train_set, 0), (test_set, 40)):  # pictures, in order, belong to their rows
+        red, green = whole.images[:, 0].float().mean((1, 2)), whole.images[:, 1].float().mean((1, 2))
+        assert (red - 4 * torch.arange(first, first + len(whole))).abs().max() < 4
+        assert torch.equal(green > 100, whole.labels == 1)
+    other = data.load("celeba", "train", tmp_path, 16, label_attribute="Wearing_Hat")
+    assert other.classes == ["not wearing hat", "wearing hat"]
+    assert torch.equal(other.labels.bool(), other.attributes["Wearing_Hat"])
+
+
+def test_the_central_square_is_resized_with_antialiasing(tmp_path):
+    write_celeba(tmp_path)
+    assert data.load("celeba", root=tmp_path, size=22, n=1).images[0, 2].float().mean() < 6  # the blue borders are cut off
+    stripes = np.zeros((218, 178, 3), np.uint8)
+    stripes[:, ::2] = 255
+    stripes[:20] = stripes[198:] = (255, 0, 0)
+    Image.fromarray(stripes).save(tmp_path / "stripes.png")
+    for size in (32, 64):
+        x = photos.decode([tmp_path / "stripes.png"], size).float()
+        assert x.shape == (1, 3, size, size)
+        assert (x - 127.5).abs().mean() < 10  # grey: without antialiasing stripes would come back, 64 and more from grey
+    grey = photos.decode([tmp_path / "stripes.png"], 32, channels=1)
+    assert grey.shape == (1, 1, 32, 32)
+
+
+def test_a_subset_keeps_everything_together_and_dry_reading_decodes_nothing(tmp_path):
+    base = write_celeba(tmp_path)
+    whole, part = data.load("celeba", root=tmp_path, size=16), data.load("celeba", root=tmp_path, size=16, n=11, seed=3)
+    where = {picture.numpy().tobytes(): i for i, picture in enumerate(whole.images)}
+    rows = torch.tensor([where[picture.numpy().tobytes()] for picture in part.images])
+    assert len(rows.unique()) == 11 and torch.equal(part.labels, rows % 2)
+    assert torch.equal(part.attributes["Wearing_Hat"], rows % 3 == 0)
+    shutil.rmtree(base / "img_align_celeba")
+    listed = data.load("celeba", root=tmp_path, size=64, decode=False)
+    assert listed.images.shape == (40, 3, 64, 64) and listed.images.is_meta and len(listed) == 40
+
+
+def test_where_the_folder_is_looked_for(tmp_path):
+    base = write_celeba(tmp_path, "faces")
+    assert data.load("faces", root=tmp_path, size=16).name == "faces"
+    assert len(data.load("faces", root=base, size=16)) == len(data.load("celeba", root=base, size=16)) == 40
+    with pytest.raises(data.DataError) as caught:  # other faces are never called CelebA
+        data.load("celeba", root=tmp_path, size=16)
+    one_line(caught, "celeba/list_attr_celeba.txt", "download failed", "--data-root")
+
+
+def break_celeba(kind, base):
+    """One fault; returns the words that the error must hold."""
+    attributes, partition = base / "list_attr_celeba.txt", base / "list_eval_partition.txt"
+    picture = base / "img_align_celeba" / "000005.jpg"
+    rows = attributes.read_text().splitlines()
+    if kind == "truncated picture":
+        picture.write_bytes(picture.read_bytes()[:400])
+    elif kind == "no picture":
+        picture.write_bytes(b"<html>")
+    elif kind == "empty picture":
+        picture.write_bytes(b"")
+    elif kind == "missing picture":
+        picture.unlink()
+    elif kind == "missing row":
+        attributes.write_text("\n".join([str(N - 1), *rows[1:6], *rows[7:]]))
+    elif kind == "count":
+        attributes.write_text("\n".join(rows[:-1]))
+    elif kind == "value":
+        attributes.write_text("\n".join([*rows[:6], "000005.jpg 1 0 1", *rows[7:]]))
+    elif kind == "columns":
+        attributes.write_text("\n".join([*rows[:6], "000005.jpg 1 1", *rows[7:]]))
+    elif kind == "empty attributes":
+        attributes.write_text("")
+    elif kind == "bytes":
+        attributes.write_bytes(b"\xff\xfe\x00")
+    elif kind == "short partition":
+        partition.write_text("\n".join(partition.read_text().splitlines()[:-1]))
+        return partition, "no row for 000060.jpg"
+    elif kind == "wrong partition":
+        partition.write_text(partition.read_text().replace("000005.jpg 0", "000005.jpg 3"))
+    elif kind == "no partition":
+        partition.unlink()
+    elif kind == "double":
+        partition.write_text(partition.read_text() + "000005.jpg 0\n")
+    elif kind == "all train":
+        partition.write_text("".join(f"{i + 1:06d}.jpg 1\n" for i in range(N)))
+    if "picture" in kind:
+        return (picture,)
+    return (partition,) if kind in ("wrong partition", "no partition", "double", "all train") else (attributes,)
+
+
+@pytest.mark.parametrize("kind", ["truncated picture", "no picture", "empty picture", "missing picture", "missing row", "count",
+                                  "value", "columns", "empty attributes", "bytes", "short partition", "wrong partition",
+                                  "no partition", "double", "all train"])
+def test_damage_is_one_line_that_names_the_file(tmp_path, kind):
+    words = break_celeba(kind, write_celeba(tmp_path))
+    with pytest.raises(ValueError) as caught:
+        data.load("celeba", root=tmp_path, size=16)
+    one_line(caught, *words)
+
+
+def test_an_unknown_attribute_lists_those_there_are(tmp_path):
+    write_celeba(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        data.load("celeba", root=tmp_path, label_attribute="Smiling")
+    one_line(caught, "--label-attribute Smiling", ", ".join(ATTRIBUTES))
+
+
+# ---- the cache
+
+
+def test_the_cache_is_used_and_invalidated(tmp_path, monkeypatch):
+    base, decoded = write_celeba(tmp_path), []
+    monkeypatch.setattr(photos, "CACHE_FROM", 10)
+    square = photos.square
+    monkeypatch.setattr(photos, "square", lambda *args: (decoded.append(1), square(*args))[1])
+
+    def read(**kwargs):
+        decoded.clear()
+        return data.load("celeba", root=tmp_path, **{"size": 16, **kwargs}).images, len(decoded)
+
+    first, count = read()
+    assert count == 40 and len(list((tmp_path / "cache").iterdir())) == 1
+    again, count = read()
+    assert count == 0 and torch.equal(first, again)
+    assert read(size=20)[1] == 40 and read(channels=1)[1] == 40 and read(n=20)[1] == 20 and read(n=9)[1] == 9
+    picture = base / "img_align_celeba" / "000001.jpg"
+    Image.new("RGB", (22, 28), (0, 0, 255)).save(picture)
+    changed, count = read()
+    assert count == 40 and changed[0, 2].min() > 240
+    for file in (tmp_path / "cache").iterdir():
+        file.write_bytes(file.read_bytes()[:100])  # damaged: decoded anew
+    assert torch.equal(read()[0], changed) and read()[1] == 0
+    elsewhere = tmp_path / "elsewhere"
+    assert torch.equal(data.load("celeba", root=tmp_path, size=16, cache=elsewhere).images, changed)
+    assert len(list(elsewhere.iterdir())) == 1
+
+
+def test_a_read_only_data_root_is_left_alone(tmp_path, monkeypatch):
+    base = write_celeba(tmp_path / "root")
+    monkeypatch.setattr(photos, "CACHE_FROM", 10)
+    os.chmod(base.parent, 0o555)
+    try:
+        assert len(data.load("celeba", root=base.parent, size=16)) == 40
+        assert sorted(p.name for p in base.parent.iterdir()) == ["celeba"]
+    finally:
+        os.chmod(base.parent, 0o755)
+    (base.parent / "cache").write_text("a file where the folder should be")
+    assert len(data.load("celeba", root=base.parent, size=16)) == 40
+
+
+# ---- own folders and arrays
+
+
+def write_pictures(base, names, size=(20, 30)):
+    for i, name in enumerate(names):
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, (i, 255 - i, 0)).save(base / name)
+
+
+def test_own_folder_with_classes_and_the_split_of_each_picture_alone(tmp_path):
+    base = tmp_path / "own"
+    names = [f"{kind}/deep/{i}.png" for kind in ("cat", "dog") for i in range(50)]
+    write_pictures(base, names)
+    (base / "cat" / "notes.txt").write_text("no picture")
+    (base / "cat" / "._0.png").write_text("no picture either")
+    train_set, test_set = (data.load(f"folder:{base}", split, size=8) for split in ("train", "test"))
+    assert len(train_set) + len(test_set) == 100 and 2 <= len(test_set) <= 25
+    assert train_set.classes == test_set.classes == ["cat", "dog"] and train_set.images.shape[1:] == (3, 8, 8)
+    order = sorted(names)
+    numbers = [sorted(names.index(order[i]) for i in range(100))]  # red holds the number of the picture
+    red = torch.cat([train_set.images, test_set.images])[:, 0, 4, 4].sort().values
+    assert red.tolist() == numbers[0]  # all pictures, none twice
+    assert torch.equal(train_set.images[:, 0, 4, 4] >= 50, train_set.labels == 1)
+    (base / "cat" / "deep" / "0.png").unlink()  # removing one picture moves no other to the other side
+    left = [data.load(f"folder:{base}", split, size=8).images[:, 0, 4, 4].tolist() for split in ("train", "test")]
+    assert left == [[r for r in x.images[:, 0, 4, 4].tolist() if r != 0] for x in (train_set, test_set)]
+    assert len(data.load("folder:own", root=tmp_path, size=8)) in (len(train_set), len(train_set) - 1)  # below the data root
+
+
+def test_own_flat_folder_with_captions(tmp_path):
+    base = tmp_path / "flat"
+    names = [f"{i}.jpg" for i in range(30)]
+    write_pictures(base, names)
+    assert data.load(f"folder:{base}", size=8).captions is None
+    (base / "captions.txt").write_text("".join(f"{name}\tpicture number {name}\n" for name in reversed(names)))
+    loaded = data.load(f"folder:{base}", size=8)
+    order = [name for name in sorted(names) if not data.held_out(name.encode())]
+    assert loaded.captions == [f"picture number {name}" for name in order] and loaded.classes == ["picture"]
+    part = data.load(f"folder:{base}", size=8, n=5)
+    assert len(part.captions) == 5 and set(part.captions) <= set(loaded.captions)
+    (base / "captions.txt").write_text("".join(f"{name}\tx\n" for name in order[1:]))
+    with pytest.raises(ValueError) as caught:
+        data.load(f"folder:{base}", size=8)
+    one_line(caught, "captions.txt", order[0])
+    (base / "captions.txt").write_text("0.jpg a caption without a tab\n")
+    with pytest.raises(ValueError) as caught:
+        data.load(f"folder:{base}", size=8)
+    one_line(caught, "captions.txt", "TAB")
+
+
+def test_own_folder_refusals(tmp_path):
+    write_pictures(tmp_path / "mixed", ["a/1.png", "2.png"])
+    (tmp_path / "empty").mkdir()
+    for name, word in (("mixed", "2.png"), ("empty", "no picture"), ("absent", "not found")):
+        with pytest.raises(ValueError) as caught:
+            data.load(f"folder:{tmp_path / name}", size=8)
+        one_line(caught, name, word)
+
+
+def write_npz(path, n=50, shape=(8, 8, 3), **arrays):
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (n, *shape), np.uint8)
+    np.savez(path, **{"images": images, "labels": np.arange(n) % 3, "class_names": ["x", "y", "z"], **arrays})
+    return images
+
+
+def test_own_arrays(tmp_path):
+    images = write_npz(tmp_path / "own.npz")
+    train_set, test_set = (data.load(f"npz:{tmp_path / 'own.npz'}", split, size=8) for split in ("train", "test"))
+    assert train_set.classes == ["x", "y", "z"] and len(train_set) + len(test_set) == 50 and len(test_set) > 0
+    numbers = {image.transpose(2, 0, 1).tobytes(): i for i, image in enumerate(images)}
+    found = [[numbers[x.numpy().tobytes()] for x in part.images] for part in (train_set, test_set)]
+    assert sorted(found[0] + found[1]) == list(range(50)) and train_set.labels.tolist() == [i % 3 for i in found[0]]
+    write_npz(tmp_path / "fewer.npz", images=images[1:], labels=np.arange(1, 50) % 3)  # without the first, all else as it was
+    fewer = data.load(f"npz:{tmp_path / 'fewer.npz'}", size=8)
+    assert [numbers[x.numpy().tobytes()] for x in fewer.images] == [i for i in found[0] if i != 0]
+    assert data.load(f"npz:{tmp_path / 'own.npz'}", size=4).images.shape[1:] == (3, 4, 4)
+    np.savez(tmp_path / "bare.npz", images=images[..., 0])
+    bare = data.load(f"npz:{tmp_path / 'bare.npz'}", size=12)
+    assert bare.classes == ["0"] and bare.images.shape[1:] == (1, 12, 12) and bare.side == 8  # grey: padded
+
+
+@pytest.mark.parametrize("kind", ["unequal", "labels", "names", "wide", "scalar", "float labels", "no images"])
+def test_own_arrays_refusals(tmp_path, kind):
+    path = tmp_path / "own.npz"
+    unequal = np.empty(2, dtype=object)
+    unequal[:] = [np.zeros((8, 8, 3), np.uint8), np.zeros((9, 9, 3), np.uint8)]
+    write_npz(path, **{"unequal": {"images": unequal}, "labels": {"labels": np.arange(49)}, "names": {"class_names": ["x", "y"]},
+                       "wide": {"images": np.zeros((50, 8, 9, 3), np.uint8)}, "scalar": {"images": np.uint8(3)},
+                       "float labels": {"labels": np.zeros(50)}, "no images": {}}[kind])
+    if kind == "no images":
+        np.savez(path, labels=np.zeros(3))
+    with pytest.raises(data.DataError) as caught:
+        data.load(f"npz:{path}", size=8)
+    one_line(caught, path, *(["unequal"] if kind == "unequal" else []))
+
+
+def test_public32_and_cifar10(tmp_path, monkeypatch):
+    with pytest.raises(data.DataError) as caught:
+        data.load("public32", root=tmp_path)
+    one_line(caught, "public32.npz")
+    images = write_npz(tmp_path / "public32.npz", shape=(32, 32, 3))
+    loaded = data.load("public32", root=tmp_path)
+    assert np.array_equal(loaded.images.permute(0, 2, 3, 1).numpy(), images) and loaded.classes == ["x", "y", "z"]
+
+    class Offline:
+        def __init__(self, *args, **kwargs):
+            raise RuntimeError("no network")
+
+    class Disk:
+        classes = list("abcdefghij")
+
+        def __init__(self, root, train, download):
+            self.data, self.targets = images[:20] if train else images[:10], [i % 10 for i in range(20 if train else 10)]
+
+    monkeypatch.setattr(data.torchvision.datasets, "CIFAR10", Offline)
+    with pytest.raises(data.DataError) as caught:
+        data.load("cifar10", root=tmp_path)
+    one_line(caught, "cifar-10-batches-py", "download failed")
+    monkeypatch.setattr(data.torchvision.datasets, "CIFAR10", Disk)
+    assert data.load("cifar10", root=tmp_path).images.shape == (20, 3, 32, 32)
+    assert len(data.load("cifar10", "test", tmp_path)) == 10
+
+
+@pytest.mark.parametrize("name", ["folder", "folder:", "npz", "mnist:x", "nonsense:x", ""])
+def test_unknown_names(name):
+    with pytest.raises(ValueError) as caught:
+        data.load(name)
+    one_line(caught, "unknown data set", "folder:PATH")
+
+
+# ---- all stages
+
+TINY = ["--vae-steps", "2", "--vae-batch", "8", "--ldm-steps", "2", "--ldm-batch", "8", "--steps", "2", "--batch-size", "8",
+        "--micro-batch", "8", "--sample-steps", "1", "--delta", "1e-3", "--precision", "float32", "--sigma", "2"]
+SMALL = dict(vae=vae.VAEConfig(3, 3, 4, (1, 1, 1), num_groups=4), unet=unet.UNetConfig(4, 4, 16, (1,), num_groups=4))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """All stages of the preset `faces` on a tiny data root, networks and all."""
+    root = tmp_path_factory.mktemp("data")
+    write_celeba(root, "faces")
+    write_npz(root / "public32.npz", 40, (32, 32, 3))
+    out = tmp_path_factory.mktemp("runs") / "faces"
+    train.main(["--preset", "faces", *TINY, "--data-root", str(root), "--out", str(out)])
+    return out, root
+
+
+def test_faces_preset_end_to_end(run, monkeypatch):
+    out, root = run
+    release = sample.load_release(out)
+    assert release.classes == ["female", "male"] and release.crop == 32
+    assert sample.generate(release, [0, 1, 1], steps=2, progress=False).shape == (3, 3, 32, 32)
+    assert Image.open(out / "release" / "comparison.png").size[0] > 18 * 32
+    for path in (out / "release").iterdir():  # nothing says where the pictures lie
+        assert str(root).encode() not in path.read_bytes(), path
+
+
+def test_faces_are_evaluated(run, monkeypatch, capsys):
+    out, root = run
+    recipe = {"kind": "small-cnn", "epochs": 1, "lr": 2e-3}
+    monkeypatch.setitem(evaluate.PROTOCOLS, "quick", {"n": 20, "steps": 2, "eta": 0.0, "recipes": {"cnn": recipe}})
+    monkeypatch.setattr(evaluate, "FEATURES", recipe)
+    assert evaluate.main([str(out), "--data-root", str(root), "--classifiers", "cnn"]) == 0
+    result = json.loads((out / "internal" / "evaluation.json").read_text())
+    assert result["held_out"] == {"20 held out of faces": 20} and 0 <= result["accuracy"]["cnn"]["20 held out of faces"] <= 1
+    assert result["distance"]["frechet"] > 0 and "public32" in result["distance"]["features"]
+    assert evaluate.main([str(out), "--data-root", str(root), "--memorisation", "--n", "30", "--classifiers", "cnn"]) == 0
+    found = json.loads((out / "internal" / "memorisation.json").read_text())
+    assert found["n"] == 30 and found["of_each"] == 20 and 0 <= found["closer_to_training"] <= 1
+    assert Image.open(out / "internal" / "memorisation.png").size[0] > 11 * 32 and "PRIVATE" in capsys.readouterr().out
+
+
+def test_memorisation_tells_copies_from_fresh_pictures():
+    generator = torch.Generator().manual_seed(0)
+    train_set, held_out, fresh = (torch.randn(400, 10, generator=generator).double() for _ in range(3))
+    copies = evaluate.memorised(train_set[:100] + 1e-3, train_set, held_out)
+    assert copies["closer_to_training"] == 1.0 and copies["distance_to_training_min_1%_median"][2] < 0.01
+    same = evaluate.memorised(fresh, train_set[:200], held_out)
+    assert same["of_each"] == 200 and abs(same["closer_to_training"] - 0.5) < 4 * same["standard_error"]
+    distances, index = evaluate.nearest(fresh[:5], train_set, 3)
+    expected = (fresh[:5, None] - train_set).square().sum(2).sqrt().sort(1)
+    assert torch.allclose(distances, expected.values[:, :3]) and torch.equal(index, expected.indices[:, :3])
+
+
+def test_own_sets_end_to_end_and_evaluated_from_the_run_folder(run, tmp_path, monkeypatch):
+    write_pictures(tmp_path / "public", [f"{c}/{i}.png" for c in "ab" for i in range(15)])
+    write_npz(tmp_path / "private.npz", 60, (32, 32, 3))
+    monkeypatch.setitem(train.PRESETS, "faces", train.PRESETS["faces"] | SMALL)
+    out = tmp_path / "out"
+    train.main(["--preset", "faces", *TINY, "--public", f"folder:{tmp_path / 'public'}", "--out", str(out), "--private",
+                f"npz:{tmp_path / 'private.npz'}", "--data-root", str(tmp_path / "none")])
+    release = sample.load_release(out)
+    assert release.classes == ["x", "y", "z"] and release.data["private"] == "npz" and release.data["public"] == "folder"
+    for path in (p for part in ("release", "public") for p in (out / part).iterdir()):
+        assert str(tmp_path).encode() not in path.read_bytes(), path
+    assert evaluate.sources(release, out) == [f"folder:{tmp_path / 'public'}", f"npz:{tmp_path / 'private.npz'}"]
+    assert len(next(iter(evaluate.held_out_sets(release, private=evaluate.sources(release, out)[1]).values()))) > 0
+    (out / "internal" / "settings.json").unlink()
+    with pytest.raises(ValueError, match="settings.json"):
+        evaluate.sources(release, out)
+
+
+def test_256_pixels_end_to_end(tmp_path, monkeypatch):
+    """All stages at the size of the text preset, tiny networks: f = 8, 32x32x4 latents."""
+    write_celeba(tmp_path, n=60)
+    write_pictures(tmp_path / "public", [f"{i}.png" for i in range(12)])
+    tiny = train.PRESETS["celeba256-text"] | dict(
+        vae=vae.VAEConfig(3, 3, 4, (1, 1, 1, 1), 1, (), 256, 4, 4, 4), schedule=train.diffusion.Schedule("cosine", "v"),
+        unet=replace(unet.PAPER["celeba256-text"], model_channels=16, channel_mult=(1, 1), num_res_blocks=1, num_heads=2,
+                     attention_resolutions=(2,), context_dim=8, num_groups=4))
+    monkeypatch.setitem(train.PRESETS, "celeba256-text", tiny)
+    out = tmp_path / "out"
+    train.main(["--preset", "celeba256-text", *TINY, "--vae-batch", "2", "--data-root", str(tmp_path), "--out", str(out),
+                "--public", f"folder:{tmp_path / 'public'}", "--public-n", "8"])
+    release = sample.load_release(out)
+    assert release.vae.latent_shape == (4, 32, 32) and release.crop == 256
+    assert sample.generate(release, [1], steps=1, progress=False).shape == (1, 3, 256, 256)
+    assert next(iter(evaluate.held_out_sets(release, tmp_path).values())).images.shape == (20, 3, 64, 64)
+
+
+def test_size_makes_the_autoencoder_larger(run):
+    assert train.parse(["--preset", "faces", "--size", "64"]).vae.resolution == 64
+    assert train.parse(["--preset", "celeba64"]).vae.resolution == 64
+    out, root = run
+    with pytest.raises(ValueError, match="--size 64"):
+        train.main(["--preset", "faces", "--init", str(out), "--size", "64", "--data-root", str(root), "--dry-run", "--precision",
+                    "float32"])
+
+
+@pytest.mark.parametrize("preset", ["celeba64", "celeba32", "celeba256-text", "cifar10"])
+def test_dry_run_without_data_says_what_it_assumes(preset, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.accountant, "noise_multiplier", lambda *a: 1.0)  # has tests of its own, and takes its time
+
+    def offline(*args, **kwargs):
+        raise RuntimeError("no network")
+
+    for name in ("CelebA", "CIFAR10"):
+        monkeypatch.setattr(data.torchvision.datasets, name, offline)
+    train.main(["--preset", preset, "--dry-run", "--device", "cpu", "--precision", "float32"])
+    out = capsys.readouterr().out
+    n = 50_000 if preset == "cifar10" else 162_770
+    assert "ASSUMED" in out and f"n {n}," in out and "memory, GB" in out and "not measured" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_without_data_takes_private_n(tmp_path, capsys):
+    train.main(["--preset", "celeba64", "--dry-run", "--private-n", "20000", "--device", "cpu", "--sigma", "1", "--data-root",
+                str(tmp_path), "--precision", "float32"])
+    assert "n 20000," in capsys.readouterr().out
+
+
+REFUSED = [
+    (["--private", "folder"], "unknown data set"), (["--public", "npz"], "unknown data set"),
+    (["--private", "public32"], "public only"),
+    (["--private", "strokes"], "public only"), (["--size", "48"], "--size"), (["--label-attribute", "Smiling"], "Zebra"),
+    (["--private", "folder:/nonexistent/x"], "/nonexistent/x"), (["--private", "mnist10k"], "colour channels"),
+]
+
+
+@pytest.mark.parametrize("flags, message", REFUSED)
+def test_bad_flags_are_refused_before_any_work(run, flags, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "fit", None)
+    with pytest.raises(SystemExit) as left:
+        folder.run_cli(lambda: train.main(["--preset", "faces", "--data-root", str(run[1]), *TINY, *flags]))
+    error = capsys.readouterr().err.strip().splitlines()
+    assert left.value.code == 2 and message in error[-1] and error[-1].startswith("error: ")
+
+
+def test_a_set_is_looked_at_from_the_shell(tmp_path, monkeypatch, capsys):
+    write_pictures(tmp_path / "own", [f"{i}.png" for i in range(20)])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["data.py", "folder:own"])
+    runpy.run_path(data.__file__, run_name="__main__")
+    assert ", 3, 32, 32)" in (out := capsys.readouterr().out) and "['picture']" in out
+    assert (tmp_path / "folder.png").stat().st_size > 100

@@ -1,0 +1,231 @@
+"""Pitfalls that no other file tests, on the private stage alone, and the README's table (`pytest tests/test_pitfalls.py`).
+
+`python -m tests.mutations` puts the mistakes back one at a time and demands that the test named in the table goes red.
+"""
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import accountant
+import data
+import dp_sgd
+import evaluate
+import folder
+import sample
+import train
+import unet
+import vae
+
+ROOT = Path(__file__).parent.parent
+N = 60  # private examples
+TO_COME = {"tests/test_processes.py"}  # test files that the table may name before they are there
+
+
+def tiny_model():
+    torch.manual_seed(0)
+    config = unet.UNetConfig(4, 4, 32, channel_mult=(1,), context_dim=8, num_groups=8)
+    return unet.LatentModel(unet.UNet(config), unet.ClassEmbedder(10, 8, True))
+
+
+def private_stage(out, *flags, model=None, latents=None):
+    """Stage 3 alone on random latents, four steps of about six examples -> settings, plan, model, ledger rows.
+
+    Only the embedder is tuned: nothing here depends on how much is, and it is quick.
+    """
+    s = train.parse(["--preset", "smoke", "--out", str(out), "--batch-size", "6", "--micro-batch", "2", "--accountant",
+                     "rdp", "--tune", "embedder", *flags])
+    s.bf16 = False
+    (out / "internal").mkdir(parents=True)
+    model = tiny_model() if model is None else model
+    unet.select_trainable(model, s.tune, s.from_block)
+    latents = torch.randn(N, 1, 4, 4, 4, generator=torch.Generator().manual_seed(1)) if latents is None else latents
+    plan = train.privacy_plan(s, N)
+    rows = train.tune_privately(s, model, latents, torch.arange(N) % 10, plan, SimpleNamespace(asked=False))
+    return s, plan, model, rows
+
+
+def tuned(model):
+    return [p.detach().clone() for p in model.parameters() if p.requires_grad]
+
+
+def test_empty_batches_are_steps_of_noise_and_count(tmp_path, monkeypatch):  # 3
+    monkeypatch.setattr(dp_sgd, "poisson_sample", lambda n, q, generator=None: torch.empty(0, dtype=torch.int64))
+    model = tiny_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    _, plan, model, rows = private_stage(tmp_path, model=model)
+    assert len(rows) == plan["steps"] == 4
+    for name, p in model.named_parameters():
+        assert (p != before[name]).all() == p.requires_grad, name
+    log = [json.loads(line) for line in (tmp_path / "internal" / "log.jsonl").read_text().splitlines()]
+    assert [row["examples"] for row in log] == [0] * 4
+
+
+def test_noise_is_added_once_whatever_the_number_of_micro_batches():  # 4
+    model = torch.nn.Linear(100, 200, bias=False)
+    for parts in (1, 20):
+        engine = dp_sgd.DPSGD(model, 1.0, 3.0, 1.0, generator=torch.Generator().manual_seed(0))
+        before = model.weight.detach().clone()
+        for _ in range(parts):
+            engine.accumulate(lambda m, x: 0 * m(x).sum(1), torch.ones(2, 100))
+        engine.step(torch.optim.SGD(model.parameters(), lr=1.0))
+        assert float((model.weight.detach() - before).std()) == pytest.approx(3.0, rel=0.03)
+
+
+def test_the_ledger_has_one_row_per_step_with_the_rate_that_drew_the_batch(tmp_path, monkeypatch):  # 5
+    drawn, honest = [], dp_sgd.poisson_sample
+    monkeypatch.setattr(dp_sgd, "poisson_sample", lambda n, q, g=None: drawn.append((n, q)) or honest(n, q, g))
+    s, plan, _, _ = private_stage(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "internal" / "ledger.jsonl").read_text().splitlines()]
+    assert len(rows) == s.steps == 4 and drawn == [(N, 6 / N)] * 4  # about three micro-batches each
+    assert all(row["q"] == 6 / N and row["sigma"] == plan["sigma"] for row in rows)
+    assert 9.9 < accountant.epsilon_of_ledger(rows, s.delta, s.accountant) <= 10
+
+
+def test_two_private_runs_never_share_noise_or_batches(tmp_path, monkeypatch):  # 12
+    sizes, honest = [], dp_sgd.poisson_sample
+    monkeypatch.setattr(dp_sgd, "poisson_sample", lambda *args: sizes.append(honest(*args).tolist()) or torch.tensor(sizes[-1]))
+    first, second = (tuned(private_stage(tmp_path / name)[2]) for name in "ab")
+    assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True)) and sizes[:4] != sizes[4:]
+    third, fourth = (tuned(private_stage(tmp_path / name, "--insecure-seed", "1")[2]) for name in "cd")
+    assert all(torch.equal(a, b) for a, b in zip(third, fourth, strict=True))  # the test can tell
+
+
+def test_secure_noise_comes_from_the_secure_generator_and_is_stated(tmp_path, monkeypatch):  # 12
+    seen = []
+    for name in ("poisson_sample", "privatise"):
+        honest = getattr(dp_sgd, name)
+        monkeypatch.setattr(dp_sgd, name, lambda *args, honest=honest: seen.append(args[-1]) or honest(*args))
+    for flags, secure in ((["--secure-noise"], True), ([], False)):
+        seen.clear()
+        s, plan, _, rows = private_stage(tmp_path / str(secure), *flags)
+        assert len(seen) == 8 and all(isinstance(g, dp_sgd.SecureGenerator) == secure for g in seen)
+        privacy = train.privacy_statement(s, plan, rows, 1)
+        assert ("CSPRNG" in privacy["noise"]) == privacy["secure_noise"] == secure
+        assert any("floating-point" in text for text in privacy["does_not_cover"]) != secure
+    with pytest.raises(ValueError, match="exclude each other"):
+        train.parse(["--secure-noise", "--insecure-seed", "1"])
+
+
+def test_public_stages_see_public_pictures_only(tmp_path, monkeypatch):  # 13
+    class Enough(Exception):
+        pass
+
+    sets = {name: data.ImageSet(name, torch.full((1000, 1, 32, 32), grey, dtype=torch.uint8),
+                                torch.zeros(1000, dtype=torch.int64), data.DIGITS)
+            for name, grey in (("strokes", 50), ("mnist10k", 200))}
+
+    def first_stage(s, images, stop):
+        assert images is sets["strokes"].images
+        raise Enough
+
+    monkeypatch.setattr(data, "load", lambda name, *args, **kwargs: sets[name])
+    monkeypatch.setattr(train, "train_autoencoder", first_stage)
+    with pytest.raises(Enough):
+        train.main(["--preset", "smoke", "--out", str(tmp_path), "--precision", "float32"])
+
+
+def test_the_latent_of_a_picture_depends_on_no_other_picture():  # 13
+    torch.manual_seed(0)
+    autoencoder = vae.AutoencoderKL(vae.VAEConfig(ch=8, ch_mult=(1, 1), num_groups=4)).eval()
+    s = SimpleNamespace(device="cpu", flips=False)
+    images = torch.randint(256, (4, 1, 32, 32), dtype=torch.uint8)
+    all_together, alone = train.encode(s, autoencoder, images, 2.0), train.encode(s, autoencoder, images[:1], 2.0)
+    assert torch.allclose(all_together[:1], alone, atol=1e-5)
+    with torch.no_grad():
+        expected = 2.0 * autoencoder.encode(data.to_float(images[:1])).mean
+    assert torch.allclose(alone[:, 0], expected, atol=1e-5)
+
+
+def test_the_private_stage_writes_into_internal_only(tmp_path):  # 14
+    private_stage(tmp_path)
+    written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert written == {f"internal/{name}" for name in ("ledger.jsonl", "log.jsonl", "state.pt")}
+
+
+def test_the_last_average_is_released_and_nothing_is_chosen(tmp_path, monkeypatch):  # 15
+    losses = iter([0.1, 5.0, 5.0, 5.0])
+    honest = dp_sgd.summary
+    monkeypatch.setattr(dp_sgd, "summary", lambda figures: honest(figures) | {"loss": next(losses)})
+    monkeypatch.setattr(train, "fastest_micro_batch", None)
+    _, _, model, _ = private_stage(tmp_path)
+    state = folder.load(tmp_path / "internal" / "state.pt")
+    assert state["done"] == 4
+    assert all(torch.equal(p, a) for p, a in zip(tuned(model), state["average"], strict=True))
+    assert not any(torch.equal(p, a) for p, a in zip(state["tuned"].values(), state["average"], strict=True))
+
+
+def test_labels_are_drawn_uniformly_and_not_from_the_private_histogram():  # 16
+    assert sample.uniform_labels(1000, 10).bincount().tolist() == [100] * 10
+    assert sample.uniform_labels(13, 10).bincount(minlength=10).max() == 2
+
+
+def test_the_average_holds_tuned_parameters_only_and_moves_once_per_step(tmp_path, monkeypatch):  # 17
+    calls, honest = [], train.update_ema
+    monkeypatch.setattr(train, "update_ema", lambda average, *rest: calls.append(len(average)) or honest(average, *rest))
+    _, _, model, _ = private_stage(tmp_path)
+    assert calls == [len(tuned(model))] * 4 and calls[0] < len(list(model.parameters()))
+
+
+def test_the_statement_carries_what_a_guarantee_needs(tmp_path):  # 20, 24, 25
+    s = train.parse(["--preset", "smoke", "--out", str(tmp_path), "--epsilon", "2"])
+    with pytest.raises(ValueError, match="below 1/n"):
+        train.privacy_plan(s, 100_000)
+    plan = train.privacy_plan(s, 1000)
+    rows = [{"q": plan["q"], "sigma": plan["sigma"]}] * 4
+    privacy = train.privacy_statement(s, plan, rows, 7)
+    assert "(2, 1e-05)" in privacy["statement"] and privacy["delta"] == 1e-5 < 1 / privacy["n"]
+    assert privacy["adjacency"] == "add or remove one picture" and privacy["sampling"] == "Poisson"
+    assert privacy["unit"] == "one picture" and "one picture" in privacy["statement"]
+    group = privacy["epsilon_for_20_pictures_of_one_person"]
+    assert group == accountant.group_epsilon(20, plan["q"], plan["sigma"], 4, 1e-5) > 5 * privacy["epsilon"]
+    assert any("other runs" in text and "add up" in text for text in privacy["does_not_cover"])
+
+
+def test_every_checkpoint_is_read_without_running_code():  # 21
+    reads = [(path.name, line) for path in ROOT.rglob("*.py") if ".venv" not in path.parts and path.parent.name != "tests"
+             for line in path.read_text().splitlines() if re.search(r"torch\.load\(|pickle\.load|allow_pickle=True", line)]
+    assert reads and all("weights_only=True" in line for _, line in reads), reads
+
+
+def test_every_distance_is_printed_with_what_it_depends_on():  # 22
+    result = {"protocol": "quick", "n": 4321, "sampler": "DDIM, 30 steps, eta 0, guidance 1, seed 0",
+              "held_out": {"2,000 of x": 2000}, "accuracy": {"cnn": {"2,000 of x": 0.5}},
+              "recipes": {"cnn": {"kind": "small-cnn", "epochs": 12}}, "seconds": {},
+              "distance": {"features": "CNN trained on strokes", "split": "2,000 of x", "resize": "28 pixels, not resized",
+                           "frechet": 1.5, "n": [4321, 2000], "halves": 0.5, "halves_n": 1000, "precision": 0.5, "recall": 0.5,
+                           "k": 3, "manifold_n": [2000, 2000]}}
+    text = evaluate.table(result)
+    for part in ("4,321 samples", "DDIM, 30 steps, eta 0, guidance 1, seed 0", "CNN trained on strokes", "2,000 of x",
+                 "28 pixels, not resized", "quick"):
+        assert part in text, part
+    assert "FID" not in text
+
+
+# ------------------------------------------------------------------------------------------------- the table of the README
+
+
+def table():
+    """Rows (number, mistake, our line, test) of the section Pitfalls."""
+    section = (ROOT / "README.md").read_text().split("\n## Pitfalls\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if re.match(r"\| \d+ \|", line)]
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+
+
+def test_the_readme_has_all_25_pitfalls_and_every_function_and_test_it_names_exists():
+    rows = table()
+    assert [int(row[0]) for row in rows] == list(range(1, 26)) and all(len(row) == 4 for row in rows)
+    for number, _, line, tests in rows:
+        named = re.findall(r"`([a-z_/]+\.py)::(\w+)`", tests)
+        assert named, f"row {number} names no test"
+        for file, name in named:
+            if file in TO_COME and not (ROOT / file).exists():
+                continue
+            assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.M), f"row {number}: {file} has no {name}"
+        for file, names in re.findall(r"`(\w+\.py): ([^`]+)`", line):
+            for name in names.split(", "):
+                found = re.search(rf"(def|class) {name}\b", (ROOT / file).read_text())
+                assert found, f"row {number}: {file} has no {name}"
