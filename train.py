@@ -178,19 +178,34 @@ def parse(argv):
         adopt_settings(s, given)
     if s.condition == "none":  # cross-attention then asks the pixels themselves
         s.unet, s.cond_drop = replace(s.unet, context_dim=None), 0.0
-    check(s)
+    try:
+        check(s)
+    except TypeError as error:  # of a resumed run: the flags have their types
+        raise ValueError(f"{s.out / 'internal' / 'settings.json'} is damaged ({error})") from None
     return s
 
 
 def adopt_settings(s, given):
     """A resumed run goes on with its own settings; a flag that contradicts them is refused by name."""
-    for key, value in folder.read_json(s.out / "internal" / "settings.json").items():
+    path = s.out / "internal" / "settings.json"
+    for key, value in folder.read_json(path).items():
         if key in given and key not in FREE and plain(given[key]) != value:
             raise ValueError(f"--resume: this run began with {key} = {value}, not {given[key]}; leave the flag out, or start "
                              "a new run with another --out")
         if key not in FREE:
-            old = getattr(s, key, None)
-            setattr(s, key, type(old)(**value) if is_dataclass(old) else value)
+            with folder.understanding(path, "file"):
+                setattr(s, key, restored({"seed": 0, **DIGITS}.get(key), value))
+
+
+def restored(default, value):
+    """A setting as JSON gave it back -> of its default's type (None: none or any). TypeError, ValueError if it cannot be."""
+    if is_dataclass(default):
+        return type(default)(**value)
+    if isinstance(default, float):
+        return float(value)  # also "inf"
+    if value is not None and default is not None and type(value) is not type(default) or isinstance(value, (dict, list)):
+        raise ValueError(f"{value!r:.40} where {default!r} might be")
+    return value
 
 
 def check(s):
@@ -351,16 +366,17 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=Non
     first = 0
     if state_path.exists():
         state = folder.load(state_path)
-        model.load_state_dict(state["model"])
-        torch._foreach_copy_(average, [a.to(s.device) for a in state["average"]])
-        optimizer.load_state_dict(state["optimizer"])
-        if also is not None:
-            also.load_state_dict(state["also"])
-        first = state["step"]
-        if rank() == 0:
-            generator.set_state(state["generator"])
-        else:  # only rank 0's is stored
-            generator.manual_seed(s.seed + 1 + 1_000_000 * rank() + first)
+        with folder.understanding(state_path):
+            model.load_state_dict(state["model"])
+            torch._foreach_copy_(average, [a.to(s.device) for a in state["average"]])
+            load_optimizer(optimizer, state["optimizer"])
+            if also is not None:
+                also.load_state_dict(state["also"])
+            first = state["step"] + 0
+            if rank() == 0:
+                generator.set_state(state["generator"])
+            else:  # only rank 0's is stored
+                generator.manual_seed(s.seed + 1 + 1_000_000 * rank() + first)
     agreed(None)  # nobody writes before all have read
     saved = time.monotonic()
     for step in (bar := tqdm(range(first, steps), desc=title, unit="step", initial=first, total=steps, disable=rank() > 0)):
@@ -371,8 +387,8 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=Non
         optimizer.zero_grad()
         loss.backward()
         if world() > 1:
-            grads = [p.grad for p in parameters if p.grad is not None]
-            dp_sgd.collective(lambda flat: dist.all_reduce(flat.div_(world())), grads)
+            together = [p.grad for p in parameters if p.grad is not None] + list(() if also is None else also.parameters())
+            dp_sgd.collective(lambda flat: dist.all_reduce(flat.div_(world())), together)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         update_ema(average, parameters, decay, step)
@@ -391,6 +407,25 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=Non
         dp_sgd.broadcast(parameters)  # the same anyway, but for what different machines round
     if rank() == 0:
         state_path.unlink(missing_ok=True)
+
+
+def load_optimizer(optimizer, state):
+    """Optimizer.load_state_dict, which checks no shapes, and these checked."""
+    optimizer.load_state_dict(state)
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        if any(v.shape not in ((), p.shape) for v in optimizer.state[p].values()):
+            raise ValueError("the optimiser's state does not fit the parameters")
+
+
+def load_public(path):
+    """A checkpoint of stage 1 or 2, known to hold a network. ValueError, one line, if missing or damaged."""
+    checkpoint = folder.load(path)
+    with folder.understanding(path):
+        if path.name == "vae.pt":
+            sample.build_vae(checkpoint), float(checkpoint["scale"])
+        else:
+            sample.build_model(checkpoint)
+    return checkpoint
 
 
 def train_autoencoder(s, images, stop):
@@ -770,14 +805,15 @@ def resume(path, engine, average, optimizer, spent):
     if not path.exists():
         return 0
     state = folder.load(path)
-    if state["done"] > spent:
-        raise ValueError(f"the ledger has {spent} rows, the checkpoint {state['done']} steps: rows are missing, so epsilon is "
-                         "unknown; restore internal/ledger.jsonl, or start a new run")
-    with torch.no_grad():
+    with folder.understanding(path), torch.no_grad():
+        done = state["done"] + 0
         torch._foreach_copy_(engine.parameters, [state["tuned"][name].to(engine.parameters[0]) for name in engine.names])
         torch._foreach_copy_(average, [a.to(average[0]) for a in state["average"]])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["done"]
+        load_optimizer(optimizer, state["optimizer"])
+    if not 0 <= done <= spent:
+        raise ValueError(f"the ledger has {spent} rows, the checkpoint {done} steps: rows are missing, so epsilon is unknown; "
+                         "restore internal/ledger.jsonl, or start a new run")
+    return done
 
 
 # -------------------------------------------------------------------------------------------------------- the release
@@ -855,6 +891,67 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, classes, prompts, pr
         first = slice(10 * i, 10 * i + 6)
         rows += [real, gap.expand(5 - len(real), -1, -1, -1), before[first], gap, after[first]]
     data.save_grid(torch.cat(rows), s.out / "release" / "comparison.png", 18)
+    with folder.replacing(s.out / "release" / "MODEL_CARD.md") as file:
+        file.write(model_card(privacy, classes, s.out.name).encode())
+
+
+def model_card(privacy, classes, name):
+    """release/MODEL_CARD.md: what the release is and promises, in plain words; every number is one of privacy.json's."""
+    def at_most(rate):
+        return f"{math.ceil(1e4 * float(rate)) / 100:g} %"  # rounded up: nothing is understated
+
+    p, rates = privacy, privacy["attacker_true_positive_rates"]
+    table = "\n".join(f"| {float(fpr):.1%} | {at_most(rate)} |" for fpr, rate in rates.items())
+    limits = "\n".join(f"- {item}" for item in p["does_not_cover"])
+    tuned = f"""Then {p["trained_parameters"]:,} of their parameters ({p["tune"]}) were
+tuned in {p["steps"]} steps on {p["n"]:,} private pictures (`{p["private_set"]}`) with differential privacy (DP-SGD)."""
+    promise = f"""An attacker who sees this release and knows everything but one picture, and who accepts 1 % false alarms,
+detects that picture's presence in at most {at_most(rates["0.01"])} of the cases. (By guessing: 1 %.)
+
+| false alarms | detected at most |
+|---|---|
+{table}
+
+In figures: epsilon {float(p["epsilon"]):.4g} at delta {p["delta"]:g}; neighbours: {p["adjacency"]}; unit: {p["unit"]}.
+The unit is a picture, not a person: for someone who has 20 of the pictures, epsilon is
+{float(p["epsilon_for_20_pictures_of_one_person"]):.4g}."""
+    if not p["steps"]:
+        tuned, promise = "", "No private picture was read: this is the public model."
+    elif not p["private"]:
+        promise = "Nothing: this model was trained without noise, or with noise that can be repeated. Do not publish it."
+    return f"""# Model card: {name}
+
+![samples](samples.png)
+
+A latent diffusion model that draws pictures of {len(classes)} classes: {", ".join(classes)}. Its networks were trained on the
+public set `{p["public_set"]}`. {tuned}
+The method is that of Liu, Lyu, Vinaroz, Park: Differentially Private Latent Diffusion Models (TMLR 2024). Above: pictures
+drawn by the model. In comparison.png, from left to right: public pictures, drawn before and after the private tuning.
+
+## What is promised
+
+{p["statement"]}.
+
+{promise}
+
+Covered: {p["covers"]}. Not covered:
+
+{limits}
+
+All figures, and how they were found: privacy.json.
+
+## Use
+
+    python sample.py FOLDER --n 100 --out grid.png
+
+with the folder that holds this file. Drawing more pictures costs no privacy. What the model draws shows how the private
+set looks as a whole, its faults and prejudices included.
+
+## Licence and terms
+
+To be filled in by the holder of the private pictures: licence of the weights, terms of use, contact. The terms of the
+public set apply as well.
+"""
 
 
 # ------------------------------------------------------------------------------------------------------------ the run
@@ -943,7 +1040,7 @@ def main(argv=None):
     s.device = own_device(s.device)
     first = second = None
     if s.init and not s.resume:  # networks of an earlier run are taken as they are: their checkpoints say what they are
-        first, second = (folder.load(s.init / "public" / name) for name in ("vae.pt", "ldm.pt"))
+        first, second = (load_public(s.init / "public" / name) for name in ("vae.pt", "ldm.pt"))
         s.vae, s.unet = vae.VAEConfig(**first["config"]), unet.UNetConfig(**second["unet"])
         if (made := sample.condition_kind(second["embedder"])) != s.condition:
             raise ValueError(f"--condition {s.condition}: the model of --init {s.init} was made with --condition {made}; "
@@ -994,9 +1091,9 @@ def main(argv=None):
         folder.write_json({k: plain(v) for k, v in vars(s).items()}, s.out / "internal" / "settings.json")
     agreed(None)  # nobody looks before all is written
     have = {name: (s.out / "public" / name).exists() for name in ("vae.pt", "ldm.pt")}
-    first = folder.load(s.out / "public" / "vae.pt") if have["vae.pt"] else train_autoencoder(s, public.images, stop)
+    first = load_public(s.out / "public" / "vae.pt") if have["vae.pt"] else train_autoencoder(s, public.images, stop)
     autoencoder, scale = sample.build_vae(first), first["scale"]
-    second = folder.load(s.out / "public" / "ldm.pt") if have["ldm.pt"] else train_diffusion(
+    second = load_public(s.out / "public" / "ldm.pt") if have["ldm.pt"] else train_diffusion(
         s, encode(s, autoencoder, shard(public.images), scale), find_conditions(s, own_part(public), embedder), embedder, stop)
     embedder = second["embedder"]
     if s.condition == "class" and embedder["num_classes"] < len(private.classes):
