@@ -616,7 +616,8 @@ def read_run(path):
     ledger, statement, plan = (Path(path, *name) for name in (("internal", "ledger.jsonl"), ("release", "privacy.json"),
                                                               ("internal", "plan.json")))
     try:
-        privacy, planned = (json.loads(file.read_text()) if file.exists() else {} for file in (statement, plan))
+        stated, planned = (json.loads(file.read_bytes()) if file.exists() else {} for file in (statement, plan))
+        privacy = {key: float(stated[key]) for key in ("q", "sigma", "steps", "delta", "epsilon") if key in stated}
         if ledger.exists():
             return _groups(ledger_rows(ledger.read_bytes().decode(errors="replace"), planned)), privacy
         if not privacy:
@@ -625,7 +626,7 @@ def read_run(path):
         return _one(privacy["q"], privacy["sigma"], privacy["steps"]), privacy
     except KeyError as error:
         raise ValueError(f"{path}: privacy.json lacks {error}") from None
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError, OSError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 

@@ -12,11 +12,9 @@ import contextlib
 import fcntl
 import json
 import os
-import pickle
 import signal
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import torch
@@ -56,16 +54,25 @@ def save(value, path):
         torch.save(value, file)
 
 
-def load(path):
-    """torch.load on the CPU without code execution (pitfall 21). Raises ValueError, one line, if missing or damaged."""
+@contextlib.contextmanager
+def understanding(path, kind="checkpoint"):
+    """Reading a file that may be missing, damaged or made to harm: whatever the readers raise -> ValueError, one line."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        yield
     except FileNotFoundError:
         raise ValueError(f"there is no {path}; make it first: python train.py") from None
-    except (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError,
-            pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = (str(error).splitlines() or [""])[0][:100] or type(error).__name__
-        raise ValueError(f"{path} is damaged or not a checkpoint of this program ({reason})") from None
+    except Exception as error:  # unpicklers, unzippers and the networks' constructors raise two dozen types
+        reason = (str(error).splitlines() or [""])[0][:120] or type(error).__name__
+        raise ValueError(f"{path} is damaged or not a {kind} of this program ({reason})") from None
+
+
+def load(path):
+    """A dict by torch.load, on the CPU, without code execution (pitfall 21). ValueError, one line, if missing or damaged."""
+    with understanding(path):
+        value = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(value, dict):
+            raise ValueError(f"holds a {type(value).__name__}")
+        return value
 
 
 def write_json(value, path):
@@ -74,16 +81,12 @@ def write_json(value, path):
 
 
 def read_json(path):
-    """Raises ValueError, one line, if missing or damaged."""
-    try:
-        value = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise ValueError(f"there is no {path}") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged (not a JSON object)")
-    return value
+    """A JSON object as dict. Raises ValueError, one line, if missing or damaged."""
+    with understanding(path, "file"):
+        value = json.loads(Path(path).read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+        return value
 
 
 def append_row(row, path):

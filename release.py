@@ -90,3 +90,64 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, classes, prompts, pr
         first = slice(10 * i, 10 * i + 6)
         rows += [real, gap.expand(5 - len(real), -1, -1, -1), before[first], gap, after[first]]
     data.save_grid(torch.cat(rows), s.out / "release" / "comparison.png", 18)
+    with folder.replacing(s.out / "release" / "MODEL_CARD.md") as file:
+        file.write(model_card(privacy, classes, s.out.name).encode())
+
+
+def model_card(privacy, classes, name):
+    """release/MODEL_CARD.md: what the release is and promises, in plain words; every number is one of privacy.json's."""
+    def at_most(rate):
+        return f"{math.ceil(1e4 * float(rate)) / 100:g} %"  # rounded up: nothing is understated
+
+    p, rates = privacy, privacy["attacker_true_positive_rates"]
+    table = "\n".join(f"| {float(fpr):.1%} | {at_most(rate)} |" for fpr, rate in rates.items())
+    limits = "\n".join(f"- {item}" for item in p["does_not_cover"])
+    tuned = f"""Then {p["trained_parameters"]:,} of their parameters ({p["tune"]}) were
+tuned in {p["steps"]} steps on {p["n"]:,} private pictures (`{p["private_set"]}`) with differential privacy (DP-SGD)."""
+    promise = f"""An attacker who sees this release and knows everything but one picture, and who accepts 1 % false alarms,
+detects that picture's presence in at most {at_most(rates["0.01"])} of the cases. (By guessing: 1 %.)
+
+| false alarms | detected at most |
+|---|---|
+{table}
+
+In figures: epsilon {float(p["epsilon"]):.4g} at delta {p["delta"]:g}; neighbours: {p["adjacency"]}; unit: {p["unit"]}.
+The unit is a picture, not a person: for someone who has 20 of the pictures, epsilon is
+{float(p["epsilon_for_20_pictures_of_one_person"]):.4g}."""
+    if not p["steps"]:
+        tuned, promise = "", "No private picture was read: this is the public model."
+    elif not p["private"]:
+        promise = "Nothing: this model was trained without noise, or with noise that can be repeated. Do not publish it."
+    return f"""# Model card: {name}
+
+![samples](samples.png)
+
+A latent diffusion model that draws pictures of {len(classes)} classes: {", ".join(classes)}. Its networks were trained on the
+public set `{p["public_set"]}`. {tuned}
+The method is that of Liu, Lyu, Vinaroz, Park: Differentially Private Latent Diffusion Models (TMLR 2024). Above: pictures
+drawn by the model. In comparison.png, from left to right: public pictures, drawn before and after the private tuning.
+
+## What is promised
+
+{p["statement"]}.
+
+{promise}
+
+Covered: {p["covers"]}. Not covered:
+
+{limits}
+
+All figures, and how they were found: privacy.json.
+
+## Use
+
+    python sample.py FOLDER --n 100 --out grid.png
+
+with the folder that holds this file. Drawing more pictures costs no privacy. What the model draws shows how the private
+set looks as a whole, its faults and prejudices included.
+
+## Licence and terms
+
+To be filled in by the holder of the private pictures: licence of the weights, terms of use, contact. The terms of the
+public set apply as well.
+"""

@@ -65,17 +65,30 @@ def build_tokenizer(entry):
 
 def build_model(checkpoint):
     """LatentModel and Schedule from the dict that train.py wrote (keys unet, embedder, schedule, model)."""
-    network = unet.UNet(unet.UNetConfig(**checkpoint["unet"]))
-    model = unet.LatentModel(network, build_embedder(checkpoint["embedder"]))
-    model.load_state_dict(checkpoint["model"])
+    model = build(lambda: unet.LatentModel(unet.UNet(unet.UNetConfig(**checkpoint["unet"])),
+                                           build_embedder(checkpoint["embedder"])),
+                  checkpoint["model"], checkpoint["unet"], checkpoint["embedder"])
     return model, diffusion.Schedule(**checkpoint["schedule"])
 
 
 def build_vae(checkpoint):
     """AutoencoderKL from the dict that train.py wrote (keys config, state)."""
-    autoencoder = vae.AutoencoderKL(vae.VAEConfig(**checkpoint["config"]))
-    autoencoder.load_state_dict(checkpoint["state"])
-    return autoencoder.eval().requires_grad_(False)
+    config = vae.VAEConfig(**checkpoint["config"])
+    return build(lambda: vae.AutoencoderKL(config), checkpoint["state"], checkpoint["config"]).eval().requires_grad_(False)
+
+
+def build(make, state, *configs):
+    """make() with the weights `state`. Tried without memory first: sizes in a damaged or hostile file that do not fit its
+    weights are refused before they cost terabytes or hours. Raises whatever the networks do about them."""
+    for key, value in (item for config in configs for item in (config or {}).items()):
+        if key in ("num_res_blocks", "transformer_depth", "layers") and value > 100 or \
+                isinstance(value, (list, tuple)) and key != "words" and len(value) > 20:
+            raise ValueError(f"{key} = {value!r:.20} is out of range")
+    with torch.device("meta"):
+        make().load_state_dict(state, assign=True)
+    model = make()
+    model.load_state_dict(state)
+    return model
 
 
 def load_release(path, device="cpu"):
@@ -84,7 +97,7 @@ def load_release(path, device="cpu"):
     file = next((p for p in (path / "release" / "model.pt", path / "model.pt") if p.exists()),
                 path if path.is_file() else path / "release" / "model.pt")
     checkpoint = folder.load(file)
-    try:
+    with folder.understanding(file, "release"):
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"written in format {checkpoint['format']}, this program reads format {FORMAT}")
         autoencoder = build_vae(checkpoint["vae"])
@@ -92,9 +105,10 @@ def load_release(path, device="cpu"):
         release = Release(autoencoder.to(device), model.eval().requires_grad_(False).to(device), checkpoint["scale"],
                           schedule, checkpoint["classes"], checkpoint["crop"], checkpoint["data"], checkpoint["privacy"],
                           build_tokenizer(checkpoint["embedder"]), checkpoint.get("prompts"))
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"{file} is not a release of this program ({type(error).__name__}: "
-                         f"{str(error).splitlines()[0][:120]})") from None
+        data.crop(torch.empty(1, *2 * [release.vae.config.resolution], device="meta"), release.crop)
+        ", ".join(release.classes), release.privacy["statement"] + "", release.data.get("private")
+        if not 0 < release.scale < float("inf") or release.crop < 1 or schedule.T > 100_000:
+            raise ValueError("scale, crop or schedule is out of range")
     for network in (release.vae, release.model):
         network.to(memory_format=torch.channels_last)
     return release

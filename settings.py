@@ -151,19 +151,34 @@ def parse(argv):
         adopt_settings(s, given)
     if s.condition == "none":  # cross-attention then asks the pixels themselves
         s.unet, s.cond_drop = replace(s.unet, context_dim=None), 0.0
-    check(s)
+    try:
+        check(s)
+    except TypeError as error:  # of a resumed run: the flags have their types
+        raise ValueError(f"{s.out / 'internal' / 'settings.json'} is damaged ({error})") from None
     return s
 
 
 def adopt_settings(s, given):
     """A resumed run goes on with its own settings; a flag that contradicts them is refused by name."""
-    for key, value in folder.read_json(s.out / "internal" / "settings.json").items():
+    path = s.out / "internal" / "settings.json"
+    for key, value in folder.read_json(path).items():
         if key in given and key not in FREE and plain(given[key]) != value:
             raise ValueError(f"--resume: this run began with {key} = {value}, not {given[key]}; leave the flag out, or start "
                              "a new run with another --out")
         if key not in FREE:
-            old = getattr(s, key, None)
-            setattr(s, key, type(old)(**value) if is_dataclass(old) else value)
+            with folder.understanding(path, "file"):
+                setattr(s, key, restored({"seed": 0, **DIGITS}.get(key), value))
+
+
+def restored(default, value):
+    """A setting as JSON gave it back -> of its default's type (None: none or any). TypeError, ValueError if it cannot be."""
+    if is_dataclass(default):
+        return type(default)(**value)
+    if isinstance(default, float):
+        return float(value)  # also "inf"
+    if value is not None and default is not None and type(value) is not type(default) or isinstance(value, (dict, list)):
+        raise ValueError(f"{value!r:.40} where {default!r} might be")
+    return value
 
 
 def check(s):

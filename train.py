@@ -85,16 +85,17 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=Non
     first = 0
     if state_path.exists():
         state = folder.load(state_path)
-        model.load_state_dict(state["model"])
-        torch._foreach_copy_(average, [a.to(s.device) for a in state["average"]])
-        optimizer.load_state_dict(state["optimizer"])
-        if also is not None:
-            also.load_state_dict(state["also"])
-        first = state["step"]
-        if rank() == 0:
-            generator.set_state(state["generator"])
-        else:  # only rank 0's is stored
-            generator.manual_seed(s.seed + 1 + 1_000_000 * rank() + first)
+        with folder.understanding(state_path):
+            model.load_state_dict(state["model"])
+            torch._foreach_copy_(average, [a.to(s.device) for a in state["average"]])
+            load_optimizer(optimizer, state["optimizer"])
+            if also is not None:
+                also.load_state_dict(state["also"])
+            first = state["step"] + 0
+            if rank() == 0:
+                generator.set_state(state["generator"])
+            else:  # only rank 0's is stored
+                generator.manual_seed(s.seed + 1 + 1_000_000 * rank() + first)
     agreed(None)  # nobody writes before all have read
     saved = time.monotonic()
     for step in (bar := tqdm(range(first, steps), desc=title, unit="step", initial=first, total=steps, disable=rank() > 0)):
@@ -105,8 +106,8 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=Non
         optimizer.zero_grad()
         loss.backward()
         if world() > 1:
-            grads = [p.grad for p in parameters if p.grad is not None]
-            dp_sgd.collective(lambda flat: dist.all_reduce(flat.div_(world())), grads)
+            together = [p.grad for p in parameters if p.grad is not None] + list(() if also is None else also.parameters())
+            dp_sgd.collective(lambda flat: dist.all_reduce(flat.div_(world())), together)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         update_ema(average, parameters, decay, step)
@@ -125,6 +126,25 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=Non
         dp_sgd.broadcast(parameters)  # the same anyway, but for what different machines round
     if rank() == 0:
         state_path.unlink(missing_ok=True)
+
+
+def load_optimizer(optimizer, state):
+    """Optimizer.load_state_dict, which checks no shapes, and these checked."""
+    optimizer.load_state_dict(state)
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        if any(v.shape not in ((), p.shape) for v in optimizer.state[p].values()):
+            raise ValueError("the optimiser's state does not fit the parameters")
+
+
+def load_public(path):
+    """A checkpoint of stage 1 or 2, known to hold a network. ValueError, one line, if missing or damaged."""
+    checkpoint = folder.load(path)
+    with folder.understanding(path):
+        if path.name == "vae.pt":
+            sample.build_vae(checkpoint), float(checkpoint["scale"])
+        else:
+            sample.build_model(checkpoint)
+    return checkpoint
 
 
 def train_autoencoder(s, images, stop):
@@ -408,14 +428,15 @@ def resume(path, engine, average, optimizer, spent):
     if not path.exists():
         return 0
     state = folder.load(path)
-    if state["done"] > spent:
-        raise ValueError(f"the ledger has {spent} rows, the checkpoint {state['done']} steps: rows are missing, so epsilon is "
-                         "unknown; restore internal/ledger.jsonl, or start a new run")
-    with torch.no_grad():
+    with folder.understanding(path), torch.no_grad():
+        done = state["done"] + 0
         torch._foreach_copy_(engine.parameters, [state["tuned"][name].to(engine.parameters[0]) for name in engine.names])
         torch._foreach_copy_(average, [a.to(average[0]) for a in state["average"]])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["done"]
+        load_optimizer(optimizer, state["optimizer"])
+    if not 0 <= done <= spent:
+        raise ValueError(f"the ledger has {spent} rows, the checkpoint {done} steps: rows are missing, so epsilon is unknown; "
+                         "restore internal/ledger.jsonl, or start a new run")
+    return done
 
 
 # ------------------------------------------------------------------------------------------------------------ the run
@@ -444,7 +465,7 @@ def main(argv=None):
     s.device = own_device(s.device)
     first = second = None
     if s.init and not s.resume:  # networks of an earlier run are taken as they are: their checkpoints say what they are
-        first, second = (folder.load(s.init / "public" / name) for name in ("vae.pt", "ldm.pt"))
+        first, second = (load_public(s.init / "public" / name) for name in ("vae.pt", "ldm.pt"))
         s.vae, s.unet = vae.VAEConfig(**first["config"]), unet.UNetConfig(**second["unet"])
         if (made := sample.condition_kind(second["embedder"])) != s.condition:
             raise ValueError(f"--condition {s.condition}: the model of --init {s.init} was made with --condition {made}; "
@@ -495,9 +516,9 @@ def main(argv=None):
         folder.write_json({k: plain(v) for k, v in vars(s).items()}, s.out / "internal" / "settings.json")
     agreed(None)  # nobody looks before all is written
     have = {name: (s.out / "public" / name).exists() for name in ("vae.pt", "ldm.pt")}
-    first = folder.load(s.out / "public" / "vae.pt") if have["vae.pt"] else train_autoencoder(s, public.images, stop)
+    first = load_public(s.out / "public" / "vae.pt") if have["vae.pt"] else train_autoencoder(s, public.images, stop)
     autoencoder, scale = sample.build_vae(first), first["scale"]
-    second = folder.load(s.out / "public" / "ldm.pt") if have["ldm.pt"] else train_diffusion(
+    second = load_public(s.out / "public" / "ldm.pt") if have["ldm.pt"] else train_diffusion(
         s, encode(s, autoencoder, shard(public.images), scale), find_conditions(s, own_part(public), embedder), embedder, stop)
     embedder = second["embedder"]
     if s.condition == "class" and embedder["num_classes"] < len(private.classes):

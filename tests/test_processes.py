@@ -1,0 +1,249 @@
+"""Several processes with gloo: the same sums as one, the noise once, one ledger, and a clear end when one of them dies."""
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from datetime import timedelta
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import accountant
+import dp_sgd
+import folder
+import sample
+import train
+
+TINY = ["--preset", "smoke", "--public-n", "40", "--private-n", "101", "--vae-steps", "2", "--ldm-steps", "2", "--vae-batch",
+        "9", "--ldm-batch", "9", "--batch-size", "20", "--accountant", "rdp", "--sample-steps", "1"]
+FREE = ["--precision", "float32", "--micro-batch", "4"]
+
+
+def worker(number, port, job, place):
+    """One of two processes, with what torchrun would put into its environment, its words in files."""
+    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(place / f"{name}.{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    torch.set_num_threads(1)
+    folder.run_cli(partial(job, number, place))
+
+
+def two_processes(job, place):
+    """Run job(rank, place) in two forks of a process that has imported train -> their exit codes, lines of their stderr."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [context.Process(target=worker, args=(number, port, job, place)) for number in (0, 1)]
+    for process in processes:
+        process.start()
+    patience = 240.0
+    while any(process.is_alive() for process in processes) and patience > 0:
+        time.sleep(0.05)
+        patience = min(patience, 20 if any(process.exitcode for process in processes) else 240) - 0.05
+    for process in processes:  # who is still there is stopped, or waits for ever
+        process.kill()
+        process.join()
+    errors = [(place / f"stderr.{number}").read_text().replace("\r", "\n").splitlines() for number in (0, 1)]
+    return [process.exitcode for process in processes], [[x for x in lines if "error" in x.lower()] for lines in errors]
+
+
+# ------------------------------------------------------------------------------------------------------------ the engine
+
+
+def small_engine(noise_multiplier=0.0):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 40), torch.nn.Tanh(), torch.nn.Linear(40, 100)).double()
+    return dp_sgd.DPSGD(model, 0.5, noise_multiplier, expected_batch_size=8)
+
+
+def loss_fn(model, x):
+    return model(x).square().sum(1)
+
+
+EXAMPLES = torch.randn(30, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+DRAW = torch.tensor([0, 2, 3, 4, 6, 8, 10, 14, 21, 28, 29])  # three of them in the shard of rank 1
+
+
+def engine_job(number, place):
+    train.join()
+    engine = small_engine()
+    shard = train.shard(EXAMPLES)
+    mine = [int(i) // 2 for i in DRAW if i % 2 == number]
+    for part in torch.tensor(mine).split(2 if number == 0 else 5):  # four micro-batches here, one there
+        engine.accumulate(loss_fn, shard[part])
+    dp_sgd.reduce_sums(engine)
+    sums = [a.clone() for a in engine.sums]
+    figures = dp_sgd.summary(engine._figures) if number == 0 else engine.last
+    empty = small_engine(3.0)  # nothing drawn by anybody: noise only
+    start = [p.detach().clone() for p in empty.parameters]
+    dp_sgd.reduce_sums(empty)
+    if number == 0:
+        empty.step(torch.optim.SGD(empty.parameters, 1.0))
+    dp_sgd.broadcast(empty.parameters)
+    change = torch.cat([(p.detach() - a).flatten() for p, a in zip(empty.parameters, start, strict=True)])
+    torch.save({"sums": sums, "figures": figures, "change": change}, place / f"result.{number}")
+
+
+def test_the_total_of_two_processes_is_the_sum_of_one_and_gets_the_noise_once(tmp_path):
+    codes, errors = two_processes(engine_job, tmp_path)
+    assert codes == [0, 0] and errors == [[], []]
+    first, second = (torch.load(tmp_path / f"result.{number}", weights_only=True) for number in (0, 1))
+    alone = small_engine()
+    alone.accumulate(loss_fn, EXAMPLES[DRAW])
+    for a, b, c in zip(alone.sums, first["sums"], second["sums"], strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-14) and a.abs().max() > 0.01 and not c.any()
+    whole = dp_sgd.summary(alone._figures)
+    assert first["figures"]["examples"] == whole["examples"] == 11 and second["figures"]["examples"] == 3
+    assert first["figures"]["norm_quantiles"] == pytest.approx(whole["norm_quantiles"])
+    assert torch.equal(first["change"], second["change"])
+    # 4340 numbers N(0, (sigma C / B)^2): the standard deviation is known to 1.1 %; noise of both ranks would give 1.41.
+    assert float(first["change"].std()) / (3.0 * 0.5 / 8) == pytest.approx(1, abs=0.05)
+    assert abs(float(first["change"].mean())) < 5 * (3.0 * 0.5 / 8) / 4340 ** 0.5
+
+
+# ------------------------------------------------------------------------------------------------------- the whole program
+
+
+def run_job(flags, number, place):
+    """train.main with plain gradient steps in place of Adam, so that the size of the noise can be seen."""
+    seen = {"drawn": [], "noise": 0, "generators": [], "changes": [], "public": []}
+    poisson_sample, privatise, fresh = dp_sgd.poisson_sample, dp_sgd.privatise, dp_sgd.fresh_generator
+    broadcast, fit, before = dp_sgd.broadcast, train.fit, {}
+
+    def watched_sample(n, q, generator):
+        batch = poisson_sample(n, q, generator)
+        seen["drawn"].append((n, q, len(batch)))
+        return batch
+
+    def watched_privatise(*args):
+        seen["noise"] += 1
+        return privatise(*args)
+
+    def watched_generator(*args):
+        generator = fresh(*args)
+        seen["generators"].append(generator.get_state())
+        return generator
+
+    def watched_broadcast(tensors):
+        flat = torch.cat([a.detach().flatten() for a in tensors])
+        broadcast(tensors)
+        after = torch.cat([a.detach().flatten() for a in tensors])
+        seen["changes"].append(after - before.get("flat", flat))
+        before["flat"] = after
+
+    def watched_fit(s, title, model, *args):
+        fit(s, title, model, *args)
+        seen["public"].append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        seen["changes"].clear(), before.clear()
+
+    def sgd(parameters, lr):
+        return torch.optim.SGD(parameters, lr)
+
+    dp_sgd.poisson_sample, dp_sgd.privatise, dp_sgd.fresh_generator = watched_sample, watched_privatise, watched_generator
+    dp_sgd.broadcast, train.fit, torch.optim.Adam = watched_broadcast, watched_fit, sgd
+    try:
+        train.main([*TINY, *FREE, "--out", str(place / "run"), *flags])
+    finally:
+        torch.save(seen, place / f"seen.{number}")
+
+
+def test_a_run_by_two_processes(tmp_path):
+    job = partial(run_job, ["--steps", "3", "--clip-norm", "1e-3", "--sigma", "4", "--lr", "1"])
+    codes, errors = two_processes(job, tmp_path)
+    assert codes == [0, 0] and errors == [[], []]
+    first, second = (torch.load(tmp_path / f"seen.{number}", weights_only=True) for number in (0, 1))
+    assert "privacy plan" in (tmp_path / "stdout.0").read_text()
+    assert not (tmp_path / "stdout.1").read_text() and "step" not in (tmp_path / "stderr.1").read_text()
+
+    for a, b in zip(first["public"], second["public"], strict=True):
+        assert torch.equal(a, b)  # both ranks hold the same public networks ...
+    assert [n for n, *_ in first["drawn"]] == [51] * 3 and [n for n, *_ in second["drawn"]] == [50] * 3
+    assert {q for _, q, _ in first["drawn"] + second["drawn"]} == {20 / 101}
+    states = {bytes(state.numpy()) for state in first["generators"] + second["generators"]}
+    assert len(states) == len(first["generators"] + second["generators"])  # ... but no randomness
+
+    out = tmp_path / "run"
+    rows, log = ([json.loads(line) for line in (out / "internal" / name).read_text().splitlines()]
+                 for name in ("ledger.jsonl", "log.jsonl"))
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert [row["examples"] for row in log] == [a[2] + b[2] for a, b in zip(first["drawn"], second["drawn"], strict=True)]
+    assert (first["noise"], second["noise"]) == (3, 0)
+    moved = second["changes"][1:]  # what rank 1 receives, step by step
+    assert torch.equal(torch.stack(moved), torch.stack(first["changes"][1:])) and len(moved) == 2
+    for change in moved:  # 337,000 numbers, the clipped sum is far below the noise; 1.41 if both added, 0.71 if halves
+        assert float(change.std()) / (4 * 1e-3 / 20) == pytest.approx(1, abs=0.02)
+    privacy = folder.read_json(out / "release" / "privacy.json")
+    assert privacy["n"] == 101 and privacy["steps"] == 3
+    assert privacy["epsilon"] == accountant.epsilon(20 / 101, 4.0, 3, 1e-5)
+    assert sample.generate(sample.load_release(out), [1], steps=1, progress=False).shape == (1, 1, 28, 28)
+
+
+def stop_job(number, place):
+    """A signal reaches both processes at different moments; rank 0's word counts, and all leave after the same step."""
+    append, stops = folder.append_row, []
+    init = folder.Stop.__init__
+    folder.Stop.__init__ = lambda self: (init(self), stops.append(self))[0]
+
+    def appended(row, path):
+        append(row, path)
+        if path.name == "ledger.jsonl" and row["step"] == number:  # rank 0 in step 0, rank 1 would be a step later
+            stops[0].handle(2, None)
+
+    folder.append_row = appended
+    train.main([*TINY, *FREE, "--steps", "3", "--out", str(place / "run")])
+
+
+def test_stopped_by_two_processes_and_finished_by_one(tmp_path):
+    codes, errors = two_processes(stop_job, tmp_path)
+    assert codes == [130, 130] and errors == [[], []]
+    assert folder.load(tmp_path / "run" / "internal" / "state.pt")["done"] == 1
+    train.main(["--resume", *FREE, "--out", str(tmp_path / "run")])
+    assert folder.read_json(tmp_path / "run" / "release" / "privacy.json")["steps"] == 3
+    assert folder.load(tmp_path / "run" / "internal" / "state.pt")["done"] == 3
+
+
+def end_job(victim, how, number, place):
+    """The victim ends, or hangs, in the second step's accumulate."""
+    accumulate, calls = dp_sgd.DPSGD.accumulate, []
+    train.PATIENCE = timedelta(seconds=4)
+
+    def watched(self, *args):
+        calls.append(1)
+        if number == victim and len(calls) == 2:
+            (place / "ended").write_text(str(time.time()))
+            os.kill(os.getpid(), how)
+        return accumulate(self, *args)
+
+    dp_sgd.DPSGD.accumulate = watched
+    try:
+        train.main([*TINY, *FREE, "--steps", "3", "--out", str(place / "run")])
+    finally:
+        (place / "left").write_text(str(time.time()))
+
+
+@pytest.mark.parametrize("victim, how, within", [(1, signal.SIGKILL, 10), (0, signal.SIGKILL, 10), (1, signal.SIGSTOP, 20)])
+def test_a_dead_process_ends_the_run_with_one_line(victim, how, within, tmp_path):
+    codes, errors = two_processes(partial(end_job, victim, how), tmp_path)
+    survivor = 1 - victim
+    assert codes[victim] == -signal.SIGKILL and codes[survivor] == 2
+    assert len(errors[survivor]) == 1 and "another process" in errors[survivor][0] and not errors[victim]
+    assert float((tmp_path / "left").read_text()) - float((tmp_path / "ended").read_text()) < within
+    rows = len((tmp_path / "run" / "internal" / "ledger.jsonl").read_text().splitlines())
+    assert rows <= 2 and not (tmp_path / "run" / "release" / "model.pt").exists()
+
+
+def test_an_error_that_all_would_meet_is_told_once(tmp_path):
+    codes, errors = two_processes(partial(run_job, ["--delta", "0.5"]), tmp_path)
+    assert codes == [2, 2] and len(errors[0]) == 1 and "below 1/n" in errors[0][0] and errors[1] == []
+
+
+def test_alone_nothing_is_distributed(tmp_path):
+    assert (folder.rank(), train.world(), train.agreed("x"), train.share(7)) == (0, 1, "x", 7) and not dist.is_initialized()
+    assert torch.equal(train.shard(torch.arange(5)), torch.arange(5))

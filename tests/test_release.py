@@ -1,0 +1,166 @@
+"""release/ is clean: nothing in it holds a private pixel, latent, loss, norm, path or name; its card states what it promises."""
+import json
+import re
+import zlib
+
+import pytest
+import torch
+import torchvision
+
+import accountant
+import data
+import folder
+import release
+import sample
+import train
+import vae
+
+TINY = ["--preset", "smoke", "--public-n", "40", "--private-n", "100", "--vae-steps", "2", "--ldm-steps", "2", "--vae-batch",
+        "8", "--ldm-batch", "8", "--batch-size", "10", "--steps", "2", "--accountant", "rdp", "--sample-steps", "1",
+        "--precision", "float32", "--micro-batch", "32"]
+FILES = {"model.pt", "privacy.json", "samples.png", "comparison.png", "MODEL_CARD.md"}
+MODEL_KEYS = {"format", "vae", "scale", "unet", "embedder", "schedule", "classes", "crop", "prompts", "data", "privacy", "model"}
+MARKER = "marker-of-a-private-path"
+
+
+def marked_pictures():
+    """100 private pictures that no network draws by chance: checkerboards of two grey levels, all different."""
+    y, x = torch.meshgrid(torch.arange(28), torch.arange(28), indexing="ij")
+    grey = torch.stack([40 + torch.arange(100), 255 - torch.arange(100)], 1)  # (100, 2)
+    return grey[:, (x + y) % 2].to(torch.uint8)[:, None]  # (100, 1, 28, 28)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on the marked pictures below a marked path, by a user with a marked name."""
+    place = tmp_path_factory.mktemp(MARKER) / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("USER", "LOGNAME", "HOSTNAME", "DPLDM_DATA"):
+            patch.setenv(name, MARKER)
+        patch.setitem(data.LOADERS, "mnist10k", lambda root, split: (marked_pictures(), torch.arange(100) % 10, data.DIGITS))
+        train.main([*TINY, "--data-root", str(place / MARKER), "--out", str(place)])
+    return place
+
+
+def tensors(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors(part)
+
+
+def tiles(path, columns):
+    """Pictures (N, 28, 28) of a grid as data.save_grid draws it."""
+    image = torchvision.io.read_image(str(path), torchvision.io.ImageReadMode.GRAY)[0]
+    enlarge = max(1, min(3, 900 // (columns * 28)))
+    side = 29 * enlarge
+    return torch.stack([image[y + enlarge:y + side:enlarge, x + enlarge:x + side:enlarge]
+                        for y in range(0, image.shape[0] - side + 1, side) for x in range(0, image.shape[1] - side + 1, side)])
+
+
+def test_nothing_but_the_documented_files(run):
+    assert {path.name for path in (run / "release").iterdir()} == FILES
+    model = folder.load(run / "release" / "model.pt")
+    assert model.keys() == MODEL_KEYS and model["vae"].keys() == {"config", "state"}
+    networks = sample.build_model(model)[0].state_dict(), sample.build_vae(model["vae"]).state_dict()
+    assert (model["model"].keys(), model["vae"]["state"].keys()) == tuple(network.keys() for network in networks)
+
+
+def test_no_private_picture_in_the_pictures(run):
+    private = marked_pictures()[:, 0].float()
+    for name, columns in (("samples.png", 10), ("comparison.png", 18)):
+        shown = tiles(run / "release" / name, columns).float()
+        assert len(shown) >= 100 and shown.std() > 0
+        distance = (shown.flatten(1)[:, None] - private.flatten(1)).abs().mean(2)  # (tiles, private pictures)
+        assert distance.min() > 20, name
+    found = tiles(run / "release" / "samples.png", 10)  # the ruler itself: it finds a picture that is there
+    data.save_grid(torch.cat([found[:30, None], marked_pictures()[7:8]]), run.parent / "with.png", 10)
+    planted = tiles(run.parent / "with.png", 10).float().flatten(1)[:, None]
+    assert (planted - private.flatten(1)).abs().mean(2).min() == 0
+
+
+def test_no_pixel_row_and_no_latent_in_any_file(run):
+    pictures = marked_pictures()
+    autoencoder, scale = sample.build_vae(folder.load(run / "public" / "vae.pt")), folder.load(run / "public" / "vae.pt")["scale"]
+    with torch.no_grad():
+        latents = autoencoder.encode(data.to_float(data.pad(pictures, 32))).mean * scale  # (100, 4, 4, 4)
+    for path in (run / "release").iterdir():
+        raw = path.read_bytes()
+        assert not any(picture[0, row].numpy().tobytes() in raw for picture in pictures for row in (0, 1)), path.name
+        assert not any(latent.numpy().tobytes()[:16] in raw for latent in latents), path.name
+    for tensor in tensors(folder.load(run / "release" / "model.pt")):
+        for shape in (latents.shape, latents[0].shape, pictures.shape, pictures[0].shape):
+            assert tensor.shape != shape
+
+
+def test_no_path_no_name_no_loss_in_any_byte(run):
+    log = [json.loads(line) for line in (run / "internal" / "log.jsonl").read_text().splitlines()]
+    figures = [row["loss"] for row in log] + [norm for row in log for norm in row["norm_quantiles"]]
+    words = [MARKER, str(run), str(run.parent), "norm_quantiles", "clipped_fraction", "private_pictures", "data_root"]
+    for path in (run / "release").iterdir():
+        raw = path.read_bytes()
+        for word in (*words, *map(repr, figures)):
+            assert word.encode() not in raw, (path.name, word)
+        assert not re.search(rb"/(home|root|tmp|Users|var|usr|mnt|work|data)/", raw), path.name
+    numbers = re.findall(r"-?\d+\.\d+(?:e-?\d+)?", (run / "release" / "privacy.json").read_text())
+    assert not set(map(float, numbers)) & set(figures)
+    assert len(figures) == 12 and all(f > 0 for f in figures)
+
+
+def test_png_files_hold_pixels_only(run):
+    for path in (run / "release").glob("*.png"):
+        raw, kinds, at = path.read_bytes(), [], 8
+        while at < len(raw):
+            length, kind = int.from_bytes(raw[at:at + 4], "big"), raw[at + 4:at + 8]
+            assert zlib.crc32(raw[at + 4:at + 8 + length]) == int.from_bytes(raw[at + 8 + length:at + 12 + length], "big")
+            kinds.append(kind)
+            at += 12 + length
+        assert set(kinds) == {b"IHDR", b"IDAT", b"IEND"}  # no text, no time, no EXIF
+
+
+def test_the_privacy_statement_is_complete(run):
+    privacy = folder.read_json(run / "release" / "privacy.json")
+    spent = (0.1, privacy["sigma"], 2)
+    assert privacy["epsilon"] == privacy["epsilon_rdp"] == accountant.epsilon(*spent, 1e-5) <= 10
+    assert privacy["epsilon_pld"] == accountant.epsilon(*spent, 1e-5, "pld") < privacy["epsilon_rdp"]
+    group = privacy["epsilon_for_20_pictures_of_one_person"]
+    assert float(group) == accountant.group_epsilon(20, *spent, 1e-5) > privacy["epsilon"]
+    assert privacy["attacker_true_positive_rates"] == dict(
+        zip(("0.001", "0.01", "0.1"), accountant.attacker_tpr(*spent, (0.001, 0.01, 0.1)).tolist(), strict=True))
+    assert privacy["adjacency"] == "add or remove one picture" and privacy["unit"] == "one picture"
+    assert (privacy["n"], privacy["q"], privacy["steps"], privacy["expected_batch_size"]) == (100, 0.1, 2, 10)
+    text = " ".join(privacy["does_not_cover"])
+    for word in ("number n", "hyper-parameters", "other runs", "add up", "internal/", "one person", "floating-point"):
+        assert word in text
+    assert folder.load(run / "release" / "model.pt")["privacy"] == privacy
+
+
+def test_the_card_says_what_the_statement_says(run, monkeypatch):
+    card, privacy = (run / "release" / "MODEL_CARD.md").read_text(), folder.read_json(run / "release" / "privacy.json")
+    assert "![samples](samples.png)" in card and privacy["statement"] in card and "at most" in card
+    for item in (*privacy["does_not_cover"], privacy["adjacency"], privacy["unit"], f"{privacy['epsilon']:.4g}",
+                 f"{float(privacy['epsilon_for_20_pictures_of_one_person']):.4g}"):
+        assert item in card
+    assert not re.search(r"\b(nan|None|True|False)\b", card)
+    shown = [float(x) for x in re.findall(r"^\| [\d.]+% \| ([\d.]+) % \|$", card, re.MULTILINE)]
+    rates = [100 * rate for rate in privacy["attacker_true_positive_rates"].values()]
+    assert len(shown) == 3 and all(rate <= s <= rate + 0.0101 for s, rate in zip(shown, rates, strict=True))
+
+
+@pytest.mark.parametrize("change, said, unsaid", [
+    ({"private": False, "epsilon": "inf", "statement": "NOT PRIVATE: no noise"}, "Do not publish it", "An attacker who"),
+    ({"steps": 0, "n": 0}, "No private picture was read", "An attacker who"),
+    ({"epsilon_for_20_pictures_of_one_person": "inf"}, "epsilon is\ninf", "Do not publish")])
+def test_the_card_of_other_runs(run, change, said, unsaid):
+    privacy = folder.read_json(run / "release" / "privacy.json") | change
+    card = release.model_card(privacy, ["a", "b"], "run")
+    assert said in card and unsaid not in card
+
+
+def test_public_files_do_not_depend_on_the_private_pictures(run, tmp_path):
+    """The scale of the latents above all (pitfall 13): found on public pictures."""
+    first = folder.load(run / "public" / "vae.pt")
+    model = sample.build_vae(first)
+    public = data.load("strokes", n=40, seed=0, size=32, channels=1, public_classes="all").images
+    assert first["scale"] == pytest.approx(float(vae.latent_scale(model, data.to_float(public))), rel=1e-5)
