@@ -86,7 +86,8 @@ def parse(argv):
     g = p.add_argument_group("run")
     g.add_argument("--preset", choices=PRESETS, default="digits", help="data sets, networks and defaults [digits]")
     g.add_argument("--out", type=Path, help="run folder to write [runs/PRESET]")
-    g.add_argument("--init", type=Path, default=None, help="run folder whose public stages are reused [train them]")
+    g.add_argument("--init", type=Path, default=None, help="run folder whose public stages are reused; with another "
+                   "--condition only its autoencoder [train them]")
     g.add_argument("--init-ldm", type=Path, default=None, help="UNet, autoencoder and class embedder from a checkpoint of the "
                    "original latent-diffusion code, instead of stages 1 and 2 [train them]")
     g.add_argument("--init-vae", type=Path, default=None, help="autoencoder from such a checkpoint [--init-ldm's, or train it]")

@@ -466,12 +466,13 @@ def main(argv=None):
     first = second = None
     if s.init and not s.resume:  # networks of an earlier run are taken as they are: their checkpoints say what they are
         first, second = (load_public(s.init / "public" / name) for name in ("vae.pt", "ldm.pt"))
-        s.vae, s.unet = vae.VAEConfig(**first["config"]), unet.UNetConfig(**second["unet"])
-        if (made := sample.condition_kind(second["embedder"])) != s.condition:
-            raise ValueError(f"--condition {s.condition}: the model of --init {s.init} was made with --condition {made}; "
-                             "use that, or train anew")
-        s.schedule = diffusion.Schedule(**second["schedule"])
-        s.cond_drop *= second["embedder"]["null_class"] if second["embedder"] else 0
+        s.vae = vae.VAEConfig(**first["config"])
+        if (made := sample.condition_kind(second["embedder"])) == s.condition:
+            s.unet, s.schedule = unet.UNetConfig(**second["unet"]), diffusion.Schedule(**second["schedule"])
+            s.cond_drop *= second["embedder"]["null_class"] if second["embedder"] else 0
+        else:  # another condition needs another diffusion model, but not another autoencoder
+            print(f"note: {s.init} was trained with --condition {made}; only its autoencoder is reused")
+            second = None
     s.bf16 = agreed(s.precision == "bf16" or (s.precision == "auto" and bf16_wins(s.device)))
     if s.size and s.size != s.vae.resolution:
         raise ValueError(f"--size {s.size}: the networks of {s.init} are for {s.vae.resolution} pixels")
@@ -490,9 +491,12 @@ def main(argv=None):
         if found.images.shape[1] != s.vae.in_channels:
             raise ValueError(f"{title} {found.name} has {found.images.shape[1]} colour channels, the autoencoder of preset "
                              f"{s.preset} takes {s.vae.in_channels}: choose another preset or set")
+    if s.unet.in_channels != s.vae.embed_dim:
+        raise ValueError(f"the UNet of preset {s.preset} takes {s.unet.in_channels} latent channels, the autoencoder makes "
+                         f"{s.vae.embed_dim}: use --init with runs of this preset only")
     s.crop = private.side  # samples look like private pictures, whose padding is cut off again
     plan = once(privacy_plan, s, len(private) if s.steps else 0)
-    embedder = second["embedder"] if s.init and not s.resume else embedder_entry(s, public, private)
+    embedder = second["embedder"] if second else embedder_entry(s, public, private)
     with torch.device("meta"):  # no memory; refuses a wrong --tune before any work
         model = unet.LatentModel(unet.UNet(s.unet), sample.build_embedder(embedder))
         unet.select_trainable(model, s.tune, s.from_block)

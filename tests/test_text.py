@@ -319,8 +319,10 @@ def test_init_reuses_the_text_encoder(run, tmp_path, monkeypatch):
     run_tiny(tmp_path / "r", "--condition", "text", "--init", str(run), "--steps", "1", "--text-length", "5")
     old, new = (folder.load(r / "release" / "model.pt")["embedder"] for r in (run, tmp_path / "r"))
     assert old == new and new["length"] == 32  # the checkpoint says what it is
-    with pytest.raises(ValueError, match="--condition class: the model of --init .* with --condition text"):
-        run_tiny(tmp_path / "s", "--init", str(run))
+    run_tiny(tmp_path / "s", "--init", str(run), "--steps", "1")  # by class: a new diffusion model, the same autoencoder
+    old, new = (folder.load(r / "public" / "vae.pt")["state"] for r in (run, tmp_path / "s"))
+    assert all(torch.equal(old[key], new[key]) for key in old)
+    assert folder.load(tmp_path / "s" / "release" / "model.pt")["embedder"]["kind"] == "class"
 
 
 @pytest.fixture(scope="module", params=["none", "class"])
