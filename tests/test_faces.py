@@ -12,11 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+import budget
 import data
 import evaluate
 import folder
 import photos
 import sample
+import settings
 import train
 import unet
 import vae
@@ -400,7 +402,7 @@ def test_memorisation_tells_copies_from_fresh_pictures():
 def test_own_sets_end_to_end_and_evaluated_from_the_run_folder(run, tmp_path, monkeypatch):
     write_pictures(tmp_path / "public", [f"{c}/{i}.png" for c in "ab" for i in range(15)])
     write_npz(tmp_path / "private.npz", 60, (32, 32, 3))
-    monkeypatch.setitem(train.PRESETS, "faces", train.PRESETS["faces"] | SMALL)
+    monkeypatch.setitem(settings.PRESETS, "faces", settings.PRESETS["faces"] | SMALL)
     out = tmp_path / "out"
     train.main(["--preset", "faces", *TINY, "--public", f"folder:{tmp_path / 'public'}", "--out", str(out), "--private",
                 f"npz:{tmp_path / 'private.npz'}", "--data-root", str(tmp_path / "none")])
@@ -419,11 +421,11 @@ def test_256_pixels_end_to_end(tmp_path, monkeypatch):
     """All stages at the size of the text preset, tiny networks: f = 8, 32x32x4 latents."""
     write_celeba(tmp_path, n=60)
     write_pictures(tmp_path / "public", [f"{i}.png" for i in range(12)])
-    tiny = train.PRESETS["celeba256-text"] | dict(
+    tiny = settings.PRESETS["celeba256-text"] | dict(
         vae=vae.VAEConfig(3, 3, 4, (1, 1, 1, 1), 1, (), 256, 4, 4, 4), schedule=train.diffusion.Schedule("cosine", "v"),
         unet=replace(unet.PAPER["celeba256-text"], model_channels=16, channel_mult=(1, 1), num_res_blocks=1, num_heads=2,
                      attention_resolutions=(2,), context_dim=8, num_groups=4))
-    monkeypatch.setitem(train.PRESETS, "celeba256-text", tiny)
+    monkeypatch.setitem(settings.PRESETS, "celeba256-text", tiny)
     out = tmp_path / "out"
     train.main(["--preset", "celeba256-text", *TINY, "--vae-batch", "2", "--data-root", str(tmp_path), "--out", str(out),
                 "--public", f"folder:{tmp_path / 'public'}", "--public-n", "8"])
@@ -434,8 +436,8 @@ def test_256_pixels_end_to_end(tmp_path, monkeypatch):
 
 
 def test_size_makes_the_autoencoder_larger(run):
-    assert train.parse(["--preset", "faces", "--size", "64"]).vae.resolution == 64
-    assert train.parse(["--preset", "celeba64"]).vae.resolution == 64
+    assert settings.parse(["--preset", "faces", "--size", "64"]).vae.resolution == 64
+    assert settings.parse(["--preset", "celeba64"]).vae.resolution == 64
     out, root = run
     with pytest.raises(ValueError, match="--size 64"):
         train.main(["--preset", "faces", "--init", str(out), "--size", "64", "--data-root", str(root), "--dry-run", "--precision",
@@ -445,7 +447,7 @@ def test_size_makes_the_autoencoder_larger(run):
 @pytest.mark.parametrize("preset", ["celeba64", "celeba32", "celeba256-text", "cifar10"])
 def test_dry_run_without_data_says_what_it_assumes(preset, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.accountant, "noise_multiplier", lambda *a: 1.0)  # has tests of its own, and takes its time
+    monkeypatch.setattr(budget.accountant, "noise_multiplier", lambda *a: 1.0)  # has tests of its own, and takes its time
 
     def offline(*args, **kwargs):
         raise RuntimeError("no network")

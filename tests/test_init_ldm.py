@@ -14,6 +14,7 @@ import torch
 import diffusion
 import folder
 import sample
+import settings
 import train
 import unet
 import vae
@@ -254,32 +255,26 @@ def checkpoint(**changes):
     return {"epoch": 7, "global_step": 9, "state_dict": {k: v for k, v in (state | changes).items() if v is not None}}
 
 
-class Enough(Exception):
-    pass
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setitem(settings.PRESETS, "smoke", settings.PRESETS["smoke"] | TINY)
 
 
-@pytest.fixture
-def adopt(tmp_path, monkeypatch):
-    """train.py up to the private stage -> contents of public/vae.pt and public/ldm.pt."""
-    monkeypatch.setitem(train.PRESETS, "smoke", train.PRESETS["smoke"] | TINY)
-
-    def enough(*args):
-        raise Enough
-
-    def adopt(*flags, out="r", fit=None):
-        with monkeypatch.context() as patch, pytest.raises(Enough):
-            patch.setattr(train, "print_plan", enough)
-            patch.setattr(train, "fit", fit)  # None: a TypeError if a public stage began
-            train.main(["--preset", "smoke", "--out", str(tmp_path / out), *map(str, flags)])
-        return [folder.load(tmp_path / out / "public" / name) for name in ("vae.pt", "ldm.pt")]
-
-    return adopt
+FLAGS = ["--preset", "smoke", "--precision", "float32", "--accountant", "rdp", "--device", "cpu"]
+IMAGES = torch.randint(256, (50, 1, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
-def test_init_ldm_takes_the_place_of_the_public_stages(adopt, tmp_path, monkeypatch):
+def adopt(*flags):
+    """The contents of public/vae.pt and public/ldm.pt that the flags give, for ten private classes."""
+    s = settings.parse([*FLAGS, *map(str, flags)])
+    embedder = {"kind": "class", "dim": s.unet.context_dim, "null_class": s.cond_drop > 0, "num_classes": 10}
+    return train.adopt_original(s, IMAGES, embedder)
+
+
+def test_init_ldm_takes_the_place_of_the_public_stages(tmp_path, monkeypatch):
     torch.save(checkpoint(), tmp_path / "x.ckpt")
-    monkeypatch.setattr(train, "fit", None)
-    train.main(["--preset", "smoke", "--out", str(tmp_path / "r"), "--init-ldm", str(tmp_path / "x.ckpt")])
+    monkeypatch.setattr(train, "fit", None)  # a TypeError if a public stage began
+    train.main([*FLAGS, "--out", str(tmp_path / "r"), "--init-ldm", str(tmp_path / "x.ckpt")])
     first, second = (folder.load(tmp_path / "r" / "public" / name) for name in ("vae.pt", "ldm.pt"))
     assert first["scale"] == pytest.approx(0.7) and second["schedule"] == {"kind": "linear", "prediction": "eps", "T": 1000,
                                                                             "beta_start": 0.0015, "beta_end": 0.0195}
@@ -302,17 +297,17 @@ def test_init_ldm_takes_the_place_of_the_public_stages(adopt, tmp_path, monkeypa
     assert folder.read_json(tmp_path / "r" / "release" / "privacy.json") == privacy
 
 
-def test_what_the_checkpoint_does_not_hold(adopt, tmp_path):
+def test_what_the_checkpoint_does_not_hold(tmp_path):
     few = {"scale_factor": None, "betas": None, "cond_stage_model.embedding.weight": wave((8, 5), 0.2)}
     torch.save(checkpoint(**few), tmp_path / "x.ckpt")
     first, second = adopt("--init-ldm", tmp_path / "x.ckpt")  # too few classes: a fresh embedder; scale: the original's default
     assert first["scale"] == 1.0 and second["embedder"]["num_classes"] == 10
-    assert second["schedule"]["kind"] == train.DIGITS["schedule"].kind
-    first, _ = adopt("--init-ldm", tmp_path / "x.ckpt", "--init-scale", "0.18215", out="scaled")
+    assert second["schedule"]["kind"] == settings.DIGITS["schedule"].kind
+    first, _ = adopt("--init-ldm", tmp_path / "x.ckpt", "--init-scale", "0.18215")
     assert first["scale"] == 0.18215
 
 
-def test_autoencoder_from_a_file_of_its_own(adopt, tmp_path):
+def test_autoencoder_from_a_file_of_its_own(tmp_path):
     state = checkpoint()["state_dict"]
     torch.save({k: v for k, v in state.items() if not k.startswith("first_stage_model.")}, tmp_path / "unet.ckpt")
     torch.save({"state_dict": {k.removeprefix("first_stage_model."): v for k, v in state.items() if k.startswith("first")}
@@ -321,23 +316,31 @@ def test_autoencoder_from_a_file_of_its_own(adopt, tmp_path):
     assert both["trained_on"] == "weights of vae.ckpt" and both["scale"] == pytest.approx(0.7)
 
 
-def test_only_the_autoencoder_from_elsewhere(adopt, tmp_path):
+def test_only_the_autoencoder_from_elsewhere(tmp_path, monkeypatch):
     torch.save(checkpoint(), tmp_path / "x.ckpt")
     began = []
-    first, second = adopt("--init-vae", tmp_path / "x.ckpt", fit=lambda s, title, *args: began.append(title))
-    assert began == ["2/3 latent diffusion"] and second["trained_on"] == "strokes"
+
+    def enough(s, title, *args):
+        began.append(title)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "fit", enough)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*FLAGS, "--out", str(tmp_path / "r"), "--init-vae", str(tmp_path / "x.ckpt")])
+    assert began == ["2/3 latent diffusion"]
+    first = folder.load(tmp_path / "r" / "public" / "vae.pt")
     public = train.data.load("strokes", size=32, public_classes="all", n=60, seed=0).images
     with torch.no_grad():
         z = sample.build_vae(first).encode(train.pictures(public, "cpu")).mean * first["scale"]
-    assert z.std().item() == pytest.approx(1.0, abs=1e-4)
+    assert z.std().item() == pytest.approx(1.0, abs=1e-4)  # the scale is that of public latents
 
 
-def test_bad_checkpoints_are_refused_in_one_line(adopt, tmp_path):
-    path, settings = tmp_path / "x.ckpt", ["--preset", "smoke", "--init-ldm", str(tmp_path / "x.ckpt"), "--device", "cpu"]
+def test_bad_checkpoints_are_refused_in_one_line(tmp_path):
+    path = tmp_path / "x.ckpt"
 
     def refused():
         with pytest.raises(ValueError) as error:
-            train.adopt_original(train.parse(settings), None, 10)
+            adopt("--init-ldm", path)
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -356,4 +359,4 @@ def test_bad_checkpoints_are_refused_in_one_line(adopt, tmp_path):
     torch.save(checkpoint(alphas_cumprod=torch.linspace(1, 0, 1000)), path)
     assert "schedule" in refused()
     with pytest.raises(ValueError, match="--init"):
-        train.parse([*settings, "--init", str(tmp_path)])
+        settings.parse([*FLAGS, "--init-ldm", str(path), "--init", str(tmp_path)])

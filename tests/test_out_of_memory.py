@@ -35,7 +35,7 @@ def engine_and_draws():
 
 
 def settings():
-    s = train.parse(["--device", "cpu"])
+    s = settings.parse(["--device", "cpu"])
     s.bf16 = False
     return s
 
@@ -62,7 +62,8 @@ def test_one_example_too_much_is_one_line():
 
 def test_a_run_that_runs_out_of_memory_releases_the_same_model(tmp_path, monkeypatch):
     flags = ["--preset", "smoke", "--vae-steps", "1", "--ldm-steps", "1", "--steps", "2", "--insecure-seed", "3",
-             "--public-n", "60", "--sample-steps", "1"]
+             "--public-n", "60", "--private-n", "200", "--batch-size", "40", "--delta", "1e-3", "--sample-steps", "1",
+             "--precision", "float32", "--accountant", "rdp", "--device", "cpu"]
     train.main([*flags, "--out", str(tmp_path / "whole")])
     calls = []
     monkeypatch.setattr(diffusion, "loss", limited(7, calls))

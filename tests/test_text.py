@@ -1,5 +1,6 @@
 """Text as condition: grammar, tokenizer, encoder, its per-example gradients, and runs from start to end by prompt."""
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import dp_sgd
 import evaluate
 import folder
 import sample
+import settings
 import text
 import train
 import unet
@@ -195,7 +197,7 @@ def test_the_text_is_encoded_once_per_example_and_everything_in_it_learns():
 
 # --------------------------------------------------------------------------------------------------------- whole runs
 
-TINY = {**train.PRESETS["smoke"], "public_n": 80, "private_n": 80, "batch_size": 10, "steps": 2, "delta": 1e-3, "sigma": 1.0,
+TINY = {**settings.PRESETS["smoke"], "public_n": 80, "private_n": 80, "batch_size": 10, "steps": 2, "delta": 1e-3, "sigma": 1.0,
         "accountant": "rdp", "vae_steps": 2, "ldm_steps": 2, "sample_steps": 2, "text_width": 16,
         "vae": vae.VAEConfig(ch=8, ch_mult=(1, 1, 1, 1), num_res_blocks=1),
         "unet": unet.UNetConfig(4, 4, 16, (1, 1), attention_resolutions=(2,), context_dim=8, num_groups=8)}
@@ -205,7 +207,7 @@ SECRET = "Zebediah"
 @pytest.fixture(scope="module", autouse=True)
 def tiny_preset():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(train.PRESETS, "tiny", TINY)
+        patch.setitem(settings.PRESETS, "tiny", TINY)
         yield
 
 
@@ -304,7 +306,7 @@ def test_the_caption_of_a_picture_does_not_depend_on_the_others():
     images = torch.randint(256, (30, 1, 4, 4), generator=g, dtype=torch.uint8)
     pictures = data.ImageSet("x", images, torch.zeros(30).long(), ["x"],
                              attributes={name: torch.rand(30, generator=g) < 0.4 for name in CELEBA})
-    s = train.parse(["--condition", "text", "--device", "cpu"])
+    s = settings.parse(["--condition", "text", "--device", "cpu"])
     entry = train.embedder_entry(s, pictures, pictures)
     tokens = train.find_conditions(s, pictures, entry)
     assert len(tokens.unique(dim=0)) > 25
@@ -360,15 +362,15 @@ def test_checkpoints_of_classes_from_before_texts_are_read():
     (["--text-length", "0"], "--text-length")])
 def test_impossible_settings_are_refused(flags, message):
     with pytest.raises(ValueError, match=message):
-        train.parse(["--preset", "tiny", *flags])
+        settings.parse(["--preset", "tiny", *flags])
 
 
 def test_a_network_without_cross_attention_takes_no_condition(monkeypatch):
-    plain = train.replace(train.PRESETS["tiny"]["unet"], use_spatial_transformer=False)
-    monkeypatch.setitem(train.PRESETS["tiny"], "unet", plain)
+    plain = replace(settings.PRESETS["tiny"]["unet"], use_spatial_transformer=False)
+    monkeypatch.setitem(settings.PRESETS["tiny"], "unet", plain)
     with pytest.raises(ValueError, match="use --condition none"):
-        train.parse(["--preset", "tiny", "--condition", "text"])
-    assert train.parse(["--preset", "tiny", "--condition", "none"]).unet.context_dim is None
+        settings.parse(["--preset", "tiny", "--condition", "text"])
+    assert settings.parse(["--preset", "tiny", "--condition", "none"]).unet.context_dim is None
 
 
 def test_bad_prompts_are_one_line(run, tmp_path, capsys, monkeypatch):

@@ -6,6 +6,7 @@ import torch
 import torchvision
 from torch.distributions import Normal, kl_divergence
 
+import settings
 import train
 import vae
 
@@ -202,7 +203,7 @@ def test_stopped_adversarial_training_ends_like_an_unstopped_one(tmp_path, monke
     images = torch.randint(256, (20, 1, 32, 32), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
 
     def train_six_steps(out, stop_after=1000):
-        s = train.parse(["--preset", "smoke", "--out", str(tmp_path / out), "--vae-steps", "6", "--vae-batch", "4",
+        s = settings.parse(["--preset", "smoke", "--out", str(tmp_path / out), "--vae-steps", "6", "--vae-batch", "4",
                          "--perceptual-weight", "1", "--adversarial-weight", "0.5", "--adversarial-start", "1",
                          "--device", "cpu"])
         s.bf16 = False

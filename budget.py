@@ -1,0 +1,180 @@
+"""What a run will spend, known before its first private step: epsilon, memory, minutes; and how fast this machine is.
+
+`train.py --dry-run` prints all of it and stops. The privacy plan (q = B/n, T, sigma) is the one of Algorithm 1 of DP-LDM (Liu et
+al. 2024), sigma calibrated by accountant.py so that the whole run costs the epsilon asked for.
+"""
+import math
+import sys
+import time
+from functools import partial
+
+import torch
+
+import accountant
+import diffusion
+import dp_sgd
+import sample
+import text
+import unet
+import vae
+from folder import rank
+
+
+def privacy_plan(s, n):
+    """What will be spent, known before the first private step. Raises ValueError for impossible plans."""
+    if s.steps == 0:
+        return {"n": n, "q": 0.0, "steps": 0, "sigma": 0.0, "epsilon": 0.0, "delta": s.delta}
+    if s.batch_size > n:
+        raise ValueError(f"--batch-size {s.batch_size} exceeds the {n} private pictures: q = B/n must be at most 1")
+    if s.delta >= 1 / n:
+        raise ValueError(f"--delta {s.delta:g} is not below 1/n = {1 / n:.2g}: publishing one random picture in the clear would "
+                         "satisfy it; choose a smaller delta")
+    q = s.batch_size / n
+    sigma = s.sigma
+    if sigma is None:
+        sigma = 0.0 if math.isinf(s.epsilon) else accountant.noise_multiplier(s.epsilon, s.delta, q, s.steps, s.accountant)
+    return {"n": n, "q": q, "steps": s.steps, "sigma": float(sigma), "delta": s.delta,
+            "epsilon": float(accountant.epsilon(q, sigma, s.steps, s.delta, s.accountant))}
+
+
+def noise_only(model):
+    """Number of trained weights that a one-token condition gives no gradient: under DP-SGD they see nothing but noise."""
+    parameters = dict(model.named_parameters())
+    return count(parameters[name] for name in unet.noise_only_names(model))
+
+
+def print_plan(s, plan, model):
+    trained, total = count(p for p in model.parameters() if p.requires_grad), count(model.parameters())
+    idle = noise_only(model)
+    print(f"privacy plan   epsilon {plan['epsilon']:.4g} at delta {plan['delta']:g} ({s.accountant}); unit: one picture, added "
+          f"or removed\n               n {plan['n']}, Poisson sampling with q {plan['q']:.4g} (expected batch {s.batch_size}), "
+          f"T {plan['steps']} steps, sigma {plan['sigma']:.4g}, C {s.clip_norm:g} {s.clipping}, K {s.noise_multiplicity}\n"
+          f"tuned          {s.tune}: {trained:,} of {total:,} parameters ({trained / total:.1%})" + (
+              f", of which {idle:,} see only noise (query and key for a one-token condition)" if idle else ""))
+    if plan["steps"] and (plan["sigma"] == 0 or s.insecure_seed is not None) and rank() == 0:
+        print("WARNING: no noise or a known noise seed: this run is NOT private", file=sys.stderr)
+
+
+def print_memory(s, model, public, private):
+    """Print where the bytes go: weights with gradient, Adam and EMA, activations of one picture, pictures and latents.
+
+    Runs the networks on the meta device, which computes shapes only: no memory, no time, however large they are. All that
+    autograd keeps of one picture is counted; the private stage keeps about the same (bench/dp_step.py).
+    """
+    with torch.device("meta"):
+        autoencoder = vae.AutoencoderKL(s.vae)
+        x = torch.empty(1, s.vae.in_channels, s.vae.resolution, s.vae.resolution)
+        z, t = torch.empty(1, *autoencoder.latent_shape), torch.zeros(1, dtype=torch.int64)
+
+    def kept(network, f):
+        weights, seen = {p.untyped_storage()._cdata for p in network.parameters()}, {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda a: seen.update({a.untyped_storage()._cdata: a}) or a, lambda a: a):
+            out = f()  # keeps the graph, and with it the storages, until they are counted
+        return sum(a.untyped_storage().nbytes() for key, a in seen.items() if key not in weights) + 0 * len(out)
+
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.requires_grad_(True)
+    first = kept(autoencoder, lambda: autoencoder.decode(autoencoder.encode(x).mean))
+    second = kept(model, lambda: model(z, t, stand_in(model, 1, "meta")))
+    for name, p in model.named_parameters():
+        p.requires_grad_(wanted[name])
+    stored = (s.public_n or len(public)) + len(private)
+    stored *= x.numel() + 4 * (1 + s.flips) * z.numel()
+    # Weights, gradient, two moments, EMA; tuned ones: moments, EMA, clipped sum, a micro-batch's sum, noise.
+    trained, total, big = count(p for p in model.parameters() if p.requires_grad), count(model.parameters()), 1e9
+    print(f"memory, GB     autoencoder {20 * count(autoencoder.parameters()) / big:.2f} + {first / big:.3f} a picture, latent "
+          f"diffusion {20 * total / big:.2f} + {second / big:.3f}, private tuning {(4 * total + 24 * trained) / big:.2f} + "
+          f"{second / big:.3f}; pictures and latents {stored / big:.2f} in all")
+
+
+def estimate(s, plan, embedder):
+    """Print the minutes of each stage, extrapolated from one step on random data."""
+    with torch.device(s.device):
+        autoencoder = vae.AutoencoderKL(s.vae).to(memory_format=torch.channels_last)
+        model = unet.LatentModel(unet.UNet(s.unet), sample.build_embedder(embedder))
+    model = model.to(memory_format=torch.channels_last)
+    unet.select_trainable(model, s.tune, s.from_block)
+    x = torch.rand(s.vae_batch, s.vae.in_channels, s.vae.resolution, s.vae.resolution, device=s.device)
+    z = torch.randn(s.ldm_batch, *autoencoder.latent_shape, device=s.device)
+    y = stand_in(model, s.ldm_batch, s.device)
+    loss_fn = partial(diffusion.loss, schedule=s.schedule)
+    engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, s.method, s.clipping)
+    size = s.micro_batch or fastest_micro_batch(s, model, z.shape[1:])
+    few = slice(0, min(size, len(z)))
+
+    def minutes(times, f):
+        f()
+        return 1.1 * times * seconds(s, f) / 60  # optimiser, data and checkpoints: about a tenth on top
+
+    private = minutes(plan["steps"] * s.batch_size / len(z[few]),
+                      lambda: engine.accumulate(loss_fn, *diffusion.draw(z[few], select(y, few), s.noise_multiplicity)))
+    model.requires_grad_(True)
+    first = minutes(s.vae_steps, lambda: vae.loss(autoencoder, x)[0].backward())
+    second = minutes(s.ldm_steps, lambda: loss_fn(model, *diffusion.draw(z, y)).mean().backward())
+    print(f"time           autoencoder {first:.1f}, latent diffusion {second:.1f}, private tuning {private:.1f} minutes "
+          f"({'bf16' if s.bf16 else 'float32'} on {s.device}, {torch.get_num_threads()} threads)")
+
+
+def fastest_micro_batch(s, model, shape, sizes=(32, 64, 128, 256, 512, 1024)):
+    """The micro-batch size with the most examples per second, tried on random latents of one example's `shape`.
+
+    The size changes memory and speed only, never the result: dp_sgd sums clipped gradients over micro-batches.
+    """
+    engine = dp_sgd.DPSGD(model, s.clip_norm, 0.0, 1, s.method, s.clipping)  # a throw-away: nothing of it is released
+    best, fastest = sizes[0], 0.0
+    for size in sizes if s.method != "loop" else ():
+        z, y = torch.randn(size, *shape, device=s.device), stand_in(model, size, s.device)
+        try:
+            rate = size / min(seconds(s, lambda z=z, y=y: engine.accumulate(
+                partial(diffusion.loss, schedule=s.schedule), *diffusion.draw(z, y, s.noise_multiplicity))) for _ in range(2))
+        except torch.OutOfMemoryError:
+            break
+        if rate > 1.03 * fastest:
+            best, fastest = size, rate
+    return best
+
+
+def seconds(s, f):
+    """Wall time of one call of f under the run's precision."""
+    with autocast(s):
+        if "cuda" in s.device:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        f()
+        if "cuda" in s.device:
+            torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def autocast(s):
+    """bfloat16 for forward and backward where it is faster (decided once); needs no loss scaling."""
+    return torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.bf16)
+
+
+def bf16_wins(device):
+    """Time a convolution and a matrix product of the UNet's size in both precisions: some CPUs only emulate bfloat16."""
+    def seconds(dtype):
+        x, w, a = (torch.randn(shape, device=device, dtype=dtype) for shape in ((256, 128, 4, 4), (128, 128, 3, 3), (1024, 512)))
+        times = []
+        for _ in range(4):
+            begin = time.perf_counter()
+            (torch.nn.functional.conv2d(x, w, padding=1).sum() + (a @ a.T).sum()).item()
+            times.append(time.perf_counter() - begin)
+        return min(times)
+    return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
+
+
+def stand_in(model, n, device):
+    """n conditions of the model's kind for measuring times: None, label 0, or prompts of full length."""
+    if isinstance(model.embedder, text.TextEncoder):
+        return torch.full((n, model.embedder.length), text.BEGIN, device=device)
+    return None if model.embedder is None else torch.zeros(n, dtype=torch.int64, device=device)
+
+
+def select(conditions, index):
+    """Rows of the conditions, None for none."""
+    return None if conditions is None else conditions[index]
+
+
+def count(parameters):
+    return sum(p.numel() for p in parameters)

@@ -1,0 +1,83 @@
+"""Several processes that train together, under `torchrun --nproc_per_node=N train.py ...`.
+
+No wrapper around the model: micro-batch counts differ between processes. In the public stages each draws its share of a
+batch and all apply the mean of the gradients; in the private stage each Poisson-samples its own shard, and rank 0 alone
+writes the ledger and adds the noise (`dp_sgd.reduce_sums`). In a process of its own every function here does the obvious.
+"""
+import os
+import sys
+from dataclasses import replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+import dp_sgd
+from folder import rank
+
+PATIENCE = timedelta(minutes=10)  # a dead process is noticed at once, by its closed connection; a hanging one after this
+
+
+def join():
+    """Under torchrun: meet the other processes (gloo for tensors on the CPU, NCCL on CUDA). Only rank 0 prints and writes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group(timeout=PATIENCE)
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+
+
+def world():
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def agreed(value):
+    """Rank 0's value, a small picklable one, for all; everybody waits for everybody."""
+    box = [value]
+    if world() > 1:
+        dp_sgd.collective(lambda flag: (dist.all_reduce(flag), dist.broadcast_object_list(box)), [torch.zeros(1)])
+    return box[0]
+
+
+def once(f, *args):
+    """f(*args) by rank 0 alone -> its result, for all. Where it raises, the error is told once: the others leave quietly."""
+    result = error = None
+    if rank() == 0:
+        try:
+            result = f(*args)
+        except BaseException as raised:
+            error = raised
+    result, failed = agreed((result, error is not None))
+    if error is not None:
+        raise error
+    if failed:
+        raise SystemExit(2)
+    return result
+
+
+def share(batch):
+    """This rank's part of a batch of the public stages; parts differ by one picture at most, add up to the batch."""
+    return batch // world() + (rank() < batch % world())
+
+
+def shard(tensor):
+    """This rank's part of a data set: every world()-th picture."""
+    return tensor[rank()::world()]
+
+
+def own_part(found):
+    """This rank's part of an ImageSet."""
+    return replace(found, images=shard(found.images), labels=shard(found.labels),
+                   captions=found.captions and shard(found.captions),
+                   attributes=found.attributes and {k: shard(v) for k, v in found.attributes.items()})
+
+
+def own_device(device):
+    """cuda -> cuda:i, the i-th for the i-th process of this machine."""
+    if world() > 1 and device == "cuda":
+        local, needed = int(os.environ.get("LOCAL_RANK", rank())), int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+        if torch.cuda.device_count() < needed:
+            raise ValueError(f"{needed} processes need as many CUDA devices, found {torch.cuda.device_count()}; or --device cpu")
+        torch.cuda.set_device(local)
+        return f"cuda:{local}"
+    return device

@@ -1,0 +1,92 @@
+"""What a run publishes: release/model.pt, privacy.json and pictures, all of it covered by epsilon.
+
+The statement says what the guarantee is and what it is not (pitfalls 20, 24, 25 of the README); nothing here reads a private
+picture, a loss or a gradient norm.
+"""
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import accountant
+import data
+import folder
+import sample
+import unet
+from settings import plain
+
+
+def privacy_statement(s, plan, rows, trained):
+    """Content of release/privacy.json: all that is needed to judge the guarantee (pitfalls 20, 24, 25)."""
+    both = {m: accountant.epsilon_of_ledger(rows, s.delta, m) if rows else 0.0 for m in ("rdp", "pld")}
+    epsilon = both[s.accountant]
+    private = s.insecure_seed is None and math.isfinite(epsilon)
+    spent = (max(r["q"] for r in rows), min(r["sigma"] for r in rows), len(rows)) if rows else (0.0, 1.0, 0)
+    groups = accountant.group_epsilon(20, *spent, s.delta) if rows else 0.0
+    false_positives = (0.001, 0.01, 0.1)  # what an optimal membership test can do at most, per picture
+    attacker = dict(zip(map(str, false_positives), map(float, accountant.attacker_tpr(*spent, false_positives)), strict=True))
+    return plain({
+        "statement": f"({epsilon:.4g}, {s.delta:g})-differentially private with respect to one picture" if private else
+                     "NOT PRIVATE: no noise, or a known noise seed",
+        "private": private, "epsilon": epsilon, "delta": s.delta, "accountant": s.accountant,
+        "epsilon_rdp": both["rdp"], "epsilon_pld": both["pld"],
+        "epsilon_for_20_pictures_of_one_person": groups, "attacker_true_positive_rates": attacker,
+        "adjacency": "add or remove one picture", "unit": "one picture", "sampling": "Poisson", "n": plan["n"], "q": plan["q"],
+        "expected_batch_size": s.batch_size, "steps": len(rows), "sigma": plan["sigma"], "clip_norm": s.clip_norm,
+        "clipping": s.clipping, "noise_multiplicity": s.noise_multiplicity, "tune": s.tune, "from_block": s.from_block,
+        "condition": s.condition, "trained_parameters": trained[0], "of_these_see_only_noise": trained[1],
+        "public_set": data.kind_of(s.public), "private_set": data.kind_of(s.private),
+        "public_weights": [Path(p).name for p in (s.init_ldm, s.init_vae) if p],
+        "insecure_seed": s.insecure_seed is not None, "secure_noise": s.secure_noise,
+        "noise": "float64 from the operating system's CSPRNG, four Box-Muller draws each (dp_sgd.SecureGenerator)" if
+                 s.secure_noise else
+                 "Mersenne twister with its whole state from the operating system (CPU) or Philox with 64 bits (CUDA)",
+        "covers": "everything in release/ and whatever is made from it",
+        "does_not_cover": [
+            "the number n of private pictures and the names of their classes and attributes, which are treated as public",
+            "hyper-parameters, taken as chosen beforehand",
+            "other runs on the same private pictures: their epsilons add up", "internal/ (losses, gradient norms)",
+            "several pictures of one person: the guarantee is for one picture",
+            "pictures that weights taken from elsewhere (public_weights) were trained on",
+            "timing" if s.secure_noise else "floating-point attacks on the Gaussian noise, and timing"],
+    })
+
+
+def write_release(s, vae_checkpoint, ldm_checkpoint, model, classes, prompts, privacy, public):
+    """release/: model.pt, privacy.json, samples.png, comparison.png (real public | before | after tuning).
+
+    One row of pictures per class; with prompts (a list per class, None for models without text) per prompt: prompts.txt.
+    """
+    unet.merge_lora(model)
+    content = {"format": sample.FORMAT, "vae": {k: vae_checkpoint[k] for k in ("config", "state")},
+               "scale": vae_checkpoint["scale"], **{k: ldm_checkpoint[k] for k in ("unet", "embedder", "schedule")},
+               "classes": classes, "crop": s.crop, "prompts": prompts,
+               "data": {"public": data.kind_of(s.public), "public_classes": s.public_classes,
+                        "private": data.kind_of(s.private), "label_attribute": s.label_attribute}, "privacy": privacy}
+    folder.save({**content, "model": model.state_dict()}, s.out / "release" / "model.pt")
+    folder.write_json(privacy, s.out / "release" / "privacy.json")
+    lines = max(1, (6 if s.crop < 128 else 2) // len(classes))  # of ten pictures, for each class
+    row_classes = [label for label in range(len(classes)) for _ in range(lines)]
+    labels = torch.tensor(row_classes).repeat_interleave(10)
+    if prompts:
+        row_prompts = [prompt for options in prompts for prompt in options[:lines]]
+        row_classes = [label for label, options in enumerate(prompts) for _ in options[:lines]]
+        labels = [prompt for prompt in row_prompts for _ in range(10)]
+        with folder.replacing(s.out / "release" / "prompts.txt") as file:
+            file.write("".join(f"{prompt}\n" for prompt in row_prompts).encode())
+    draw = partial(sample.generate, labels=labels, steps=s.sample_steps, eta=s.sample_eta, guidance=s.guidance, seed=s.seed)
+    released = sample.load_release(s.out, s.device)
+    after = draw(released)
+    public_model, _ = sample.build_model(ldm_checkpoint)
+    before = draw(replace(released, model=public_model.eval().to(s.device)))
+    data.save_grid(after, s.out / "release" / "samples.png", 10)
+    rows, gap = [], torch.full((1, *after.shape[1:]), 96, dtype=torch.uint8)
+    for i, label in enumerate(row_classes):
+        alike = public.classes[label:label + 1] == classes[label:label + 1]  # else any public pictures stand on the left
+        shown = public.images[public.labels == label] if alike else public.images
+        real = data.crop(shown[4 * (i % lines if alike else i):][:4], s.crop)
+        first = slice(10 * i, 10 * i + 6)
+        rows += [real, gap.expand(5 - len(real), -1, -1, -1), before[first], gap, after[first]]
+    data.save_grid(torch.cat(rows), s.out / "release" / "comparison.png", 18)
