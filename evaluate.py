@@ -25,6 +25,7 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -288,8 +289,9 @@ def read_samples(path, release, n=None):
     """The first n (default: all) pictures of an NPZ as sample.py writes it -> uint8 (n,C,crop,crop), labels (n,)."""
     if not Path(path).is_file():
         raise ValueError(f"--samples: no file {path}; write one: python sample.py RUN --npz {path}")
-    arrays = data.read_npz(path, ("images", "labels"))
-    images, labels = data.check(arrays["images"], arrays["labels"], path, 0, len(release.classes) - 1)
+    arrays = data.read_npz(path, ("images", "labels") if release.model.embedder else ("images",))
+    labels = arrays.get("labels", np.zeros(len(arrays["images"]), np.uint8))  # an unconditional model's have none
+    images, labels = data.check(arrays["images"], labels, path, 0, len(release.classes) - 1)
     shape, wanted = (release.vae.config.out_ch, release.crop, release.crop), n or 1
     if images.shape[1:] != shape or len(images) < wanted:
         raise ValueError(f"{path} has {len(images)} pictures of {tuple(images.shape[1:])}, needed: {wanted} of {shape}")
@@ -376,6 +378,8 @@ def main(argv=None):
     if args.samples and (args.steps, args.eta, args.guidance) != (None, None, None):
         raise ValueError("--samples takes finished pictures: leave out --steps, --eta and --guidance")
     release = sample.load_release(args.run, args.device)
+    if release.model.embedder is None:
+        recipes = {}  # an unconditional model's samples have no labels to learn from
     if args.n is not None and args.n < len(release.classes):
         raise ValueError(f"--n must be at least {len(release.classes)}, one sample of each class")
     run = Path(args.run).resolve()

@@ -10,6 +10,7 @@ from torch import nn
 import data
 import diffusion
 import dp_sgd
+import evaluate
 import folder
 import sample
 import settings
@@ -348,6 +349,9 @@ def test_runs_without_text(other, tmp_path, capsys):
     assert command(sample, out, "--n", 2, "--steps", 2, "--npz", tmp_path / "x.npz") == 0
     with np.load(tmp_path / "x.npz") as file:
         assert set(file) == ({"images"} if kind == "none" else {"images", "labels"})
+    if kind == "none":  # nothing for a classifier to learn from
+        assert command(evaluate, out, "--samples", tmp_path / "x.npz", "--no-distance") == 0
+        assert folder.read_json(out / "internal" / "evaluation.json")["accuracy"] == {}
 
 
 def test_checkpoints_of_classes_from_before_texts_are_read():
