@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
@@ -149,6 +149,7 @@ def square(path, size, channels):
     """One picture file -> (channels, size, size) uint8: its central square; PIL's bilinear filter antialiases."""
     try:
         with Image.open(path) as picture:
+            picture = ImageOps.exif_transpose(picture)  # cameras store a picture as it was held
             side = min(picture.size)
             left, top = ((length - side) // 2 for length in picture.size)
             small = picture.convert("RGB" if channels == 3 else "L").resize(

@@ -503,7 +503,9 @@ def main(argv=None):
     if s.dry_run:
         print_plan(s, plan, model)
         print_memory(s, model, public, private)
-        if count(model.parameters()) > 5e7 and s.device == "cpu":
+        with torch.device("meta"):
+            size = count(model.parameters()) + count(vae.AutoencoderKL(s.vae).parameters())
+        if size > 5e7 and s.device == "cpu":
             return print("time           not measured: networks of this size are for a GPU; run --dry-run there")
         return estimate(s, plan, embedder)
 

@@ -87,6 +87,12 @@ def test_the_central_square_is_resized_with_antialiasing(tmp_path):
         x = photos.decode([tmp_path / "stripes.png"], size).float()
         assert x.shape == (1, 3, size, size)
         assert (x - 127.5).abs().mean() < 10  # grey: without antialiasing stripes would come back, 64 and more from grey
+    halves, turned = Image.new("RGB", (40, 20)), Image.Exif()
+    halves.paste((255, 255, 255), (20, 0, 40, 20))
+    turned[0x0112] = 6  # EXIF: was held upright, stored lying
+    halves.save(tmp_path / "turned.jpg", exif=turned, quality=95)
+    x = photos.decode([tmp_path / "turned.jpg"], 20)[0].float()  # the white half lies below
+    assert x[:, :9].max() < 20 and x[:, 11:].min() > 235
     grey = photos.decode([tmp_path / "stripes.png"], 32, channels=1)
     assert grey.shape == (1, 1, 32, 32)
 
@@ -189,7 +195,10 @@ def test_the_cache_is_used_and_invalidated(tmp_path, monkeypatch):
     assert count == 0 and torch.equal(first, again)
     assert read(size=20)[1] == 40 and read(channels=1)[1] == 40 and read(n=20)[1] == 20 and read(n=9)[1] == 9
     picture = base / "img_align_celeba" / "000001.jpg"
+    before = picture.stat().st_size
     Image.new("RGB", (22, 28), (0, 0, 255)).save(picture)
+    picture.write_bytes(picture.read_bytes().ljust(before, b"\0"))  # as long as before: only its time tells
+    assert picture.stat().st_size == before
     changed, count = read()
     assert count == 40 and changed[0, 2].min() > 240
     for file in (tmp_path / "cache").iterdir():
