@@ -97,6 +97,24 @@ def papers():
     return "\n".join(lines) + "\n\n" + origin(list(rows.values()))
 
 
+def faces():
+    """Real faces: distance of the samples to held-out faces, accuracy of a Male classifier trained on samples only."""
+    rows = load("faces")
+    head = ["condition and epsilon", "epsilon", "Frechet", "two halves of the real faces", "precision", "recall", "Male, CNN",
+            "Male, log. regr.", "trained parameters", "minutes: train + evaluate (threads)", "command"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in rows:
+        p, e = row["privacy"], row["evaluation"]
+        epsilon = p["epsilon"] if isinstance(p["epsilon"], str) else f"{p['epsilon']:.3g}"
+        d, accuracy = e["distance"], {word: next(iter(scores.values())) for word, scores in e["accuracy"].items()}
+        lines.append("| " + " | ".join([
+            row["label"], epsilon, f"{d['frechet']:.1f}", f"{d['halves']:.1f}", f"{d['precision']:.2f}", f"{d['recall']:.2f}",
+            percent(accuracy["cnn"]), percent(accuracy["logreg"]), f"{p['trained_parameters']:,}" if p["steps"] else "-",
+            f"{row['seconds'].get('train', 0) / 60:.0f} + {row['seconds']['evaluate'] / 60:.0f} ({row['threads']})",
+            f"`{row['commands'][0]}`"]) + " |")
+    return "\n".join(lines) + "\n\n" + origin(rows)
+
+
 def origin(rows):
     """Protocol, number of samples and commits, said once below a table."""
     if not rows:
@@ -106,7 +124,7 @@ def origin(rows):
             f"{', '.join(sorted({row['commit'] for row in rows}))}.")
 
 
-TABLES = {"digits": digits, "papers": papers, "ablations": ablations}
+TABLES = {"digits": digits, "ablations": ablations, "papers": papers, "faces": faces}
 
 
 def main(argv=None):

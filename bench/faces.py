@@ -1,0 +1,24 @@
+"""Real faces at 32x32: `python -m bench.faces`. See `bench.runs`. Needs the sets faces and public32 in the data root.
+
+The first row trains the public stages that the others reuse; the text rows reuse its autoencoder only.
+"""
+from bench.runs import Row, main
+
+BASE = "runs/faces"
+SCORE = "--n 5000 --classifiers cnn,logreg"
+
+
+def again(label, name, flags, base=BASE):
+    return Row(label, f"--preset faces {flags} --init {base} --out {BASE}-{name}", f"{BASE}-{name}", SCORE)
+
+
+ROWS = {
+    "eps10": Row("class, epsilon 10", "--preset faces", BASE, SCORE),
+    "public": again("class, public only", "public", "--steps 0"),
+    "eps1": again("class, epsilon 1", "eps1", "--epsilon 1 --lr 2e-3"),
+    "inf": again("class, no noise (not private)", "inf", "--epsilon inf"),
+    "text": again("text, epsilon 10", "text", "--condition text"),
+}
+
+if __name__ == "__main__":
+    main("faces", ROWS)
