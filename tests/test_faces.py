@@ -433,14 +433,15 @@ def test_256_pixels_end_to_end(tmp_path, monkeypatch):
     tiny = settings.PRESETS["celeba256-text"] | dict(
         vae=vae.VAEConfig(3, 3, 4, (1, 1, 1, 1), 1, (), 256, 4, 4, 4), schedule=train.diffusion.Schedule("cosine", "v"),
         unet=replace(unet.PAPER["celeba256-text"], model_channels=16, channel_mult=(1, 1), num_res_blocks=1, num_heads=2,
-                     attention_resolutions=(2,), context_dim=8, num_groups=4))
+                     attention_resolutions=(2,), context_dim=8, num_groups=4), text_width=16, text_layers=1)
     monkeypatch.setitem(settings.PRESETS, "celeba256-text", tiny)
     out = tmp_path / "out"
     train.main(["--preset", "celeba256-text", *TINY, "--vae-batch", "2", "--data-root", str(tmp_path), "--out", str(out),
                 "--public", f"folder:{tmp_path / 'public'}", "--public-n", "8"])
     release = sample.load_release(out)
     assert release.vae.latent_shape == (4, 32, 32) and release.crop == 256
-    assert sample.generate(release, [1], steps=1, progress=False).shape == (1, 3, 256, 256)
+    for wanted in ([1], ["a smiling woman with a hat"]):
+        assert sample.generate(release, wanted, steps=1, progress=False).shape == (1, 3, 256, 256)
     assert next(iter(evaluate.held_out_sets(release, tmp_path).values())).images.shape == (20, 3, 64, 64)
 
 
