@@ -107,7 +107,7 @@ MUTATIONS = [Mutation(*m) for m in (
        "    torch._foreach_copy_([p.data for p in engine.parameters], best[1])\n")),
      f"{PIT}::test_the_last_average_is_released_and_nothing_is_chosen"),
     (16, "labels follow a histogram", "sample.py",
-     (("return torch.arange(n) % num_classes", "return (torch.arange(n) // 2) % num_classes"),),
+     (("return torch.arange(n) % num_classes", "return torch.arange(n) ** 2 % num_classes"),),
      f"{PIT}::test_labels_are_drawn_uniformly_and_not_from_the_private_histogram"),
     (17, "the average moves with every micro-batch", "train.py",
      (("                engine.accumulate(loss_fn, *drawn)\n",

@@ -61,12 +61,12 @@ def test_the_rigorous_bound_exceeds_randomised_response_in_at_most_five_percent(
 
 
 def test_the_rigorous_bound_exceeds_the_claim_in_at_most_five_percent_of_audits():
-    claim = accountant.epsilon(0.5, 1.0, 3, 1e-3, "pld")
-    found = [audit.audit([(0.5, 1.0, 3)], 1e-3, 100, guesses=20, rng=coins(i)) for i in range(100)]
-    assert all(f["upper_pld"] == claim for f in found)
+    claim, most = accountant.epsilon(0.5, 2.0, 3, 1e-3, "pld"), audit.rigorous_bound(40, 40, 100, 1e-3)
+    found = [audit.audit([(0.5, 2.0, 3)], 1e-3, 100, guesses=40, rng=coins(i)) for i in range(100)]
+    assert all(f["upper_pld"] == claim < most for f in found)  # all guesses right would exceed the claim
     for score in ("sum", "differences", "regenerated"):
         assert sum(f["lower"][score] > claim for f in found) <= 5
-    assert np.mean([f["lower"]["sum"] for f in found]) > 0.2  # and it is not always zero
+    assert np.mean([f["lower"]["sum"] for f in found]) > 0.1  # and it is not always zero
 
 
 @pytest.mark.parametrize("plan, m, by_rdp, rigorous, estimated", [
