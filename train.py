@@ -129,10 +129,11 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=Non
 
 
 def load_optimizer(optimizer, state):
-    """Optimizer.load_state_dict, which checks no shapes, and these checked."""
-    optimizer.load_state_dict(state)
+    """Adam's moments from a checkpoint, their shapes checked; learning rate and the like are those of the settings."""
+    optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
     for p in (p for group in optimizer.param_groups for p in group["params"]):
-        if any(v.shape not in ((), p.shape) for v in optimizer.state[p].values()):
+        shapes = {key: value.shape for key, value in optimizer.state[p].items()}
+        if shapes not in ({}, {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}):
             raise ValueError("the optimiser's state does not fit the parameters")
 
 

@@ -51,7 +51,8 @@ def two_processes(job, place):
         process.kill()
         process.join()
     errors = [(place / f"stderr.{number}").read_text().replace("\r", "\n").splitlines() for number in (0, 1)]
-    return [process.exitcode for process in processes], [[x for x in lines if "error" in x.lower()] for lines in errors]
+    errors = [[line for line in lines if line.startswith(("error", "rank", "Trace"))] for lines in errors]
+    return [process.exitcode for process in processes], errors
 
 
 # ------------------------------------------------------------------------------------------------------------ the engine
