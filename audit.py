@@ -235,7 +235,9 @@ def main(argv=None):
         raise ValueError("give either a run folder, or all of --q, --sigma and --steps")
     privacy, out = {}, args.out
     if args.run:
-        groups, privacy = accountant.read_run(args.run)
+        groups, _ = accountant.read_run(args.run)
+        statement = Path(args.run, "release", "privacy.json")
+        privacy = folder.read_json(statement) if statement.exists() else {}
         schedule, out = [(q, sigma, steps) for (q, sigma, _), steps in groups], out or Path(args.run, "internal", "audit.png")
         if privacy.get("insecure_seed"):
             raise ValueError(f"{args.run} ran with a known noise seed: it is not private, there is nothing to audit")

@@ -217,13 +217,13 @@ def read_original(path):
                          f"weights_only=False)['state_dict'], '{path}.pt')\"") from None
 
 
-def adopt_original(s, images, embedder):
+def adopt_original(s, images, embedder, num_classes):
     """Weights of the original latent-diffusion code instead of training: (vae.pt's dict, ldm.pt's dict), either may be None.
 
     images: PUBLIC pictures, for the latent scale where only the autoencoder is given. The UNet was trained with one scale
     and one noise schedule: both come with it (buffers `scale_factor` and `betas`; a scale that is no buffer stands in its
-    configuration, --init-scale). embedder: the entry of the condition embedder; its classes are read too if there are enough
-    of the right width, otherwise it starts afresh, as our text encoder always does.
+    configuration, --init-scale). embedder: the entry of the condition embedder; the file's classes are read if they are at
+    least num_classes, the private set's, and of the right width; otherwise it starts afresh, as our text encoder always does.
     """
     ldm = read_original(s.init_ldm) if s.init_ldm else {}
     kl = read_original(s.init_vae) if s.init_vae else ldm
@@ -248,7 +248,7 @@ def adopt_original(s, images, embedder):
     table, fits = ldm.get("cond_stage_model.embedding.weight"), False
     if table is not None and sample.condition_kind(embedder) == "class":
         rows = len(table) - embedder["null_class"]
-        fits = table.shape[1:] == (embedder["dim"],) and rows >= embedder["num_classes"]
+        fits = table.shape[1:] == (embedder["dim"],) and rows >= num_classes
         embedder = {**embedder, "num_classes": rows} if fits else embedder
     torch.manual_seed(s.seed)
     model = unet.LatentModel(unet.UNet(s.unet), sample.build_embedder(embedder))
@@ -511,7 +511,7 @@ def main(argv=None):
         return estimate(s, plan, embedder)
 
     if (s.init_ldm or s.init_vae) and not s.resume:
-        first, second = adopt_original(s, public.images, embedder)
+        first, second = adopt_original(s, public.images, embedder, len(private.classes))
     stop = folder.Stop()
     once(folder.prepare, s.out, s.resume)
     if not s.resume:

@@ -268,7 +268,7 @@ def adopt(*flags):
     """The contents of public/vae.pt and public/ldm.pt that the flags give, for ten private classes."""
     s = settings.parse([*FLAGS, *map(str, flags)])
     embedder = {"kind": "class", "dim": s.unet.context_dim, "null_class": s.cond_drop > 0, "num_classes": 10}
-    return train.adopt_original(s, IMAGES, embedder)
+    return train.adopt_original(s, IMAGES, embedder, 10)
 
 
 def test_init_ldm_takes_the_place_of_the_public_stages(tmp_path, monkeypatch):
@@ -278,7 +278,7 @@ def test_init_ldm_takes_the_place_of_the_public_stages(tmp_path, monkeypatch):
     first, second = (folder.load(tmp_path / "r" / "public" / name) for name in ("vae.pt", "ldm.pt"))
     assert first["scale"] == pytest.approx(0.7) and second["schedule"] == {"kind": "linear", "prediction": "eps", "T": 1000,
                                                                             "beta_start": 0.0015, "beta_end": 0.0195}
-    assert second["embedder"] == {"num_classes": 26, "dim": 5, "null_class": False}
+    assert second["embedder"] == {"kind": "class", "num_classes": 26, "dim": 5, "null_class": False}
     model, schedule = sample.build_model(second)
     assert torch.equal(model.embedder.embedding.weight, wave((26, 5), 0.2))
     weights = checkpoint()["state_dict"]

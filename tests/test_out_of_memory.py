@@ -5,6 +5,7 @@ import torch
 import diffusion
 import dp_sgd
 import folder
+import settings
 import train
 import unet
 
@@ -34,7 +35,7 @@ def engine_and_draws():
     return engine, diffusion.draw(torch.randn(13, 2, 4, 4), torch.arange(13) % 3, 1, torch.Generator().manual_seed(1))
 
 
-def settings():
+def chosen():
     s = settings.parse(["--device", "cpu"])
     s.bf16 = False
     return s
@@ -45,7 +46,7 @@ def test_pieces_give_the_sum_of_the_whole_and_count_each_example_once():
     whole.accumulate(diffusion.loss, *drawn)
     engine, _ = engine_and_draws()
     calls = []
-    assert train.accumulate_in_pieces(settings(), engine, limited(4, calls), drawn, 100) == 3
+    assert train.accumulate_in_pieces(chosen(), engine, limited(4, calls), drawn, 100) == 3
     assert calls == [13, 6, 3, 3, 3, 3, 1]
     for a, b in zip(engine.sums, whole.sums, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -56,7 +57,7 @@ def test_pieces_give_the_sum_of_the_whole_and_count_each_example_once():
 def test_one_example_too_much_is_one_line():
     engine, drawn = engine_and_draws()
     with pytest.raises(ValueError, match="out of memory") as refused:
-        train.accumulate_in_pieces(settings(), engine, limited(0, []), drawn, 4)
+        train.accumulate_in_pieces(chosen(), engine, limited(0, []), drawn, 4)
     assert "\n" not in str(refused.value) and not any(a.any() for a in engine.sums)
 
 
