@@ -11,7 +11,7 @@ sampler, clipping, sum and noise that train.py uses (dp_sgd.poisson_sample, DPSG
                differences   sum_t |y_t[j] - y_(t-1)[j]|: sees noise that is the same in every step
                regenerated   the sum, minus the noise which the same program draws when it is run again
 
-    python audit.py runs/digits                        q, sigma, T of that run's ledger (else of its privacy.json)
+    python audit.py runs/digits                        q, sigma, T of that run's ledger (else of its privacy.json); the default
     python audit.py --q 0.1 --sigma 1 --steps 300 --delta 1e-5
 
 Two bounds at 95 % confidence
@@ -221,7 +221,7 @@ def histogram(result, caption, path, width=800, height=400):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Attack the DP-SGD engine; print lower and upper bounds on epsilon.")
     add = parser.add_argument
-    add("run", nargs="?", help="run folder whose q, sigma, steps, C and clipping are audited")
+    add("run", nargs="?", help="run folder whose q, sigma, steps, C and clipping are audited [runs/digits]")
     add("--q", type=float, help="without a run: sampling probability, 0..1")
     add("--sigma", type=float, help="without a run: noise multiplier, in units of the clip norm")
     add("--steps", type=int, help="without a run: number of noise additions")
@@ -231,6 +231,8 @@ def main(argv=None):
     add("--out", type=Path, help="PNG of the scores [RUN/internal/audit.png; none without a run]")
     args = parser.parse_args(argv)
     given = [args.q, args.sigma, args.steps]
+    if not args.run and given == [None] * 3:
+        args.run = "runs/digits"
     if (given != [None] * 3) if args.run else (None in given):
         raise ValueError("give either a run folder, or all of --q, --sigma and --steps")
     privacy, out = {}, args.out

@@ -171,12 +171,13 @@ def test_program_without_a_run_and_its_verdict(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("words, message", [
-    ("", "give either a run"), ("--q 0.1 --sigma 1", "give either a run"), ("no/such/run", "no/such/run"),
+    ("", "runs/digits"), ("--q 0.1 --sigma 1", "give either a run"), ("no/such/run", "no/such/run"),
     ("--q 0.1 --sigma 0 --steps 3", "nothing to audit"), ("--q 2 --sigma 1 --steps 3", "nothing to audit"),
     ("--q 0.1 --sigma 1 --steps 0", "--steps"),
     ("--q 0.1 --sigma 1 --steps 3 --canaries 5", "--canaries"), ("--q 0.1 --sigma 1 --steps 3 --delta 0", "delta"),
     ("x --q 0.1 --sigma 1 --steps 3", "give either a run")])
-def test_bad_input_is_one_line(words, message, capsys):
+def test_bad_input_is_one_line(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as left:
         folder.run_cli(lambda: audit.main(words.split()))
     error = capsys.readouterr().err.strip().splitlines()
