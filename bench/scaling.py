@@ -20,27 +20,28 @@ import torch.distributed as dist
 
 import diffusion
 import dp_sgd
-import train
+import processes
+import settings
 import unet
 
 
 def worker(number, world, port, args, results):
     os.environ.update(RANK=str(number), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    train.join()
+    processes.join()
     torch.manual_seed(0)
-    config = train.DIGITS["unet"]
+    config = settings.DIGITS["unet"]
     model = unet.LatentModel(unet.UNet(config), unet.ClassEmbedder(10, config.context_dim)).to(memory_format=torch.channels_last)
     unet.select_trainable(model)
     n, q = 4 * args.batch, 1 / 4
-    latents, labels = train.shard(torch.randn(n, 1, config.in_channels, 4, 4)), train.shard(torch.arange(n) % 10)
+    latents, labels = processes.shard(torch.randn(n, 1, config.in_channels, 4, 4)), processes.shard(torch.arange(n) % 10)
     engine = dp_sgd.DPSGD(model, 0.1, 1.0, args.batch)
     optimizer = torch.optim.Adam(engine.parameters, 1e-3)
-    loss_fn = partial(diffusion.loss, schedule=train.DIGITS["schedule"])
+    loss_fn = partial(diffusion.loss, schedule=settings.DIGITS["schedule"])
     examples, spent = 0, []
     for step in range(args.steps + 1):
         if step == 1:
-            train.agreed(None)
+            processes.agreed(None)
             begin = time.perf_counter()
         computed = time.perf_counter()
         for part in dp_sgd.poisson_sample(len(latents), q).split(args.micro_batch):
@@ -54,7 +55,7 @@ def worker(number, world, port, args, results):
             dp_sgd.broadcast(engine.parameters)
         if step:
             examples, spent = examples + engine.last["examples"], [*spent, computed]
-    train.agreed(None)
+    processes.agreed(None)
     seconds = time.perf_counter() - begin
     if number == 0:
         results.put((examples / seconds, 1 - sum(spent) / seconds))
