@@ -15,6 +15,7 @@ import torch.distributed as dist
 import accountant
 import dp_sgd
 import folder
+import processes
 import sample
 import train
 
@@ -40,19 +41,19 @@ def two_processes(job, place):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [context.Process(target=worker, args=(number, port, job, place)) for number in (0, 1)]
-    for process in processes:
+    started = [context.Process(target=worker, args=(number, port, job, place)) for number in (0, 1)]
+    for process in started:
         process.start()
     patience = 240.0
-    while any(process.is_alive() for process in processes) and patience > 0:
+    while any(process.is_alive() for process in started) and patience > 0:
         time.sleep(0.05)
-        patience = min(patience, 20 if any(process.exitcode for process in processes) else 240) - 0.05
-    for process in processes:  # who is still there is stopped, or waits for ever
+        patience = min(patience, 20 if any(process.exitcode for process in started) else 240) - 0.05
+    for process in started:  # who is still there is stopped, or waits for ever
         process.kill()
         process.join()
     errors = [(place / f"stderr.{number}").read_text().replace("\r", "\n").splitlines() for number in (0, 1)]
     errors = [[line for line in lines if line.startswith(("error", "rank", "Trace"))] for lines in errors]
-    return [process.exitcode for process in processes], errors
+    return [process.exitcode for process in started], errors
 
 
 # ------------------------------------------------------------------------------------------------------------ the engine
@@ -73,9 +74,9 @@ DRAW = torch.tensor([0, 2, 3, 4, 6, 8, 10, 14, 21, 28, 29])  # three of them in 
 
 
 def engine_job(number, place):
-    train.join()
+    processes.join()
     engine = small_engine()
-    shard = train.shard(EXAMPLES)
+    shard = processes.shard(EXAMPLES)
     mine = [int(i) // 2 for i in DRAW if i % 2 == number]
     for part in torch.tensor(mine).split(2 if number == 0 else 5):  # four micro-batches here, one there
         engine.accumulate(loss_fn, shard[part])
@@ -215,7 +216,7 @@ def test_stopped_by_two_processes_and_finished_by_one(tmp_path):
 def end_job(victim, how, number, place):
     """The victim ends, or hangs, in the second step."""
     poisson_sample, calls = dp_sgd.poisson_sample, []
-    train.PATIENCE = timedelta(seconds=4)
+    processes.PATIENCE = timedelta(seconds=4)
 
     def watched(*args):
         calls.append(1)
@@ -249,5 +250,6 @@ def test_an_error_that_all_would_meet_is_told_once(tmp_path):
 
 
 def test_alone_nothing_is_distributed(tmp_path):
-    assert (folder.rank(), train.world(), train.agreed("x"), train.share(7)) == (0, 1, "x", 7) and not dist.is_initialized()
-    assert torch.equal(train.shard(torch.arange(5)), torch.arange(5))
+    assert (folder.rank(), processes.world(), processes.agreed("x"), processes.share(7)) == (0, 1, "x", 7)
+    assert not dist.is_initialized()
+    assert torch.equal(processes.shard(torch.arange(5)), torch.arange(5))
