@@ -114,7 +114,7 @@ def test_the_total_of_two_processes_is_the_sum_of_one_and_gets_the_noise_once(tm
 
 def run_job(flags, number, place):
     """train.main with plain gradient steps in place of Adam, so that the size of the noise can be seen."""
-    seen = {"drawn": [], "noise": 0, "generators": [], "changes": [], "public": []}
+    seen = {"drawn": [], "noise": 0, "generators": [], "changes": [], "public": [], "drift": []}
     poisson_sample, privatise, fresh = dp_sgd.poisson_sample, dp_sgd.privatise, dp_sgd.fresh_generator
     broadcast, fit, before = dp_sgd.broadcast, train.fit, {}
 
@@ -142,6 +142,7 @@ def run_job(flags, number, place):
     def watched_fit(s, title, model, *args):
         fit(s, title, model, *args)
         seen["public"].append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        seen["drift"].append(float(seen["changes"][-1].abs().max()))
         seen["changes"].clear(), before.clear()
 
     def sgd(parameters, lr):
@@ -165,6 +166,7 @@ def test_a_run_by_two_processes(tmp_path):
 
     for a, b in zip(first["public"], second["public"], strict=True):
         assert torch.equal(a, b)  # both ranks hold the same public networks ...
+    assert first["drift"] == second["drift"] == [0, 0]  # (before the last word of rank 0: all applied the same gradients)
     assert [n for n, *_ in first["drawn"]] == [51] * 3 and [n for n, *_ in second["drawn"]] == [50] * 3
     assert {q for _, q, _ in first["drawn"] + second["drawn"]} == {20 / 101}
     states = {bytes(state.numpy()) for state in first["generators"] + second["generators"]}
