@@ -85,7 +85,7 @@ def build(make, state, *configs):
                 isinstance(value, (list, tuple)) and key != "words" and len(value) > 20:
             raise ValueError(f"{key} = {value!r:.20} is out of range")
     with torch.device("meta"):
-        make().load_state_dict(state, assign=True)
+        make().load_state_dict(dict(state), assign=True)  # dict: a state_dict would remember `assign`, and share its memory below
     model = make()
     model.load_state_dict(state)
     return model

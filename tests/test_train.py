@@ -56,6 +56,14 @@ def test_only_the_chosen_parameters_changed(run):
                        folder.load(run / "release" / "model.pt")["vae"]["state"]["quant_conv.weight"])
 
 
+def test_a_network_shares_no_memory_with_the_checkpoint_it_is_built_from(run):
+    """Else private tuning would change the public model that the comparison shows as "before"."""
+    checkpoint = folder.load(run / "public" / "ldm.pt")
+    model, _ = sample.build_model(checkpoint)
+    owned = {value.data_ptr() for value in checkpoint["model"].values()}
+    assert not any(p.data_ptr() in owned for p in model.parameters())
+
+
 def test_samples_come_from_the_release_alone(run, tmp_path):
     shutil.copytree(run / "release", tmp_path / "release")
     release = sample.load_release(tmp_path)
