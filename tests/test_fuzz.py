@@ -241,6 +241,14 @@ def test_json(name, tmp_path, monkeypatch):
         survives(read_json_files, place)
 
 
+@pytest.mark.parametrize("key, value", [("private_n", "x"), ("sigma", [1]), ("steps", "4"), ("lr", None), ("flips", 1),
+                                        ("unet", {"no": 1}), ("schedule", 3), ("seed", "x"), ("tune", 5), ("epsilon", {})])
+def test_settings_of_another_type(key, value, tmp_path):
+    path = run_folder(tmp_path / "run") / "internal" / "settings.json"
+    folder.write_json(folder.read_json(path) | {key: value}, path)
+    assert not survives(read_json_files, tmp_path / "run")
+
+
 def test_ledger(tmp_path):
     place, rng = run_folder(tmp_path / "run"), random.Random(1)
     ledger = place / "internal" / "ledger.jsonl"
