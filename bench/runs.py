@@ -9,6 +9,8 @@ bench/results.jsonl: commands, commit, date, seconds, threads, privacy statement
     python -m bench.NAME --list     the commands of every row
 """
 import json
+import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -52,10 +54,23 @@ def measure(table, name, row):
         seconds["train" if training else "evaluate"] = time.monotonic() - begin
     result = {"table": table, "row": name, "label": row.label, "commands": commands(row), "commit": commit(),
               "date": date.today().isoformat(), "seconds": seconds, "threads": torch.get_num_threads(),
+              "peak_mib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),  # of the largest command so far
+              "cpu": cpu(),
               "privacy": json.loads((out / "release" / "privacy.json").read_text()),
               "evaluation": json.loads(evaluation.read_text())}
     with open(RESULTS, "a") as file:
         file.write(json.dumps(result) + "\n")
+
+
+def cpu():
+    """What the processor can do that matters here, e.g. "AMD EPYC, avx512_bf16"; its bare name where that cannot be read."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].replace("\t", "").splitlines())
+    except (OSError, ValueError):
+        return platform.processor()
+    flags = lines.get("flags", "").split()
+    best = next((flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in flags), "")
+    return ", ".join(word for word in (lines.get("model name", "").strip(), best) if word)
 
 
 def commit():
