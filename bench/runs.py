@@ -65,7 +65,8 @@ def measure(table, name, row):
 def cpu():
     """What the processor can do that matters here, e.g. "AMD EPYC, avx512_bf16"; its bare name where that cannot be read."""
     try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].replace("\t", "").splitlines())
+        first = Path("/proc/cpuinfo").read_text().replace("\t", "").partition("\n\n")[0]
+        lines = dict(line.split(":", 1) for line in first.splitlines())
     except (OSError, ValueError):
         return platform.processor()
     flags = lines.get("flags", "").split()
