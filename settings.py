@@ -24,7 +24,7 @@ DIGITS = dict(  # every key is a flag or a network; a preset overrides some of t
     vae=vae.VAEConfig(ch=8, ch_mult=(1, 2, 4, 8)), vae_steps=900, vae_batch=64, vae_lr=3e-3, kl_weight=1e-6,
     perceptual_weight=0.0, adversarial_weight=0.0, adversarial_start=0,
     unet=unet.UNetConfig(4, 4, 32, num_heads=4, context_dim=64, num_groups=8), schedule=diffusion.Schedule("cosine", "v"),
-    ldm_steps=1600, ldm_batch=256, ldm_lr=2e-3, cond_drop=0.1,
+    width=None, prediction=None, ldm_steps=1600, ldm_batch=256, ldm_lr=2e-3, cond_drop=0.1,
     epsilon=10.0, delta=1e-5, sigma=None, accountant="pld", batch_size=4000, steps=30, clip_norm=0.1, clipping="flat",
     noise_multiplicity=1, tune="attention", from_block=0, lr=5e-3, ema=0.9, method="bookkeeping", micro_batch=None,
     sample_steps=30, sample_eta=0.0, guidance=1.0,
@@ -124,7 +124,8 @@ def parse(argv):
           ("perceptual_weight", float, "weight of the distance in VGG16's features, per pixel; 0: off"),
           ("adversarial_weight", float, "weight of the patch discriminator's term; 0: off"),
           ("adversarial_start", int, "steps before the discriminator begins"))
-    flags("stage 2, latent diffusion (public)", ("ldm_steps", int, "steps"), ("ldm_batch", int, "latents per step"),
+    flags("stage 2, latent diffusion (public)", ("width", int, "channels of the UNet's first level; None: the preset's"),
+          ("prediction", str, "what the UNet predicts, noise or velocity; None: the preset's", ("eps", "v")), ("ldm_steps", int, "steps"), ("ldm_batch", int, "latents per step"),
           ("ldm_lr", float, "peak learning rate of AdamW"),
           ("cond_drop", float, "probability of dropping the condition, for guidance; 0: no null class"))
     flags("stage 3, privacy", ("epsilon", float, "privacy budget; inf: no noise, NOT private"),
@@ -148,6 +149,8 @@ def parse(argv):
     s = argparse.Namespace(**{**defaults, **DIGITS, **PRESETS[given.get("preset", "digits")], **given})
     s.out = given.get("out", Path("runs") / s.preset)
     s.vae = replace(s.vae, resolution=s.size or s.vae.resolution)
+    s.unet = replace(s.unet, model_channels=s.width or s.unet.model_channels)
+    s.schedule = replace(s.schedule, prediction=s.prediction or s.schedule.prediction)
     if s.resume:
         adopt_settings(s, given)
     if s.condition == "none":  # cross-attention then asks the pixels themselves
@@ -190,7 +193,7 @@ def check(s):
                 raise ValueError(f"--{key.replace('_', '-')} must {text}, got {getattr(s, key)}")
 
     demand("vae_steps vae_batch ldm_steps ldm_batch batch_size noise_multiplicity micro_batch sample_steps public_n private_n "
-           "text_length text_layers",
+           "text_length text_layers width",
            lambda v: v >= 1, "be at least 1")
     demand("steps from_block adversarial_start", lambda v: v >= 0, "not be negative")
     demand("vae_lr ldm_lr lr clip_norm init_scale", lambda v: 0 < v < math.inf, "be a positive number")

@@ -50,7 +50,8 @@ def main():
     plain = torch.arange(10_000) % 10
     reader = evaluate.train_classifier(images=strokes.draw(plain, generator), labels=plain, num_classes=10,
                                        generator=generator, **evaluate.STRONG)
-    print(f"{path}: a CNN trained on 10,000 plain strokes reads {evaluate.accuracy(reader, images[:10_000], labels[:10_000]):.2%}")
+    share = evaluate.accuracy(reader, images[:10_000], labels[:10_000])
+    print(f"{path}: a CNN trained on 10,000 plain strokes reads {share:.2%}")
 
 
 if __name__ == "__main__":
