@@ -125,7 +125,8 @@ def parse(argv):
           ("adversarial_weight", float, "weight of the patch discriminator's term; 0: off"),
           ("adversarial_start", int, "steps before the discriminator begins"))
     flags("stage 2, latent diffusion (public)", ("width", int, "channels of the UNet's first level; None: the preset's"),
-          ("prediction", str, "what the UNet predicts, noise or velocity; None: the preset's", ("eps", "v")), ("ldm_steps", int, "steps"), ("ldm_batch", int, "latents per step"),
+          ("prediction", str, "what the UNet predicts, noise or velocity; None: the preset's", ("eps", "v")),
+          ("ldm_steps", int, "steps"), ("ldm_batch", int, "latents per step"),
           ("ldm_lr", float, "peak learning rate of AdamW"),
           ("cond_drop", float, "probability of dropping the condition, for guidance; 0: no null class"))
     flags("stage 3, privacy", ("epsilon", float, "privacy budget; inf: no noise, NOT private"),
