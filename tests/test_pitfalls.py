@@ -186,6 +186,9 @@ def test_the_statement_carries_what_a_guarantee_needs(tmp_path):  # 20, 24, 25
     group = privacy["epsilon_for_20_pictures_of_one_person"]
     assert group == accountant.group_epsilon(20, plan["q"], plan["sigma"], 4, 1e-5) > 5 * privacy["epsilon"]
     assert any("other runs" in text and "add up" in text for text in privacy["does_not_cover"])
+    assert "partly by looking at results on private data" in privacy["hyper_parameters"]  # mnist10k's presets were
+    s.private = "folder:mine"
+    assert "without results on these pictures" in release.privacy_statement(s, plan, rows, (7, 0))["hyper_parameters"]
 
 
 def test_every_checkpoint_is_read_without_running_code():  # 21
