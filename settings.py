@@ -29,7 +29,9 @@ DIGITS = dict(  # every key is a flag or a network; a preset overrides some of t
     noise_multiplicity=1, tune="attention", from_block=0, lr=5e-3, ema=0.9, method="bookkeeping", micro_batch=None,
     sample_steps=30, sample_eta=0.0, guidance=1.0,
 )
-LARGE = dict(batch_size=6000, steps=150, lr=3e-3, ema=0.95)  # for 60,000 private pictures: the noise allows more steps
+LARGE = dict(  # for 60,000 private pictures: the noise allows more steps, and the public model is what limits (LOG.md)
+    unet=replace(DIGITS["unet"], model_channels=48), vae_steps=1500, ldm_steps=3500, ldm_lr=1.5e-3,
+    batch_size=6000, steps=150, lr=3e-3, ema=0.95)
 CELEBA = dict(  # the authors' settings for faces; large, for GPUs
     public="folder:imagenet/train", public_n=None, private="celeba", delta=1e-6, clip_norm=5e-4, ema=0.9999, cond_drop=0.0,
     schedule=diffusion.Schedule(beta_end=0.0195), vae_steps=200_000, vae_batch=16, vae_lr=1.6e-5, ldm_steps=500_000,
@@ -48,9 +50,9 @@ PRESETS = {  # epochs are turned into steps: epochs * n / batch, with n = 50,000
         batch_size=2000, steps=6000, clip_norm=1e-3, lr=1e-3, ema=0.9999, sample_steps=200, sample_eta=1.0),
     "faces": dict(  # colour at 32 pixels on two CPU cores: 4x4x8 latents, 128 numbers for 3,072
         public="public32", public_n=None, private="faces", flips=True,
-        vae=vae.VAEConfig(3, 3, 16, (1, 2, 4, 8), z_channels=8, embed_dim=8), vae_steps=1000, vae_batch=64, vae_lr=2e-3,
+        vae=vae.VAEConfig(3, 3, 16, (1, 2, 4, 8), z_channels=8, embed_dim=8), vae_steps=4000, vae_batch=64, vae_lr=2e-3,
         unet=unet.UNetConfig(8, 8, 48, num_heads=4, context_dim=64, num_groups=16),
-        ldm_steps=1500, ldm_batch=256, ldm_lr=1.5e-3, batch_size=2500, steps=40),
+        ldm_steps=2500, ldm_batch=256, ldm_lr=1.5e-3, batch_size=2500, steps=40),
     "cifar10": CELEBA | dict(
         private="cifar10", delta=1e-5, vae=vae.PAPER["cifar10"], unet=unet.PAPER["cifar10"], schedule=diffusion.PAPER,
         ldm_batch=200, ldm_lr=2e-4, cond_drop=0.1, batch_size=2000, steps=750, clip_norm=1e-6, lr=2e-3, from_block=8),
