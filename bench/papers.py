@@ -8,7 +8,8 @@ from bench.runs import Row, main
 EPS1 = "--epsilon 1 --batch-size 10000 --steps 30 --lr 5e-3 --ema 0.9"  # as much noise per step as the default run has at 10
 RUNS = {  # name: (label, flags of train.py, run folder)
     "mnist-eps10": ("MNIST, public strokes", "--preset mnist-strokes", "runs/mnist-strokes"),
-    "mnist-eps1": ("MNIST, public strokes", f"--preset mnist-strokes {EPS1} --init runs/mnist-strokes", "runs/mnist-strokes-eps1"),
+    "mnist-eps1": ("MNIST, public strokes", f"--preset mnist-strokes {EPS1} --init runs/mnist-strokes",
+                   "runs/mnist-strokes-eps1"),
     "mnist-public": ("MNIST, public strokes, before tuning", "--preset mnist-strokes --steps 0 --init runs/mnist-strokes",
                      "runs/mnist-strokes-public"),
     "letters-eps10": ("MNIST, public stroke letters", "--preset mnist-letters", "runs/mnist-letters"),
