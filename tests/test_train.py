@@ -11,6 +11,7 @@ import torch
 import accountant
 import folder
 import sample
+import settings
 import train
 
 PRIVACY_KEYS = {"statement", "epsilon", "delta", "accountant", "adjacency", "unit", "sampling", "n", "q", "steps", "sigma",
@@ -172,6 +173,18 @@ def test_ablations_are_flags(run, tmp_path, flags):
     assert sample.generate(sample.load_release(tmp_path / "r"), [1], steps=2, progress=False).shape == (1, 1, 28, 28)
     privacy = folder.read_json(tmp_path / "r" / "release" / "privacy.json")
     assert privacy["private"] == ("--insecure-seed" not in flags) and privacy["epsilon"] <= 10
+
+
+def test_width_and_prediction_change_the_network_or_are_refused(run, tmp_path):
+    s = settings.parse(["--preset", "smoke", "--width", "64", "--prediction", "eps"])
+    assert (s.unet.model_channels, s.schedule.prediction) == (64, "eps")
+    reuse = ["--preset", "smoke", "--init", str(run), "--out", str(tmp_path / "again"), "--dry-run"]
+    for flag, value in (("--width", "64"), ("--prediction", "eps")):
+        with pytest.raises(ValueError, match=f"{flag} {value}: the network of .* leave out {flag}, or --init"):
+            train.main([*reuse, flag, value])
+    train.main([*reuse, "--width", "32", "--prediction", "v"])
+    with pytest.raises(ValueError, match="must be divisible by num_groups"):
+        train.main(["--preset", "smoke", "--width", "60", "--out", str(tmp_path / "new"), "--dry-run"])
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys, monkeypatch):
