@@ -7,6 +7,7 @@ finer. A CNN that learned plain strokes reads about as many of these as of real 
 public to pretend-private is about as wide as that from strokes to MNIST. No real picture is used.
 """
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,7 +41,10 @@ def rewrite(images, generator):
 
 
 def main():
+    if len(sys.argv) != 2 or not sys.argv[1].endswith(".npz"):
+        sys.exit("usage: python -m bench.pretend FILE.npz")
     path = sys.argv[1]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(1)
     labels = torch.arange(N) % 10
     images = torch.cat([rewrite(strokes.draw(part, generator), generator) for part in labels.split(1000)])
