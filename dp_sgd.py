@@ -246,7 +246,7 @@ def add_clipped(sums, layers, grads, losses, clip):
 
 def bookkeeping(model, layers, loss_fn, batch, clip):
     """One forward and one backward pass of the summed loss; norms as the output gradients arrive, sums at the end."""
-    n, uses, kept = rows(batch), Counter(), {}
+    n, uses, kept, grams = rows(batch), Counter(), {}, {}
     params = [p for layer in layers for p in layer.params.values()]
     squared = torch.zeros(len(layers), n, dtype=torch.float64, device=params[0].device)
 
@@ -270,7 +270,7 @@ def bookkeeping(model, layers, loss_fn, batch, clip):
             if getattr(layer.module, "padding_idx", None) is not None:  # an embedding's padding row gets no gradient
                 g = g.masked_fill((x == layer.module.padding_idx)[..., None], 0.0)
             if uses[i] == 1 and grams_are_cheaper(layer, x, g, n):
-                squared[i], kept[i] = gram_squared_norm(layer, x, g, n), (x, g)
+                squared[i], kept[i] = gram_squared_norm(layer, x, g, n, grams), (x, g)
             else:  # a layer used twice: the two gradients add up before the norm
                 grads = per_example(layer, x, g, n)
                 kept[i] = {k: v + kept[i][k] for k, v in grads.items()} if i in kept else grads
@@ -319,21 +319,28 @@ def grams_are_cheaper(layer, x, g, n):
     return p_in ** 2 * d + p_out ** 2 * p < p_out * m.weight.numel()
 
 
-def gram_squared_norm(layer, x, g, n):
-    """Squared norms (n,) float64 of the per-example gradients of weight (and bias) from two Gram matrices."""
-    m, x, g = layer.module, wide(x), wide(g)
+def gram_squared_norm(layer, x, g, n, grams):
+    """Squared norms (n,) float64 of the per-example gradients of weight (and bias) from two Gram matrices.
+
+    grams keeps the Gram matrix of an input for the layers that share it, such as the queries, keys and values of an
+    attention; an input is known by its address, which nothing else takes while `bookkeeping` keeps the input itself.
+    """
+    m, g = layer.module, wide(g)
     if isinstance(m, nn.Embedding):  # one-hot inputs: the Gram matrix says which positions hold the same token
         tokens, g = x.reshape(n, -1), positions(g, n)
         gram_x = (tokens[:, :, None] == tokens[:, None, :]).to(g.dtype)
     else:
-        shape, size_out = x.shape, g.shape[2:]
-        x, g = positions(channels_last(layer, x), n), positions(channels_last(layer, g), n)
-        gram_x = x @ x.mT  # (n, P, P)
+        shape, size_out, key = x.shape, g.shape[2:], (x.data_ptr(), x.dtype, x.shape, x.stride())
+        g = positions(channels_last(layer, g), n)
+        if key not in grams:
+            x = positions(channels_last(layer, wide(x)), n)
+            grams[key] = x @ x.mT  # (n, P, P)
+        gram_x = grams[key]
         if isinstance(m, nn.Conv2d):
             gram_x = patches_gram(m, gram_x.view(n, *2 * (shape[0] // n, *shape[2:])), size_out)
         if "bias" in layer.params:
             gram_x = gram_x + 1  # the further input that is always 1
-    products = gram_x * (g @ g.mT)  # (n, P, P)
+    products = (g @ g.mT).mul_(gram_x)  # (n, P, P)
     lengths = products.diagonal(dim1=1, dim2=2).sqrt().sum(-1)  # sum_p |x_p||g_p|
     rounding = 8 * torch.finfo(g.dtype).eps * lengths.double().square()  # see "Rounding" above
     return products.sum((1, 2), dtype=torch.float64).clamp(min=0) + rounding
@@ -378,14 +385,23 @@ def per_example(layer, x, g, n):
 def weighted_product(layer, x, g, factor):
     """Clipped sum {weight, bias} of a layer from inputs x, output gradients g and one factor (n,) per example."""
     m, x, g, n = layer.module, wide(x), wide(g), len(factor)
-    g = g * factor.to(g.dtype).repeat_interleave(len(g) // n).view(-1, *[1] * (g.dim() - 1))
+    factor = factor.to(g.dtype)
     if isinstance(m, nn.Embedding):
-        return {"weight": g.new_zeros(m.weight.shape).index_add_(0, x.flatten(), g.reshape(-1, g.shape[-1]))}
+        g = positions(g, n) * factor[:, None, None]
+        return {"weight": g.new_zeros(m.weight.shape).index_add_(0, x.flatten(), g.flatten(0, 1))}
+    if x.numel() < g.numel():  # the factor belongs to the product; the smaller of the two carries it
+        x = scaled(x, factor)
+        bias = lambda: factor @ positions(channels_last(layer, g), n).sum(1)  # noqa: E731
+    else:
+        g = scaled(g, factor)
+        bias = lambda: channels_last(layer, g).flatten(0, -2).sum(0)  # noqa: E731
     parts = [b.flatten(0, 1).mT @ a.flatten(0, 1) for a, b in linear_parts(layer, x, g, n)]  # (p, n P) @ (n P, d)
-    grads = {"weight": joined(parts).view(m.weight.shape)}
-    if "bias" in layer.params:
-        grads["bias"] = channels_last(layer, g).sum(tuple(range(g.dim() - 1)))
-    return grads
+    return {"weight": joined(parts).view(m.weight.shape), **({"bias": bias()} if "bias" in layer.params else {})}
+
+
+def scaled(a, factor):
+    """Multiply the rows a (n*K, ...) by one factor (n,) per example."""
+    return (a.unflatten(0, (len(factor), -1)) * factor.view(-1, *[1] * a.dim())).flatten(0, 1)
 
 
 def wide(a):

@@ -475,9 +475,7 @@ def main(argv=None):
             print(f"note: {s.init} was trained with --condition {made}; only its autoencoder is reused")
             second = None
     s.bf16 = agreed(s.precision == "bf16" or (s.precision == "auto" and bf16_wins(s.device)))
-    if s.size and s.size != s.vae.resolution:
-        raise ValueError(f"--size {s.size}: the networks of {s.init} are for {s.vae.resolution} pixels")
-    for key, value in (("width", s.unet.model_channels), ("prediction", s.schedule.prediction)):
+    for key, value in (("size", s.vae.resolution), ("width", s.unet.model_channels), ("prediction", s.schedule.prediction)):
         if getattr(s, key) not in (None, value):
             raise ValueError(f"--{key} {getattr(s, key)}: the network of {s.init} has {value}; leave out --{key}, or --init")
     # Both sets are read before the first long loop: nobody waits an hour to learn that a file is missing.

@@ -153,7 +153,20 @@ class Attention(nn.Module):
             return self.to_out(self.to_v(context))
         q, k, v = (split_heads(y, self.num_heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
         mask = None if mask is None else mask[:, None, None]  # (N, 1, 1, L): the same for every head and pixel
-        return self.to_out(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
+        return self.to_out(merge_heads(attend(q, k, v, mask)))
+
+
+def attend(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(d)) v: q (N, heads, T, d), k and v (N, heads, L, d), mask (N, 1, 1, L) bool or None -> like q.
+
+    The library's fused kernel, except in bfloat16 on a CPU, where writing the formula out is up to five times as fast.
+    """
+    if q.dtype != torch.bfloat16 or q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (N, heads, T, L)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1) @ v
 
 
 def split_heads(x, heads):
@@ -229,7 +242,7 @@ class AttentionBlock(nn.Module):
         qkv = self.qkv(self.norm(x).flatten(2).transpose(1, 2))  # (N, T, 3C)
         # Channel order of the original weights: heads first, then q, k, v within each head.
         q, k, v = split_heads(qkv, self.num_heads).chunk(3, dim=-1)  # each (N, heads, T, C/heads)
-        y = merge_heads(F.scaled_dot_product_attention(q, k, v))  # (N, T, C)
+        y = merge_heads(attend(q, k, v))  # (N, T, C)
         return x + self.proj_out(y).transpose(1, 2).reshape(x.shape)
 
 

@@ -16,6 +16,7 @@ TUNED = {  # name: (label, flags); at epsilon 10 and again, with -eps1, at epsil
     "lora16": ("LoRA, rank 16", "--tune lora:16"),
 }
 RECIPE = {
+    "again": ("nothing: the default once more, which shows the spread of one run", ""),
     "K2": ("noise multiplicity 2, half the batch", "--noise-multiplicity 2 --batch-size 2000"),
     "automatic": ("automatic clipping", "--clipping automatic --clip-norm 1"),
     "per-layer": ("per-layer clipping", "--clipping per-layer"),

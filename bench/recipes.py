@@ -24,7 +24,9 @@ CHANGES = {  # name: (label, flags)
     "eps1-large": ("epsilon 1: 30 steps of 30,000, lr 1e-2", "--epsilon 1 --batch-size 30000 --steps 30 --lr 1e-2 --ema 0.9"),
     "eps1-all": ("epsilon 1, all parameters", f"{EPS1} --tune all"),
 }
-PUBLIC = {  # public stages of their own: (label, flags)
+# Public stages of their own, each one change of those of `python train.py`, which the rows above reuse: (label, flags)
+DEFAULT = "--width 32 --vae-steps 900 --ldm-steps 1600 --ldm-lr 2e-3 --public-n 36000"  # the preset's are larger
+PUBLIC = {
     "wide": ("64 channels, 3,000 public steps", "--width 64 --ldm-steps 3000 --ldm-lr 1e-3"),
     "longer": ("5,000 public steps", "--ldm-steps 5000"),
     "eps": ("predicts the noise, not v", "--prediction eps"),
@@ -32,7 +34,7 @@ PUBLIC = {  # public stages of their own: (label, flags)
 SCORE = "--n 10000 --classifiers cnn,logreg"
 ROWS = {name: Row(label, f"{PRETEND} {flags} --init runs/digits --out runs/pretend-{name}".replace("  ", " "),
                   f"runs/pretend-{name}", SCORE) for name, (label, flags) in CHANGES.items()}
-ROWS |= {name: Row(label, f"{PRETEND} {flags} --out runs/pretend-{name}", f"runs/pretend-{name}", SCORE)
+ROWS |= {name: Row(label, f"{PRETEND} {DEFAULT} {flags} --out runs/pretend-{name}", f"runs/pretend-{name}", SCORE)
          for name, (label, flags) in PUBLIC.items()}
 
 if __name__ == "__main__":

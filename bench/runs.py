@@ -54,7 +54,8 @@ def measure(table, name, row):
         seconds["train" if training else "evaluate"] = time.monotonic() - begin
     result = {"table": table, "row": name, "label": row.label, "commands": commands(row), "commit": commit(),
               "date": date.today().isoformat(), "seconds": seconds, "threads": torch.get_num_threads(),
-              "peak_mib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),  # of the largest command so far
+              # The largest of all commands of this call so far, earlier rows included.
+              "peak_mib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
               "cpu": cpu(),
               "privacy": json.loads((out / "release" / "privacy.json").read_text()),
               "evaluation": json.loads(evaluation.read_text())}

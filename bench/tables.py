@@ -26,6 +26,11 @@ def percent(x):
     return f"{100 * x:.1f} %"
 
 
+def epsilon(privacy):
+    """Epsilon of a privacy statement as text; JSON has infinity as text already."""
+    return privacy["epsilon"] if isinstance(privacy["epsilon"], str) else f"{privacy['epsilon']:.3g}"
+
+
 def digits():
     """One line per run: what was tuned, epsilon, accuracies on real digits, Frechet distance, parameters, minutes, command."""
     rows = load("digits")
@@ -36,8 +41,7 @@ def digits():
     for row in rows:
         p, e = row["privacy"], row["evaluation"]
         first = held_out[0][0]
-        epsilon = p["epsilon"] if isinstance(p["epsilon"], str) else f"{p['epsilon']:.3g}"
-        cells = [row["label"], epsilon, f"{p['trained_parameters']:,}" if p["steps"] else "-",
+        cells = [row["label"], epsilon(p), f"{p['trained_parameters']:,}" if p["steps"] else "-",
                  *[percent(e["accuracy"]["cnn"][name]) if name in e["accuracy"]["cnn"] else "-" for name, _ in held_out],
                  percent(e["accuracy"]["mlp"][first]), percent(e["accuracy"]["logreg"][first]),
                  f"{e['distance']['frechet']:.1f}", f"{row['seconds']['train'] / 60:.1f} + {row['seconds']['evaluate'] / 60:.1f} "
@@ -104,10 +108,9 @@ def recipes():
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         p, e = row["privacy"], row["evaluation"]
-        epsilon = p["epsilon"] if isinstance(p["epsilon"], str) else f"{p['epsilon']:.3g}"
-        flags = row["commands"][0].removeprefix("python train.py ").split(" --init")[0].split(" --out")[0]
+        flags = row["commands"][0].removeprefix("python train.py ").split(" --out")[0]
         scores = [percent(next(iter(e["accuracy"][name].values()))) for name in ("cnn", "logreg")]
-        lines.append("| " + " | ".join([row["label"], epsilon, *scores, f"{e['distance']['frechet']:.1f}",
+        lines.append("| " + " | ".join([row["label"], epsilon(p), *scores, f"{e['distance']['frechet']:.1f}",
                                         f"{row['seconds']['train'] / 60:.0f} ({row['threads']})", f"`{flags}`"]) + " |")
     return "\n".join(lines) + "\n\n" + origin(rows)
 
@@ -120,10 +123,9 @@ def faces():
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         p, e = row["privacy"], row["evaluation"]
-        epsilon = p["epsilon"] if isinstance(p["epsilon"], str) else f"{p['epsilon']:.3g}"
         d, accuracy = e["distance"], {word: next(iter(scores.values())) for word, scores in e["accuracy"].items()}
         lines.append("| " + " | ".join([
-            row["label"], epsilon, f"{d['frechet']:.1f}", f"{d['halves']:.1f}", f"{d['precision']:.2f}", f"{d['recall']:.2f}",
+            row["label"], epsilon(p), f"{d['frechet']:.1f}", f"{d['halves']:.1f}", f"{d['precision']:.2f}", f"{d['recall']:.2f}",
             percent(accuracy["cnn"]), percent(accuracy["logreg"]), f"{p['trained_parameters']:,}" if p["steps"] else "-",
             f"{row['seconds'].get('train', 0) / 60:.0f} + {row['seconds']['evaluate'] / 60:.0f} ({row['threads']})",
             f"`{row['commands'][0]}`"]) + " |")

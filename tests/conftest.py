@@ -1,5 +1,4 @@
-"""One thread for the tests, their subprocesses included: the tensors are tiny, and two threads wait for each other more than
-they compute (a third of the suite's time on two cores, several times that on a busy machine)."""
+"""One thread for the tests, their subprocesses included: the tensors are tiny, and threads would mostly wait for each other."""
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported

@@ -232,7 +232,7 @@ def end_job(victim, how, number, place):
         (place / "left").write_text(str(time.time()))
 
 
-@pytest.mark.parametrize("victim, how, within", [(1, signal.SIGKILL, 10), (0, signal.SIGKILL, 10), (1, signal.SIGSTOP, 30)])
+@pytest.mark.parametrize("victim, how, within", [(1, signal.SIGKILL, 10), (0, signal.SIGKILL, 10), (1, signal.SIGSTOP, 20)])
 def test_a_dead_process_ends_the_run_with_one_line(victim, how, within, tmp_path):
     codes, errors = two_processes(partial(end_job, victim, how), tmp_path)
     survivor = 1 - victim
