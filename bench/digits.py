@@ -9,7 +9,7 @@ BASE = "runs/digits"
 
 def again(label, name, flags):
     """A row that trains only the private stage anew."""
-    return Row(label, f"{flags} --init {BASE} --out {BASE}-{name}", f"{BASE}-{name}")
+    return Row(label, f"{flags} --init {BASE} --out {BASE}-{name}".strip(), f"{BASE}-{name}")
 
 
 ROWS = {
