@@ -90,9 +90,9 @@ def print_memory(s, model, public, private):
 def estimate(s, plan, embedder):
     """Print the minutes of each stage, extrapolated from one step on random data."""
     with torch.device(s.device):
-        autoencoder = vae.AutoencoderKL(s.vae).to(memory_format=torch.channels_last)
+        autoencoder = vae.AutoencoderKL(s.vae)
         model = unet.LatentModel(unet.UNet(s.unet), sample.build_embedder(embedder))
-    model = model.to(memory_format=torch.channels_last)
+    autoencoder, model = sample.laid_out(autoencoder, s.device), sample.laid_out(model, s.device)
     unet.select_trainable(model, s.tune, s.from_block)
     x = torch.rand(s.vae_batch, s.vae.in_channels, s.vae.resolution, s.vae.resolution, device=s.device)
     z = torch.randn(s.ldm_batch, *autoencoder.latent_shape, device=s.device)
@@ -149,19 +149,6 @@ def seconds(s, f):
 def autocast(s):
     """bfloat16 for forward and backward where it is faster (decided once); needs no loss scaling."""
     return torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.bf16)
-
-
-def bf16_wins(device):
-    """Time a convolution and a matrix product of the UNet's size in both precisions: some CPUs only emulate bfloat16."""
-    def seconds(dtype):
-        x, w, a = (torch.randn(shape, device=device, dtype=dtype) for shape in ((256, 128, 4, 4), (128, 128, 3, 3), (1024, 512)))
-        times = []
-        for _ in range(4):
-            begin = time.perf_counter()
-            (torch.nn.functional.conv2d(x, w, padding=1).sum() + (a @ a.T).sum()).item()
-            times.append(time.perf_counter() - begin)
-        return min(times)
-    return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
 
 
 def stand_in(model, n, device):

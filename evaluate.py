@@ -80,12 +80,13 @@ LARGEST = 64  # pixels; larger pictures are judged at this size
 
 
 def train_classifier(kind, images, labels, num_classes, epochs, lr, batch=128, anneal=False, augment=False,
-                     smoothing=0.0, generator=None, device="cpu", progress=True):
+                     smoothing=0.0, generator=None, device="cpu", progress=True, bf16=False):
     """Train on the given pictures and nothing else; the network after the LAST step is returned, in eval mode.
 
     kind: see `network`. images (N,C,S,S) uint8, labels (N,) int64. Adam at rate lr, with anneal falling to 0 as a
     cosine; augment: random shifts and rotations; smoothing: of labels. generator (CPU) rules weights, order, dropout
-    and augmentation; torch's global state stays as it was. Raises ValueError if kind, images or labels do not fit.
+    and augmentation; torch's global state stays as it was. bf16: forward and backward pass in
+    bfloat16. Raises ValueError if kind, images or labels do not fit.
     """
     if not len(images) == len(labels) > 0 or not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise ValueError(f"a classifier needs pictures, each with one label in 0..{num_classes - 1}")
@@ -102,7 +103,8 @@ def train_classifier(kind, images, labels, num_classes, epochs, lr, batch=128, a
                 for chosen in torch.randperm(len(images)).split(batch):
                     x = data.to_float(images[chosen].to(device))  # (B,C,S,S) in -1..1
                     x = (jiggle(x) if augment else x).contiguous(memory_format=torch.channels_last)
-                    loss = F.cross_entropy(model(x), labels[chosen].to(device), label_smoothing=smoothing)
+                    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+                        loss = F.cross_entropy(model(x), labels[chosen].to(device), label_smoothing=smoothing)
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
@@ -368,6 +370,7 @@ def main(argv=None):
     add("--no-distance", action="store_true", help="skip Frechet distance, precision and recall")
     add("--data-root", help="folder of the real data sets [$DPLDM_DATA, else ~/.cache/dpldm]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda[:i] [cuda if present]")
+    add("--precision", choices=("auto", "float32", "bf16"), default="auto", help="of sampling and classifiers [auto: the faster]")
     add("--out", help="JSON to write [RUN/internal/evaluation.json]")
     args = parser.parse_args(argv)
     protocol, recipes = PROTOCOLS[args.protocol], {}
@@ -377,7 +380,7 @@ def main(argv=None):
         recipes[word.strip()] = protocol["recipes"][word.strip()]
     if args.samples and (args.steps, args.eta, args.guidance) != (None, None, None):
         raise ValueError("--samples takes finished pictures: leave out --steps, --eta and --guidance")
-    release = sample.load_release(args.run, args.device)
+    release = sample.load_release(args.run, args.device, sample.choose_bf16(args.precision, args.device))
     if release.model.embedder is None:
         recipes = {}  # an unconditional model's samples have no labels to learn from
     if args.n is not None and args.n < len(release.classes):
@@ -411,7 +414,7 @@ def main(argv=None):
     scores = {}
     for word, recipe in recipes.items():
         model = train_classifier(images=images, labels=labels, num_classes=len(release.classes), device=args.device,
-                                 generator=torch.Generator().manual_seed(args.seed), **recipe)
+                                 generator=torch.Generator().manual_seed(args.seed), bf16=release.bf16, **recipe)
         scores[word] = {name: accuracy(model, real.images, real.labels) for name, real in real_sets.items()}
         lap(word)
     distance, (split, real) = None, next(iter(real_sets.items()))
@@ -429,7 +432,7 @@ def main(argv=None):
               "privacy": {key: release.privacy.get(key) for key in ("epsilon", "delta", "statement")},
               "n": len(images), "sampler": sampler, "seed": args.seed, "recipes": recipes, "accuracy": scores,
               "held_out": {name: len(real) for name, real in real_sets.items()}, "distance": distance,
-              "seconds": seconds}
+              "precision": "bf16" if release.bf16 else "float32", "seconds": seconds}
     out = Path(args.out or run / "internal" / "evaluation.json")
     folder.write_json(result, out)
     print(f"\n{table(result)}\n{out}: not covered by epsilon, to be published only if the held-out pictures are public")

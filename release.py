@@ -87,7 +87,7 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, classes, prompts, pr
         with folder.replacing(s.out / "release" / "prompts.txt") as file:
             file.write("".join(f"{prompt}\n" for prompt in row_prompts).encode())
     draw = partial(sample.generate, labels=labels, steps=s.sample_steps, eta=s.sample_eta, guidance=s.guidance, seed=s.seed)
-    released = sample.load_release(s.out, s.device)
+    released = sample.load_release(s.out, s.device, s.bf16)
     after = draw(released)
     public_model, _ = sample.build_model(ldm_checkpoint)
     before = draw(replace(released, model=public_model.eval().to(s.device)))

@@ -39,7 +39,6 @@ import unet
 import vae
 from budget import (
     autocast,
-    bf16_wins,
     count,
     estimate,
     fastest_micro_batch,
@@ -151,7 +150,7 @@ def load_public(path):
 def train_autoencoder(s, images, stop):
     """Stage 1 (Rombach et al. 2022, section 3.1): public pictures (N, C, H, W) uint8 -> dict, written to public/vae.pt."""
     torch.manual_seed(s.seed)
-    model = vae.AutoencoderKL(s.vae).to(s.device, memory_format=torch.channels_last)
+    model = sample.laid_out(vae.AutoencoderKL(s.vae), s.device)
     looks, perceptual, adversary = "", None, None
     if s.perceptual_weight:
         looks, perceptual = vae.perceptual_distance(s.device)
@@ -187,8 +186,7 @@ def train_diffusion(s, latents, conditions, embedder, stop):
     embedder: what the conditions are (`embedder_entry`).
     """
     torch.manual_seed(s.seed)
-    model = unet.LatentModel(unet.UNet(s.unet), sample.build_embedder(embedder)).to(
-        s.device, memory_format=torch.channels_last)
+    model = sample.laid_out(unet.LatentModel(unet.UNet(s.unet), sample.build_embedder(embedder)), s.device)
     null = null_condition(s, model, conditions)
 
     def loss_fn(generator):
@@ -262,8 +260,8 @@ def adopt_original(s, images, embedder, num_classes):
 
 
 def pictures(images, device):
-    """uint8 pictures -> what the autoencoder eats: float in [-1, 1] on the device, channels last."""
-    return data.to_float(images.to(device)).contiguous(memory_format=torch.channels_last)
+    """uint8 pictures -> what the autoencoder eats: float in [-1, 1] on the device."""
+    return data.to_float(images.to(device))
 
 
 def embedder_entry(s, public, private):
@@ -325,7 +323,7 @@ def encode(s, autoencoder, images, scale):
 
     The mean of the posterior is used: at a KL weight of 1e-6 its standard deviation is tiny.
     """
-    autoencoder = autoencoder.to(s.device, memory_format=torch.channels_last)
+    autoencoder = sample.laid_out(autoencoder, s.device)
     latents = []
     for part in tqdm(images.split(max(1, 512_000 // s.vae.resolution ** 2)), desc="    encoding", unit="batch", leave=False,
                      disable=rank() > 0):
@@ -474,7 +472,7 @@ def main(argv=None):
         else:  # another condition needs another diffusion model, but not another autoencoder
             print(f"note: {s.init} was trained with --condition {made}; only its autoencoder is reused")
             second = None
-    s.bf16 = agreed(s.precision == "bf16" or (s.precision == "auto" and bf16_wins(s.device)))
+    s.bf16 = agreed(sample.choose_bf16(s.precision, s.device))
     for key, value in (("size", s.vae.resolution), ("width", s.unet.model_channels), ("prediction", s.schedule.prediction)):
         if getattr(s, key) not in (None, value):
             raise ValueError(f"--{key} {getattr(s, key)}: the network of {s.init} has {value}; leave out --{key}, or --init")
@@ -533,7 +531,7 @@ def main(argv=None):
         raise ValueError(f"the public model has {embedder['num_classes']} classes, fewer than {s.private}'s "
                          f"{len(private.classes)}")
 
-    model = sample.build_model(second)[0].to(s.device, memory_format=torch.channels_last)
+    model = sample.laid_out(sample.build_model(second)[0], s.device)
     names = unet.select_trainable(model, s.tune, s.from_block)
     print_plan(s, plan, model)
     trained, rows = (count(p for p in model.parameters() if p.requires_grad), noise_only(model)), []

@@ -31,7 +31,7 @@ def worker(number, world, port, args, results):
     processes.join()
     torch.manual_seed(0)
     config = settings.DIGITS["unet"]
-    model = unet.LatentModel(unet.UNet(config), unet.ClassEmbedder(10, config.context_dim)).to(memory_format=torch.channels_last)
+    model = unet.LatentModel(unet.UNet(config), unet.ClassEmbedder(10, config.context_dim))
     unet.select_trainable(model)
     n, q = 4 * args.batch, 1 / 4
     latents, labels = processes.shard(torch.randn(n, 1, config.in_channels, 4, 4)), processes.shard(torch.arange(n) % 10)
