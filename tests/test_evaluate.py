@@ -200,7 +200,7 @@ def test_program_scores_a_release(run, monkeypatch, capsys):
         return original(**arguments)
 
     monkeypatch.setattr(evaluate, "train_classifier", record)
-    assert evaluate.main([str(run), "--classifiers", "cnn,logreg"]) == 0
+    assert evaluate.main([str(run), "--classifiers", "cnn,logreg", "--precision", "float32"]) == 0
     result, text = read_result(run), capsys.readouterr().out
     labels = sample.uniform_labels(40, 10)
     generated = sample.generate(sample.load_release(run), labels, 2, 0.0, 1.0, 0, progress=False)

@@ -3,6 +3,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import unet
 
@@ -92,6 +93,18 @@ def test_one_token_shortcut_is_exact():
     network = tiny().unet.double()
     x, t, token = torch.randn(2, 2, 4, 4).double(), torch.tensor([3, 700]), torch.randn(2, 1, 6).double()
     assert torch.allclose(network(x, t, token), network(x, t, token.expand(-1, 2, -1)), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_written_out_for_bfloat16_equals_the_fused_kernel(masked, monkeypatch):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 2, length, 8).bfloat16() for length in (5, 7, 7))
+    mask = (torch.arange(7) < torch.tensor([[7], [2], [1]]))[:, None, None] if masked else None  # (3, 1, 1, 7)
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)  # not used here
+    assert torch.allclose(unet.attend(q, k, v, mask).double(), expected, atol=0.03)
+    if masked:
+        assert torch.equal(unet.attend(q, k, v, mask)[2], v[2, :, :1].expand(-1, 5, -1))  # one token left: its value
 
 
 def test_multiplicity_repeats_each_condition_in_place():
