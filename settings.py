@@ -48,11 +48,11 @@ PRESETS = {  # epochs are turned into steps: epochs * n / batch, with n = 50,000
         perceptual_weight=1.0, adversarial_weight=0.5, adversarial_start=50_000,
         unet=unet.PAPER["mnist"], schedule=diffusion.PAPER, ldm_steps=50_000, ldm_batch=512, ldm_lr=2.5e-3, cond_drop=0.0,
         batch_size=2000, steps=6000, clip_norm=1e-3, lr=1e-3, ema=0.9999, sample_steps=200, sample_eta=1.0),
-    "faces": dict(  # colour at 32 pixels on two CPU cores: 4x4x8 latents, 128 numbers for 3,072
+    "faces": dict(  # colour at 32 pixels on two CPU cores: 4x4x16 latents, 256 numbers for 3,072
         public="public32", public_n=None, private="faces", flips=True,
-        vae=vae.VAEConfig(3, 3, 16, (1, 2, 4, 8), z_channels=8, embed_dim=8), vae_steps=4000, vae_batch=64, vae_lr=2e-3,
-        unet=unet.UNetConfig(8, 8, 48, num_heads=4, context_dim=64, num_groups=16),
-        ldm_steps=2500, ldm_batch=256, ldm_lr=1.5e-3, batch_size=2500, steps=40),
+        vae=vae.VAEConfig(3, 3, 16, (1, 2, 4, 8), z_channels=16, embed_dim=16), vae_steps=5000, vae_batch=64, vae_lr=2e-3,
+        unet=unet.UNetConfig(16, 16, 64, num_heads=4, context_dim=64, num_groups=16),
+        ldm_steps=3000, ldm_batch=256, ldm_lr=1.2e-3, batch_size=2500, steps=40),
     "cifar10": CELEBA | dict(
         private="cifar10", delta=1e-5, vae=vae.PAPER["cifar10"], unet=unet.PAPER["cifar10"], schedule=diffusion.PAPER,
         ldm_batch=200, ldm_lr=2e-4, cond_drop=0.1, batch_size=2000, steps=750, clip_norm=1e-6, lr=2e-3, from_block=8),
