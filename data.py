@@ -133,6 +133,14 @@ def kind_of(name):
     return kind
 
 
+def same_pictures(a, b):
+    """Do two names of sets, as in --public and --private, mean the same pictures, wholly or in part?"""
+    def place(name):
+        kind, colon, path = str(name).partition(":")
+        return {"mnist10k": "mnist"}.get(kind, kind), colon and Path(path).resolve()
+    return place(a) == place(b)
+
+
 def subset(whole, n, seed, title):
     """n pictures of a set, chosen at random by the seed, in the set's order; None: all."""
     if n is None:

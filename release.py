@@ -46,7 +46,7 @@ def privacy_statement(s, plan, rows, trained):
         "expected_batch_size": s.batch_size, "steps": len(rows), "sigma": plan["sigma"], "clip_norm": s.clip_norm,
         "clipping": s.clipping, "noise_multiplicity": s.noise_multiplicity, "tune": s.tune, "from_block": s.from_block,
         "condition": s.condition, "trained_parameters": trained[0], "of_these_see_only_noise": trained[1],
-        "public_set": data.kind_of(s.public), "private_set": data.kind_of(s.private),
+        "public_set": " and ".join(s.trained_on), "private_set": data.kind_of(s.private),
         "hyper_parameters": LOOKED.get(data.kind_of(s.private), BEFOREHAND),
         "public_weights": [Path(p).name for p in (s.init_ldm, s.init_vae) if p],
         "insecure_seed": s.insecure_seed is not None, "secure_noise": s.secure_noise,
@@ -57,6 +57,7 @@ def privacy_statement(s, plan, rows, trained):
         "does_not_cover": [
             "the number n of private pictures and the names of their classes and attributes, which are treated as public",
             "hyper-parameters, taken as chosen beforehand",
+            *(["the choice of these n pictures from a larger set: neighbours differ in a chosen picture"] if s.private_n else []),
             "other runs on the same private pictures: their epsilons add up", "internal/ (losses, gradient norms)",
             "several pictures of one person: the guarantee is for one picture",
             "pictures that weights taken from elsewhere (public_weights) were trained on",

@@ -47,6 +47,7 @@ from budget import (
     print_plan,
     privacy_plan,
     select,
+    stand_in,
 )
 from folder import rank
 from processes import agreed, join, once, own_device, own_part, shard, share, world
@@ -358,9 +359,13 @@ def tune_privately(s, model, latents, conditions, plan, stop):
     loss_fn, null = partial(diffusion.loss, schedule=s.schedule), null_condition(s, model, conditions)
     rows = accountant.ledger_rows(folder.read_ledger(ledger), plan)
     done = resume(state_path, engine, average, optimizer, len(rows))  # updates contained in the weights
+    z, y = torch.randn(3, *latents.shape[2:], device=s.device), stand_in(model, 3, s.device)  # random: nothing private is seen
+    dp_sgd.check_against_loop(engine, loss_fn, *diffusion.draw(z, y, s.noise_multiplicity))
     # A run with --insecure-seed is to be repeatable, and the draws depend on how a batch is cut.
     micro_batch = s.micro_batch or (256 if s.insecure_seed is not None else fastest_micro_batch(s, model, latents.shape[2:]))
     agreed(None)  # nobody writes before all have read
+    if world() > 1:
+        dp_sgd.broadcast(engine.parameters)  # LoRA pairs start at random
     # A step in the ledger is spent, also one whose result a crash has lost: the run ends when the budget is spent.
     fits = micro_batch  # examples that fit into memory at a time
     bar = tqdm(range(len(rows), plan["steps"]), desc="3/3 private tuning", unit="step", initial=len(rows), total=plan["steps"],
@@ -472,6 +477,10 @@ def main(argv=None):
         else:  # another condition needs another diffusion model, but not another autoencoder
             print(f"note: {s.init} was trained with --condition {made}; only its autoencoder is reused")
             second = None
+    origins = {s.public, *(str(c.get("trained_on")) for c in (first, second) if c)}
+    if s.steps and any(data.same_pictures(origin, s.private) for origin in origins):
+        raise ValueError(f"--private {s.private}: the public networks know these pictures ({', '.join(sorted(origins))}), so "
+                         "nothing would be private; choose another private or public set")
     s.bf16 = agreed(sample.choose_bf16(s.precision, s.device))
     for key, value in (("size", s.vae.resolution), ("width", s.unet.model_channels), ("prediction", s.schedule.prediction)):
         if getattr(s, key) not in (None, value):
@@ -526,7 +535,7 @@ def main(argv=None):
     autoencoder, scale = sample.build_vae(first), first["scale"]
     second = load_public(s.out / "public" / "ldm.pt") if have["ldm.pt"] else train_diffusion(
         s, encode(s, autoencoder, shard(public.images), scale), find_conditions(s, own_part(public), embedder), embedder, stop)
-    embedder = second["embedder"]
+    embedder, s.trained_on = second["embedder"], sorted({first["trained_on"], second["trained_on"]})
     if s.condition == "class" and embedder["num_classes"] < len(private.classes):
         raise ValueError(f"the public model has {embedder['num_classes']} classes, fewer than {s.private}'s "
                          f"{len(private.classes)}")

@@ -503,6 +503,90 @@ def test_inputs_that_are_not_grouped_by_example_are_refused():
         engine.accumulate(in_place, x)
 
 
+class InOrder(nn.Module):
+    """Two Linear layers on (N, 5, 4) and whatever `way` does with them."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.first, self.second, self.way = nn.Linear(4, 4), nn.Linear(4, 4), way
+
+    def forward(self, x):
+        return self.way(self, torch.tanh(self.first(x))).square().sum((1, 2))
+
+
+def test_outputs_changed_in_place_are_refused_and_constants_are_none_of_the_layers_business():
+    x = torch.randn(N, 5, 4)
+    model = InOrder(lambda m, h: F.relu(m.second(h), inplace=True))
+    with pytest.raises(ValueError, match="output of layer 'second' was changed in place"):
+        DPSGD(model, 1.0, 1.0, 1.0).accumulate(lambda m, x: m(x), x)
+
+    def constant(m, h):
+        with torch.no_grad():
+            shift = m.second(h)
+        return m.second(h) + shift
+
+    model = InOrder(constant)
+    assert_close(clipped_sum(model, lambda m, x: m(x), [x], 1.0), clipped_sum(model, lambda m, x: m(x), [x], 1.0, "loop"), 1e-5)
+
+
+def test_an_input_changed_between_norm_and_sum_is_refused():
+    class Shift(torch.autograd.Function):  # gives its buffer back to its own input in the backward pass
+        @staticmethod
+        def forward(ctx, x):
+            ctx.x = x
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            ctx.x.mul_(1000)
+            return g
+
+    x = torch.randn(N, 1, 4, requires_grad=True)  # one position: the norm is that of x times that of the gradient
+    model = two_layers()
+    model[0] = nn.Linear(4, 10)
+    with pytest.raises(ValueError, match="input of layer '0' was changed in place"):
+        DPSGD(model, 1.0, 1.0, 1.0).accumulate(lambda m, x: (Shift.apply(x).sum(2, keepdim=True) + m(x)).square().sum((1, 2)), x)
+
+
+def test_layers_of_two_kinds_on_one_input():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(2, 200, (2, 64)), nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.conv(x).square().sum((1, 2, 3)) + self.linear(x).square().sum((1, 2, 3))
+
+    model, x = Both().double(), torch.randn(N, 2, 2, 64, dtype=torch.float64)
+    assert_close(clipped_sum(model, lambda m, x: m(x), [x], 1.0), clipped_sum(model, lambda m, x: m(x), [x], 1.0, "loop"))
+
+
+@pytest.mark.parametrize("width", [64, 1280, 5120])
+def test_rounding_in_wide_layers_never_exceeds_the_clip_norm(width):
+    generator, C = torch.Generator().manual_seed(0), 1e-3
+    layer, v = nn.Linear(width, 16, bias=False), torch.tensor([[1.0], [-1.0]]) * F.one_hot(torch.tensor(0), 16)
+    for _ in range(60):  # two constant rows, nearly equal, opposite gradients: the worst for a sum's rounding that was found
+        u = torch.rand(2, generator=generator)
+        x = (1 + u[0]) * torch.tensor([1.0, 1 + 10 ** (-3.5 + 1.5 * u[1])])[None, :, None].expand(1, 2, width).contiguous()
+        assert clipped_sum(layer, lambda m, x: (m(x) * v).sum((1, 2)), [x], C).norm() <= C * (1 + 1e-3)
+
+
+def test_the_check_against_the_loop_sees_what_hooks_do_not():
+    x = torch.randn(6, 12, 4)
+
+    def check(way):
+        dp_sgd.check_against_loop(DPSGD(InOrder(way), 1.0, 1.0, 1.0), lambda m, x: m(x), x)
+
+    check(lambda m, h: m.second(h))
+    model = latent_model(dtype=torch.float32)
+    dp_sgd.check_against_loop(DPSGD(model, 1.0, 1.0, 1.0), diffusion.loss, *examples(k=3, dtype=torch.float32))
+    for way in (lambda m, h: m.second(h) + F.linear(h, m.first.weight),  # a weight used outside its layer
+                lambda m, h: m.second(h) * m.first.bias,
+                lambda m, h: m.second(h.transpose(0, 1)).transpose(0, 1)):  # 12 positions before 6 examples
+        with pytest.raises(ValueError, match="disagree about the gradients"):
+            check(way)
+
+
 def test_bad_arguments_are_refused_in_one_clear_line():
     model = two_layers()
     for value in (0.0, -1.0, float("nan"), float("inf"), None):

@@ -57,6 +57,18 @@ def test_only_the_chosen_parameters_changed(run):
                        folder.load(run / "release" / "model.pt")["vae"]["state"]["quant_conv.weight"])
 
 
+def test_public_networks_that_know_the_private_pictures_are_refused(run, tmp_path):
+    with pytest.raises(ValueError, match="public networks know these pictures"):
+        train.main(["--preset", "smoke", "--public", "mnist10k", "--private", "mnist10k", "--out", str(tmp_path / "r")])
+    shutil.copytree(run, tmp_path / "tainted")  # an earlier run's networks, made from digits that are private now
+    for name in ("vae.pt", "ldm.pt"):
+        path = tmp_path / "tainted" / "public" / name
+        folder.save({**folder.load(path), "trained_on": "mnist"}, path)
+    with pytest.raises(ValueError, match="public networks know these pictures.*mnist"):  # mnist10k is a part of mnist
+        train.main(["--preset", "smoke", "--init", str(tmp_path / "tainted"), "--out", str(tmp_path / "r")])
+    assert not (tmp_path / "r").exists()
+
+
 def test_a_network_shares_no_memory_with_the_checkpoint_it_is_built_from(run):
     """Else private tuning would change the public model that the comparison shows as "before"."""
     checkpoint = folder.load(run / "public" / "ldm.pt")
