@@ -93,7 +93,7 @@ def load(name, split="train", root=None, size=32, public_classes=None, n=None, s
     label_attribute "celeba" and "faces" only: the attribute that gives the two classes (default Male)
     channels        of decoded photographs: 3, or 1 for grey
     cache           folder of decoded photographs; None: "cache" in the data root if that may be written to
-    decode          False: photographs are only listed; images is then an empty shape on the meta device
+    decode          False: photographs are only listed, images is an empty shape on the meta device; nothing large is downloaded
     Returns ImageSet. Raises DataError if files are missing or damaged, ValueError for arguments out of range.
     """
     kind = kind_of(name)
@@ -108,9 +108,11 @@ def load(name, split="train", root=None, size=32, public_classes=None, n=None, s
         images, labels, classes = draw_strokes(public_classes or "all", n or 60_000, seed)
         return ImageSet(name, pad(images, size), labels, classes, side=images.shape[-1])
     if kind in ("celeba", "faces"):
-        whole = load_celeba(root, split, kind, label_attribute or "Male")
+        whole = load_celeba(root, split, kind, label_attribute or "Male", download=decode)
     elif kind in OWN:
         whole = OWN[kind](root, split, name.partition(":")[2])
+    elif kind == "cifar10" and not decode and not (root / "cifar-10-batches-py").exists():
+        raise DataError(f"{root / 'cifar-10-batches-py'} not found: {WAYS_OUT}")
     else:
         whole = ImageSet(name, *LOADERS[kind](root, split))
     part = subset(whole, n, seed, f"{name} {split}")
@@ -118,10 +120,20 @@ def load(name, split="train", root=None, size=32, public_classes=None, n=None, s
         side = part.images.shape[-1] if part.images.shape[1] == 1 else size
         images = pad(part.images, size) if part.images.shape[1] == 1 else resize(part.images, size)
     elif decode:
-        images, side = photos.decode(part.images, size, channels, cache or cache_folder(root)), size
+        cache = cache or cache_folder(root)
+        if cache is None and len(part) >= photos.CACHE_FROM:
+            print(f"note: {root} cannot be written to, so decoded pictures are not kept; --cache FOLDER keeps them",
+                  file=sys.stderr)
+        images, side = photos.decode(part.images, size, channels, cache), size
     else:
         images, side = torch.empty(len(part), channels, size, size, dtype=torch.uint8, device="meta"), size
     return replace(part, name=name, images=images, side=side)
+
+
+def enlarged(name, size):
+    """What to say where the pictures of a known set are smaller than the networks see them, e.g. CelebA at 256; or ""."""
+    side = {"celeba": 178, "faces": 178, "cifar10": 32, "public32": 32}.get(kind_of(name), size)
+    return f"{kind_of(name)}'s pictures of {side} pixels, enlarged to {size}" if side < size else ""
 
 
 def kind_of(name):
@@ -317,13 +329,15 @@ def load_folder(root, split, where):
     return ImageSet("folder", [base / files[i] for i in rows], torch.tensor(labels)[rows], classes, captions)
 
 
-def load_celeba(root, split, name="celeba", label_attribute="Male"):
+def load_celeba(root, split, name="celeba", label_attribute="Male", download=True):
     """CelebA's layout in ROOT/name or ROOT itself; images of the result is the list of paths."""
     places, tried = [root / name, root], ""
-    if name == "celeba" and not any((p / "list_attr_celeba.txt").exists() for p in places):
-        tried = ", download failed"
-        with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):  # gdown raises what it likes
-            torchvision.datasets.CelebA(root, download=True)
+    if name == "celeba" and download and not any((p / "list_attr_celeba.txt").exists() for p in places):
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                torchvision.datasets.CelebA(root, download=True)
+        except Exception as error:  # torchvision wants the package gdown for it, which raises what it likes
+            tried = f", download failed ({' '.join(str(error).split())[:120]})"
     base = next((p for p in places if (p / "list_attr_celeba.txt").exists()), None)
     if base is None:
         raise DataError(f"{places[0] / 'list_attr_celeba.txt'} not found{tried}: {WAYS_OUT}")

@@ -38,9 +38,9 @@ def celeba(base, split):
     attributes, partition = base / "list_attr_celeba.txt", base / "list_eval_partition.txt"
     names, rows = read_attributes(attributes)
     parts = read_partition(partition)
-    for here, there, path in ((parts, rows, attributes), (rows, parts, partition)):
+    for here, there, path, other in ((parts, rows, attributes, partition), (rows, parts, partition, attributes)):
         if lacking := next((picture for picture in here if picture not in there), None):
-            raise ValueError(damaged(path, f"no row for {lacking}"))
+            raise ValueError(damaged(path, f"no row for {lacking}, which {other} lists: one of the two belongs to another set"))
     pictures = [picture for picture, part in parts.items() if (part == 0) == (split == "train")]
     if not pictures:
         raise ValueError(damaged(partition, f"no picture of the split {split!r}"))
@@ -150,6 +150,8 @@ def square(path, size, channels):
     try:
         with Image.open(path) as picture:
             picture = ImageOps.exif_transpose(picture)  # cameras store a picture as it was held
+            if picture.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at 255
+                picture = picture.convert("I").point(lambda value: value * (1 / 257)).convert("L")
             side = min(picture.size)
             left, top = ((length - side) // 2 for length in picture.size)
             small = picture.convert("RGB" if channels == 3 else "L").resize(

@@ -47,6 +47,7 @@ def privacy_statement(s, plan, rows, trained):
         "clipping": s.clipping, "noise_multiplicity": s.noise_multiplicity, "tune": s.tune, "from_block": s.from_block,
         "condition": s.condition, "trained_parameters": trained[0], "of_these_see_only_noise": trained[1],
         "public_set": " and ".join(s.trained_on), "private_set": data.kind_of(s.private),
+        "enlarged": data.enlarged(s.private, s.vae.resolution),
         "hyper_parameters": LOOKED.get(data.kind_of(s.private), BEFOREHAND),
         "public_weights": [Path(p).name for p in (s.init_ldm, s.init_vae) if p],
         "insecure_seed": s.insecure_seed is not None, "secure_noise": s.secure_noise,
@@ -127,7 +128,8 @@ The unit is a picture, not a person: for someone who has 20 of the pictures, eps
 {float(p["epsilon_for_20_pictures_of_one_person"]):.4g}."""
     if not p["steps"]:
         tuned, promise = "", "No private picture was read: this is the public model."
-    elif not p["private"]:
+    small = f"\nSharper than they are they cannot be: it was shown {p['enlarged']}." if p["enlarged"] else ""
+    if p["steps"] and not p["private"]:
         promise = "Nothing: this model was trained without noise, or with noise that can be repeated. Do not publish it."
     return f"""# Model card: {name}
 
@@ -136,7 +138,7 @@ The unit is a picture, not a person: for someone who has 20 of the pictures, eps
 A latent diffusion model that draws pictures of {len(classes)} classes: {", ".join(classes)}. Its networks were trained on the
 public set `{p["public_set"]}`. {tuned}
 The method is that of Liu, Lyu, Vinaroz, Park: Differentially Private Latent Diffusion Models (TMLR 2024). Above: pictures
-drawn by the model. In comparison.png, from left to right: public pictures, drawn before and after the private tuning.
+drawn by the model. In comparison.png, from left to right: public pictures, drawn before and after the private tuning.{small}
 
 ## What is promised
 

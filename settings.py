@@ -16,7 +16,6 @@ import dp_sgd
 import folder
 import unet
 import vae
-from processes import world
 
 DIGITS = dict(  # every key is a flag or a network; a preset overrides some of them, the command line overrides both
     public="strokes", public_classes="all", public_n=36_000, private="mnist10k", private_n=None,
@@ -34,7 +33,8 @@ LARGE = dict(  # for 60,000 private pictures: the noise allows more steps, and t
     batch_size=6000, steps=150, lr=3e-3, ema=0.95)
 CELEBA = dict(  # the authors' settings for faces; large, for GPUs
     public="folder:imagenet/train", public_n=None, private="celeba", delta=1e-6, clip_norm=5e-4, ema=0.9999, cond_drop=0.0,
-    schedule=diffusion.Schedule(beta_end=0.0195), vae_steps=200_000, vae_batch=16, vae_lr=1.6e-5, ldm_steps=500_000,
+    schedule=diffusion.Schedule(beta_end=0.0195), vae_steps=200_000, vae_batch=16, vae_lr=1.6e-5,
+    perceptual_weight=1.0, adversarial_weight=0.5, adversarial_start=50_000, ldm_steps=500_000,
     sample_steps=200, sample_eta=1.0)
 PRESETS = {  # epochs are turned into steps: epochs * n / batch, with n = 50,000 (CIFAR-10) and 162,770 (CelebA)
     "digits": {},
@@ -61,9 +61,9 @@ PRESETS = {  # epochs are turned into steps: epochs * n / batch, with n = 50,000
     "celeba64": CELEBA | dict(vae=vae.PAPER["celeba64"], unet=unet.PAPER["celeba64"], condition="none",
                               ldm_batch=75, ldm_lr=7.5e-5, batch_size=8192, steps=1391, lr=8.2e-4),
     "celeba256-text": CELEBA | dict(  # theirs: LAION, then 30,000 pictures of CelebA-HQ; here all of CelebA, 1/n < delta
-        public="folder:laion", public_n=200_000, vae=vae.PAPER["celeba256-text"], unet=unet.PAPER["celeba256-text"],
+        public="folder:laion", vae=vae.PAPER["celeba256-text"], unet=unet.PAPER["celeba256-text"],
         schedule=diffusion.Schedule(beta_start=0.00085, beta_end=0.012), vae_batch=4, ldm_batch=16, ldm_lr=5e-5,
-        condition="text", text_width=512, text_layers=4,  # theirs: 32 layers of width 1280
+        condition="text", text_length=56, text_width=512, text_layers=4,  # theirs: 32 layers of width 1280
         cond_drop=0.1, batch_size=256, steps=6358, clip_norm=1e-3, lr=2.6e-7),
     "smoke": dict(public_n=400, private_n=1000, vae=vae.VAEConfig(ch=8, ch_mult=(1, 1, 2, 2)), vae_steps=20, vae_batch=32,
                   unet=unet.UNetConfig(4, 4, 32, attention_resolutions=(2,), context_dim=8, num_groups=8), ldm_steps=20,
@@ -158,6 +158,8 @@ def parse(argv):
         adopt_settings(s, given)
     if s.condition == "none":  # cross-attention then asks the pixels themselves
         s.unet, s.cond_drop = replace(s.unet, context_dim=None), 0.0
+    elif not (s.unet.use_spatial_transformer and s.unet.context_dim):  # the authors' faces have no condition: give it a way in
+        s.unet = replace(s.unet, use_spatial_transformer=True, context_dim=512)
     try:
         check(s)
     except TypeError as error:  # of a resumed run: the flags have their types
@@ -210,10 +212,6 @@ def check(s):
         if data.kind_of(name) in data.PUBLIC_ONLY and flag == "--private":
             raise ValueError(f"--private {name}: this set is public only, nothing of it is held out")
     demand("text_width", lambda v: v > 0 and v % 8 == 0, "be a multiple of 8")
-    if s.condition != "none" and not (s.unet.context_dim and s.unet.use_spatial_transformer):
-        raise ValueError(f"--condition {s.condition}: the network of this preset is unconditional; use --condition none")
-    if s.adversarial_weight and world() > 1:
-        raise ValueError("--adversarial-weight: the discriminator learns in one process only; leave torchrun out")
     if s.guidance != 1 and s.condition == "none":
         raise ValueError("--guidance other than 1 needs a condition, --condition class or text")
     if s.init and (s.init_ldm or s.init_vae):

@@ -503,12 +503,20 @@ def main(argv=None):
     if s.unet.in_channels != s.vae.embed_dim:
         raise ValueError(f"the UNet of preset {s.preset} takes {s.unet.in_channels} latent channels, the autoencoder makes "
                          f"{s.vae.embed_dim}: use --init with runs of this preset only")
+    for found in (public, private):
+        if note := data.enlarged(found.name, s.vae.resolution):
+            print(f"note: {note}", file=sys.stderr)
     s.crop = private.side  # samples look like private pictures, whose padding is cut off again
     plan = once(privacy_plan, s, len(private) if s.steps else 0)
     embedder = second["embedder"] if second else embedder_entry(s, public, private)
     with torch.device("meta"):  # no memory; refuses a wrong --tune before any work
         model = unet.LatentModel(unet.UNet(s.unet), sample.build_embedder(embedder))
         unet.select_trainable(model, s.tune, s.from_block)
+    if s.condition == "text" and public.captions:
+        words = [word for caption in public.captions for word in text.split(caption)]
+        unknown = sum(map(len, map(sample.build_tokenizer(embedder).unknown, public.captions)))
+        print(f"captions       {unknown / max(1, len(words)):.0%} of the public captions' {len(words):,} words are not in the "
+              "vocabulary, which is made from names of classes and attributes", file=sys.stderr)
     if s.dry_run:
         print_plan(s, plan, model)
         print_memory(s, model, public, private)

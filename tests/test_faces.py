@@ -154,6 +154,9 @@ def break_celeba(kind, base):
         partition.write_text(partition.read_text() + "000005.jpg 0\n")
     elif kind == "all train":
         partition.write_text("".join(f"{i + 1:06d}.jpg 1\n" for i in range(N)))
+    elif kind == "another set's partition":
+        partition.write_text(partition.read_text().replace("0000", "0100"))
+        return partition.name, attributes.name, "one of the two belongs to another set"
     if "picture" in kind:
         return (picture,)
     return (partition,) if kind in ("wrong partition", "no partition", "double", "all train") else (attributes,)
@@ -161,7 +164,7 @@ def break_celeba(kind, base):
 
 @pytest.mark.parametrize("kind", ["truncated picture", "no picture", "empty picture", "missing picture", "missing row", "count",
                                   "value", "columns", "empty attributes", "bytes", "short partition", "wrong partition",
-                                  "no partition", "double", "all train"])
+                                  "another set's partition", "no partition", "double", "all train"])
 def test_damage_is_one_line_that_names_the_file(tmp_path, kind):
     words = break_celeba(kind, write_celeba(tmp_path))
     with pytest.raises(ValueError) as caught:
@@ -231,7 +234,8 @@ def write_pictures(base, names, size=(20, 30)):
         Image.new("RGB", size, (i, 255 - i, 0)).save(base / name)
 
 
-def test_own_folder_with_classes_and_the_split_of_each_picture_alone(tmp_path):
+def test_own_folder_with_classes_and_the_split_of_each_picture_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path.parent)
     base = tmp_path / "own"
     names = [f"{kind}/deep/{i}.png" for kind in ("cat", "dog") for i in range(50)]
     write_pictures(base, names)
@@ -452,6 +456,57 @@ def test_size_makes_the_autoencoder_larger(run):
     with pytest.raises(ValueError, match="--size 64"):
         train.main(["--preset", "faces", "--init", str(out), "--size", "64", "--data-root", str(root), "--dry-run", "--precision",
                     "float32"])
+
+
+@pytest.mark.parametrize("preset", ["celeba32", "celeba64", "celeba256-text"])
+@pytest.mark.parametrize("condition", ["none", "class", "text"])
+def test_every_preset_of_celeba_takes_every_condition(preset, condition):
+    s = settings.parse(["--preset", preset, "--condition", condition])
+    assert (s.perceptual_weight, s.adversarial_weight, s.adversarial_start) == (1.0, 0.5, 50_000)  # the authors' first stage
+    with torch.device("meta"):
+        network = unet.UNet(s.unet)
+        x, t = torch.empty(1, s.unet.in_channels, 8, 8), torch.zeros(1, dtype=torch.int64)
+        context = torch.empty(1, 3, s.unet.context_dim) if s.unet.context_dim else None
+        assert network(x, t, context).shape == x.shape and (context is None) == (condition == "none")
+
+
+def test_a_dry_run_downloads_nothing_large_and_a_failed_download_says_why(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("gdown is required")
+
+    for name in ("CelebA", "CIFAR10"):
+        monkeypatch.setattr(data.torchvision.datasets, name, broken)
+    with pytest.raises(data.DataError, match="download failed .gdown is required"):
+        data.load("celeba", root=tmp_path)
+    for name in ("CelebA", "CIFAR10"):
+        monkeypatch.setattr(data.torchvision.datasets, name, None)  # calling it would be a TypeError
+    for name in ("celeba", "cifar10"):
+        with pytest.raises(data.DataError, match="not found"):
+            data.load(name, root=tmp_path, decode=False)
+
+
+def test_small_pictures_of_known_sets_are_said_to_be_enlarged(run, capsys):
+    assert "178 pixels, enlarged to 256" in data.enlarged("celeba", 256) and data.enlarged("folder:x", 256) == ""
+    assert data.enlarged("celeba", 64) == data.enlarged("cifar10", 32) == ""
+    train.main(["--preset", "faces", "--size", "256", "--dry-run", "--data-root", str(run[1]), *TINY, "--width", "32"])
+    assert "enlarged to 256" in capsys.readouterr().err
+
+
+def test_sixteen_bits_of_grey_are_scaled(tmp_path):
+    Image.fromarray(np.full((8, 8), 32_768, np.uint16)).save(tmp_path / "deep.png")
+    assert photos.square(tmp_path / "deep.png", 8, 3).unique().tolist() in ([127], [128])
+
+
+def test_the_second_orientation_is_the_latent_of_the_mirrored_picture():
+    s = settings.parse(["--preset", "faces"])
+    torch.manual_seed(0)
+    autoencoder = vae.AutoencoderKL(vae.VAEConfig(3, 3, 8, (1, 2))).eval()
+    images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    latents = train.encode(s, autoencoder, images, 2.0)
+    assert latents.shape == (3, 2, 4, 16, 16)
+    mirrored = train.encode(s, autoencoder, images.flip(-1), 2.0)
+    assert torch.allclose(latents[:, 1], mirrored[:, 0], atol=1e-5)
+    assert not torch.allclose(latents[:, 0], latents[:, 1], atol=1e-2)
 
 
 @pytest.mark.parametrize("preset", ["celeba64", "celeba32", "celeba256-text", "cifar10"])

@@ -70,7 +70,8 @@ def test_a_run_that_runs_out_of_memory_releases_the_same_model(tmp_path, monkeyp
     monkeypatch.setattr(diffusion, "loss", limited(7, calls))
     train.main([*flags, "--out", str(tmp_path / "pieces"), "--init", str(tmp_path / "whole")])
     # The first micro-batch of 32 is halved until it fits; from then on pieces of 4, of the same draws.
-    assert calls[:4] == [32, 16, 8, 4] and max(calls[4:]) == 4
+    assert calls[:4] == [1, 1, 1, 3]  # the engine's check against the loop
+    assert calls[4:8] == [32, 16, 8, 4] and max(calls[8:]) == 4
     before, a, b = (folder.load(tmp_path / x)["model"] for x in ("whole/public/ldm.pt", "whole/release/model.pt",
                                                                   "pieces/release/model.pt"))
     moved = max((a[k] - before[k]).abs().max() for k in a)
