@@ -146,7 +146,7 @@ def run_job(flags, number, place):
         seen["drift"].append(float(seen["changes"][-1].abs().max()))
         seen["changes"].clear(), before.clear()
 
-    def sgd(parameters, lr):
+    def sgd(parameters, lr, **betas):
         return torch.optim.SGD(parameters, lr)
 
     dp_sgd.poisson_sample, dp_sgd.privatise, dp_sgd.fresh_generator = watched_sample, watched_privatise, watched_generator
@@ -158,7 +158,7 @@ def run_job(flags, number, place):
 
 
 def test_a_run_by_two_processes(tmp_path):
-    job = partial(run_job, ["--steps", "3", "--clip-norm", "1e-3", "--sigma", "4", "--lr", "1"])
+    job = partial(run_job, ["--steps", "3", "--clip-norm", "1e-3", "--sigma", "4", "--lr", "1", "--adversarial-weight", "0.5"])
     codes, errors = two_processes(job, tmp_path)
     assert codes == [0, 0] and errors == [[], []]
     first, second = (torch.load(tmp_path / f"seen.{number}", weights_only=True) for number in (0, 1))
@@ -180,7 +180,7 @@ def test_a_run_by_two_processes(tmp_path):
     assert [row["examples"] for row in log] == [a[2] + b[2] for a, b in zip(first["drawn"], second["drawn"], strict=True)]
     assert (first["noise"], second["noise"]) == (3, 0)
     moved = second["changes"][1:]  # what rank 1 receives, step by step
-    assert torch.equal(torch.stack(moved), torch.stack(first["changes"][1:])) and len(moved) == 2
+    assert torch.equal(torch.stack(moved), torch.stack(first["changes"][1:])) and len(moved) == 3
     for change in moved:  # 337,000 numbers, the clipped sum is far below the noise; 1.41 if both added, 0.71 if halves
         assert float(change.std()) / (4 * 1e-3 / 20) == pytest.approx(1, abs=0.02)
     privacy = folder.read_json(out / "release" / "privacy.json")
