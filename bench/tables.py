@@ -55,6 +55,8 @@ def ablations():
     base = {row["row"]: row for row in load("digits")}
     rows = {row["row"]: row for row in load("ablations")}
     tuned = {"attention": (base["eps10"], base["eps1"]), "all": (base["all"], rows.get("all-eps1"))}
+    if "again" in rows:  # the same once more
+        tuned = {"attention": tuned["attention"], "attention again": (rows["again"], None), **tuned}
     tuned |= {name: (row, rows.get(f"{name}-eps1")) for name, row in rows.items()
               if not name.endswith("-eps1") and row["privacy"]["tune"] + str(row["privacy"]["from_block"]) != "attention0"}
 
@@ -66,18 +68,20 @@ def ablations():
                 percent(next(iter(reversed(e["accuracy"]["logreg"].values())))), f"{e['distance']['frechet']:.1f}"]
 
     head = ["tuned (flag)", "trained", "of these only noise", *[f"{what}, epsilon {e}" for e in (10, 1)
-                                                               for what in ("CNN", "log. regr.", "Frechet")]]
+                                                               for what in ("CNN", "log. regr.", "Frechet")], "measured at"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for first, second in tuned.values():
         p = first["privacy"]
         flag = f"`{p['tune']}`" + (f" `--from-block {p['from_block']}`" if p["from_block"] else "")
         idle = p.get("of_these_see_only_noise")
         lines.append("| " + " | ".join([flag, f"{p['trained_parameters']:,}", "-" if idle is None else f"{idle:,}",
-                                        *scores(first), *scores(second)]) + " |")
+                                        *scores(first), *scores(second), first["commit"]]) + " |")
     recipe = {name: row for name, row in rows.items() if name not in tuned and not name.endswith("-eps1")}
-    lines += ["", "| change of the recipe (epsilon 10, attention) | CNN | log. regr. | Frechet | command |", "|---" * 5 + "|",
-              "| the default | " + " | ".join(scores(base["eps10"])) + " | `python train.py` |"]
-    lines += [f"| {row['label']} | " + " | ".join(scores(row)) + f" | `{row['commands'][0]}` |" for row in recipe.values()]
+    lines += ["", "| change of the recipe (epsilon 10, attention) | CNN | log. regr. | Frechet | command | measured at |",
+              "|---" * 6 + "|",
+              "| the default | " + " | ".join(scores(base["eps10"])) + f" | `python train.py` | {base['eps10']['commit']} |"]
+    lines += [f"| {row['label']} | " + " | ".join(scores(row)) + f" | `{row['commands'][0]}` | {row['commit']} |"
+              for row in recipe.values()]
     return "\n".join(lines) + "\n\n" + origin(list(rows.values()))
 
 
