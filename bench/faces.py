@@ -17,7 +17,7 @@ ROWS = {
     "public": again("class, public only", "public", "--steps 0"),
     "eps1": again("class, epsilon 1", "eps1", "--epsilon 1 --lr 2e-3"),
     "inf": again("class, no noise (not private)", "inf", "--epsilon inf"),
-    "text": again("text, epsilon 10", "text", "--condition text"),
+    "text": again("text, epsilon 10", "text", "--condition text --ldm-steps 1500"),
     "text-eps1": again("text, epsilon 1", "text-eps1", "--condition text --epsilon 1 --lr 2e-3", f"{BASE}-text"),
     "64": Row("class, 64 x 64 pixels, epsilon 10",
               f"--preset faces --size 64 --vae-steps 1500 --ldm-steps 1000 --ldm-batch 128 --out {BASE}-64", f"{BASE}-64", SCORE),
