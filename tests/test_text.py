@@ -367,11 +367,11 @@ def test_impossible_settings_are_refused(flags, message):
         settings.parse(["--preset", "tiny", *flags])
 
 
-def test_a_network_without_cross_attention_takes_no_condition(monkeypatch):
+def test_an_unconditional_network_gets_cross_attention_for_a_condition(monkeypatch):
     plain = replace(settings.PRESETS["tiny"]["unet"], use_spatial_transformer=False)
     monkeypatch.setitem(settings.PRESETS["tiny"], "unet", plain)
-    with pytest.raises(ValueError, match="use --condition none"):
-        settings.parse(["--preset", "tiny", "--condition", "text"])
+    given = settings.parse(["--preset", "tiny", "--condition", "text"]).unet
+    assert given.use_spatial_transformer and given.context_dim
     assert settings.parse(["--preset", "tiny", "--condition", "none"]).unet.context_dim is None
 
 
