@@ -21,8 +21,8 @@ from settings import plain
 LOOKED = dict.fromkeys(("mnist10k", "mnist"), (
     "partly by looking at results on private data: batch size, steps and learning rate of this preset were compared by scores on "
     "held-out MNIST digits, and the public strokes were drawn while watching them; epsilon does not cover that choice"))
-LOOKED["faces"] = ("partly by looking at results on private data: size of the latents and length of the public stages were changed "
-                   "after seeing how the autoencoder draws held-out faces; epsilon does not cover that choice")
+LOOKED["faces"] = ("partly by looking at results on private data: size of the latents and length of the public stages were "
+                   "changed after seeing how the autoencoder draws held-out faces; epsilon does not cover that choice")
 BEFOREHAND = ("taken as chosen without results on these pictures; if other runs on them were compared to choose, their epsilons "
               "add up")
 
