@@ -43,8 +43,9 @@ layers) times (sum_p |x_p||g_p|)^2, which the two diagonals tell. A bound of 8 e
 where there are more, is *added*: rounding can only clip harder, by about 1e-4. (Measured errors: up to 20 epsilons at 1,280
 inputs, 79 at 5,120.)
 
-Not covered: gradients and inputs so far apart in size that their Gram matrices under- or overflow float32 (1e-19, 1e19);
-a loss_fn that calls autograd itself; timing and, unless the generator is a `SecureGenerator`, floating-point attacks on the noise (Mironov 2012).
+Not covered: gradients and inputs so far apart in size that their Gram matrices under- or overflow float32 (1e-19, 1e19); a
+loss_fn that calls autograd itself; timing and, unless the generator is a `SecureGenerator`, floating-point attacks on the
+noise (Mironov 2012).
 """
 import math
 import os
