@@ -55,8 +55,10 @@ def ablations():
     base = {row["row"]: row for row in load("digits")}
     rows = {row["row"]: row for row in load("ablations")}
     tuned = {"attention": (base["eps10"], base["eps1"]), "all": (base["all"], rows.get("all-eps1"))}
-    if "again" in rows:  # the same once more
-        tuned = {"attention": tuned["attention"], "attention again": (rows["again"], None), **tuned}
+    if "again" in rows:  # the same once more; epsilon 1 stands beside the run with the same public stages
+        alike = base["eps1"]["commit"] == rows["again"]["commit"]
+        pair = (base["eps10"], None if alike else base["eps1"]), (rows["again"], base["eps1"] if alike else None)
+        tuned = {"attention": pair[0], "attention again": pair[1], **{k: v for k, v in tuned.items() if k != "attention"}}
     tuned |= {name: (row, rows.get(f"{name}-eps1")) for name, row in rows.items()
               if not name.endswith("-eps1") and row["privacy"]["tune"] + str(row["privacy"]["from_block"]) != "attention0"}
 
