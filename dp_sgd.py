@@ -406,14 +406,13 @@ def weighted_product(layer, x, g, factor):
     if isinstance(m, nn.Embedding):
         g = positions(g, n) * factor[:, None, None]
         return {"weight": g.new_zeros(m.weight.shape).index_add_(0, x.flatten(), g.flatten(0, 1))}
+    bias = {"bias": factor @ positions(channels_last(layer, g), n).sum(1)} if "bias" in layer.params else {}
     if x.numel() < g.numel():  # the factor belongs to the product; the smaller of the two carries it
         x = scaled(x, factor)
-        bias = lambda: factor @ positions(channels_last(layer, g), n).sum(1)  # noqa: E731
     else:
         g = scaled(g, factor)
-        bias = lambda: channels_last(layer, g).flatten(0, -2).sum(0)  # noqa: E731
     parts = [b.flatten(0, 1).mT @ a.flatten(0, 1) for a, b in linear_parts(layer, x, g, n)]  # (p, n P) @ (n P, d)
-    return {"weight": joined(parts).view(m.weight.shape), **({"bias": bias()} if "bias" in layer.params else {})}
+    return {"weight": joined(parts).view(m.weight.shape), **bias}
 
 
 def scaled(a, factor):

@@ -126,10 +126,10 @@ detects that picture's presence in at most {at_most(rates["0.01"])} of the cases
 In figures: epsilon {float(p["epsilon"]):.4g} at delta {p["delta"]:g}; neighbours: {p["adjacency"]}; unit: {p["unit"]}.
 The unit is a picture, not a person: for someone who has 20 of the pictures, epsilon is
 {float(p["epsilon_for_20_pictures_of_one_person"]):.4g}."""
+    small = f"\nSharper than they are they cannot be: it was shown {p['enlarged']}." if p["enlarged"] else ""
     if not p["steps"]:
         tuned, promise = "", "No private picture was read: this is the public model."
-    small = f"\nSharper than they are they cannot be: it was shown {p['enlarged']}." if p["enlarged"] else ""
-    if p["steps"] and not p["private"]:
+    elif not p["private"]:
         promise = "Nothing: this model was trained without noise, or with noise that can be repeated. Do not publish it."
     return f"""# Model card: {name}
 

@@ -96,7 +96,7 @@ def build(make, state, *configs):
 
 def laid_out(network, device):
     """The network on the device, its images laid out in memory as suits: channels last for a GPU's tensor cores, contiguous on
-    a CPU, where group norm and bfloat16 convolutions prefer it (up to 1.6 times: LOG.md)."""
+    a CPU, where group norm and bfloat16 convolutions prefer it (up to 1.6 times: `python -m bench.layout`)."""
     return network.to(device, memory_format=torch.channels_last if "cuda" in str(device) else torch.contiguous_format)
 
 
