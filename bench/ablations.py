@@ -24,7 +24,11 @@ RECIPE = {
     "small-batch": ("batch 1,000, 120 steps", "--batch-size 1000 --steps 120"),
 }
 SAMPLING = {  # post-processing: the default run, sampled otherwise
+    "steps30": ("no change of sampling: the run that the next five sample", ""),
+    "steps15": ("15 DDIM steps instead of 30", "--steps 15"),
+    "steps10": ("10 DDIM steps", "--steps 10"),
     "guidance": ("guidance 1.5", "--guidance 1.5"),
+    "guidance-low": ("guidance 0.7", "--guidance 0.7"),
     "eta1": ("DDIM eta 1", "--eta 1"),
 }
 
@@ -32,7 +36,7 @@ ROWS = {name: again(label, name, flags) for name, (label, flags) in TUNED.items(
 ROWS |= {f"{name}-eps1": again(label, f"{name}-eps1", f"{flags} --epsilon 1 --lr 2e-3") for name, (label, flags) in TUNED.items()}
 ROWS |= {"all-eps1": again("all parameters", "all-eps1", "--tune all --epsilon 1 --lr 2e-3")}
 ROWS |= {name: again(label, name, flags) for name, (label, flags) in RECIPE.items()}
-ROWS |= {name: Row(label, None, BASE, f"{flags} --out {BASE}/internal/{name}.json") for name, (label, flags) in SAMPLING.items()}
+ROWS |= {name: Row(label, None, BASE, f"{flags} --out {BASE}/internal/{name}.json".strip()) for name, (label, flags) in SAMPLING.items()}
 
 if __name__ == "__main__":
     main("ablations", ROWS)
