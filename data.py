@@ -91,7 +91,7 @@ def load(name, split="train", root=None, size=32, public_classes=None, n=None, s
     n               number of pictures; a seeded subset in the set's order, or how many to draw (default 60,000)
     seed            rules the drawing and the subset; never the private stage
     label_attribute "celeba" and "faces" only: the attribute that gives the two classes (default Male)
-    channels        of decoded photographs: 3, or 1 for grey
+    channels        3, or 1: colour pictures and photographs become grey; grey pictures stay grey
     cache           folder of decoded photographs; None: "cache" in the data root if that may be written to
     decode          False: photographs are only listed, images is an empty shape on the meta device; nothing large is downloaded
     Returns ImageSet. Raises DataError if files are missing or damaged, ValueError for arguments out of range.
@@ -117,8 +117,10 @@ def load(name, split="train", root=None, size=32, public_classes=None, n=None, s
         whole = ImageSet(name, *LOADERS[kind](root, split))
     part = subset(whole, n, seed, f"{name} {split}")
     if isinstance(part.images, torch.Tensor):
-        side = part.images.shape[-1] if part.images.shape[1] == 1 else size
-        images = pad(part.images, size) if part.images.shape[1] == 1 else resize(part.images, size)
+        colour = part.images.shape[1] == 3
+        images, side = (resize(part.images, size), size) if colour else (pad(part.images, size), part.images.shape[-1])
+        if colour and channels == 1:
+            images = torchvision.transforms.functional.rgb_to_grayscale(images)
     elif decode:
         cache = cache or cache_folder(root)
         if cache is None and len(part) >= photos.CACHE_FROM:

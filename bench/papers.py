@@ -6,6 +6,7 @@ several sampling seeds.
 from bench.runs import Row, main
 
 EPS1 = "--epsilon 1 --batch-size 10000 --steps 30 --lr 5e-3 --ema 0.9"  # as much noise per step as the default run has at 10
+PHOTOS = "--preset fashion --public public32"  # an autoencoder that saw digits only draws garments as outlines (LOG.md)
 RUNS = {  # name: (label, flags of train.py, run folder)
     "mnist-eps10": ("MNIST, public strokes", "--preset mnist-strokes", "runs/mnist-strokes"),
     "mnist-eps1": ("MNIST, public strokes", f"--preset mnist-strokes {EPS1} --init runs/mnist-strokes",
@@ -17,6 +18,9 @@ RUNS = {  # name: (label, flags of train.py, run folder)
                      "runs/mnist-letters-eps1"),
     "fashion-eps10": ("Fashion-MNIST, public MNIST", "--preset fashion", "runs/fashion"),
     "fashion-eps1": ("Fashion-MNIST, public MNIST", f"--preset fashion {EPS1} --init runs/fashion", "runs/fashion-eps1"),
+    "photos-eps10": ("Fashion-MNIST, public photographs in grey", PHOTOS, "runs/fashion-photos"),
+    "photos-eps1": ("Fashion-MNIST, public photographs in grey", f"{PHOTOS} {EPS1} --init runs/fashion-photos",
+                    "runs/fashion-photos-eps1"),
 }
 SCORE = "--protocol table --steps 30 --eta 0 --classifiers cnn"  # 200 steps with eta 1 would take seven times as long
 ROWS = {name: Row(label, flags + ("" if out == "runs/fashion" else f" --out {out}"), out, SCORE)

@@ -329,6 +329,9 @@ def test_public32_and_cifar10(tmp_path, monkeypatch):
     one_line(caught, "public32.npz")
     images = write_npz(tmp_path / "public32.npz", shape=(32, 32, 3))
     loaded = data.load("public32", root=tmp_path)
+    grey = data.load("public32", root=tmp_path, channels=1).images  # for networks of one channel: luma, ITU-R BT.601
+    luma = loaded.images.double().mul(torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    assert grey.shape == (len(loaded), 1, 32, 32) and (grey.double() - luma).abs().max() < 1.03  # cut off, not rounded
     assert np.array_equal(loaded.images.permute(0, 2, 3, 1).numpy(), images) and loaded.classes == ["x", "y", "z"]
 
     class Offline:
