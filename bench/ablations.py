@@ -36,7 +36,8 @@ ROWS = {name: again(label, name, flags) for name, (label, flags) in TUNED.items(
 ROWS |= {f"{name}-eps1": again(label, f"{name}-eps1", f"{flags} --epsilon 1 --lr 2e-3") for name, (label, flags) in TUNED.items()}
 ROWS |= {"all-eps1": again("all parameters", "all-eps1", "--tune all --epsilon 1 --lr 2e-3")}
 ROWS |= {name: again(label, name, flags) for name, (label, flags) in RECIPE.items()}
-ROWS |= {name: Row(label, None, BASE, f"{flags} --out {BASE}/internal/{name}.json".strip()) for name, (label, flags) in SAMPLING.items()}
+ROWS |= {name: Row(label, None, BASE, f"{flags} --out {BASE}/internal/{name}.json".strip())
+         for name, (label, flags) in SAMPLING.items()}
 
 if __name__ == "__main__":
     main("ablations", ROWS)
