@@ -90,8 +90,8 @@ def ablations():
 def papers():
     """Runs on full data sets: accuracy of a CNN trained on samples, one figure per sampling seed."""
     rows = {row["row"]: row for row in load("papers")}
-    head = ["private and public set", "epsilon", "CNN on real test pictures, per sampling seed", "Frechet", "trained parameters",
-            "minutes: train + evaluate (threads)", "command"]
+    head = ["private and public set", "epsilon", "CNN on real test pictures, per sampling seed", "DDIM steps", "Frechet",
+            "trained parameters", "minutes: train + evaluate (threads)", "command"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, row in rows.items():
         if "-seed" in name:
@@ -101,6 +101,7 @@ def papers():
         lines.append("| " + " | ".join([
             row["label"], f"{p['epsilon']:.3g}", ", ".join(f"{100 * next(iter(r['evaluation']['accuracy']['cnn'].values())):.2f}"
                                                            for r in seeds) + " %",
+            re.search(r"(\d+) steps", e["sampler"])[1],
             f"{e['distance']['frechet']:.1f}", f"{p['trained_parameters']:,}" if p["steps"] else "-",
             f"{row['seconds'].get('train', 0) / 60:.0f} + {row['seconds']['evaluate'] / 60:.0f} ({row['threads']})",
             f"`{row['commands'][0]}`"]) + " |")
