@@ -6,6 +6,7 @@ the last one counts. A figure that nobody measured cannot get in.
 import json
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -13,13 +14,10 @@ README = HERE.parent / "README.md"
 
 
 def load(table):
-    """Rows of one table in the order in which they first appear, the last measurement of each."""
-    rows = {}
-    for line in (HERE / "results.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        if row["table"] == table:
-            rows[row["row"]] = row
-    return list(rows.values())
+    """Rows of one table in the order of `bench.TABLE`, the last measurement of each; without rows that are no longer there."""
+    lines = map(json.loads, (HERE / "results.jsonl").read_text().splitlines())
+    last = {line["row"]: line for line in lines if line["table"] == table}
+    return [last[name] for name in import_module(f"bench.{table}").ROWS if name in last]
 
 
 def percent(x):
