@@ -20,11 +20,12 @@ from settings import plain
 # How the presets' hyper-parameters were chosen, where private results had a part in it (README, "Chosen by looking").
 LOOKED = dict.fromkeys(("mnist10k", "mnist"), (
     "partly by looking at results on private data: batch size, steps, learning rate and the size of the networks were compared "
-    "by scores on held-out MNIST digits, and the public strokes were drawn while watching them; epsilon does not cover that choice"))
+    "by scores on held-out MNIST digits, and the public strokes were drawn while watching them; epsilon does not cover "
+    "that choice"))
 LOOKED["faces"] = ("partly by looking at results on private data: size of the latents and length of the public stages were "
                    "changed after seeing how the autoencoder draws held-out faces; epsilon does not cover that choice")
-LOOKED["fashion"] = ("partly by looking at private data: photographs were tried as the public set after seeing how an autoencoder "
-                     "of digits draws garments; epsilon does not cover that choice")
+LOOKED["fashion"] = ("partly by looking at private data: photographs were tried as the public set after seeing how an "
+                     "autoencoder of digits draws garments; epsilon does not cover that choice")
 BEFOREHAND = ("taken as chosen without results on these pictures; if other runs on them were compared to choose, their epsilons "
               "add up")
 
