@@ -31,8 +31,8 @@ DIGITS = dict(  # every key is a flag or a network; a preset overrides some of t
 LARGE = dict(  # for 60,000 private pictures: the noise allows more steps, and the public model is what limits (LOG.md)
     unet=replace(DIGITS["unet"], model_channels=48), vae_steps=1500, ldm_steps=3500, ldm_lr=1.5e-3,
     batch_size=6000, steps=150, lr=3e-3, ema=0.95)
-WIDE = LARGE | dict(unet=replace(DIGITS["unet"], model_channels=64), vae_steps=2500, ldm_steps=5000, ldm_lr=1.2e-3,
-                    batch_size=10_000)
+WIDE = LARGE | dict(  # the same, larger still: 98.2 instead of 97.8 % (README)
+    unet=replace(DIGITS["unet"], model_channels=64), vae_steps=2500, ldm_steps=5000, ldm_lr=1.2e-3, batch_size=10_000)
 CELEBA = dict(  # the authors' settings for faces; large, for GPUs
     public="folder:imagenet/train", public_n=None, private="celeba", delta=1e-6, clip_norm=5e-4, ema=0.9999, cond_drop=0.0,
     schedule=diffusion.Schedule(beta_end=0.0195), vae_steps=200_000, vae_batch=16, vae_lr=1.6e-5,
@@ -40,7 +40,7 @@ CELEBA = dict(  # the authors' settings for faces; large, for GPUs
     sample_steps=200, sample_eta=1.0)
 PRESETS = {  # epochs are turned into steps: epochs * n / batch, with n = 50,000 (CIFAR-10) and 162,770 (CelebA)
     "digits": {},
-    "mnist": dict(public="emnist", private="mnist", public_n=None, **LARGE),
+    "mnist": dict(public="emnist", private="mnist", public_n=None, **WIDE),
     "mnist-strokes": dict(private="mnist", public_n=72_000, **WIDE),
     "mnist-letters": dict(private="mnist", public_n=72_000, public_classes="letters", **LARGE),
     "fashion": dict(public="mnist", private="fashion", public_n=None, **LARGE | dict(  # 4x4x16: garments are more than strokes
