@@ -68,7 +68,7 @@ def ablations():
                 percent(next(iter(reversed(e["accuracy"]["logreg"].values())))), f"{e['distance']['frechet']:.1f}"]
 
     head = ["tuned (flag)", "trained", "of these only noise", *[f"{what}, epsilon {e}" for e in (10, 1)
-                                                               for what in ("CNN", "log. regr.", "Frechet")], "measured at"]
+                                                               for what in ("CNN", "log. regr.", "Frechet")], "epsilon 10 measured at"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for first, second in tuned.values():
         p = first["privacy"]
