@@ -67,8 +67,8 @@ def ablations():
         return [percent(next(iter(reversed(e["accuracy"]["cnn"].values())))),
                 percent(next(iter(reversed(e["accuracy"]["logreg"].values())))), f"{e['distance']['frechet']:.1f}"]
 
-    head = ["tuned (flag)", "trained", "of these only noise", *[f"{what}, epsilon {e}" for e in (10, 1)
-                                                               for what in ("CNN", "log. regr.", "Frechet")], "epsilon 10 measured at"]
+    columns = [f"{what}, epsilon {e}" for e in (10, 1) for what in ("CNN", "log. regr.", "Frechet")]
+    head = ["tuned (flag)", "trained", "of these only noise", *columns, "epsilon 10 measured at"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for first, second in tuned.values():
         p = first["privacy"]
