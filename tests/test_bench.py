@@ -1,19 +1,16 @@
 """The README's tables are what bench/tables.py makes of bench/results.jsonl, and every listed command is one that parses."""
 import re
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 
 import settings
 from bench import runs, tables
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-
 
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_no_figure_of_the_readme_is_typed(name):
-    inside = re.search(rf"<!-- table: {name} -->\n(.*?)\n<!-- end -->", README.read_text(), flags=re.S)
+    inside = re.search(rf"<!-- table: {name} -->\n(.*?)\n<!-- end -->", tables.README.read_text(), flags=re.S)
     assert inside and inside[1] == tables.TABLES[name](), "python -m bench.tables --write"
 
 
