@@ -42,7 +42,7 @@ PRESETS = {  # epochs are turned into steps: epochs * n / batch, with n = 50,000
     "digits": {},
     "mnist": dict(public="emnist", private="mnist", public_n=None, **WIDE),
     "mnist-strokes": dict(private="mnist", public_n=72_000, **WIDE),
-    "mnist-letters": dict(private="mnist", public_n=72_000, public_classes="letters", **LARGE),
+    "mnist-letters": dict(private="mnist", public_n=72_000, public_classes="letters", **WIDE),
     "fashion": dict(public="mnist", private="fashion", public_n=None, **LARGE | dict(  # 4x4x16: garments are more than strokes
         vae=replace(DIGITS["vae"], z_channels=16, embed_dim=16), unet=replace(LARGE["unet"], in_channels=16, out_channels=16))),
     "mnist-paper": dict(  # the authors' networks and settings (theirs on grey pictures); large, for a GPU

@@ -116,7 +116,7 @@ def test_killed_twenty_times_at_random_moments(public, tmp_path):
         # In CPU seconds, so that another load on the machine does not matter. Every second kill counts them from where the
         # private stage begins (the diary grows), so that ten kills at least meet it. After 20 kills it may finish.
         moment, begin, size = rng.uniform(0, 0.8), None if kills % 2 else 0.0, diary.stat().st_size if diary.exists() else 0
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended; the second, between open and read
             while process.is_alive() and (kills == 20 or begin is None or cpu_seconds(process.pid) < begin + moment):
                 if begin is None and diary.exists() and diary.stat().st_size > size:
                     begin = cpu_seconds(process.pid)
