@@ -23,7 +23,8 @@ DIGITS = dict(  # every key is a flag or a network; a preset overrides some of t
     vae=vae.VAEConfig(ch=8, ch_mult=(1, 2, 4, 8)), vae_steps=900, vae_batch=64, vae_lr=3e-3, kl_weight=1e-6,
     perceptual_weight=0.0, adversarial_weight=0.0, adversarial_start=0,
     unet=unet.UNetConfig(4, 4, 32, num_heads=4, context_dim=64, num_groups=8), schedule=diffusion.Schedule("cosine", "v"),
-    width=None, prediction=None, ldm_steps=1600, ldm_batch=256, ldm_lr=2e-3, cond_drop=0.1,
+    factor=None, latent_channels=None, width=None, depth=None, prediction=None,
+    ldm_steps=1600, ldm_batch=256, ldm_lr=2e-3, cond_drop=0.1,
     epsilon=10.0, delta=1e-5, sigma=None, accountant="pld", batch_size=4000, steps=30, clip_norm=0.1, clipping="flat",
     noise_multiplicity=1, tune="attention", from_block=0, lr=5e-3, ema=0.9, method="bookkeeping", micro_batch=None,
     sample_steps=30, sample_eta=0.0, guidance=1.0,
@@ -43,8 +44,7 @@ PRESETS = {  # epochs are turned into steps: epochs * n / batch, with n = 50,000
     "mnist": dict(public="emnist", private="mnist", public_n=None, **WIDE),
     "mnist-strokes": dict(private="mnist", public_n=72_000, **WIDE),
     "mnist-letters": dict(private="mnist", public_n=72_000, public_classes="letters", **WIDE),
-    "fashion": dict(public="mnist", private="fashion", public_n=None, **LARGE | dict(  # 4x4x16: garments are more than strokes
-        vae=replace(DIGITS["vae"], z_channels=16, embed_dim=16), unet=replace(LARGE["unet"], in_channels=16, out_channels=16))),
+    "fashion": dict(public="mnist", private="fashion", public_n=None, latent_channels=16, **LARGE),  # more than strokes
     "mnist-paper": dict(  # the authors' networks and settings (theirs on grey pictures); large, for a GPU
         public="emnist", private="mnist", public_n=None,
         vae=replace(vae.PAPER["mnist"], in_channels=1, out_ch=1), vae_steps=60_000, vae_batch=100, vae_lr=4.5e-4,
@@ -123,13 +123,16 @@ def parse(argv):
           ("text_length", int, "most words of a prompt, and one"), ("text_width", int, "width of the text encoder"),
           ("text_layers", int, "transformer blocks of the text encoder"),
           ("flips", lambda x: {"yes": True, "no": False}[x], "mirror pictures at random, yes or no"))
-    flags("stage 1, autoencoder (public)", ("vae_steps", int, "steps"), ("vae_batch", int, "pictures per step"),
+    flags("stage 1, autoencoder (public)", ("factor", int, "f, side of a picture over that of its latent; None: the preset's"),
+          ("latent_channels", int, "channels of a latent; None: the preset's"),
+          ("vae_steps", int, "steps"), ("vae_batch", int, "pictures per step"),
           ("vae_lr", float, "peak learning rate of AdamW"),
           ("kl_weight", float, "weight of the KL term against the sum of |error| over a picture's pixels"),
           ("perceptual_weight", float, "weight of the distance in VGG16's features, per pixel; 0: off"),
           ("adversarial_weight", float, "weight of the patch discriminator's term; 0: off"),
           ("adversarial_start", int, "steps before the discriminator begins"))
     flags("stage 2, latent diffusion (public)", ("width", int, "channels of the UNet's first level; None: the preset's"),
+          ("depth", int, "ResBlocks per level of the UNet; None: the preset's"),
           ("prediction", str, "what the UNet predicts, noise or velocity; None: the preset's", ("eps", "v")),
           ("ldm_steps", int, "steps"), ("ldm_batch", int, "latents per step"),
           ("ldm_lr", float, "peak learning rate of AdamW"),
@@ -154,8 +157,12 @@ def parse(argv):
     given = {k: v for k, v in vars(p.parse_args(argv)).items() if k not in defaults or v != defaults[k]}
     s = argparse.Namespace(**{**defaults, **DIGITS, **PRESETS[given.get("preset", "digits")], **given})
     s.out = given.get("out", Path("runs") / s.preset)
-    s.vae = replace(s.vae, resolution=s.size or s.vae.resolution)
-    s.unet = replace(s.unet, model_channels=s.width or s.unet.model_channels)
+    levels = int(s.factor).bit_length() if s.factor else len(s.vae.ch_mult)  # every level but the last halves the picture
+    s.vae = replace(s.vae, resolution=s.size or s.vae.resolution, z_channels=s.latent_channels or s.vae.z_channels,
+                    embed_dim=s.latent_channels or s.vae.embed_dim,
+                    ch_mult=(*s.vae.ch_mult, *s.vae.ch_mult[-1:] * levels)[:levels])
+    s.unet = replace(s.unet, model_channels=s.width or s.unet.model_channels, num_res_blocks=s.depth or s.unet.num_res_blocks,
+                     in_channels=s.latent_channels or s.unet.in_channels, out_channels=s.latent_channels or s.unet.out_channels)
     s.schedule = replace(s.schedule, prediction=s.prediction or s.schedule.prediction)
     if s.resume:
         adopt_settings(s, given)
@@ -201,7 +208,7 @@ def check(s):
                 raise ValueError(f"--{key.replace('_', '-')} must {text}, got {getattr(s, key)}")
 
     demand("vae_steps vae_batch ldm_steps ldm_batch batch_size noise_multiplicity micro_batch sample_steps public_n private_n "
-           "text_length text_layers width",
+           "text_length text_layers width depth latent_channels",
            lambda v: v >= 1, "be at least 1")
     demand("steps from_block adversarial_start", lambda v: v >= 0, "not be negative")
     demand("vae_lr ldm_lr lr clip_norm init_scale", lambda v: 0 < v < math.inf, "be a positive number")
@@ -209,6 +216,7 @@ def check(s):
     demand("epsilon", lambda v: v > 0, "be positive (inf: no privacy)")
     demand("delta", lambda v: 0 < v < 1, "lie between 0 and 1")
     demand("size", lambda v: v in (32, 64, 128, 256), "be 32, 64, 128 or 256")
+    demand("factor", lambda v: v in (2, 4, 8, 16), "be 2, 4, 8 or 16")
     demand("cond_drop ema", lambda v: 0 <= v < 1, "lie in [0, 1)")
     demand("sample_eta", lambda v: 0 <= v <= 1, "lie in [0, 1]")
     for flag, name in (("--public", s.public), ("--private", s.private)):

@@ -482,9 +482,12 @@ def main(argv=None):
         raise ValueError(f"--private {s.private}: the public networks know these pictures ({', '.join(sorted(origins))}), so "
                          "nothing would be private; choose another private or public set")
     s.bf16 = agreed(sample.choose_bf16(s.precision, s.device))
-    for key, value in (("size", s.vae.resolution), ("width", s.unet.model_channels), ("prediction", s.schedule.prediction)):
+    for key, value in (("size", s.vae.resolution), ("factor", 2 ** (len(s.vae.ch_mult) - 1)),
+                       ("latent_channels", s.vae.embed_dim), ("width", s.unet.model_channels),
+                       ("depth", s.unet.num_res_blocks), ("prediction", s.schedule.prediction)):
         if getattr(s, key) not in (None, value):
-            raise ValueError(f"--{key} {getattr(s, key)}: the network of {s.init} has {value}; leave out --{key}, or --init")
+            flag = f"--{key.replace('_', '-')}"
+            raise ValueError(f"{flag} {getattr(s, key)}: the network of {s.init} has {value}; leave out {flag}, or --init")
     # Both sets are read before the first long loop: nobody waits an hour to learn that a file is missing.
     # With --steps 0 no private picture is read at all.
     drawn = s.public == "strokes"

@@ -1,8 +1,8 @@
 """The recipe, by measurement on a pretend-private set (`bench.pretend`): `python -m bench.recipes`. See `bench.runs`.
 
 Stroke digits in another hand take the place of MNIST, so nobody's privacy pays for the search: 8,000 of them with the default
-recipe and one change, at equal numbers of pictures seen unless the row says otherwise. All rows but the last three reuse the
-public stages of `python train.py`; first: python -m bench.pretend runs/pretend.npz
+recipe and one change, at equal numbers of pictures seen unless the row says otherwise. The rows of CHANGES reuse the public
+stages of `python train.py`; first: python -m bench.pretend runs/pretend.npz
 """
 from bench.runs import Row, main
 
@@ -31,9 +31,11 @@ CHANGES = {  # name: (label, flags)
 PUBLIC = {  # public stages of their own: (label, flags)
     "wide": ("UNet of 48 channels", "--width 48 --ldm-lr 1.5e-3"),
     "longer": ("5,000 public steps", "--ldm-steps 5000"),
+    "deep": ("two ResBlocks per level", "--depth 2"),
+    "8x8": ("latents of 8x8x4 instead of 4x4x4: slower", "--factor 4"),
     "eps": ("predicts the noise, not v", "--prediction eps"),
 }
-SCORE = "--n 10000 --classifiers cnn,logreg"
+SCORE = "--n 10000 --steps 15 --classifiers cnn,logreg"
 
 
 def row(name, label, flags, reuse):

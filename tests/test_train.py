@@ -13,6 +13,7 @@ import folder
 import sample
 import settings
 import train
+import vae
 
 PRIVACY_KEYS = {"statement", "epsilon", "delta", "accountant", "adjacency", "unit", "sampling", "n", "q", "steps", "sigma",
                 "clip_norm", "noise_multiplicity", "expected_batch_size", "covers", "does_not_cover", "insecure_seed"}
@@ -187,14 +188,21 @@ def test_ablations_are_flags(run, tmp_path, flags):
     assert privacy["private"] == ("--insecure-seed" not in flags) and privacy["epsilon"] <= 10
 
 
-def test_width_and_prediction_change_the_network_or_are_refused(run, tmp_path):
-    s = settings.parse(["--preset", "smoke", "--width", "64", "--prediction", "eps"])
-    assert (s.unet.model_channels, s.schedule.prediction) == (64, "eps")
+def test_flags_of_the_networks_change_them_or_are_refused(run, tmp_path):
+    s = settings.parse(["--preset", "smoke", "--width", "64", "--prediction", "eps", "--depth", "2", "--latent-channels", "3"])
+    assert (s.unet.model_channels, s.schedule.prediction, s.unet.num_res_blocks) == (64, "eps", 2)
+    assert (s.vae.embed_dim, s.vae.z_channels, s.unet.in_channels, s.unet.out_channels) == (3, 3, 3, 3)
+    for factor, side in (("4", 8), ("8", 4), ("16", 2)):
+        net = vae.AutoencoderKL(settings.parse(["--preset", "smoke", "--factor", factor]).vae)
+        assert net.encode(torch.zeros(1, 1, 32, 32)).mean.shape == (1, 4, side, side)
+    with pytest.raises(ValueError, match="--factor must be 2, 4, 8 or 16, got 5"):
+        settings.parse(["--factor", "5"])
     reuse = ["--preset", "smoke", "--init", str(run), "--out", str(tmp_path / "again"), "--dry-run"]
-    for flag, value in (("--width", "64"), ("--prediction", "eps")):
+    for flag, value in (("--width", "64"), ("--prediction", "eps"), ("--depth", "2"), ("--latent-channels", "3"),
+                        ("--factor", "4")):
         with pytest.raises(ValueError, match=f"{flag} {value}: the network of .* leave out {flag}, or --init"):
             train.main([*reuse, flag, value])
-    train.main([*reuse, "--width", "32", "--prediction", "v"])
+    train.main([*reuse, "--width", "32", "--prediction", "v", "--depth", "1", "--latent-channels", "4", "--factor", "8"])
     with pytest.raises(ValueError, match="must be divisible by num_groups"):
         train.main(["--preset", "smoke", "--width", "60", "--out", str(tmp_path / "new"), "--dry-run"])
 
