@@ -1,8 +1,10 @@
-"""How much of the distance to real pictures is the autoencoder's: python -m bench.autoencoder_limit RUN [--data-root DIR]
+"""What a run's autoencoder loses, before any diffusion: python -m bench.autoencoder_limit RUN [--data-root DIR]
 
-Held-out pictures are encoded and decoded by the run's autoencoder, no diffusion involved, and compared with themselves: mean
-absolute error (0..1) and the Frechet distance of `evaluate.py`. No diffusion model in these latents can be expected to
-come closer. Beside it the best linear code of as many numbers: principal components of the public pictures.
+Real pictures are encoded and decoded by the run's autoencoder, no diffusion model involved. Held-out ones are compared with
+themselves: mean absolute error (0..1) and the Frechet distance of `evaluate.py`. And the classifier of `evaluate.py --protocol
+quick` learns from 10,000 real *training* pictures so passed through and reads the held-out ones as they are. No diffusion
+model in these latents can be expected to do better. Beside it the best linear code of as many numbers, principal components
+of the public pictures, and the pictures as they are. The figures tell about private pictures and no epsilon covers them.
 """
 import argparse
 from pathlib import Path
@@ -16,30 +18,45 @@ import sample
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Distance of autoencoded held-out pictures to the pictures themselves.")
+    parser = argparse.ArgumentParser(description="What an autoencoder loses: distance, and classes that can be told apart.")
     parser.add_argument("run", help="run folder")
+    parser.add_argument("--n", type=int, default=10_000, help="training pictures for the classifier [10,000]")
     parser.add_argument("--data-root", help="folder of the data sets [$DPLDM_DATA, else ~/.cache/dpldm]")
     args = parser.parse_args(argv)
     release = sample.load_release(args.run)
-    real = next(iter(evaluate.held_out_sets(release, args.data_root).values())).images
-    size = release.vae.config.resolution
-    public = data.load(release.data["public"], "train", args.data_root, size, n=12_000).images
-    judge, name = evaluate.public_features(Path(args.run) / "public", release.data["public"], real.shape[1], release.crop,
+    real = next(iter(evaluate.held_out_sets(release, args.data_root).values()))
+    train = evaluate.load_private(release, release.data["private"], "train", args.data_root)
+    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:args.n]
+    size, channels = release.vae.config.resolution, real.images.shape[1]
+    public = data.load(release.data["public"], "train", args.data_root, size, n=12_000, channels=channels).images
+    judge, name = evaluate.public_features(Path(args.run) / "public", release.data["public"], channels, release.crop,
                                            args.data_root)
-    with torch.no_grad():
-        decoded = torch.cat([data.to_uint8(data.crop(release.vae.decode(release.vae.encode(data.to_float(x)).mean), release.crop))
-                             for x in data.pad(real, size).split(250)])
     numbers = torch.Size(release.vae.latent_shape).numel()
     x = data.to_float(data.crop(public, release.crop)).flatten(1)
     mean = x.mean(0)
     components = torch.linalg.eigh((x - mean).T @ (x - mean)).eigenvectors[:, -numbers:]  # (pixels, numbers)
-    y = data.to_float(real).flatten(1) - mean
-    linear = data.to_uint8((y @ components @ components.T + mean).view(len(real), *real.shape[1:]))
-    print(f"{len(real):,} held-out pictures, {real[0].numel()} values as {numbers} numbers; features of a {name}")
-    for title, made in (("autoencoder", decoded), ("principal components", linear)):
-        error = (made.float() - real.float()).abs().mean() / 255
-        distance = evaluate.frechet(evaluate.features(judge, made), evaluate.features(judge, real))
-        print(f"{title:22} mean absolute error {error:.4f}   Frechet distance {distance:.1f}")
+
+    @torch.no_grad()
+    def autoencoded(images):
+        return torch.cat([data.to_uint8(data.crop(release.vae.decode(release.vae.encode(data.to_float(x)).mean), release.crop))
+                          for x in data.pad(images, size).split(250)])
+
+    def projected(images):
+        y = data.to_float(images).flatten(1) - mean
+        return data.to_uint8((y @ components @ components.T + mean).view(images.shape))
+
+    print(f"{len(real):,} held-out pictures, {real.images[0].numel()} values as {numbers} numbers; features of a {name}; a CNN "
+          f"trained on {len(chosen):,} training pictures, read on the held-out ones as they are")
+    for title, code in (("pictures as they are", lambda images: images), ("autoencoder", autoencoded),
+                        ("principal components", projected)):
+        made = code(real.images)
+        error = (made.float() - real.images.float()).abs().mean() / 255
+        distance = evaluate.frechet(evaluate.features(judge, made), evaluate.features(judge, real.images))
+        model = evaluate.train_classifier(images=code(train.images[chosen]), labels=train.labels[chosen],
+                                          num_classes=len(real.classes), generator=torch.Generator().manual_seed(0),
+                                          **evaluate.PROTOCOLS["quick"]["recipes"]["cnn"])
+        print(f"{title:22} mean absolute error {error:.4f}   Frechet distance {distance:.1f}   "
+              f"CNN {evaluate.accuracy(model, real.images, real.labels):.1%}", flush=True)
 
 
 if __name__ == "__main__":
