@@ -44,7 +44,8 @@ def _check(q=0.0, sigma=1.0, steps=0, delta=0.5, method="rdp"):
     if method not in ("rdp", "pld"):
         raise ValueError(f"method = {method!r}: choose 'rdp' or 'pld'")
     if method == "pld" and delta < 1e-10:
-        raise ValueError(f"delta = {delta}: below 1e-10 the pld certificate drowns in float64 rounding; use rdp")
+        raise ValueError(f"delta = {delta}: below 1e-10 the pld certificate drowns in float64 rounding; use the method rdp "
+                         "(train.py: --accountant rdp)")
 
 
 def _one(q, sigma, steps, k=1):
@@ -705,6 +706,8 @@ def main(argv=None):
         else:
             if args.q is None and not (args.n and args.batch is not None):
                 raise ValueError("give run directories, or --n and --batch, or --q")
+            if args.group < 1:
+                raise ValueError(f"--group must be at least 1 picture, got {args.group}")
             q, steps = args.batch / args.n if args.q is None else args.q, args.steps
             if steps is None and args.epochs is not None and q > 0:
                 steps = math.ceil(args.epochs / q - 1e-6)

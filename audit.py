@@ -41,7 +41,6 @@ network, whether train.py feeds the engine rightly: those are the subject of tes
 a float64 loop, neighbouring data sets) and tests/test_pitfalls.py. Nor does it see leaks outside the gradients (files,
 timing, floating point), nor a violation smaller than the gap between its bound and the claim: passing is no proof.
 """
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -219,7 +218,7 @@ def histogram(result, caption, path, width=800, height=400):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Attack the DP-SGD engine; print lower and upper bounds on epsilon.")
+    parser = folder.Parser(description="Attack the DP-SGD engine; print lower and upper bounds on epsilon.")
     add = parser.add_argument
     add("run", nargs="?", help="run folder whose q, sigma, steps, C and clipping are audited [runs/digits]")
     add("--q", type=float, help="without a run: sampling probability, 0..1")

@@ -87,8 +87,8 @@ def print_memory(s, model, public, private):
           f"{second / big:.3f}; pictures and latents {stored / big:.2f} in all")
 
 
-def estimate(s, plan, embedder):
-    """Print the minutes of each stage, extrapolated from one step on random data."""
+def estimate(s, plan, embedder, reused=()):
+    """Print the minutes of each stage, extrapolated from one step on random data; 0 for what is `reused`, "vae" and "ldm"."""
     with torch.device(s.device):
         autoencoder = vae.AutoencoderKL(s.vae)
         model = unet.LatentModel(unet.UNet(s.unet), sample.build_embedder(embedder))
@@ -109,8 +109,8 @@ def estimate(s, plan, embedder):
     private = minutes(plan["steps"] * s.batch_size / len(z[few]),
                       lambda: engine.accumulate(loss_fn, *diffusion.draw(z[few], select(y, few), s.noise_multiplicity)))
     model.requires_grad_(True)
-    first = minutes(s.vae_steps, lambda: vae.loss(autoencoder, x)[0].backward())
-    second = minutes(s.ldm_steps, lambda: loss_fn(model, *diffusion.draw(z, y)).mean().backward())
+    first = 0.0 if "vae" in reused else minutes(s.vae_steps, lambda: vae.loss(autoencoder, x)[0].backward())
+    second = 0.0 if "ldm" in reused else minutes(s.ldm_steps, lambda: loss_fn(model, *diffusion.draw(z, y)).mean().backward())
     print(f"time           autoencoder {first:.1f}, latent diffusion {second:.1f}, private tuning {private:.1f} minutes "
           f"({'bf16' if s.bf16 else 'float32'} on {s.device}, {torch.get_num_threads()} threads)")
 

@@ -19,7 +19,6 @@ Scores on real held-out pictures are NOT covered by epsilon, hence internal/: pu
 public anyway, as MNIST's are. The Frechet distance is no "FID": its features come from a small CNN trained on PUBLIC
 pictures, not from Inception; it compares runs of this project with one another and with nothing else.
 """
-import argparse
 import hashlib
 import math
 import time
@@ -355,7 +354,7 @@ def memorisation(args, release, run, public, private, held_out):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Score samples of a released DP-LDM model on real held-out pictures.")
+    parser = folder.Parser(description="Score samples of a released DP-LDM model on real held-out pictures.")
     add = parser.add_argument
     add("run", help="run folder, release folder or model.pt")
     add("--protocol", choices=list(PROTOCOLS), default="quick", help="table is the paper's, hours on a CPU [quick]")
@@ -380,6 +379,7 @@ def main(argv=None):
         recipes[word.strip()] = protocol["recipes"][word.strip()]
     if args.samples and (args.steps, args.eta, args.guidance) != (None, None, None):
         raise ValueError("--samples takes finished pictures: leave out --steps, --eta and --guidance")
+    sample.check_device(args.device)
     release = sample.load_release(args.run, args.device, sample.choose_bf16(args.precision, args.device))
     if release.model.embedder is None:
         recipes = {}  # an unconditional model's samples have no labels to learn from

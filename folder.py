@@ -8,6 +8,7 @@ noisy step is applied; checkpoints are read with weights_only=True, so that a fi
     runs/NAME/release/    model, privacy statement, pictures: covered by epsilon, may be published
     runs/NAME/internal/   ledger, state for resume, losses and gradient norms: NOT covered, never publish
 """
+import argparse
 import contextlib
 import fcntl
 import json
@@ -163,6 +164,13 @@ class Stop:
         if not rank():
             print(f"stopped, nothing is lost; go on with: python train.py --resume --out {out}", file=sys.stderr)
         raise SystemExit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are one line, as all others are: ValueError instead of the whole usage."""
+
+    def error(self, message):
+        raise ValueError(f"{message} (see --help)")
 
 
 def run_cli(main):

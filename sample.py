@@ -8,7 +8,7 @@ differential privacy, so any number of pictures, any label or prompt and any see
     python sample.py runs/digits --n 60000 --npz synthetic.npz
     python sample.py runs/faces --prompt "a smiling young woman with eyeglasses" --n 16 --guidance 2
 """
-import argparse
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -187,6 +187,14 @@ def find_conditions(release, labels, seed):
                                      for label in labels.tolist()])
 
 
+def check_device(device):
+    """Raises ValueError if torch cannot use `device` ("cpu", "cuda:1") on this machine."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} is not usable here ({str(error).splitlines()[0][:80]})") from None
+
+
 def uniform_labels(n, num_classes):
     """n labels, the classes in turn: uniform, never the private histogram (pitfall 16)."""
     return torch.arange(n) % num_classes
@@ -200,6 +208,8 @@ def parse_labels(text, classes):
         if part.strip() in classes:
             labels.append(classes.index(part.strip()))
         elif first.isdigit() and (last.isdigit() or not dash):
+            if int(last or first) < int(first):
+                raise ValueError(f"--labels: the range {part.strip()!r} runs backwards")
             labels += range(int(first), int(last or first) + 1)
         else:
             raise ValueError(f"--labels: {part.strip()!r} is neither a class ({', '.join(classes)}) nor a range like 0-9")
@@ -234,7 +244,7 @@ def read_prompts(args, release):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Draw pictures from a released DP-LDM model (no privacy cost).")
+    parser = folder.Parser(description="Draw pictures from a released DP-LDM model (no privacy cost).")
     parser.add_argument("run", help="run folder, release folder or model.pt")
     parser.add_argument("--labels", default=None, help='classes to draw, e.g. "0-9" or "3,5" (default: all, in turn)')
     parser.add_argument("--prompt", default=None, help="text to draw, for models conditioned on text")
@@ -254,6 +264,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.n < 1 or (args.batch or 1) < 1 or args.columns < 1:
         raise ValueError("--n, --batch and --columns must be at least 1")
+    if not math.isfinite(args.guidance):
+        raise ValueError(f"--guidance must be a number, got {args.guidance}")
+    check_device(args.device)
     release = load_release(args.run, args.device, choose_bf16(args.precision, args.device))
     if release.model.embedder is None and (args.labels or args.guidance != 1):
         raise ValueError("this model is unconditional: it has no use for --labels or --guidance")

@@ -14,6 +14,7 @@ import data
 import diffusion
 import dp_sgd
 import folder
+import sample
 import unet
 import vae
 
@@ -73,13 +74,21 @@ PRESETS = {  # epochs are turned into steps: epochs * n / batch, with n = 50,000
                   ldm_batch=64, batch_size=100, steps=4, micro_batch=32, sample_steps=4),
 }
 # These may differ when a run is resumed: they change where and how fast, not what is computed or guaranteed.
-FREE = {"preset", "out", "init", "resume", "dry_run", "device", "precision", "data_root", "cache", "micro_batch",
+FREE = {"given", "preset", "out", "init", "resume", "dry_run", "device", "precision", "data_root", "cache", "micro_batch",
         "method"}
+VAE_FLAGS = {"vae_steps", "vae_batch", "vae_lr", "kl_weight", "perceptual_weight", "adversarial_weight", "adversarial_start"}
+
+
+def yes_or_no(word):
+    """argparse's type of a flag that is yes or no."""
+    if word not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"must be yes or no, got {word!r}")
+    return word == "yes"
 
 
 def parse(argv):
     """Command line -> settings: the preset's values, overridden by the flags given. ValueError for impossible ones."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS,
+    p = folder.Parser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS,
                                 epilog="Defaults in brackets are those of the preset `digits`.")
 
     def flags(title, *rows):
@@ -122,7 +131,7 @@ def parse(argv):
            "classes), nothing", ("class", "text", "none")),
           ("text_length", int, "most words of a prompt, and one"), ("text_width", int, "width of the text encoder"),
           ("text_layers", int, "transformer blocks of the text encoder"),
-          ("flips", lambda x: {"yes": True, "no": False}[x], "mirror pictures at random, yes or no"))
+          ("flips", yes_or_no, "mirror pictures at random, yes or no"))
     flags("stage 1, autoencoder (public)", ("factor", int, "f, side of a picture over that of its latent; None: the preset's"),
           ("latent_channels", int, "channels of a latent; None: the preset's"),
           ("vae_steps", int, "steps"), ("vae_batch", int, "pictures per step"),
@@ -164,6 +173,7 @@ def parse(argv):
     s.unet = replace(s.unet, model_channels=s.width or s.unet.model_channels, num_res_blocks=s.depth or s.unet.num_res_blocks,
                      in_channels=s.latent_channels or s.unet.in_channels, out_channels=s.latent_channels or s.unet.out_channels)
     s.schedule = replace(s.schedule, prediction=s.prediction or s.schedule.prediction)
+    s.given = sorted(given)
     if s.resume:
         adopt_settings(s, given)
     if s.condition == "none":  # cross-attention then asks the pixels themselves
@@ -218,6 +228,7 @@ def check(s):
     demand("size", lambda v: v in (32, 64, 128, 256), "be 32, 64, 128 or 256")
     demand("factor", lambda v: v in (2, 4, 8, 16), "be 2, 4, 8 or 16")
     demand("cond_drop ema", lambda v: 0 <= v < 1, "lie in [0, 1)")
+    demand("guidance", math.isfinite, "be a number")
     demand("sample_eta", lambda v: 0 <= v <= 1, "lie in [0, 1]")
     for flag, name in (("--public", s.public), ("--private", s.private)):
         if data.kind_of(name) in data.PUBLIC_ONLY and flag == "--private":
@@ -227,14 +238,19 @@ def check(s):
         raise ValueError("--guidance other than 1 needs a condition, --condition class or text")
     if s.init and (s.init_ldm or s.init_vae):
         raise ValueError("--init takes both public stages from a run; it cannot be combined with --init-ldm or --init-vae")
+    if {"epsilon", "sigma"} <= {*s.given} and s.sigma is not None:
+        raise ValueError("--sigma sets the noise instead of --epsilon: give one of the two")
+    if s.init and not s.resume and (unused := sorted(VAE_FLAGS & {*s.given})):
+        raise ValueError(f"--{unused[0].replace('_', '-')} has no effect: the autoencoder of {s.init} is taken as it is; leave "
+                         "out the flag, or --init")
+    for flag, path in (("--init-ldm", s.init_ldm), ("--init-vae", s.init_vae)):
+        if path and not path.is_file():
+            raise ValueError(f"{flag}: no file {path}")
     if s.secure_noise and s.insecure_seed is not None:
         raise ValueError("--secure-noise and --insecure-seed exclude each other")
     if s.guidance != 1 and s.cond_drop == 0:
         raise ValueError("--guidance other than 1 needs --cond-drop above 0")
-    try:
-        torch.empty(0, device=s.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {s.device} is not usable here ({str(error).splitlines()[0][:80]})") from None
+    sample.check_device(s.device)
 
 
 def plain(value):

@@ -173,7 +173,8 @@ def train_autoencoder(s, images, stop):
     shown = pictures(images[:min(4000, 8_000_000 // area)], s.device)
     scale = agreed(vae.latent_scale(model, shown, max(1, 262_144 // area)))
     checkpoint = {"config": asdict(s.vae), "state": model.state_dict(), "scale": scale,
-                  "trained_on": data.kind_of(s.public), "steps": s.vae_steps, "perceptual": looks}
+                  "trained_on": data.kind_of(s.public), "public_classes": s.public_classes, "steps": s.vae_steps,
+                  "perceptual": looks}
     folder.save(checkpoint, s.out / "public" / "vae.pt")
     with torch.no_grad():
         pairs = torch.stack([shown[:32], model.decode(model.encode(shown[:32]).mean)], 1).flatten(0, 1)
@@ -198,7 +199,7 @@ def train_diffusion(s, latents, conditions, embedder, stop):
 
     fit(s, "2/3 latent diffusion", model, loss_fn, s.ldm_steps, s.ldm_lr, 0.995, s.out / "internal" / "ldm_state.pt", stop)
     checkpoint = {"unet": asdict(s.unet), "embedder": embedder, "schedule": asdict(s.schedule), "model": model.state_dict(),
-                  "trained_on": data.kind_of(s.public), "steps": s.ldm_steps}
+                  "trained_on": data.kind_of(s.public), "public_classes": s.public_classes, "steps": s.ldm_steps}
     folder.save(checkpoint, s.out / "public" / "ldm.pt")
     return checkpoint
 
@@ -477,6 +478,13 @@ def main(argv=None):
         else:  # another condition needs another diffusion model, but not another autoencoder
             print(f"note: {s.init} was trained with --condition {made}; only its autoencoder is reused")
             second = None
+        if second and (unused := [key for key in ("ldm_steps", "ldm_batch", "ldm_lr") if key in s.given]):
+            raise ValueError(f"--{unused[0].replace('_', '-')} has no effect: the diffusion model of {s.init} is taken as it is; "
+                             "leave out the flag, or --init")
+        for checkpoint in (first, second or first):
+            if s.public == "strokes" and (classes := checkpoint.get("public_classes", s.public_classes)) != s.public_classes:
+                raise ValueError(f"--public-classes {s.public_classes}: {s.init} was trained on {classes}; say --public-classes "
+                                 f"{classes}, or leave out --init")
     origins = {s.public, *(str(c.get("trained_on")) for c in (first, second) if c)}
     if s.steps and any(data.same_pictures(origin, s.private) for origin in origins):
         raise ValueError(f"--private {s.private}: the public networks know these pictures ({', '.join(sorted(origins))}), so "
@@ -527,7 +535,8 @@ def main(argv=None):
             size = count(model.parameters()) + count(vae.AutoencoderKL(s.vae).parameters())
         if size > 5e7 and s.device == "cpu":
             return print("time           not measured: networks of this size are for a GPU; run --dry-run there")
-        return estimate(s, plan, embedder)
+        return estimate(s, plan, embedder, [name for name, made in (("vae", first or s.init_ldm or s.init_vae),
+                                                                    ("ldm", second or s.init_ldm)) if made])
 
     if (s.init_ldm or s.init_vae) and not s.resume:
         first, second = adopt_original(s, public.images, embedder, len(private.classes))

@@ -519,7 +519,7 @@ def load_ldm(unet, state_dict):
     unet.load_state_dict(theirs)
 
 
-PAPER = {  # the authors' networks; parameter counts in PAPER.md's table are asserted in tests/test_unet.py
+PAPER = {  # the authors' networks; parameter counts are asserted in tests/test_unet.py
     "mnist": UNetConfig(num_heads=4),  # 2 heads in public pre-training, 4 in tuning: the same weights
     "cifar10": UNetConfig(3, 3, 128, (1, 2, 2, 4), 2, (1, 2, 4), 8, None, True, 1, 512, False, False),
     "celeba32": UNetConfig(3, 3, 192, (1, 2, 4), 2, (4, 2, 1), 8, 32, False, 1, None, True, True),

@@ -376,7 +376,7 @@ PAPER = {  # the authors' networks; their parameter counts are asserted in tests
 }
 
 if __name__ == "__main__":
-    for _name, _config in {"digits (default)": VAEConfig(), **PAPER}.items():
+    for _name, _config in {"VAEConfig()": VAEConfig(), **PAPER}.items():
         with torch.device("meta"):
             _model = AutoencoderKL(_config)
         _f = 2 ** (len(_config.ch_mult) - 1)

@@ -1,7 +1,7 @@
 """One row per choice of the method, each under 15 minutes on two cores: `python -m bench.ablations NAME`. See `bench.runs`.
 
 All rows reuse the public stages of the default run (`python train.py` first) and change one thing of its private stage: what
-is tuned (the paper's claim), the privacy level, or the recipe. The default itself and `--tune all` are rows of `bench.digits`.
+is tuned (the paper's claim), the privacy level, or the recipe. Attention at epsilon 1 and `--tune all` are `bench.digits`'s.
 """
 from bench.digits import BASE, again
 from bench.runs import Row, main
@@ -16,7 +16,7 @@ TUNED = {  # name: (label, flags); at epsilon 10 and again, with -eps1, at epsil
     "lora16": ("LoRA, rank 16", "--tune lora:16"),
 }
 RECIPE = {
-    "again": ("nothing: the default once more, which shows the spread of one run", ""),
+    "again": ("nothing: the private stage of the default", ""),
     "K2": ("noise multiplicity 2, half the batch", "--noise-multiplicity 2 --batch-size 2000"),
     "automatic": ("automatic clipping", "--clipping automatic --clip-norm 1"),
     "per-layer": ("per-layer clipping", "--clipping per-layer"),
@@ -24,7 +24,7 @@ RECIPE = {
     "small-batch": ("batch 1,000, 120 steps", "--batch-size 1000 --steps 120"),
 }
 SAMPLING = {  # post-processing: the default run, sampled otherwise
-    "steps30": ("no change of sampling: the run that the next five sample", ""),
+    "steps30": ("nothing: the same once more, which shows the spread; the next five sample this run", ""),
     "steps15": ("15 DDIM steps instead of 30", "--steps 15"),
     "steps10": ("10 DDIM steps", "--steps 10"),
     "guidance": ("guidance 1.5", "--guidance 1.5"),

@@ -52,11 +52,15 @@ def unet_steps(s, layout, n=256):
 
 def main():
     parser = argparse.ArgumentParser(prog="bench.layout", description=__doc__.splitlines()[0])
-    parser.add_argument("presets", nargs="*", default=["digits", "mnist-strokes", "faces"], help="presets of train.py")
+    parser.add_argument("presets", nargs="*", default=["digits", "mnist-strokes", "faces"], metavar="PRESET",
+                        help="presets of train.py")
+    presets = parser.parse_args().presets
+    if unknown := [name for name in presets if name not in settings.PRESETS]:
+        parser.error(f"no preset {unknown[0]!r}; choose among {', '.join(settings.PRESETS)}")
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter  # alone on a core, whatever else runs
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s); examples/s\n")
     print("| preset | step | float32 | float32, channels-last | bf16 | bf16, channels-last |\n|---|---|---|---|---|---|")
-    for name in parser.parse_args().presets:
+    for name in presets:
         s = {**settings.DIGITS, **settings.PRESETS[name]}
         for build in (autoencoder_steps, unet_steps):
             made = [(bf16, build(s, layout)) for bf16, layout in WAYS]

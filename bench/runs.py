@@ -7,11 +7,13 @@ bench/results.jsonl: commands, commit, date, seconds, threads, privacy statement
     python -m bench.NAME            all rows of that table that results.jsonl does not have yet
     python -m bench.NAME ROW ...    some rows, anew
     python -m bench.NAME --list     the commands of every row
+
+A run folder that is in the way is renamed, never deleted.
 """
+import itertools
 import json
 import platform
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -46,8 +48,9 @@ def measure(table, name, row):
     evaluation = Path(row.evaluate.partition("--out ")[2] or out / "internal" / "evaluation.json")
     for command in commands(row):
         training = command.startswith("python train.py")
-        if training:
-            shutil.rmtree(out, ignore_errors=True)
+        if training and out.exists():  # its ledger may be somebody's only record of what was spent
+            old = next(p for p in (out.with_name(f"{out.name}.old{i}") for i in itertools.count(1)) if not p.exists())
+            print(f"{out} exists and is kept as {out.rename(old)}", flush=True)
         print(f"$ {command}", flush=True)
         begin = time.monotonic()
         subprocess.run([sys.executable, *command.split()[1:]], check=True)

@@ -17,7 +17,8 @@ def load(table):
     """Rows of one table in the order of `bench.TABLE`, the last measurement of each; without rows that are no longer there."""
     lines = map(json.loads, (HERE / "results.jsonl").read_text().splitlines())
     last = {line["row"]: line for line in lines if line["table"] == table}
-    return [last[name] for name in import_module(f"bench.{table}").ROWS if name in last]
+    rows = import_module(f"bench.{table}").ROWS
+    return [{**last[name], "label": row.label} for name, row in rows.items() if name in last]
 
 
 def percent(x):
@@ -29,20 +30,31 @@ def epsilon(privacy):
     return privacy["epsilon"] if isinstance(privacy["epsilon"], str) else f"{privacy['epsilon']:.3g}"
 
 
+def judges(rows):
+    """The feature networks in which the rows' distances live."""
+    return list(dict.fromkeys(row["evaluation"]["distance"]["features"] for row in rows if row["evaluation"]["distance"]))
+
+
+def frechet(row, rows):
+    """The distance as text, with a letter for its feature network where the rows of a table have several (pitfall 22)."""
+    names, distance = judges(rows), row["evaluation"]["distance"]
+    return f"{distance['frechet']:.1f}" + (" " + "abcdefgh"[names.index(distance["features"])] if len(names) > 1 else "")
+
+
 def digits():
     """One line per run: what was tuned, epsilon, accuracies on real digits, Frechet distance, parameters, minutes, command."""
     rows = load("digits")
     held_out = list(rows[0]["evaluation"]["held_out"].items())
-    head = ["run", "epsilon", "trained parameters", *[f"CNN on {name}" for name, _ in held_out], "MLP", "log. regr.",
-            "Frechet", "minutes: train + evaluate (threads)", "command"]
+    last = held_out[-1][0]
+    head = ["run", "epsilon", "trained parameters", *[f"CNN on {name}" for name, _ in held_out], f"MLP on {last}",
+            "log. regr. on them", "Frechet", "minutes: train + evaluate (threads)", "command"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         p, e = row["privacy"], row["evaluation"]
-        first = held_out[0][0]
         cells = [row["label"], epsilon(p), f"{p['trained_parameters']:,}" if p["steps"] else "-",
                  *[percent(e["accuracy"]["cnn"][name]) if name in e["accuracy"]["cnn"] else "-" for name, _ in held_out],
-                 percent(e["accuracy"]["mlp"][first]), percent(e["accuracy"]["logreg"][first]),
-                 f"{e['distance']['frechet']:.1f}", f"{row['seconds']['train'] / 60:.1f} + {row['seconds']['evaluate'] / 60:.1f} "
+                 percent(e["accuracy"]["mlp"][last]), percent(e["accuracy"]["logreg"][last]),
+                 frechet(row, rows), f"{row['seconds']['train'] / 60:.1f} + {row['seconds']['evaluate'] / 60:.1f} "
                  f"({row['threads']})", f"`{row['commands'][0]}`"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n\n" + origin(rows)
@@ -52,20 +64,18 @@ def ablations():
     """What is tuned, at epsilon 10 and 1, beside the rows of `digits` with the same public stages; then changes of the recipe."""
     base = {row["row"]: row for row in load("digits")}
     rows = {row["row"]: row for row in load("ablations")}
-    tuned = {"attention": (base["eps10"], base["eps1"]), "all": (base["all"], rows.get("all-eps1"))}
-    if "again" in rows:  # the same once more; epsilon 1 stands beside the run with the same public stages
-        alike = base["eps1"]["commit"] == rows["again"]["commit"]
-        pair = (base["eps10"], None if alike else base["eps1"]), (rows["again"], base["eps1"] if alike else None)
-        tuned = {"attention": pair[0], "attention again": pair[1], **{k: v for k, v in tuned.items() if k != "attention"}}
+    tuned = {"attention": (rows["again"], base["eps1"]), "all": (base["all"], rows.get("all-eps1"))}
     tuned |= {name: (row, rows.get(f"{name}-eps1")) for name, row in rows.items()
               if not name.endswith("-eps1") and row["privacy"]["tune"] + str(row["privacy"]["from_block"]) != "attention0"}
+
+    shown = [*rows.values(), base["eps1"], base["all"]]
 
     def scores(row):
         if row is None:
             return ["-"] * 3
         e = row["evaluation"]
         return [percent(next(iter(reversed(e["accuracy"]["cnn"].values())))),
-                percent(next(iter(reversed(e["accuracy"]["logreg"].values())))), f"{e['distance']['frechet']:.1f}"]
+                percent(next(iter(reversed(e["accuracy"]["logreg"].values())))), frechet(row, shown)]
 
     columns = [f"{what}, epsilon {e}" for e in (10, 1) for what in ("CNN", "log. regr.", "Frechet")]
     head = ["tuned (flag)", "trained", "of these only noise", *columns, "epsilon 10 measured at"]
@@ -78,11 +88,10 @@ def ablations():
                                         *scores(first), *scores(second), first["commit"]]) + " |")
     recipe = {name: row for name, row in rows.items() if name not in tuned and not name.endswith("-eps1")}
     lines += ["", "| change of the recipe (epsilon 10, attention) | CNN | log. regr. | Frechet | command | measured at |",
-              "|---" * 6 + "|",
-              "| the default | " + " | ".join(scores(base["eps10"])) + f" | `python train.py` | {base['eps10']['commit']} |"]
+              "|---" * 6 + "|"]
     lines += [f"| {row['label']} | " + " | ".join(scores(row)) + f" | `{row['commands'][0]}` | {row['commit']} |"
               for row in recipe.values()]
-    return "\n".join(lines) + "\n\n" + origin(list(rows.values()))
+    return "\n".join(lines) + "\n\n" + origin(shown)
 
 
 def papers():
@@ -100,7 +109,7 @@ def papers():
             row["label"], f"{p['epsilon']:.3g}", ", ".join(f"{100 * next(iter(r['evaluation']['accuracy']['cnn'].values())):.2f}"
                                                            for r in seeds) + " %",
             re.search(r"(\d+) steps", e["sampler"])[1],
-            f"{e['distance']['frechet']:.1f}", f"{p['trained_parameters']:,}" if p["steps"] else "-",
+            frechet(row, list(rows.values())), f"{p['trained_parameters']:,}" if p["steps"] else "-",
             f"{row['seconds'].get('train', 0) / 60:.0f} + {row['seconds']['evaluate'] / 60:.0f} ({row['threads']})",
             f"`{row['commands'][0]}`"]) + " |")
     return "\n".join(lines) + "\n\n" + origin(list(rows.values()))
@@ -115,7 +124,7 @@ def recipes():
         p, e = row["privacy"], row["evaluation"]
         flags = row["commands"][0].removeprefix("python train.py ").split(" --out")[0]
         scores = [percent(next(iter(e["accuracy"][name].values()))) for name in ("cnn", "logreg")]
-        lines.append("| " + " | ".join([row["label"], epsilon(p), *scores, f"{e['distance']['frechet']:.1f}",
+        lines.append("| " + " | ".join([row["label"], epsilon(p), *scores, frechet(row, rows),
                                         f"{row['seconds']['train'] / 60:.0f} ({row['threads']})", f"`{flags}`"]) + " |")
     return "\n".join(lines) + "\n\n" + origin(rows)
 
@@ -130,7 +139,7 @@ def faces():
         p, e = row["privacy"], row["evaluation"]
         d, accuracy = e["distance"], {word: next(iter(scores.values())) for word, scores in e["accuracy"].items()}
         lines.append("| " + " | ".join([
-            row["label"], epsilon(p), f"{d['frechet']:.1f}", f"{d['halves']:.1f}", f"{d['precision']:.2f}", f"{d['recall']:.2f}",
+            row["label"], epsilon(p), frechet(row, rows), f"{d['halves']:.1f}", f"{d['precision']:.2f}", f"{d['recall']:.2f}",
             percent(accuracy["cnn"]), percent(accuracy["logreg"]), f"{p['trained_parameters']:,}" if p["steps"] else "-",
             f"{row['seconds'].get('train', 0) / 60:.0f} + {row['seconds']['evaluate'] / 60:.0f} ({row['threads']})",
             f"`{row['commands'][0]}`"]) + " |")
@@ -142,8 +151,11 @@ def origin(rows):
     if not rows:
         return "Not measured yet."
     n = sorted({f"{row['evaluation']['n']:,}" for row in rows})
+    several = judges(rows)
+    letters = "" if len(several) < 2 else (" Distances compare only where the letter is the same, that of the feature network: " +
+                                           "; ".join(f"{x} {name}" for x, name in zip("abcdefgh", several, strict=False)) + ".")
     return (f"Protocol `{rows[0]['evaluation']['protocol']}`, {' or '.join(n)} samples; measured at "
-            f"{', '.join(sorted({row['commit'] for row in rows}))}.")
+            f"{', '.join(sorted({row['commit'] for row in rows}))}.{letters}")
 
 
 TABLES = {"digits": digits, "ablations": ablations, "papers": papers, "recipes": recipes, "faces": faces}

@@ -230,6 +230,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Put each pitfall back and see its test go red.")
     parser.add_argument("rows", nargs="*", type=int, help="rows of the table [all]")
     chosen = parser.parse_args(argv).rows
+    if unknown := {*chosen} - {m.row for m in MUTATIONS}:
+        parser.error(f"the table has no row {min(unknown)} with a mutation")
     mutations = [m for m in MUTATIONS if not chosen or m.row in chosen]
     for m in mutations:  # a line that has moved: say so before minutes are spent
         changed(m, (ROOT / m.file).read_text())

@@ -207,6 +207,17 @@ def test_flags_of_the_networks_change_them_or_are_refused(run, tmp_path):
         train.main(["--preset", "smoke", "--width", "60", "--out", str(tmp_path / "new"), "--dry-run"])
 
 
+def test_flags_that_reused_networks_contradict_are_refused(run, tmp_path, capsys):
+    reuse = ["--preset", "smoke", "--init", str(run), "--out", str(tmp_path / "again"), "--dry-run"]
+    with pytest.raises(ValueError, match="--ldm-steps has no effect: .* leave out the flag, or --init"):
+        train.main([*reuse, "--ldm-steps", "9"])
+    with pytest.raises(ValueError, match="--public-classes letters: .* was trained on all"):  # else the release would claim it
+        train.main([*reuse, "--public-classes", "letters"])
+    capsys.readouterr()
+    train.main(reuse)
+    assert "autoencoder 0.0, latent diffusion 0.0, private" in capsys.readouterr().out
+
+
 def test_dry_run_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train.main(["--preset", "smoke", "--dry-run"])
@@ -221,7 +232,10 @@ REFUSED = [
     (["--tune", "attn"], "unknown tune"), (["--from-block", "99"], "from_block"), (["--lr", "-1"], "--lr"),
     (["--private", "mnist", "--data-root", "/nonexistent"], "MNIST"), (["--init", "/nonexistent"], "there is no"),
     (["--resume", "--out", "/nonexistent"], "there is no"), (["--device", "cuda:99"], "--device"),
-    (["--guidance", "2", "--cond-drop", "0"], "--guidance"), (["--ema", "1"], "--ema"),
+    (["--guidance", "2", "--cond-drop", "0"], "--guidance"), (["--ema", "1"], "--ema"), (["--guidance", "nan"], "--guidance"),
+    (["--flips", "true"], "--flips: must be yes or no"), (["--preset", "digit"], "'digit'"), (["--epsilon", "much"], "--epsilon"),
+    (["--epsilon", "1", "--sigma", "2"], "give one of the two"), (["--init-ldm", "/nonexistent"], "--init-ldm: no file"),
+    (["--init", "/nonexistent", "--vae-steps", "9"], "--vae-steps has no effect"),
 ]
 
 
@@ -232,6 +246,7 @@ def test_bad_input_is_refused_before_any_work(flags, message, tmp_path, monkeypa
     with pytest.raises(SystemExit) as left:
         folder.run_cli(lambda: train.main(["--preset", "smoke", *flags]))
     error = capsys.readouterr().err.strip().splitlines()
+    assert not any(line.startswith("usage") for line in error)
     assert left.value.code == 2 and message in error[-1] and error[-1].startswith("error: ")
 
 
