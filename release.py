@@ -20,8 +20,8 @@ from settings import plain
 # How the presets' hyper-parameters were chosen, where private results had a part in it (README, "Chosen by looking").
 LOOKED = dict.fromkeys(("mnist10k", "mnist"), (
     "partly by looking at results on private data: batch size, steps, learning rate and the size of the networks were compared "
-    "by scores on held-out MNIST digits, and the public strokes were drawn while watching them; epsilon does not cover "
-    "that choice"))
+    "by scores on held-out and on test digits of MNIST, and the public strokes were drawn while watching them; epsilon does "
+    "not cover that choice"))
 LOOKED["faces"] = ("partly by looking at results on private data: size of the latents and length of the public stages were "
                    "changed after seeing how the autoencoder draws held-out faces; epsilon does not cover that choice")
 LOOKED["fashion"] = ("partly by looking at private data: photographs were added as a public set after seeing how an "
