@@ -59,7 +59,8 @@ def print_memory(s, model, public, private):
     """Print where the bytes go: weights with gradient, Adam and EMA, activations of one picture, pictures and latents.
 
     Runs the networks on the meta device, which computes shapes only: no memory, no time, however large they are. All that
-    autograd keeps of one picture is counted; the private stage keeps about the same (bench/dp_step.py).
+    autograd keeps of one picture is counted; the private stage keeps about the same (bench/dp_step.py). Returns the GB of
+    the larger of the two public steps, batch included.
     """
     with torch.device("meta"):
         autoencoder = vae.AutoencoderKL(s.vae)
@@ -85,6 +86,7 @@ def print_memory(s, model, public, private):
     print(f"memory, GB     autoencoder {20 * count(autoencoder.parameters()) / big:.2f} + {first / big:.3f} a picture, latent "
           f"diffusion {20 * total / big:.2f} + {second / big:.3f}, private tuning {(4 * total + 24 * trained) / big:.2f} + "
           f"{second / big:.3f}; pictures and latents {stored / big:.2f} in all")
+    return max(20 * count(autoencoder.parameters()) + s.vae_batch * first, 20 * total + s.ldm_batch * second) / big
 
 
 def estimate(s, plan, embedder, reused=()):

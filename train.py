@@ -18,6 +18,7 @@ Nothing derived from private pictures is written outside internal/, except throu
 """
 import hashlib
 import math
+import os
 import shutil
 import sys
 import time
@@ -530,11 +531,14 @@ def main(argv=None):
               "vocabulary, which is made from names of classes and attributes", file=sys.stderr)
     if s.dry_run:
         print_plan(s, plan, model)
-        print_memory(s, model, public, private)
+        needed = print_memory(s, model, public, private)
         with torch.device("meta"):
             size = count(model.parameters()) + count(vae.AutoencoderKL(s.vae).parameters())
         if size > 5e7 and s.device == "cpu":
             return print("time           not measured: networks of this size are for a GPU; run --dry-run there")
+        if s.device == "cpu" and needed > (have := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9):
+            return print(f"time           not measured: a public step needs {needed:.0f} GB, this machine has {have:.0f}; choose "
+                         "a smaller --vae-batch or --ldm-batch, or a larger --factor")
         return estimate(s, plan, embedder, [name for name, made in (("vae", first or s.init_ldm or s.init_vae),
                                                                     ("ldm", second or s.init_ldm)) if made])
 

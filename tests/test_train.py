@@ -218,6 +218,12 @@ def test_flags_that_reused_networks_contradict_are_refused(run, tmp_path, capsys
     assert "autoencoder 0.0, latent diffusion 0.0, private" in capsys.readouterr().out
 
 
+def test_dry_run_of_what_does_not_fit_the_memory_measures_nothing(capsys, monkeypatch):
+    monkeypatch.setattr(train, "estimate", None)  # would fail if it began
+    train.main(["--preset", "smoke", "--ldm-batch", str(10 ** 9), "--dry-run"])
+    assert "GB, this machine has" in capsys.readouterr().out
+
+
 def test_dry_run_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train.main(["--preset", "smoke", "--dry-run"])
