@@ -240,12 +240,9 @@ def check(s):
         raise ValueError("--init takes both public stages from a run; it cannot be combined with --init-ldm or --init-vae")
     if {"epsilon", "sigma"} <= {*s.given} and s.sigma is not None:
         raise ValueError("--sigma sets the noise instead of --epsilon: give one of the two")
-    if s.init and not s.resume and (unused := sorted(VAE_FLAGS & {*s.given})):
-        raise ValueError(f"--{unused[0].replace('_', '-')} has no effect: the autoencoder of {s.init} is taken as it is; leave "
-                         "out the flag, or --init")
     for flag, path in (("--init-ldm", s.init_ldm), ("--init-vae", s.init_vae)):
-        if path and not path.is_file():
-            raise ValueError(f"{flag}: no file {path}")
+        if path and not s.resume and not path.is_file():
+            raise ValueError(f"{flag}: there is no {path}")
     if s.secure_noise and s.insecure_seed is not None:
         raise ValueError("--secure-noise and --insecure-seed exclude each other")
     if s.guidance != 1 and s.cond_drop == 0:

@@ -53,7 +53,7 @@ from budget import (
 from folder import rank
 from processes import agreed, join, once, own_device, own_part, shard, share, world
 from release import privacy_statement, write_release
-from settings import parse, plain
+from settings import VAE_FLAGS, parse, plain
 
 # ------------------------------------------------------------------------------------------------- the public stages
 
@@ -479,9 +479,9 @@ def main(argv=None):
         else:  # another condition needs another diffusion model, but not another autoencoder
             print(f"note: {s.init} was trained with --condition {made}; only its autoencoder is reused")
             second = None
-        if second and (unused := [key for key in ("ldm_steps", "ldm_batch", "ldm_lr") if key in s.given]):
-            raise ValueError(f"--{unused[0].replace('_', '-')} has no effect: the diffusion model of {s.init} is taken as it is; "
-                             "leave out the flag, or --init")
+        for key in s.given:
+            if key in VAE_FLAGS or second and key in ("ldm_steps", "ldm_batch", "ldm_lr"):
+                print(f"note: --{key.replace('_', '-')} has no effect, the networks of {s.init} are taken as they are")
         for checkpoint in (first, second or first):
             if s.public == "strokes" and (classes := checkpoint.get("public_classes", s.public_classes)) != s.public_classes:
                 raise ValueError(f"--public-classes {s.public_classes}: {s.init} was trained on {classes}; say --public-classes "

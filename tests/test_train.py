@@ -207,13 +207,13 @@ def test_flags_of_the_networks_change_them_or_are_refused(run, tmp_path):
         train.main(["--preset", "smoke", "--width", "60", "--out", str(tmp_path / "new"), "--dry-run"])
 
 
-def test_flags_that_reused_networks_contradict_are_refused(run, tmp_path, capsys):
+def test_flags_that_reused_networks_contradict_are_refused_or_named(run, tmp_path, capsys):
     reuse = ["--preset", "smoke", "--init", str(run), "--out", str(tmp_path / "again"), "--dry-run"]
-    with pytest.raises(ValueError, match="--ldm-steps has no effect: .* leave out the flag, or --init"):
-        train.main([*reuse, "--ldm-steps", "9"])
     with pytest.raises(ValueError, match="--public-classes letters: .* was trained on all"):  # else the release would claim it
         train.main([*reuse, "--public-classes", "letters"])
-    capsys.readouterr()
+    train.main([*reuse, "--ldm-steps", "9", "--vae-steps", "9"])
+    out = capsys.readouterr().out
+    assert "note: --ldm-steps has no effect" in out and "note: --vae-steps has no effect" in out
     train.main(reuse)
     assert "autoencoder 0.0, latent diffusion 0.0, private" in capsys.readouterr().out
 
@@ -240,8 +240,7 @@ REFUSED = [
     (["--resume", "--out", "/nonexistent"], "there is no"), (["--device", "cuda:99"], "--device"),
     (["--guidance", "2", "--cond-drop", "0"], "--guidance"), (["--ema", "1"], "--ema"), (["--guidance", "nan"], "--guidance"),
     (["--flips", "true"], "--flips: must be yes or no"), (["--preset", "digit"], "'digit'"), (["--epsilon", "much"], "--epsilon"),
-    (["--epsilon", "1", "--sigma", "2"], "give one of the two"), (["--init-ldm", "/nonexistent"], "--init-ldm: no file"),
-    (["--init", "/nonexistent", "--vae-steps", "9"], "--vae-steps has no effect"),
+    (["--epsilon", "1", "--sigma", "2"], "give one of the two"), (["--init-ldm", "/nonexistent"], "--init-ldm: there is no"),
 ]
 
 
