@@ -482,8 +482,9 @@ def main(argv=None):
         for key in s.given:
             if key in VAE_FLAGS or second and key in ("ldm_steps", "ldm_batch", "ldm_lr"):
                 print(f"note: --{key.replace('_', '-')} has no effect, the networks of {s.init} are taken as they are")
-        for checkpoint in (first, second or first):
-            if s.public == "strokes" and (classes := checkpoint.get("public_classes", s.public_classes)) != s.public_classes:
+        for checkpoint in filter(None, (first, second)):
+            classes = checkpoint.get("public_classes", s.public_classes)
+            if checkpoint.get("trained_on") == s.public == "strokes" and classes != s.public_classes:
                 raise ValueError(f"--public-classes {s.public_classes}: {s.init} was trained on {classes}; say --public-classes "
                                  f"{classes}, or leave out --init")
     origins = {s.public, *(str(c.get("trained_on")) for c in (first, second) if c)}
