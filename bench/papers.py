@@ -6,7 +6,7 @@ several sampling seeds.
 from bench.runs import Row, main
 
 EPS1 = "--epsilon 1 --batch-size 10000 --steps 30 --lr 5e-3 --ema 0.9"  # as much noise per step as the default run has at 10
-PHOTOS = "--preset fashion --public public32 --vae-steps 6000"  # through fewer no code beats a linear one (LOG.md)
+PHOTOS = "--preset fashion --public public32 --vae-steps 6000"  # 1,500 lose more of a garment (LOG.md)
 RUNS = {  # name: (label, flags of train.py, run folder)
     "mnist-eps10": ("MNIST, public strokes", "--preset mnist-strokes", "runs/mnist-strokes"),
     "mnist-eps1": ("MNIST, public strokes", f"--preset mnist-strokes {EPS1} --init runs/mnist-strokes",
