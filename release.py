@@ -24,8 +24,8 @@ LOOKED = dict.fromkeys(("mnist10k", "mnist"), (
     "not cover that choice"))
 LOOKED["faces"] = ("partly by looking at results on private data: size of the latents and length of the public stages were "
                    "changed after seeing how the autoencoder draws held-out faces; epsilon does not cover that choice")
-LOOKED["fashion"] = ("partly by looking at private data: photographs were added as a public set, then a longer training "
-                     "of the autoencoder, after seeing how shorter ones draw garments; epsilon does not cover that choice")
+LOOKED["fashion"] = ("partly by looking at private data: photographs as a public set, and the shape and training of the "
+                     "autoencoder, were chosen after measuring how others draw garments; epsilon does not cover that choice")
 BEFOREHAND = ("taken as chosen without results on these pictures; if other runs on them were compared to choose, their epsilons "
               "add up")
 

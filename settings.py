@@ -46,6 +46,9 @@ PRESETS = {  # epochs are turned into steps: epochs * n / batch, with n = 50,000
     "mnist-strokes": dict(private="mnist", public_n=72_000, **WIDE),
     "mnist-letters": dict(private="mnist", public_n=72_000, public_classes="letters", **WIDE),
     "fashion": dict(public="mnist", private="fashion", public_n=None, latent_channels=16, **LARGE),  # more than strokes
+    "fashion-8x8": dict(  # an autoencoder that carries over to other pictures (LOG.md), slower: 64 tokens instead of 16
+        public="mnist", private="fashion", public_n=None, **LARGE | dict(
+            vae=vae.VAEConfig(ch=8, ch_mult=(1, 2, 4), num_groups=1), vae_steps=10_000, vae_batch=16, unet=DIGITS["unet"])),
     "mnist-paper": dict(  # the authors' networks and settings (theirs on grey pictures); large, for a GPU
         public="emnist", private="mnist", public_n=None,
         vae=replace(vae.PAPER["mnist"], in_channels=1, out_ch=1), vae_steps=60_000, vae_batch=100, vae_lr=4.5e-4,

@@ -7,6 +7,7 @@ from bench.runs import Row, main
 
 EPS1 = "--epsilon 1 --batch-size 10000 --steps 30 --lr 5e-3 --ema 0.9"  # as much noise per step as the default run has at 10
 PHOTOS = "--preset fashion --public public32 --vae-steps 6000"  # 1,500 lose more of a garment (LOG.md)
+PHOTOS8 = "--preset fashion-8x8 --public public32"
 RUNS = {  # name: (label, flags of train.py, run folder)
     "mnist-eps10": ("MNIST, public strokes", "--preset mnist-strokes", "runs/mnist-strokes"),
     "mnist-eps1": ("MNIST, public strokes", f"--preset mnist-strokes {EPS1} --init runs/mnist-strokes",
@@ -23,10 +24,18 @@ RUNS = {  # name: (label, flags of train.py, run folder)
                     "runs/fashion-photos-eps1"),
     "photos-all": ("Fashion-MNIST, public photographs in grey, all parameters", f"{PHOTOS} --tune all --init runs/fashion-photos",
                    "runs/fashion-photos-all"),
+    "fashion8-eps10": ("Fashion-MNIST, public MNIST, latents 8x8x4", "--preset fashion-8x8", "runs/fashion-8x8"),
+    "fashion8-eps1": ("Fashion-MNIST, public MNIST, latents 8x8x4", f"--preset fashion-8x8 {EPS1} --init runs/fashion-8x8",
+                      "runs/fashion-8x8-eps1"),
+    "photos8-eps10": ("Fashion-MNIST, public photographs in grey, latents 8x8x4", PHOTOS8, "runs/photos-8x8"),
+    "photos8-eps1": ("Fashion-MNIST, public photographs in grey, latents 8x8x4", f"{PHOTOS8} {EPS1} --init runs/photos-8x8",
+                     "runs/photos-8x8-eps1"),
+    "photos8-all": ("Fashion-MNIST, public photographs in grey, latents 8x8x4, all parameters",
+                    f"{PHOTOS8} --tune all --init runs/photos-8x8", "runs/photos-8x8-all"),
 }
 # 200 steps with eta 1 would take thirteen times as long; 15 do as well as 30 (rows steps15 and steps30 of bench.ablations).
 SCORE = "--protocol table --steps 15 --eta 0 --classifiers cnn"
-ROWS = {name: Row(label, flags + ("" if out == "runs/fashion" else f" --out {out}"), out, SCORE)
+ROWS = {name: Row(label, flags + ("" if out in ("runs/fashion", "runs/fashion-8x8") else f" --out {out}"), out, SCORE)
         for name, (label, flags, out) in RUNS.items()}
 ROWS |= {f"{name}-seed{seed}": Row(row.label, None, row.out,
                                    f"{SCORE} --seed {seed} --no-distance --out {row.out}/internal/seed{seed}.json")
