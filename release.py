@@ -18,14 +18,15 @@ import unet
 from settings import plain
 
 # How the presets' hyper-parameters were chosen, where private results had a part in it (README, "Chosen by looking").
-LOOKED = dict.fromkeys(("mnist10k", "mnist"), (
-    "partly by looking at results on private data: batch size, steps, learning rate and the size of the networks were compared "
-    "by scores on held-out and on test digits of MNIST, and the public strokes were drawn while watching them; epsilon does "
-    "not cover that choice"))
-LOOKED["faces"] = ("partly by looking at results on private data: size of the latents and length of the public stages were "
-                   "changed after seeing how the autoencoder draws held-out faces; epsilon does not cover that choice")
-LOOKED["fashion"] = ("partly by looking at private data: photographs as a public set, and the shape and training of the "
-                     "autoencoder, were chosen after measuring how others draw garments; epsilon does not cover that choice")
+SEEN = ("partly by looking at results on private data: batch size, steps and learning rate of the private stage{} were compared "
+        "by scores on held-out and on test digits of MNIST, and the public strokes were drawn while watching them; epsilon does "
+        "not cover that choice")
+LOOKED = {
+    "mnist10k": SEEN.format(""), "mnist": SEEN.format(", the size of the networks and the length of the public stages"),
+    "faces": ("partly by looking at results on private data: size of the latents and of the UNet and length of the public stages "
+              "were changed after seeing how the autoencoder draws held-out faces; epsilon does not cover that choice"),
+    "fashion": ("partly by looking at private data: photographs as a public set, and the shape and training of the autoencoder, "
+                "were chosen after measuring how others draw garments; epsilon does not cover that choice")}
 BEFOREHAND = ("taken as chosen without results on these pictures; if other runs on them were compared to choose, their epsilons "
               "add up")
 

@@ -35,7 +35,7 @@ RUNS = {  # name: (label, flags of train.py, run folder)
 }
 # 200 steps with eta 1 would take thirteen times as long; 15 do as well as 30 (rows steps15 and steps30 of bench.ablations).
 SCORE = "--protocol table --steps 15 --eta 0 --classifiers cnn"
-ROWS = {name: Row(label, flags + ("" if out in ("runs/fashion", "runs/fashion-8x8") else f" --out {out}"), out, SCORE)
+ROWS = {name: Row(label, f"{flags} --out {out}", out, SCORE)
         for name, (label, flags, out) in RUNS.items()}
 ROWS |= {f"{name}-seed{seed}": Row(row.label, None, row.out,
                                    f"{SCORE} --seed {seed} --no-distance --out {row.out}/internal/seed{seed}.json")

@@ -147,14 +147,16 @@ def faces():
 
 
 def origin(rows):
-    """Protocol, number of samples and commits, said once below a table."""
+    """Protocol, number of samples, sampler and commits, said once below a table."""
     if not rows:
         return "Not measured yet."
     n = sorted({f"{row['evaluation']['n']:,}" for row in rows})
+    samplers = {row["evaluation"]["sampler"].split(", guidance")[0] for row in rows}  # "DDIM, 15 steps, eta 0"
+    sampler = f" of {samplers.pop()}" if len(samplers) == 1 else ""
     several = judges(rows)
     letters = "" if len(several) < 2 else (" Distances compare only where the letter is the same, that of the feature network: " +
                                            "; ".join(f"{x} {name}" for x, name in zip("abcdefgh", several, strict=False)) + ".")
-    return (f"Protocol `{rows[0]['evaluation']['protocol']}`, {' or '.join(n)} samples; measured at "
+    return (f"Protocol `{rows[0]['evaluation']['protocol']}`, {' or '.join(n)} samples{sampler}; measured at "
             f"{', '.join(sorted({row['commit'] for row in rows}))}.{letters}")
 
 
