@@ -33,24 +33,20 @@ def privacy_plan(s, n):
     sigma = s.sigma
     if sigma is None:
         sigma = 0.0 if math.isinf(s.epsilon) else accountant.noise_multiplier(s.epsilon, s.delta, q, s.steps, s.accountant)
+    generator = dp_sgd.fresh_generator() if s.fast_noise else dp_sgd.SecureGenerator()
+    if sigma and dp_sgd.beyond_the_noise(generator, q, sigma, s.steps) > 1e-3 * s.delta:
+        raise ValueError(f"sigma = {sigma:g} is so little noise that its largest value, {dp_sgd.largest_normal(generator):.1f} "
+                         "standard deviations, would give examples away; choose a smaller --epsilon or a larger --sigma")
     return {"n": n, "q": q, "steps": s.steps, "sigma": float(sigma), "delta": s.delta,
             "epsilon": float(accountant.epsilon(q, sigma, s.steps, s.delta, s.accountant))}
 
 
-def noise_only(model):
-    """Number of trained weights that a one-token condition gives no gradient: under DP-SGD they see nothing but noise."""
-    parameters = dict(model.named_parameters())
-    return count(parameters[name] for name in unet.noise_only_names(model))
-
-
 def print_plan(s, plan, model):
     trained, total = count(p for p in model.parameters() if p.requires_grad), count(model.parameters())
-    idle = noise_only(model)
     print(f"privacy plan   epsilon {plan['epsilon']:.4g} at delta {plan['delta']:g} ({s.accountant}); unit: one picture, added "
           f"or removed\n               n {plan['n']}, Poisson sampling with q {plan['q']:.4g} (expected batch {s.batch_size}), "
           f"T {plan['steps']} steps, sigma {plan['sigma']:.4g}, C {s.clip_norm:g} {s.clipping}, K {s.noise_multiplicity}\n"
-          f"tuned          {s.tune}: {trained:,} of {total:,} parameters ({trained / total:.1%})" + (
-              f", of which {idle:,} see only noise (query and key for a one-token condition)" if idle else ""))
+          f"tuned          {s.tune}: {trained:,} of {total:,} parameters ({trained / total:.1%})")
     if plan["steps"] and (plan["sigma"] == 0 or s.insecure_seed is not None) and rank() == 0:
         print("WARNING: no noise or a known noise seed: this run is NOT private", file=sys.stderr)
 

@@ -43,9 +43,12 @@ layers) times (sum_p |x_p||g_p|)^2, which the two diagonals tell. A bound of 8 e
 where there are more, is *added*: rounding can only clip harder, by about 1e-4. (Measured errors: up to 20 epsilons at 1,280
 inputs, 79 at 5,120.)
 
-Not covered: gradients and inputs so far apart in size that their Gram matrices under- or overflow float32 (1e-19, 1e19); a
-loss_fn that calls autograd itself; timing and, unless the generator is a `SecureGenerator`, floating-point attacks on the
-noise (Mironov 2012).
+Underflow. Squares of entries below 1e-19 vanish in float32, and a tiny input may meet a huge gradient. What a Gram matrix
+may have lost that way is at most (number of products) * 1e-38 per entry; the norm is computed as if it had lost all of it.
+Overflow makes the norm infinite, and such an example contributes zero, as all non-finite ones.
+
+Not covered: a loss_fn that calls autograd itself; timing; with `fresh_generator` instead of `SecureGenerator`, whoever
+computes the noise from what is released.
 """
 import math
 import os
@@ -54,7 +57,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -62,16 +64,68 @@ from torch import nn
 
 GAMMA = 0.01  # stability constant of automatic clipping (Bu et al. 2022)
 CLIPPING = ("flat", "automatic", "per-layer")
+# Beyond these float32 rounds sums and Adam's squares of them to 0 or infinity: the noise would vanish with the signal.
+SMALLEST_CLIP_NORM, LARGEST_CLIP_NORM = 1e-10, 1e10
 
 
 # ---------------------------------------------------------------------------------------- randomness: sample, noise
 
 
+class SecureGenerator:
+    """The default randomness of the mechanism: every number from the operating system's CSPRNG (os.urandom), in float64.
+
+    DP-SGD is private only if its noise cannot be guessed, and only if its noise can be as large as a Gaussian's. Three
+    faults of ordinary generators are answered here.
+
+    1. Prediction. torch's CPU generator is a Mersenne twister: all its outputs are linear, over GF(2), in 19,937 bits of
+       state. Weights that see no gradient show the signs of their noise in a release, each sign is one or two linear
+       equations, and the solution gives the noise of all other weights (tests/test_noise_attack.py). A CSPRNG's outputs
+       tell nothing about each other.
+    2. Tails. float32 normals are made from uniforms of 24 bits, and end at sqrt(2 * 24 ln 2) = 5.77 standard deviations.
+       An output beyond is impossible unless the example is there: infinite privacy loss. Here they end at 17.1.
+    3. Floating point (Mironov 2012; Holohan and Braghin 2021). A Gaussian computed from two uniforms takes few values, so
+       an output minus a candidate sum that is none of them refutes the candidate. A normal here is the sum of FOUR
+       Box-Muller draws, divided by 2: to invert it, four pairs must be searched at once. `privatise` adds it to the sum
+       in float64 and rounds once to float32, which drops the 29 low bits that such an attack reads.
+
+    The bytes are drawn on the host also when the weights are on CUDA, and turned into normals on the device: CUDA's own
+    generator (Philox, 64 bits of seed) is not a cryptographic one. No seed, no state, nothing to save or to replay.
+    Cost: `python -m bench.noise`. Not covered: timing.
+    """
+
+    device = torch.device("cpu")
+    limit = 2 * math.sqrt(2 * 53 * math.log(2))  # largest normal: four draws of sqrt(-2 ln 2^-53), divided by 2
+
+    def uniforms(self, n, device="cpu"):
+        """(n,) float64, multiples of 2^-53 in [0, 1)."""
+        bits = torch.frombuffer(bytearray(os.urandom(8 * n)), dtype=torch.int64) if n else torch.zeros(0, dtype=torch.int64)
+        bits = bits.to(device) >> 11 & 2 ** 53 - 1  # the shift keeps the sign, the mask drops it
+        return bits.double().mul_(2.0 ** -53)
+
+    def normals(self, shape, device="cpu"):
+        """Standard normals of the given shape, float64."""
+        out = torch.empty(math.prod(shape), dtype=torch.float64, device=device)
+        for part in out.split(CHUNK if out.device.type == "cpu" else 256 * CHUNK):
+            half = (len(part) + 1) // 2
+            u = self.uniforms(8 * half, out.device).view(2, 4, half)
+            radius = u[0].neg_().log1p_().mul_(-2).sqrt_()  # sqrt(-2 ln(1 - u)); 1 - u is never 0
+            angle = u[1].mul_(2 * math.pi)
+            part[:half] = (radius * angle.cos()).sum(0)
+            part[half:] = (radius * angle.sin_()).sum(0)[:len(part) - half]
+        return out.div_(2).view(shape)
+
+
+CHUNK = 16_384  # normals at a time: their uniforms fit into the processor's cache
+
+
 def fresh_generator(device="cpu"):
-    """A generator that nobody can reproduce, seeded by the operating system; never torch's global one.
+    """An ordinary generator with a seed that nobody knows; never torch's global one. NOT for the noise of a release.
+
+    Whoever sees enough of its output computes the rest (`SecureGenerator`, fault 1). It draws what is no secret of the
+    mechanism, the timesteps and noise of the diffusion loss; and the DP noise under --fast-noise, for experiments.
 
     On the CPU manual_seed keeps only 32 bits of a seed (few enough to try all 2^32 noises), so the whole state of the
-    Mersenne twister is drawn from os.urandom instead. CUDA's Philox takes 64 bits. Neither is a cryptographic generator.
+    Mersenne twister is drawn from os.urandom instead. CUDA's Philox takes 64 bits.
     """
     generator = torch.Generator(device).manual_seed(int.from_bytes(os.urandom(8), "little"))
     if generator.device.type == "cpu":
@@ -82,37 +136,29 @@ def fresh_generator(device="cpu"):
     return generator
 
 
-class SecureGenerator:
-    """Every number from the operating system's CSPRNG (os.urandom), in float64: takes a torch.Generator's place here.
+def largest_normal(generator):
+    """In standard deviations: no normal drawn by `privatise` from this generator is larger.
 
-    Two attacks on ordinary generators are answered. (1) Prediction: a Mersenne twister's future follows from its past
-    outputs; a CSPRNG's does not. (2) Floating point (Mironov 2012 for Laplace; Holohan and Braghin 2021 for Gaussians,
-    whose remedy this is): a Gaussian computed from two uniforms can be one of few values only, so an output minus a
-    candidate sum that is none of them refutes the candidate. Here a normal is the sum of FOUR independent Box-Muller
-    draws, divided by 2: its values are as dense as float64 itself, and to invert it four pairs must be searched at once.
-    `privatise` adds it to the sum in float64 and rounds once, to the parameters' float32: that rounding is
-    post-processing of the noisy float64 sum, and drops the 29 low bits that such an attack reads.
-
-    Not covered: timing; the distance of a float64 Gaussian from the real one (no |draw| above 17 standard deviations,
-    which real ones exceed with probability 1e-64); parameters in float64, whose low bits stay. No seed, no state, nothing
-    to save or to replay. Slower: `python -m bench.noise`.
+    torch's float64 normals come from uniforms of 53 bits: sqrt(2 * 53 ln 2) = 8.57. (Its float32 normals, which are not
+    used here, end at 5.77 on a CPU and at 6.76 on CUDA.)
     """
+    return generator.limit if isinstance(generator, SecureGenerator) else SecureGenerator.limit / 2
 
-    device = torch.device("cpu")
 
-    def uniforms(self, n):
-        """(n,) float64, multiples of 2^-53 in [0, 1)."""
-        bits = np.frombuffer(os.urandom(8 * n), dtype=np.uint64) >> np.uint64(11)
-        return torch.from_numpy(bits * 2.0 ** -53)
+def beyond_the_noise(generator, q, sigma, steps, k=1):
+    """Bound on the probability that k examples push an output to where the noise alone cannot get.
 
-    def normals(self, shape):
-        """Standard normals of the given shape, float64."""
-        n = math.prod(shape)
-        half = (n + 1) // 2
-        u = self.uniforms(8 * half).numpy().reshape(2, 4, half)
-        radius, angle = np.sqrt(-2 * np.log1p(-u[0])), 2 * np.pi * u[1]  # 1 - u is never 0
-        pairs = np.stack([(radius * np.cos(angle)).sum(0), (radius * np.sin(angle)).sum(0)]) / 2  # (2, half)
-        return torch.from_numpy(pairs.reshape(-1)[:n]).view(shape)
+    For one example it is steps * q * P(N > limit - 1/sigma). Such an output proves that the examples are there, so this
+    has to be far below delta. j of the k examples are in a batch with probability Bin(j; k, q), and move the sum by at
+    most j clip norms, which is j / sigma standard deviations of the noise.
+    """
+    if sigma == 0:
+        return 1.0
+    limit, total = largest_normal(generator), 0.0
+    for j in range(1, k + 1):
+        present = math.comb(k, j) * q ** j * (1 - q) ** (k - j)
+        total += present * 0.5 * math.erfc((limit - j / sigma) / math.sqrt(2))
+    return min(1.0, steps * total)
 
 
 def poisson_sample(n, q, generator=None):
@@ -126,7 +172,7 @@ def poisson_sample(n, q, generator=None):
         raise ValueError(f"q is the probability that an example enters a batch and must lie in (0, 1], got {q}")
     if n < 0:
         raise ValueError(f"n, the number of examples, cannot be negative, got {n}")
-    generator = fresh_generator() if generator is None else generator
+    generator = SecureGenerator() if generator is None else generator
     if isinstance(generator, SecureGenerator):
         coins = generator.uniforms(n)
     else:
@@ -141,11 +187,15 @@ def privatise(sums, clip_norm, noise_multiplier, expected_batch_size, generator)
     expected batch size; dividing by the actual one would reveal it and change the sensitivity.
     """
     std = noise_multiplier * clip_norm
-    if isinstance(generator, SecureGenerator):  # added in float64, rounded once
-        noisy = ((s.double() + std * generator.normals(s.shape).to(s.device)).to(s.dtype) for s in sums)
-    else:
-        noisy = (s + std * torch.randn(s.shape, dtype=s.dtype, device=s.device, generator=generator) for s in sums)
-    return [s / expected_batch_size for s in noisy]
+    noisy = []
+    for s in sums:
+        if isinstance(generator, SecureGenerator):
+            noise = generator.normals(s.shape, s.device if s.device.type == "cuda" else "cpu").to(s.device)
+        else:
+            noise = torch.randn(s.shape, dtype=torch.float64, device=s.device, generator=generator)
+        # added in float64 and rounded once: float32 noise has no tail beyond 5.77 standard deviations
+        noisy.append((s.double() + std * noise).to(s.dtype) / expected_batch_size)
+    return noisy
 
 
 # --------------------------------------------------------------------------------------------------------- clipping
@@ -159,7 +209,8 @@ def clip_factors(squared, losses, clip_norm, clipping):
                equally and C merges into the learning rate; use C = 1 (Bu et al. 2022).
     per-layer  min(1, (C/sqrt(L))/|g_l|) for each of the L layers. Sensitivity C: squared lengths add, L * C^2/L = C^2.
 
-    A non-finite loss or norm gives the factor 0; the tensors need masking as well, since 0 * inf is NaN.
+    A non-finite loss or norm gives the factor 0; the tensors need masking as well, since 0 * inf is NaN. A factor too
+    small for float32's full precision becomes 0 as well: rounded, it might let through more than C.
     """
     total = squared.sum(0)  # (N,)
     finite = total.isfinite() & losses.isfinite()
@@ -169,7 +220,7 @@ def clip_factors(squared, losses, clip_norm, clipping):
         factors = (clip_norm / (total.sqrt() + GAMMA)).expand_as(squared)
     else:
         factors = (clip_norm / total.sqrt()).clamp(max=1).expand_as(squared)
-    return torch.where(finite, factors, 0.0), finite
+    return torch.where(finite & (factors > torch.finfo(torch.float32).tiny), factors, 0.0), finite
 
 
 def squared_norm(a):
@@ -356,11 +407,14 @@ def gram_squared_norm(layer, x, g, n, grams):
             gram_x = patches_gram(m, gram_x.view(n, *2 * (shape[0] // n, *shape[2:])), size_out)
         if "bias" in layer.params:
             gram_x = gram_x + 1  # the further input that is always 1
-    products = (g @ g.mT).mul_(gram_x)  # (n, P, P)
-    lengths = products.diagonal(dim1=1, dim2=2).sqrt().sum(-1)  # sum_p |x_p||g_p|
-    width = max(m.weight[0].numel(), len(m.weight), 256) / 256
-    rounding = 8 * width * torch.finfo(g.dtype).eps * lengths.double().square()  # see "Rounding" above
-    return products.sum((1, 2), dtype=torch.float64).clamp(min=0) + rounding
+    products, limits, most = g @ g.mT, torch.finfo(g.dtype), max(m.weight[0].numel(), len(m.weight))  # (n, P, P)
+    x_squared, g_squared = (a.diagonal(dim1=1, dim2=2).double() for a in (gram_x, products))  # (n, P): |x_p|^2, |g_p|^2
+    lengths = (x_squared * g_squared).sqrt().sum(-1)  # sum_p |x_p||g_p|
+    lost = most * limits.tiny  # see "Underflow" above
+    longest = ((x_squared + lost) * (g_squared + lost)).sqrt().sum(-1)
+    bound = 8 * max(most / 256, 1) * limits.eps * lengths.square()  # see "Rounding" above
+    bound += longest.square() - lengths.square()
+    return products.mul_(gram_x).sum((1, 2), dtype=torch.float64).clamp(min=0) + bound
 
 
 def patches_gram(conv, gram, size_out):
@@ -544,11 +598,11 @@ def zeros(params):
 class DPSGD:
     """DP-SGD on the parameters of `model` that require grad: accumulate micro-batches, then step once.
 
-    clip_norm C > 0 (None: 1, for "automatic" only) · noise_multiplier sigma >= 0 in units of C (0 is not private) ·
+    clip_norm C in [1e-10, 1e10] (None: 1, for "automatic" only) · noise_multiplier sigma >= 0 in units of C (0 is not private) ·
     expected_batch_size B = q * n · method "bookkeeping", "loop" or "vmap" (same result) · clipping "flat", "automatic"
-    or "per-layer" (`clip_factors`) · generator of the noise: a torch.Generator or a `SecureGenerator`; None:
-    `fresh_generator` on the parameters' device (one with a known seed makes the noise reproducible, thus void). Raises
-    ValueError for bad arguments and for the layers that `trainable_layers` refuses.
+    or "per-layer" (`clip_factors`) · generator of the noise; None: `SecureGenerator` (a torch.Generator makes the noise
+    predictable, one with a known seed makes it void). Raises ValueError for bad arguments and for the layers that
+    `trainable_layers` refuses.
 
     Between accumulate and step, `sums` holds the clipped sum, one tensor per trainable parameter in the order of
     `names`: the moment to write the ledger, or to reduce over processes. It is not private yet. Neither is `last`,
@@ -562,8 +616,8 @@ class DPSGD:
                  generator=None):
         if clip_norm is None and clipping == "automatic":
             clip_norm = 1.0
-        if clip_norm is None or not 0 < clip_norm < float("inf"):
-            raise ValueError(f"clip_norm C must be a positive number, got {clip_norm}")
+        if clip_norm is None or not SMALLEST_CLIP_NORM <= clip_norm <= LARGEST_CLIP_NORM:
+            raise ValueError(f"clip_norm C must lie between {SMALLEST_CLIP_NORM:g} and {LARGEST_CLIP_NORM:g}, got {clip_norm}")
         if not 0 <= noise_multiplier < float("inf"):
             raise ValueError(f"noise_multiplier sigma must be 0 (not private) or positive, got {noise_multiplier}")
         if not 0 < expected_batch_size < float("inf"):
@@ -577,7 +631,7 @@ class DPSGD:
         self.layers = trainable_layers(model, method)
         self.names = [f"{layer.name}.{k}".lstrip(".") for layer in self.layers for k in layer.params]
         self.parameters = [p for layer in self.layers for p in layer.params.values()]
-        self.generator = fresh_generator(self.parameters[0].device) if generator is None else generator
+        self.generator = SecureGenerator() if generator is None else generator
         self.sums, self.last, self._figures = zeros(self.parameters), {}, []
 
     def accumulate(self, loss_fn, *batch):
@@ -634,7 +688,7 @@ def check_against_loop(engine, loss_fn, *batch):
 
     with torch.enable_grad():
         (expected, size), (got, _) = found(loop), found(METHODS[engine.method])
-    if (got - expected).norm() > 0.02 * size:
+    if (got - expected).norm() > 0.02 * size + 1e-12:  # (gradients of zero: see "Underflow")
         raise ValueError(f"{engine.method} and the loop disagree about the gradients of random examples: the model uses a "
                          "trained layer in a way that hooks do not see; choose method 'loop' or 'vmap'")
 

@@ -49,15 +49,15 @@ def privacy_statement(s, plan, rows, trained):
         "adjacency": "add or remove one picture", "unit": "one picture", "sampling": "Poisson", "n": plan["n"], "q": plan["q"],
         "expected_batch_size": s.batch_size, "steps": len(rows), "sigma": plan["sigma"], "clip_norm": s.clip_norm,
         "clipping": s.clipping, "noise_multiplicity": s.noise_multiplicity, "tune": s.tune, "from_block": s.from_block,
-        "condition": s.condition, "trained_parameters": trained[0], "of_these_see_only_noise": trained[1],
+        "condition": s.condition, "trained_parameters": trained,
         "public_set": " and ".join(s.trained_on), "private_set": data.kind_of(s.private),
         "enlarged": data.enlarged(s.private, s.vae.resolution),
         "hyper_parameters": LOOKED.get(data.kind_of(s.private), BEFOREHAND),
         "public_weights": [Path(p).name for p in (s.init_ldm, s.init_vae) if p],
-        "insecure_seed": s.insecure_seed is not None, "secure_noise": s.secure_noise,
-        "noise": "float64 from the operating system's CSPRNG, four Box-Muller draws each (dp_sgd.SecureGenerator)" if
-                 s.secure_noise else
-                 "Mersenne twister with its whole state from the operating system (CPU) or Philox with 64 bits (CUDA)",
+        "insecure_seed": s.insecure_seed is not None, "fast_noise": s.fast_noise,
+        "noise": "float64 from torch's generator (--fast-noise): Mersenne twister (CPU) or Philox (CUDA), no cryptographic ones"
+                 if s.fast_noise or s.insecure_seed is not None else
+                 "float64 from the operating system's CSPRNG, four Box-Muller draws each (dp_sgd.SecureGenerator)",
         "covers": "everything in release/ and whatever is made from it",
         "does_not_cover": [
             "the number n of private pictures and the names of their classes and attributes, which are treated as public",
@@ -66,7 +66,8 @@ def privacy_statement(s, plan, rows, trained):
             "other runs on the same private pictures: their epsilons add up", "internal/ (losses, gradient norms)",
             "several pictures of one person: the guarantee is for one picture",
             "pictures that weights taken from elsewhere (public_weights) were trained on",
-            "timing" if s.secure_noise else "floating-point attacks on the Gaussian noise, and timing"],
+            *(["an attacker who computes the noise from the release: its generator is not a cryptographic one (--fast-noise), "
+               "and epsilon is then infinite"] if s.fast_noise else []), "timing"],
     })
 
 

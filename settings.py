@@ -119,8 +119,9 @@ def parse(argv):
     g.add_argument("--seed", type=int, default=0, help="of the PUBLIC stages only; the private stage has none [0]")
     g.add_argument("--insecure-seed", type=int, default=None,
                    help="debugging: seed the private stage too, which VOIDS the guarantee [none]")
-    g.add_argument("--secure-noise", action="store_true", default=False,
-                   help="draw noise and Poisson batches from the operating system's CSPRNG, in float64; slower [off]")
+    g.add_argument("--fast-noise", action="store_true", default=False,
+                   help="experiments only: noise and Poisson batches from torch's generator instead of the operating system's "
+                   "CSPRNG; whoever sees enough of the release can compute the noise, and epsilon is then infinite [off]")
     g.add_argument("--data-root", default=None, help="folder of the full data sets [$DPLDM_DATA or ~/.cache/dpldm]")
     g.add_argument("--cache", default=None, help="folder for decoded photographs, as private as they are [DATA_ROOT/cache]")
     flags("data", ("public", str, f"public set: {', '.join(data.LOADERS)} (folder:PATH, npz:PATH)"),
@@ -246,8 +247,8 @@ def check(s):
     for flag, path in (("--init-ldm", s.init_ldm), ("--init-vae", s.init_vae)):
         if path and not s.resume and not path.is_file():
             raise ValueError(f"{flag}: there is no {path}")
-    if s.secure_noise and s.insecure_seed is not None:
-        raise ValueError("--secure-noise and --insecure-seed exclude each other")
+    if s.fast_noise and s.insecure_seed is not None:
+        raise ValueError("--fast-noise and --insecure-seed exclude each other")
     if s.guidance != 1 and s.cond_drop == 0:
         raise ValueError("--guidance other than 1 needs --cond-drop above 0")
     sample.check_device(s.device)

@@ -43,7 +43,6 @@ from budget import (
     count,
     estimate,
     fastest_micro_batch,
-    noise_only,
     print_memory,
     print_plan,
     privacy_plan,
@@ -347,14 +346,14 @@ def tune_privately(s, model, latents, conditions, plan, stop):
     accumulate, ledger row on the disk, noise and update, save.
     """
     ledger, state_path = s.out / "internal" / "ledger.jsonl", s.out / "internal" / "state.pt"
-    if s.insecure_seed is None:
-        generator, sampler = dp_sgd.fresh_generator(s.device), dp_sgd.fresh_generator()
-    else:
-        generator = torch.Generator(s.device).manual_seed(s.insecure_seed + 2 * rank())
+    # `generator` draws t and the diffusion noise: no secrets of the mechanism, whose secrets are the noise and the batches.
+    generator = dp_sgd.fresh_generator(s.device)
+    noise = sampler = dp_sgd.SecureGenerator()
+    if s.fast_noise:
+        noise, sampler = dp_sgd.fresh_generator(s.device), dp_sgd.fresh_generator()
+    if s.insecure_seed is not None:
+        noise = generator = torch.Generator(s.device).manual_seed(s.insecure_seed + 2 * rank())
         sampler = torch.Generator().manual_seed(s.insecure_seed + 1 + 2 * rank())
-    noise = generator  # `generator` also draws t and the diffusion noise, which are no secrets of the mechanism
-    if s.secure_noise:
-        noise = sampler = dp_sgd.SecureGenerator()
     engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, s.method, s.clipping, noise)
     optimizer = torch.optim.Adam(engine.parameters, s.lr)
     average = [p.detach().clone() for p in engine.parameters]
@@ -568,7 +567,7 @@ def main(argv=None):
     model = sample.laid_out(sample.build_model(second)[0], s.device)
     names = unet.select_trainable(model, s.tune, s.from_block)
     print_plan(s, plan, model)
-    trained, rows = (count(p for p in model.parameters() if p.requires_grad), noise_only(model)), []
+    trained, rows = count(p for p in model.parameters() if p.requires_grad), []
     if s.steps:
         facts = {**plan, "clip_norm": s.clip_norm, "clipping": s.clipping, "tuned": names,
                  "private_pictures": hashlib.sha256(private.images.numpy()).hexdigest()}

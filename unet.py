@@ -422,7 +422,8 @@ def select_trainable(model, tune="attention", from_block=0):
     (without the embedder) · "all" · "resblocks", "norm" (every GroupNorm and LayerNorm), "lora:R" (rank-R pairs inserted
     at every attention projection), each with the embedder · "embedder" alone. from_block leaves out the first
     from_block attention modules in forward order (the authors' `ablation_blocks` is from_block + 1); it applies to
-    attention and lora. Sets requires_grad on every parameter and returns the names of the trainable ones.
+    attention and lora. Sets requires_grad on every parameter and returns the names of the trainable ones; weights that
+    cannot get a gradient (`without_gradient`) are never among them: they would train on pure noise, and show it.
     Raises ValueError for an unknown choice, a from_block that leaves nothing, or an empty selection.
     """
     modules = attention_modules(model)
@@ -453,9 +454,9 @@ def select_trainable(model, tune="attention", from_block=0):
     embedder = getattr(model, "embedder", None)
     if embedder is not None and tune != "attention-only":
         parts = [*parts, embedder]
-    trainable = {id(p) for part in parts for p in part.parameters()}
-    for p in model.parameters():
-        p.requires_grad_(id(p) in trainable)
+    trainable, silent = {id(p) for part in parts for p in part.parameters()}, set(without_gradient(model))
+    for name, p in model.named_parameters():
+        p.requires_grad_(id(p) in trainable and name not in silent)
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     if not names:
         raise ValueError(f"tune={tune!r} selects no parameter of this model (does it have an embedder?)")
@@ -476,11 +477,22 @@ def insert_lora(module, rank):
     return pairs
 
 
-def noise_only_names(model):
-    """Trainable names that get noise but no gradient when the context is one token: Q, K of cross-attention, norm2."""
-    if not isinstance(getattr(model, "embedder", None), ClassEmbedder):  # with a text, or none at all, they do learn
+def without_gradient(model):
+    """Names of the parameters that no loss can reach: Q, K of the cross-attention, and norm2, for a context of one token.
+
+    A softmax over one token is 1 whatever query and key are. A class is one token, and so is a prompt of one word.
+    """
+    embedder = getattr(model, "embedder", None)
+    if not isinstance(embedder, ClassEmbedder) and getattr(embedder, "length", None) != 1:
         return []
-    return [n for n, p in model.named_parameters() if p.requires_grad and re.search(r"attn2\.to_[qk]\.|blocks\.\d+\.norm2\.", n)]
+    return [n for n, _ in model.named_parameters() if re.search(r"attn2\.to_[qk]\.|blocks\.\d+\.norm2\.", n)]
+
+
+def paper_count(model, from_block=0):
+    """Number of parameters that the paper says it tunes: attention modules and embedder, `without_gradient` included."""
+    parts = [m for _, m in attention_modules(model)[from_block:]]
+    parts += [model.embedder] if getattr(model, "embedder", None) is not None else []
+    return sum(p.numel() for part in parts for p in part.parameters())
 
 
 # -------------------------------------------------------------------------------------------------- the authors' weights

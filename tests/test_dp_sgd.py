@@ -640,3 +640,31 @@ def test_default_engine_learns_a_tiny_problem():
         engine.step(adam)
         losses.append(engine.last["loss"])
     assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize("small,large", [
+    (1e-23, 1e18), (1e18, 1e-23), (1e-22, 1e17), (1e-25, 1e25), (1e25, 1e-25), (1e-30, 1e18), (1e-3, 1e3)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_tiny_inputs_and_huge_gradients_do_not_escape_the_clip(small, large, bias):
+    """Squares below 1e-38 vanish in float32; the product of a tiny input and a huge gradient may be any size."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 40, bias=bias))
+    x = small * torch.randn(3, 4, 40)  # four positions: Gram matrices
+    engine, C = DPSGD(model, 1e-6, 1.0, 1.0), 1e-6
+    assert dp_sgd.grams_are_cheaper(engine.layers[0], x, x, 3)
+    weight = torch.randn(3, 4, 40) * large
+    for i in range(3):
+        engine.sums = dp_sgd.zeros(engine.parameters)
+        engine.accumulate(lambda m, x, w: (m(x) * w).sum((1, 2)), x[i:i + 1], weight[i:i + 1])
+        assert float(torch.cat([s.double().flatten() for s in engine.sums]).norm()) <= C * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("clip_norm", [1e-320, 1e-11, 1e11, 1e300])
+def test_clip_norms_that_float32_cannot_carry_are_refused(clip_norm):
+    with pytest.raises(ValueError, match="between 1e-10 and 1e"):
+        DPSGD(nn.Linear(2, 2), clip_norm, 1.0, 1.0)
+
+
+def test_a_factor_that_float32_cannot_carry_is_zero():
+    factors, _ = dp_sgd.clip_factors(torch.tensor([[1e54, 1e56, 1e76]], dtype=torch.float64), torch.zeros(3), 1e-10, "flat")
+    assert factors[0].tolist() == pytest.approx([1e-37, 0.0, 0.0])

@@ -97,20 +97,20 @@ def test_two_private_runs_never_share_noise_or_batches(tmp_path, monkeypatch):  
     assert all(torch.equal(a, b) for a, b in zip(third, fourth, strict=True))  # the test can tell
 
 
-def test_secure_noise_comes_from_the_secure_generator_and_is_stated(tmp_path, monkeypatch):  # 12
+def test_noise_and_batches_come_from_the_secure_generator_unless_fast_and_are_stated(tmp_path, monkeypatch):  # 26
     seen = []
     for name in ("poisson_sample", "privatise"):
         honest = getattr(dp_sgd, name)
         monkeypatch.setattr(dp_sgd, name, lambda *args, honest=honest: seen.append(args[-1]) or honest(*args))
-    for flags, secure in ((["--secure-noise"], True), ([], False)):
+    for flags, secure in (([], True), (["--fast-noise"], False)):
         seen.clear()
         s, plan, _, rows = private_stage(tmp_path / str(secure), *flags)
         assert len(seen) == 8 and all(isinstance(g, dp_sgd.SecureGenerator) == secure for g in seen)
-        privacy = release.privacy_statement(s, plan, rows, (1, 0))
-        assert ("CSPRNG" in privacy["noise"]) == privacy["secure_noise"] == secure
-        assert any("floating-point" in text for text in privacy["does_not_cover"]) != secure
+        privacy = release.privacy_statement(s, plan, rows, 1)
+        assert ("CSPRNG" in privacy["noise"]) == secure == (not privacy["fast_noise"])
+        assert any("computes the noise" in text for text in privacy["does_not_cover"]) != secure
     with pytest.raises(ValueError, match="exclude each other"):
-        settings.parse(["--secure-noise", "--insecure-seed", "1"])
+        settings.parse(["--fast-noise", "--insecure-seed", "1"])
 
 
 def test_public_stages_see_public_pictures_only(tmp_path, monkeypatch):  # 13

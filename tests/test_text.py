@@ -189,7 +189,7 @@ def test_the_text_is_encoded_once_per_example_and_everything_in_it_learns():
     model.embedder.register_forward_hook(lambda _, args, out: seen.append(len(args[0])))
     diffusion.loss(model, *examples(3)).sum().backward()
     assert seen == [4]
-    assert unet.noise_only_names(model) == []  # query and key of the cross-attention included
+    assert unet.without_gradient(model) == []  # query and key of the cross-attention included
     silent = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert not silent
     assert not model.embedder.embedding.weight.grad[text.PAD].any()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import accountant
+import budget
 import folder
 import sample
 import settings
@@ -46,6 +47,16 @@ def test_the_ledger_has_one_row_per_logical_step_and_gives_the_epsilon(run):
     assert len(rows) == privacy["steps"] == 4  # four logical steps of about three micro-batches each
     assert all(row["q"] == 100 / 1000 and row["sigma"] == privacy["sigma"] for row in rows)
     assert abs(accountant.epsilon(100 / 1000, privacy["sigma"], 4, 1e-5, privacy["accountant"]) - privacy["epsilon"]) < 1e-6
+
+
+def test_a_plan_whose_noise_ends_too_early_is_refused(tmp_path):
+    for flags, fine in ((["--sigma", "0.3"], True), (["--sigma", "0.3", "--fast-noise"], False), (["--sigma", "0.08"], False)):
+        s = settings.parse(["--preset", "smoke", "--out", str(tmp_path), *flags])
+        if fine:
+            assert budget.privacy_plan(s, 1000)["sigma"] == 0.3
+        else:
+            with pytest.raises(ValueError, match="so little noise"):
+                budget.privacy_plan(s, 1000)
 
 
 def test_only_the_chosen_parameters_changed(run):

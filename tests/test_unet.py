@@ -40,27 +40,35 @@ def test_parameter_counts_equal_the_papers(name):
         model = unet.LatentModel(network, unet.ClassEmbedder(*embedder) if embedder else None)
     assert count(network.parameters()) == total
     assert len(unet.attention_modules(model)) == modules
+    assert unet.paper_count(model) == attention + embedded
     unet.select_trainable(model, "attention")
-    assert count(p for p in model.parameters() if p.requires_grad) == attention + embedded
+    silent = count(dict(model.named_parameters())[n] for n in unet.without_gradient(model))
+    assert count(p for p in model.parameters() if p.requires_grad) == attention + embedded - silent
 
 
 def test_later_blocks_of_the_cifar_network():
     with torch.device("meta"):
         model = unet.LatentModel(unet.UNet(unet.PAPER["cifar10"]), unet.ClassEmbedder(1000, 512, True))
-    unet.select_trainable(model, "attention", from_block=8)  # the authors' ablation_blocks = 9
-    assert count(p for p in model.parameters() if p.requires_grad) == 9_788_032
+    assert unet.paper_count(model, from_block=8) == 9_788_032  # the authors' ablation_blocks = 9
 
 
-def test_noise_only_parameters_of_the_mnist_network():
+@pytest.mark.parametrize("tune", ["attention", "all", "norm", "lora:2"])
+def test_weights_without_a_gradient_are_not_trained(tune):
+    """They would see nothing but noise, and a release would show it: clean equations for whoever wants to compute it."""
     model = unet.LatentModel(unet.UNet(unet.PAPER["mnist"]), unet.ClassEmbedder(26, 5))
-    unet.select_trainable(model)
-    names = unet.noise_only_names(model)
+    names = unet.without_gradient(model)
     assert count(dict(model.named_parameters())[n] for n in names) == 82_752
+    trained = set(unet.select_trainable(model, tune))
+    assert not trained & set(unet.without_gradient(model))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     model(torch.randn(2, 3, 4, 4), torch.tensor([1, 500]), torch.tensor([0, 1])).sum().backward()
-    silent = {n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
-    assert silent == set(names)
+    assert {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()} == trained
+    model.requires_grad_(True)
+    model.zero_grad()
+    model(torch.randn(2, 3, 4, 4), torch.tensor([1, 500]), torch.tensor([0, 1])).sum().backward()
+    silent = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert silent == set(unet.without_gradient(model))  # nothing else is left out
 
 
 @pytest.mark.parametrize("changes", [
@@ -78,7 +86,7 @@ def test_every_variant_keeps_the_shape_and_uses_every_parameter(changes):
     out = model(x, torch.tensor([1, 999]), cond)
     out.square().sum().backward()
     unused = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
-    assert unused <= set(unet.noise_only_names(model))
+    assert unused <= set(unet.without_gradient(model))
 
 
 def test_the_class_and_the_time_matter():
@@ -136,8 +144,9 @@ def test_select_trainable():
 
     attention, only = names("attention"), names("attention-only")
     assert attention - only == {"embedder.embedding.weight"} == names("embedder")
-    assert only == {f"{n}.{k}" for n, m in unet.attention_modules(tiny()) for k, _ in m.named_parameters()}
-    assert names("all") == {n for n, _ in tiny().named_parameters()}
+    silent = set(unet.without_gradient(tiny()))
+    assert only == {f"{n}.{k}" for n, m in unet.attention_modules(tiny()) for k, _ in m.named_parameters()} - silent
+    assert names("all") == {n for n, _ in tiny().named_parameters()} - silent
     assert not (names("resblocks") & only) and any("conv1" in n for n in names("resblocks"))
     assert all("norm" in n or "out.0" in n or "embedder" in n for n in names("norm"))
     assert names("attention-only", 6) == {n for n in only if n.startswith("unet.output_blocks.3")}
