@@ -1,4 +1,4 @@
-# make demo   virtual environment, then the default run: train, sample, evaluate (see README for the minutes)
+# make demo   virtual environment, then the default run: train, sample, evaluate (minutes: README.md)
 # make test   virtual environment, then the tests
 PY = .venv/bin/python
 .PHONY: demo test lint bench
