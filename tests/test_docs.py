@@ -83,8 +83,9 @@ def test_every_link_leads_somewhere(page):
         path = page.parent / name if name else page
         assert path.exists(), target
         if anchor:
-            heads = [re.sub(r"[^\w -]", "", head.lower()) for head in re.findall(r"^#+ (.*)$", path.read_text(), re.M)]
-            assert anchor in [head.replace(" ", "-") for head in heads], target
+            heads = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.M)
+            anchors = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads]
+            assert anchor in anchors, target
 
 
 @page
