@@ -1,6 +1,7 @@
 """README.md and docs/ keep their promises: short, in order, no dead name, no command that does not parse."""
 import re
 import shlex
+import sys
 from functools import partial
 from importlib import util
 from pathlib import Path
@@ -13,7 +14,8 @@ from bench import tables
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+WALK = ROOT / "docs" / "walkthrough.md"  # holds source of the programs, which has rules of its own
+PAGES = [README, *sorted(path for path in (ROOT / "docs").glob("*.md") if path != WALK)]
 HISTORY = ROOT / "docs" / "lab-notebook.md"  # names of its day
 SECTIONS = ["What it is", "Quick start", "What you get, and how long it takes", "The private step",
             "Paper and code", "Read in this order", "Change something", "What epsilon covers",
@@ -157,3 +159,32 @@ def test_the_twelve_lines_of_the_private_step_run():
 def test_the_makefile_names_only_programs_that_exist():
     for name in re.findall(r"\$\(PY\) (\w+(?:/\w+)*\.py)", (ROOT / "Makefile").read_text()):
         assert (ROOT / name).exists(), name
+
+
+@pytest.fixture
+def weave(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    monkeypatch.delitem(sys.modules, "weave", raising=False)
+    import weave
+    return weave
+
+
+def test_the_walkthrough_is_what_its_source_and_the_code_make(weave):
+    made = weave.to_markdown((ROOT / "docs" / "walkthrough.in.md").read_text())
+    assert WALK.read_text() == made, "make docs"
+    assert made.count("```python") >= 15
+
+
+def test_a_name_that_the_code_no_longer_has_is_refused(weave):
+    with pytest.raises(ValueError, match="dp_sgd.py has no DPSGD.privatise"):
+        weave.to_markdown("@code dp_sgd.py: DPSGD.privatise\n")
+
+
+def test_the_page_of_two_columns_shows_the_code_as_it_is(weave):
+    text = (ROOT / "docs" / "walkthrough.in.md").read_text()
+    page = weave.to_html(text)
+    assert "@code" not in page
+    assert "\\" not in re.sub(r"<pre>.*?</pre>", "", page, flags=re.S)  # no LaTeX is left
+    shown = [re.sub(r"<[^>]*>", "", block) for block in re.findall(r"<pre>(.*?)</pre>", page, flags=re.S)]
+    sources = [weave.code(where)[0] for _, where in weave.pieces(text) if where]
+    assert [weave.html.unescape(block) for block in shown] == sources
