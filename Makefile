@@ -1,7 +1,8 @@
-# make demo   virtual environment, then the default run: train, sample, evaluate (see README for the minutes)
+# make demo   virtual environment, then the default run: train, sample, evaluate (minutes: README.md)
 # make test   virtual environment, then the tests
+# make docs   tables and walkthrough anew, and runs/walkthrough.html: paper and code side by side
 PY = .venv/bin/python
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench docs
 
 .venv/ready: requirements.txt
 	python3 -m venv .venv
@@ -23,3 +24,8 @@ lint: .venv/ready
 bench: .venv/ready
 	$(PY) -m bench.dp_step
 	$(PY) -m bench.accountant
+
+docs: .venv/ready
+	$(PY) -m bench.tables --write
+	mkdir -p runs
+	$(PY) docs/weave.py --html runs/walkthrough.html

@@ -1,6 +1,6 @@
 """What a run publishes: release/model.pt, privacy.json and pictures, all of it covered by epsilon.
 
-The statement says what the guarantee is and what it is not (pitfalls 20, 24, 25 of the README); nothing here reads a private
+The statement says what the guarantee is and what it is not (pitfalls 20, 24, 25); nothing here reads a private
 picture, a loss or a gradient norm.
 """
 import math
@@ -17,7 +17,7 @@ import sample
 import unet
 from settings import plain
 
-# How the presets' hyper-parameters were chosen, where private results had a part in it (README, "Chosen by looking").
+# How the presets' hyper-parameters were chosen, where private results had a part in it (docs/privacy.md).
 SEEN = ("partly by looking at results on private data: batch size, steps and learning rate of the private stage{} were compared "
         "by scores on held-out and on test digits of MNIST, and the public strokes were drawn while watching them; epsilon does "
         "not cover that choice")

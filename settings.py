@@ -30,10 +30,10 @@ DIGITS = dict(  # every key is a flag or a network; a preset overrides some of t
     noise_multiplicity=1, tune="attention", from_block=0, lr=5e-3, ema=0.9, method="bookkeeping", micro_batch=None,
     sample_steps=30, sample_eta=0.0, guidance=1.0,
 )
-LARGE = dict(  # for 60,000 private pictures: the noise allows more steps, and the public model is what limits (LOG.md)
+LARGE = dict(  # for 60,000 private pictures: the noise allows more steps, and the public model is what limits
     unet=replace(DIGITS["unet"], model_channels=48), vae_steps=1500, ldm_steps=3500, ldm_lr=1.5e-3,
     batch_size=6000, steps=150, lr=3e-3, ema=0.95)
-WIDE = LARGE | dict(  # the same, larger still: 98.2 instead of 97.8 % (README)
+WIDE = LARGE | dict(  # the same, larger still: 98.2 instead of 97.8 % (docs/results.md)
     unet=replace(DIGITS["unet"], model_channels=64), vae_steps=2500, ldm_steps=5000, ldm_lr=1.2e-3, batch_size=10_000)
 CELEBA = dict(  # the authors' settings for faces; large, for GPUs
     public="folder:imagenet/train", public_n=None, private="celeba", delta=1e-6, clip_norm=5e-4, ema=0.9999, cond_drop=0.0,
@@ -46,7 +46,7 @@ PRESETS = {  # epochs are turned into steps: epochs * n / batch, with n = 50,000
     "mnist-strokes": dict(private="mnist", public_n=72_000, **WIDE),
     "mnist-letters": dict(private="mnist", public_n=72_000, public_classes="letters", **WIDE),
     "fashion": dict(public="mnist", private="fashion", public_n=None, latent_channels=16, **LARGE),  # more than strokes
-    "fashion-8x8": dict(  # an autoencoder that carries over to other pictures (LOG.md), slower: 64 tokens instead of 16
+    "fashion-8x8": dict(  # an autoencoder that carries over to other images (docs/results.md), slower: 64 tokens instead of 16
         public="mnist", private="fashion", public_n=None, **LARGE | dict(
             vae=vae.VAEConfig(ch=8, ch_mult=(1, 2, 4), num_groups=1), vae_steps=10_000, vae_batch=16, unet=DIGITS["unet"])),
     "mnist-paper": dict(  # the authors' networks and settings (theirs on grey pictures); large, for a GPU

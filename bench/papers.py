@@ -1,4 +1,4 @@
-"""Rows on the full data sets, to stand beside the paper's figures: `python -m bench.papers`. See `bench.runs`.
+"""Rows on the full data sets, to stand beside the paper's numbers: `python -m bench.papers`. See `bench.runs`.
 
 Need the data root (--data-root or DPLDM_DATA); rows eps1 reuse the public stages of rows eps10. Each run is scored with
 several sampling seeds.
@@ -6,7 +6,7 @@ several sampling seeds.
 from bench.runs import Row, main
 
 EPS1 = "--epsilon 1 --batch-size 10000 --steps 30 --lr 5e-3 --ema 0.9"  # as much noise per step as the default run has at 10
-PHOTOS = "--preset fashion --public public32 --vae-steps 6000"  # 1,500 lose more of a garment (LOG.md)
+PHOTOS = "--preset fashion --public public32 --vae-steps 6000"  # 1,500 lose more of a garment (docs/lab-notebook.md)
 PHOTOS8 = "--preset fashion-8x8 --public public32"
 
 

@@ -1,7 +1,7 @@
 """The recipe, by measurement on a pretend-private set (`bench.pretend`): `python -m bench.recipes`. See `bench.runs`.
 
 Stroke digits in another hand take the place of MNIST, so nobody's privacy pays for the search: 8,000 of them with the default
-recipe and one change, at equal numbers of pictures seen unless the row says otherwise. The rows of CHANGES reuse the public
+recipe and one change, at equal numbers of images seen unless the row says otherwise. The rows of CHANGES reuse the public
 stages of `python train.py`; first: python -m bench.pretend runs/pretend.npz
 """
 from bench.runs import Row, main
@@ -13,7 +13,7 @@ CHANGES = {  # name: (label, flags)
     "no-noise": ("the same without noise", "--epsilon inf"),
     "batch1000": ("120 steps of 1,000, EMA 0.974", "--batch-size 1000 --steps 120 --ema 0.974"),
     "batch8000": ("15 steps of 8,000, EMA 0.81", "--batch-size 8000 --steps 15 --ema 0.81"),
-    "steps90": ("90 steps of 4,000, EMA 0.966: three times the pictures", "--steps 90 --ema 0.966"),
+    "steps90": ("90 steps of 4,000, EMA 0.966: three times the images", "--steps 90 --ema 0.966"),
     "lr2": ("lr 2e-3", "--lr 2e-3"),
     "lr12": ("lr 1.2e-2", "--lr 1.2e-2"),
     "ema0": ("no EMA", "--ema 0"),
@@ -26,9 +26,9 @@ CHANGES = {  # name: (label, flags)
     "default-anew": ("the default on public stages made anew, which the rows of 59,000 share", ""),
     "clip001": ("the same with clip norm 0.01 instead of 0.1", "--clip-norm 0.01"),
     # nearly all there are: which pictures are held out is chosen by a checksum, about 60,000 remain
-    "many": ("59,000 pictures: 150 steps of 6,000, lr 3e-3, EMA 0.95",
+    "many": ("59,000 images: 150 steps of 6,000, lr 3e-3, EMA 0.95",
              "--private-n 59000 --batch-size 6000 --steps 150 --lr 3e-3 --ema 0.95"),
-    "many-long": ("59,000 pictures: 150 steps of 10,000",
+    "many-long": ("59,000 images: 150 steps of 10,000",
                   "--private-n 59000 --batch-size 10000 --steps 150 --lr 3e-3 --ema 0.95"),
 }
 PUBLIC = {  # public stages of their own: (label, flags)

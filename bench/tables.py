@@ -1,28 +1,80 @@
-"""The README's tables from bench/results.jsonl: `python -m bench.tables` prints them, `--write` puts them into README.md.
+"""The tables of README.md and docs/results.md, made from bench/results.jsonl.
 
-Between `<!-- table: NAME -->` and `<!-- end -->` the README holds what this program makes; of several lines for the same row
-the last one counts. A figure that nobody measured cannot get in.
+    python -m bench.tables            prints them
+    python -m bench.tables --write    puts them into the pages
+
+A page holds a table between `<!-- table: NAME -->` and `<!-- end -->`. If a row was measured several
+times, the last measurement counts. A metric that nobody measured cannot get in.
 """
 import json
 import re
 import sys
+import textwrap
 from importlib import import_module
 from pathlib import Path
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+ROOT = HERE.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "docs" / "results.md"
+
+# "Read in this order": files and what each is about. The lines are counted, the minutes follow from them.
+READING = {
+    "diffusion.py": "noise schedule, training loss, DDIM sampling",
+    "vae.py": "the autoencoder and its latent scale",
+    "unet.py": "the network, and which parameters are tuned",
+    "dp_sgd.py": "Poisson batches, clipping, noise; the per-example gradients",
+    "accountant.py": "from q, sigma and the number of steps to epsilon",
+    "train.py": "the three stages, one after the other",
+    "sample.py": "from a release to images",
+    "evaluate.py": "accuracy, Frechet distance, precision and recall of samples",
+}
+LINES_PER_MINUTE = 25
+LETTERS = "abcdefgh"  # of feature networks
+
+# The table of the README: (table, row, what it is).
+FIRST_ROWS = [
+    ("digits", "eps10", "digits on two cores: tuned on 8,000 MNIST digits"),
+    ("digits", "letters", "the same; the public set has letters only, no digit"),
+    ("papers", "mnist-eps10", "digits, wider network: tuned on all of MNIST"),
+    ("papers", "mnist-eps1", "the same with a tenth of the budget (private stage only)"),
+    ("papers", "photos8-eps10", "garments: tuned on Fashion-MNIST, public photographs in grey"),
+    ("faces", "eps10", "faces in colour, 32 pixels: tuned on 5,000 photographs"),
+]
 
 
 def load(table):
-    """Rows of one table in the order of `bench.TABLE`, the last measurement of each; without rows that are no longer there."""
+    """Rows of a table in the order of `bench.TABLE`, each as last measured. Without rows no longer listed."""
     lines = map(json.loads, (HERE / "results.jsonl").read_text().splitlines())
     last = {line["row"]: line for line in lines if line["table"] == table}
     rows = import_module(f"bench.{table}").ROWS
     return [{**last[name], "label": row.label} for name, row in rows.items() if name in last]
 
 
+def markdown(head, rows):
+    """A table of Markdown: the header's words, then one list of cells per row."""
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in rows])
+
+
 def percent(x):
     return f"{100 * x:.1f} %"
+
+
+def first(scores):
+    """Accuracy on the first of the held-out sets."""
+    return next(iter(scores.values()))
+
+
+def last(scores):
+    """Accuracy on the last of the held-out sets, the largest one."""
+    return next(reversed(scores.values()))
+
+
+def minutes(row, digits=0):
+    """Minutes of training and of evaluation, and the number of threads they had."""
+    train, evaluate = (row["seconds"].get(key, 0) / 60 for key in ("train", "evaluate"))
+    return f"{train:.{digits}f} + {evaluate:.{digits}f} ({row['threads']})"
 
 
 def epsilon(privacy):
@@ -30,148 +82,195 @@ def epsilon(privacy):
     return privacy["epsilon"] if isinstance(privacy["epsilon"], str) else f"{privacy['epsilon']:.3g}"
 
 
+def trained(privacy):
+    """Number of tuned parameters as text."""
+    return f"{privacy['trained_parameters']:,}" if privacy["steps"] else "-"
+
+
 def judges(rows):
-    """The feature networks in which the rows' distances live."""
-    return list(dict.fromkeys(row["evaluation"]["distance"]["features"] for row in rows if row["evaluation"]["distance"]))
+    """The feature networks in which the rows' distances are measured."""
+    distances = [row["evaluation"]["distance"] for row in rows]
+    return list(dict.fromkeys(distance["features"] for distance in distances if distance))
 
 
 def frechet(row, rows):
-    """The distance as text, with a letter for its feature network where the rows of a table have several (pitfall 22)."""
+    """The distance as text; with a letter for its feature network if the rows have several (pitfall 22)."""
     names, distance = judges(rows), row["evaluation"]["distance"]
-    return f"{distance['frechet']:.1f}" + (" " + "abcdefgh"[names.index(distance["features"])] if len(names) > 1 else "")
+    letter = " " + LETTERS[names.index(distance["features"])] if len(names) > 1 else ""
+    return f"{distance['frechet']:.1f}{letter}"
+
+
+def overview():
+    """The README's table: six runs, what they reach, how long they took."""
+    head = ["what you get", "private images", "epsilon", "metric", "minutes: train + evaluate (threads)",
+            "command", "measured at"]
+    cells = []
+    for table, name, what in FIRST_ROWS:
+        row = next(row for row in load(table) if row["row"] == name)
+        e = row["evaluation"]
+        score = (f"Frechet distance {e['distance']['frechet']:.1f} (two halves of the real faces: "
+                 f"{e['distance']['halves']:.1f})" if table == "faces" else
+                 f"CNN reaches {percent(last(e['accuracy']['cnn']))} on {list(e['accuracy']['cnn'])[-1]}")
+        cells.append([what, f"{row['privacy']['n']:,}", epsilon(row["privacy"]), score, minutes(row),
+                      f"`{row['commands'][0]}`", row["commit"]])
+    return markdown(head, cells)
+
+
+def reading():
+    """The README's reading list, with the real lengths of the files."""
+    head = ["", "file", "lines", "minutes", "what it is about"]
+    cells = []
+    for i, (name, what) in enumerate(READING.items(), 1):
+        lines = len((ROOT / name).read_text().splitlines())
+        cells.append([str(i), f"`{name}`", str(lines), str(round(lines / LINES_PER_MINUTE)), what])
+    return markdown(head, cells)
 
 
 def digits():
-    """One line per run: what was tuned, epsilon, accuracies on real digits, Frechet distance, parameters, minutes, command."""
+    """One line per run: what was tuned, epsilon, accuracies on real digits, distance, minutes, command."""
     rows = load("digits")
-    held_out = list(rows[0]["evaluation"]["held_out"].items())
-    last = held_out[-1][0]
-    head = ["run", "epsilon", "trained parameters", *[f"CNN on {name}" for name, _ in held_out], f"MLP on {last}",
-            "log. regr. on them", "Frechet", "minutes: train + evaluate (threads)", "command"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    held_out = list(rows[0]["evaluation"]["held_out"])
+    head = ["run", "epsilon", "trained parameters", *[f"CNN on {name}" for name in held_out],
+            f"MLP on {held_out[-1]}", "logistic regression on them", "Frechet distance",
+            "minutes: train + evaluate (threads)", "command", "measured at"]
+    cells = []
     for row in rows:
-        p, e = row["privacy"], row["evaluation"]
-        cells = [row["label"], epsilon(p), f"{p['trained_parameters']:,}" if p["steps"] else "-",
-                 *[percent(e["accuracy"]["cnn"][name]) if name in e["accuracy"]["cnn"] else "-" for name, _ in held_out],
-                 percent(e["accuracy"]["mlp"][last]), percent(e["accuracy"]["logreg"][last]),
-                 frechet(row, rows), f"{row['seconds']['train'] / 60:.1f} + {row['seconds']['evaluate'] / 60:.1f} "
-                 f"({row['threads']})", f"`{row['commands'][0]}`"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n\n" + origin(rows)
+        p, accuracy = row["privacy"], row["evaluation"]["accuracy"]
+        cnn = [percent(accuracy["cnn"][name]) if name in accuracy["cnn"] else "-" for name in held_out]
+        cells.append([row["label"], epsilon(p), trained(p), *cnn,
+                      percent(last(accuracy["mlp"])), percent(last(accuracy["logreg"])), frechet(row, rows),
+                      minutes(row, 1), f"`{row['commands'][0]}`", row["commit"]])
+    return markdown(head, cells) + "\n\n" + origin(rows)
 
 
 def ablations():
-    """What is tuned, at epsilon 10 and 1, beside the rows of `digits` with the same public stages; then changes of the recipe."""
+    """What is tuned, at epsilon 10 and 1, with the same public stages; then changes of the recipe."""
     base = {row["row"]: row for row in load("digits")}
     rows = {row["row"]: row for row in load("ablations")}
     tuned = {"attention": (rows["again"], base["eps1"]), "all": (base["all"], rows.get("all-eps1"))}
-    tuned |= {name: (row, rows.get(f"{name}-eps1")) for name, row in rows.items()
-              if not name.endswith("-eps1") and row["privacy"]["tune"] + str(row["privacy"]["from_block"]) != "attention0"}
-
+    for name, row in rows.items():
+        p = row["privacy"]
+        if not name.endswith("-eps1") and (p["tune"], p["from_block"]) != ("attention", 0):
+            tuned[name] = (row, rows.get(f"{name}-eps1"))
     shown = [*rows.values(), base["eps1"], base["all"]]
 
     def scores(row):
         if row is None:
             return ["-"] * 3
-        e = row["evaluation"]
-        return [percent(next(iter(reversed(e["accuracy"]["cnn"].values())))),
-                percent(next(iter(reversed(e["accuracy"]["logreg"].values())))), frechet(row, shown)]
+        accuracy = row["evaluation"]["accuracy"]
+        return [percent(last(accuracy["cnn"])), percent(last(accuracy["logreg"])), frechet(row, shown)]
 
-    columns = [f"{what}, epsilon {e}" for e in (10, 1) for what in ("CNN", "log. regr.", "Frechet")]
-    head = ["tuned (flag)", "trained", "of these only noise", *columns, "epsilon 10 measured at"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for first, second in tuned.values():
-        p = first["privacy"]
+    def source(row):
+        return f"`{row['commands'][0]}` ({row['commit']})" if row else "-"
+
+    names = ("CNN", "logistic regression", "Frechet distance")
+    metrics = [f"{name}, epsilon {e}" for e in (10, 1) for name in names]
+    head = ["tuned (flag)", "trained", "of these see only noise", *metrics, "epsilon 10: command and commit",
+            "epsilon 1: command and commit"]
+    cells = []
+    for ten, one in tuned.values():
+        p = ten["privacy"]
         flag = f"`{p['tune']}`" + (f" `--from-block {p['from_block']}`" if p["from_block"] else "")
         idle = p.get("of_these_see_only_noise")
-        lines.append("| " + " | ".join([flag, f"{p['trained_parameters']:,}", "-" if idle is None else f"{idle:,}",
-                                        *scores(first), *scores(second), first["commit"]]) + " |")
-    recipe = {name: row for name, row in rows.items() if name not in tuned and not name.endswith("-eps1")}
-    lines += ["", "| change of the recipe (epsilon 10, attention) | CNN | log. regr. | Frechet | command | measured at |",
-              "|---" * 6 + "|"]
-    lines += [f"| {row['label']} | " + " | ".join(scores(row)) + f" | `{row['commands'][0]}` | {row['commit']} |"
-              for row in recipe.values()]
-    return "\n".join(lines) + "\n\n" + origin(shown)
+        cells.append([flag, f"{p['trained_parameters']:,}", "-" if idle is None else f"{idle:,}",
+                      *scores(ten), *scores(one), source(ten), source(one)])
+    head2 = ["change of the recipe (epsilon 10, attention)", *names, "command", "measured at"]
+    recipe = [row for name, row in rows.items() if name not in tuned and not name.endswith("-eps1")]
+    changes = [[row["label"], *scores(row), f"`{row['commands'][0]}`", row["commit"]] for row in recipe]
+    return markdown(head, cells) + "\n\n" + markdown(head2, changes) + "\n\n" + origin(shown)
 
 
 def papers():
-    """Runs on full data sets: accuracy of a CNN trained on samples, one figure per sampling seed."""
+    """Runs on full data sets: accuracy of a CNN trained on samples, one number per sampling seed."""
     rows = {row["row"]: row for row in load("papers")}
-    head = ["private and public set", "epsilon", "CNN on real test pictures, per sampling seed", "DDIM steps", "Frechet",
-            "trained parameters", "minutes: train + evaluate (threads)", "command"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    head = ["private and public set", "epsilon", "CNN on real test images, per sampling seed", "DDIM steps",
+            "Frechet distance", "trained parameters", "minutes: train + evaluate (threads)", "command",
+            "measured at"]
+    cells = []
     for name, row in rows.items():
         if "-seed" in name:
             continue
         seeds = [row, *(other for key, other in rows.items() if key.startswith(f"{name}-seed"))]
         p, e = row["privacy"], row["evaluation"]
-        lines.append("| " + " | ".join([
-            row["label"], f"{p['epsilon']:.3g}", ", ".join(f"{100 * next(iter(r['evaluation']['accuracy']['cnn'].values())):.2f}"
-                                                           for r in seeds) + " %",
-            re.search(r"(\d+) steps", e["sampler"])[1],
-            frechet(row, list(rows.values())), f"{p['trained_parameters']:,}" if p["steps"] else "-",
-            f"{row['seconds'].get('train', 0) / 60:.0f} + {row['seconds']['evaluate'] / 60:.0f} ({row['threads']})",
-            f"`{row['commands'][0]}`"]) + " |")
-    return "\n".join(lines) + "\n\n" + origin(list(rows.values()))
+        sampler_steps = re.search(r"(\d+) steps", e["sampler"])[1]
+        commits = ", ".join(dict.fromkeys(r["commit"] for r in seeds))
+        accuracies = [f"{100 * first(r['evaluation']['accuracy']['cnn']):.2f}" for r in seeds]
+        cells.append([row["label"], f"{p['epsilon']:.3g}", ", ".join(accuracies) + " %",
+                      sampler_steps, frechet(row, list(rows.values())), trained(p), minutes(row),
+                      f"`{row['commands'][0]}`", commits])
+    return markdown(head, cells) + "\n\n" + origin(list(rows.values()))
 
 
 def recipes():
-    """Changes of the recipe for 60,000 pictures on a pretend-private set."""
+    """Changes of the recipe, tried on a pretend-private set."""
     rows = load("recipes")
-    head = ["recipe", "epsilon", "CNN on held-out pretend digits", "log. regr.", "Frechet", "training minutes (threads)", "flags"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    head = ["recipe", "epsilon", "CNN on held-out pretend digits", "logistic regression", "Frechet distance",
+            "training minutes (threads)", "command", "measured at"]
+    cells = []
     for row in rows:
-        p, e = row["privacy"], row["evaluation"]
-        flags = row["commands"][0].removeprefix("python train.py ").split(" --out")[0]
-        scores = [percent(next(iter(e["accuracy"][name].values()))) for name in ("cnn", "logreg")]
-        lines.append("| " + " | ".join([row["label"], epsilon(p), *scores, frechet(row, rows),
-                                        f"{row['seconds']['train'] / 60:.0f} ({row['threads']})", f"`{flags}`"]) + " |")
-    return "\n".join(lines) + "\n\n" + origin(rows)
+        accuracy = row["evaluation"]["accuracy"]
+        cells.append([row["label"], epsilon(row["privacy"]), percent(first(accuracy["cnn"])),
+                      percent(first(accuracy["logreg"])), frechet(row, rows),
+                      f"{row['seconds']['train'] / 60:.0f} ({row['threads']})",
+                      f"`{row['commands'][0]}`", row["commit"]])
+    return markdown(head, cells) + "\n\n" + origin(rows)
 
 
 def faces():
-    """Real faces: distance of the samples to held-out faces, accuracy of a Male classifier trained on samples only."""
+    """Real faces: distance of the samples to held-out faces, accuracy of a classifier trained on samples."""
     rows = load("faces")
-    head = ["condition and epsilon", "epsilon", "Frechet", "two halves of the real faces", "precision", "recall", "Male, CNN",
-            "Male, log. regr.", "trained parameters", "minutes: train + evaluate (threads)", "command"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    head = ["condition and epsilon", "epsilon", "Frechet distance", "two halves of the real faces",
+            "precision", "recall", "Male, CNN", "Male, logistic regression", "trained parameters",
+            "minutes: train + evaluate (threads)", "command", "measured at"]
+    cells = []
     for row in rows:
-        p, e = row["privacy"], row["evaluation"]
-        d, accuracy = e["distance"], {word: next(iter(scores.values())) for word, scores in e["accuracy"].items()}
-        lines.append("| " + " | ".join([
-            row["label"], epsilon(p), frechet(row, rows), f"{d['halves']:.1f}", f"{d['precision']:.2f}", f"{d['recall']:.2f}",
-            percent(accuracy["cnn"]), percent(accuracy["logreg"]), f"{p['trained_parameters']:,}" if p["steps"] else "-",
-            f"{row['seconds'].get('train', 0) / 60:.0f} + {row['seconds']['evaluate'] / 60:.0f} ({row['threads']})",
-            f"`{row['commands'][0]}`"]) + " |")
-    return "\n".join(lines) + "\n\n" + origin(rows)
+        d, accuracy = row["evaluation"]["distance"], row["evaluation"]["accuracy"]
+        cells.append([row["label"], epsilon(row["privacy"]), frechet(row, rows), f"{d['halves']:.1f}",
+                      f"{d['precision']:.2f}", f"{d['recall']:.2f}", percent(first(accuracy["cnn"])),
+                      percent(first(accuracy["logreg"])), trained(row["privacy"]), minutes(row),
+                      f"`{row['commands'][0]}`", row["commit"]])
+    return markdown(head, cells) + "\n\n" + origin(rows)
 
 
 def origin(rows):
-    """Protocol, number of samples, sampler and commits, said once below a table."""
+    """Protocol, number of samples and sampler, said once below a table, and which distances compare."""
     if not rows:
         return "Not measured yet."
     n = sorted({f"{row['evaluation']['n']:,}" for row in rows})
-    samplers = {row["evaluation"]["sampler"].split(", guidance")[0] for row in rows}  # "DDIM, 15 steps, eta 0"
+    # "DDIM, 15 steps, eta 0"
+    samplers = {row["evaluation"]["sampler"].split(", guidance")[0] for row in rows}
     sampler = f" of {samplers.pop()}" if len(samplers) == 1 else ""
-    several = judges(rows)
-    letters = "" if len(several) < 2 else (" Distances compare only where the letter is the same, that of the feature network: " +
-                                           "; ".join(f"{x} {name}" for x, name in zip("abcdefgh", several, strict=False)) + ".")
-    return (f"Protocol `{rows[0]['evaluation']['protocol']}`, {' or '.join(n)} samples{sampler}; measured at "
-            f"{', '.join(sorted({row['commit'] for row in rows}))}.{letters}")
+    text = f"Protocol `{rows[0]['evaluation']['protocol']}`, {' or '.join(n)} samples{sampler}."
+    names = judges(rows)
+    letters = "; ".join(f"{letter} {name}" for letter, name in zip(LETTERS, names, strict=False))
+    if len(names) > 1:
+        text += f" Distances compare only within one feature network: {letters}."
+    return textwrap.fill(text, 110)
 
 
 TABLES = {"digits": digits, "ablations": ablations, "papers": papers, "recipes": recipes, "faces": faces}
+ON_README = {"overview": overview, "reading": reading}
+
+
+def replaced(text, name, table):
+    """The page with a new table between its markers. ValueError if they do not stand there exactly once."""
+    pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+    text, found = re.subn(pattern, lambda m: f"{m[1]}{table}\n{m[2]}", text, flags=re.S)
+    if found != 1:
+        raise ValueError(f"table {name} has {found} places on its page, not one")
+    return text
 
 
 def main(argv=None):
     write = "--write" in (sys.argv[1:] if argv is None else argv)
-    text = README.read_text()
-    for name, make in TABLES.items():
-        table = make()
-        print(f"{name}\n{table}\n")
-        text = re.sub(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S)
-    if write:
-        README.write_text(text)
+    for page, tables in ((README, ON_README), (RESULTS, TABLES)):
+        text = page.read_text()
+        for name, make in tables.items():
+            table = make()
+            print(f"{name}\n{table}\n")
+            text = replaced(text, name, table)
+        if write:
+            page.write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Put the mistakes of the README's table "Pitfalls" back, one at a time, and demand that the test named there goes red.
+"""Put the mistakes of docs/pitfalls.md back, one at a time, and demand that the test named there goes red.
 
     python -m tests.mutations            all of them, some minutes
     python -m tests.mutations 4 12       those rows only; 0: what is not in the table (audit, secure generator)

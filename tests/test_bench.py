@@ -1,4 +1,4 @@
-"""The README's tables are what bench/tables.py makes of bench/results.jsonl, and every listed command is one that parses."""
+"""The documents' tables are what bench/tables.py makes of bench/results.jsonl; listed commands parse."""
 import json
 import re
 from importlib import import_module
@@ -8,11 +8,19 @@ import pytest
 import settings
 from bench import runs, tables
 
+PLACES = [(tables.README, "overview"), *((tables.RESULTS, name) for name in tables.TABLES)]
 
-@pytest.mark.parametrize("name", tables.TABLES)
-def test_no_figure_of_the_readme_is_typed(name):
-    inside = re.search(rf"<!-- table: {name} -->\n(.*?)\n<!-- end -->", tables.README.read_text(), flags=re.S)
-    assert inside and inside[1] == tables.TABLES[name](), "python -m bench.tables --write"
+
+@pytest.mark.parametrize(("page", "name"), PLACES)
+def test_no_metric_of_a_table_is_typed(page, name):
+    inside = re.search(rf"<!-- table: {name} -->\n(.*?)\n<!-- end -->", page.read_text(), flags=re.S)
+    made = (tables.TABLES | tables.ON_README)[name]()
+    assert inside and inside[1] == made, "python -m bench.tables --write"
+
+
+def test_a_page_without_the_markers_of_a_table_is_refused():
+    with pytest.raises(ValueError, match="0 places"):
+        tables.replaced("no markers", "digits", "a table")
 
 
 @pytest.mark.parametrize("name", tables.TABLES)

@@ -1,4 +1,4 @@
-"""Pitfalls that no other file tests, on the private stage alone, and the README's table (`pytest tests/test_pitfalls.py`).
+"""Pitfalls that no other file tests, on the private stage alone, and the table of docs/pitfalls.md.
 
 `python -m tests.mutations` puts the mistakes back one at a time and demands that the test named in the table goes red.
 """
@@ -216,19 +216,19 @@ def test_every_distance_is_printed_with_what_it_depends_on():  # 22
     assert "FID" not in text
 
 
-# ------------------------------------------------------------------------------------------------- the table of the README
+# --------------------------------------------------------------------------------------- the table of docs/pitfalls.md
 
 
 def table():
-    """Rows (number, mistake, our line, test) of the section Pitfalls."""
-    section = (ROOT / "README.md").read_text().split("\n## Pitfalls\n")[1].split("\n## ")[0]
-    lines = [line for line in section.splitlines() if re.match(r"\| \d+ \|", line)]
+    """Rows (number, mistake, our line, test); rows in a comment wait for their line and test."""
+    text = re.sub("<!--.*?-->", "", (ROOT / "docs" / "pitfalls.md").read_text(), flags=re.S)
+    lines = [line for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
     return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
 
 
-def test_the_readme_has_all_25_pitfalls_and_every_function_and_test_it_names_exists():
+def test_the_table_has_all_pitfalls_and_every_function_and_test_it_names_exists():
     rows = table()
-    assert [int(row[0]) for row in rows] == list(range(1, 26)) and all(len(row) == 4 for row in rows)
+    assert [int(row[0]) for row in rows] == list(range(1, 28)) and all(len(row) == 4 for row in rows)
     for number, _, line, tests in rows:
         named = re.findall(r"`([a-z_/]+\.py)::(\w+)`", tests)
         assert named, f"row {number} names no test"
