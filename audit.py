@@ -54,6 +54,7 @@ from tqdm import tqdm
 import accountant
 import dp_sgd
 import folder
+from extensions.bookkeeping import bookkeeping
 
 CONFIDENCE = 0.95
 LONGER = 10  # raw gradient of a canary, in units of C
@@ -97,7 +98,8 @@ def attack(schedule, m, clip_norm=1.0, clipping="flat", secure=False, rng=None):
     with tqdm(total=total, desc="attack", unit="step", leave=False, disable=total < 1000) as bar:
         for q, sigma, steps in schedule:
             B = max(1.0, q * m / 2)  # the expected batch size, as always from public numbers only
-            engine, rerun = (dp_sgd.DPSGD(model, clip_norm, sigma, B, clipping=clipping, generator=g) for g in (noise, again))
+            engine, rerun = (dp_sgd.DPSGD(model, clip_norm, sigma, B, clip=dp_sgd.CLIPPING[clipping],
+                                           gradients=bookkeeping, generator=g) for g in (noise, again))
             for _ in range(steps):
                 batch = dp_sgd.poisson_sample(len(present), q, sampler)
                 engine.accumulate(loss_fn, present[batch])

@@ -18,6 +18,7 @@ import text
 import unet
 import vae
 from folder import rank
+from settings import GRADIENTS
 
 
 def privacy_plan(s, n):
@@ -96,7 +97,7 @@ def estimate(s, plan, embedder, reused=()):
     z = torch.randn(s.ldm_batch, *autoencoder.latent_shape, device=s.device)
     y = stand_in(model, s.ldm_batch, s.device)
     loss_fn = partial(diffusion.loss, schedule=s.schedule)
-    engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, s.method, s.clipping)
+    engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, dp_sgd.CLIPPING[s.clipping], GRADIENTS[s.method])
     size = s.micro_batch or fastest_micro_batch(s, model, z.shape[1:])
     few = slice(0, min(size, len(z)))
 
@@ -118,7 +119,8 @@ def fastest_micro_batch(s, model, shape, sizes=(32, 64, 128, 256, 512, 1024)):
 
     The size changes memory and speed only, never the result: dp_sgd sums clipped gradients over micro-batches.
     """
-    engine = dp_sgd.DPSGD(model, s.clip_norm, 0.0, 1, s.method, s.clipping)  # a throw-away: nothing of it is released
+    # a throw-away engine: nothing of it is released
+    engine = dp_sgd.DPSGD(model, s.clip_norm, 0.0, 1, dp_sgd.CLIPPING[s.clipping], GRADIENTS[s.method])
     best, fastest = sizes[0], 0.0
     for size in sizes if s.method != "loop" else ():
         z, y = torch.randn(size, *shape, device=s.device), stand_in(model, size, s.device)

@@ -2,12 +2,13 @@
 
 No wrapper around the model: micro-batch counts differ between processes. In the public stages each draws its share of a
 batch and all apply the mean of the gradients; in the private stage each Poisson-samples its own shard, and rank 0 alone
-writes the ledger and adds the noise (`dp_sgd.reduce_sums`). In a process of its own every function here does the obvious.
+writes the ledger and adds the noise (`reduce_sums`). In a process of its own every function here does the obvious.
 """
 import os
 import sys
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -35,7 +36,7 @@ def agreed(value):
     """Rank 0's value, a small picklable one, for all; everybody waits for everybody."""
     box = [value]
     if world() > 1:
-        dp_sgd.collective(lambda flag: (dist.all_reduce(flag), dist.broadcast_object_list(box)), [torch.zeros(1)])
+        collective(lambda flag: (dist.all_reduce(flag), dist.broadcast_object_list(box)), [torch.zeros(1)])
     return box[0]
 
 
@@ -81,3 +82,41 @@ def own_device(device):
         torch.cuda.set_device(local)
         return f"cuda:{local}"
     return device
+
+
+def collective(operation, tensors):
+    """operation(flat tensor), one of torch.distributed's, on all tensors laid end to end; the result is copied into them.
+
+    Raises ConnectionError, one line, when another process is dead or silent for longer than the group's timeout.
+    """
+    flat = torch.cat([a.detach().flatten() for a in tensors])
+    try:
+        operation(flat)
+    except RuntimeError:
+        raise ConnectionError("another process of this run has died or hangs, so the step cannot be finished; all stop here, "
+                              "the ledger is whole, go on with --resume") from None
+    with torch.no_grad():
+        for a, part in zip(tensors, flat.split([a.numel() for a in tensors]), strict=True):
+            a.copy_(part.view_as(a))
+
+
+def reduce_sums(engine):
+    """Called by every process between accumulate and step: the sums of all ranks -> their total on rank 0, zeros elsewhere.
+
+    Each rank samples a shard of its own with the same q, so an example is on one rank and moves the total by at most C,
+    as in one process. Rank 0 alone then writes the ledger row, steps (all the noise, once) and hands out the parameters
+    by `broadcast`. A share of the noise on each rank would be smaller than it looks: a rank knows, and can subtract, its
+    own. Not DistributedDataParallel, which waits for as many backward passes on every rank: numbers of micro-batches differ.
+    """
+    metrics = torch.cat(engine.metrics, 1).cpu() if engine.metrics else torch.zeros(4, 0, dtype=torch.float64)
+    gathered = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    collective(partial(dist.reduce, dst=0), engine.sums)
+    collective(lambda _: dist.gather_object(metrics, gathered), [metrics])
+    if gathered is None:
+        engine.last, engine.sums, gathered = dp_sgd.summary([metrics]), dp_sgd.zeros(engine.parameters), []
+    engine.metrics = gathered
+
+
+def broadcast(tensors):
+    """Rank 0's values, into everybody's tensors."""
+    collective(partial(dist.broadcast, src=0), tensors)

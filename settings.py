@@ -17,6 +17,7 @@ import folder
 import sample
 import unet
 import vae
+from extensions.bookkeeping import bookkeeping
 
 DIGITS = dict(  # every key is a flag or a network; a preset overrides some of them, the command line overrides both
     public="strokes", public_classes="all", public_n=36_000, private="mnist10k", private_n=None,
@@ -76,6 +77,7 @@ PRESETS = {  # epochs are turned into steps: epochs * n / batch, with n = 50,000
                   unet=unet.UNetConfig(4, 4, 32, attention_resolutions=(2,), context_dim=8, num_groups=8), ldm_steps=20,
                   ldm_batch=64, batch_size=100, steps=4, micro_batch=32, sample_steps=4),
 }
+GRADIENTS = {"bookkeeping": bookkeeping, "loop": dp_sgd.loop, "vmap": dp_sgd.vmap}  # --method
 # These may differ when a run is resumed: they change where and how fast, not what is computed or guaranteed.
 FREE = {"given", "preset", "out", "init", "resume", "dry_run", "device", "precision", "data_root", "cache", "micro_batch",
         "method"}
@@ -157,12 +159,12 @@ def parse(argv):
           ("batch_size", int, "EXPECTED pictures per Poisson batch, B = q*n"),
           ("steps", int, "private steps; 0 releases the public model, private pictures unread"),
           ("clip_norm", float, "clip norm C of a per-example gradient"),
-          ("clipping", str, "how gradients are clipped", dp_sgd.CLIPPING))
+          ("clipping", str, "how gradients are clipped", [*dp_sgd.CLIPPING]))
     flags("stage 3, tuning", ("noise_multiplicity", int, "K: (t, noise) draws averaged per example before clipping"),
           ("tune", str, f"what is tuned: {', '.join(unet.TUNE_CHOICES)}"),
           ("from_block", int, "leave out the first attention modules in forward order"),
           ("lr", float, "learning rate of Adam"), ("ema", float, "decay of the average of the tuned parameters, per step"),
-          ("method", str, "how per-example gradients are found, same result", [*dp_sgd.METHODS]),
+          ("method", str, "how per-example gradients are found, same result", [*GRADIENTS]),
           ("micro_batch", int, "pictures at a time, memory and speed only; None: the fastest, by a short measurement"))
     flags("pictures at the end", ("sample_steps", int, "DDIM steps"), ("sample_eta", float, "DDIM eta, 0..1"),
           ("guidance", float, "guidance weight, 1: none"))

@@ -34,6 +34,7 @@ import data
 import diffusion
 import dp_sgd
 import folder
+import processes
 import sample
 import text
 import unet
@@ -52,7 +53,7 @@ from budget import (
 from folder import rank
 from processes import agreed, join, once, own_device, own_part, shard, share, world
 from release import privacy_statement, write_release
-from settings import VAE_FLAGS, parse, plain
+from settings import GRADIENTS, VAE_FLAGS, parse, plain
 
 # ------------------------------------------------------------------------------------------------- the public stages
 
@@ -107,7 +108,7 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=Non
         loss.backward()
         if world() > 1:
             together = [p.grad for p in parameters if p.grad is not None] + list(() if also is None else also.parameters())
-            dp_sgd.collective(lambda flat: dist.all_reduce(flat.div_(world())), together)
+            processes.collective(lambda flat: dist.all_reduce(flat.div_(world())), together)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         update_ema(average, parameters, decay, step)
@@ -123,7 +124,7 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=Non
             stop.leave(s.out)
     torch._foreach_copy_([p.data for p in parameters], average)
     if world() > 1:
-        dp_sgd.broadcast(parameters)  # the same anyway, but for what different machines round
+        processes.broadcast(parameters)  # the same anyway, but for what different machines round
     if rank() == 0:
         state_path.unlink(missing_ok=True)
 
@@ -354,7 +355,8 @@ def tune_privately(s, model, latents, conditions, plan, stop):
     if s.insecure_seed is not None:
         noise = generator = torch.Generator(s.device).manual_seed(s.insecure_seed + 2 * rank())
         sampler = torch.Generator().manual_seed(s.insecure_seed + 1 + 2 * rank())
-    engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, s.method, s.clipping, noise)
+    engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, dp_sgd.CLIPPING[s.clipping], GRADIENTS[s.method],
+                          noise)
     optimizer = torch.optim.Adam(engine.parameters, s.lr)
     average = [p.detach().clone() for p in engine.parameters]
     loss_fn, null = partial(diffusion.loss, schedule=s.schedule), null_condition(s, model, conditions)
@@ -366,7 +368,7 @@ def tune_privately(s, model, latents, conditions, plan, stop):
     micro_batch = s.micro_batch or (256 if s.insecure_seed is not None else fastest_micro_batch(s, model, latents.shape[2:]))
     agreed(None)  # nobody writes before all have read
     if world() > 1:
-        dp_sgd.broadcast(engine.parameters)  # LoRA pairs start at random
+        processes.broadcast(engine.parameters)  # LoRA pairs start at random
     # A step in the ledger is spent, also one whose result a crash has lost: the run ends when the budget is spent.
     fits = micro_batch  # examples that fit into memory at a time
     bar = tqdm(range(len(rows), plan["steps"]), desc="3/3 private tuning", unit="step", initial=len(rows), total=plan["steps"],
@@ -380,14 +382,14 @@ def tune_privately(s, model, latents, conditions, plan, stop):
                                    s.cond_drop)
             fits = accumulate_in_pieces(s, engine, loss_fn, drawn, fits)
         if world() > 1:
-            dp_sgd.reduce_sums(engine)
+            processes.reduce_sums(engine)
         rows.append({"step": step, "q": plan["q"], "sigma": plan["sigma"], "clip_norm": s.clip_norm, "batch_size": s.batch_size})
         folder.append_row(rows[-1], ledger)
         if rank() == 0:
             engine.step(optimizer)
             update_ema(average, engine.parameters, s.ema, done)
         if world() > 1:
-            dp_sgd.broadcast(engine.parameters)
+            processes.broadcast(engine.parameters)
         # ---- end of the private step: from here on everything is post-processing -----------------------------------
         done, examples = done + 1, examples + engine.last["examples"]
         leaving = agreed(stop.asked) and len(rows) < plan["steps"]

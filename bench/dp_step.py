@@ -25,8 +25,9 @@ import torch
 import diffusion
 import dp_sgd
 import unet
+from settings import GRADIENTS
 
-METHODS = ("none", "bookkeeping", "vmap", "loop")
+METHODS = ("none", *GRADIENTS)
 LOOP_EXAMPLES = 16
 
 
@@ -61,7 +62,7 @@ def worker(args, size, tune, batch_size, method):
             for p in params:
                 p.grad = None
     else:
-        engine = dp_sgd.DPSGD(model, 1e-3, 1.0, n, method=method)
+        engine = dp_sgd.DPSGD(model, 1e-3, 1.0, n, gradients=GRADIENTS[method])
 
         def run():
             engine.accumulate(loss_fn, *batch)

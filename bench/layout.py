@@ -18,6 +18,7 @@ import sample
 import settings
 import unet
 import vae
+from extensions.bookkeeping import bookkeeping
 
 WAYS = [(bf16, layout) for bf16 in (False, True) for layout in (torch.contiguous_format, torch.channels_last)]
 ROUNDS = 3
@@ -40,7 +41,7 @@ def unet_steps(s, layout, n=256):
         return model
 
     public, private = make("all"), make("attention")
-    engine = dp_sgd.DPSGD(private, 0.1, 0.0, n)
+    engine = dp_sgd.DPSGD(private, 0.1, 0.0, n, gradients=bookkeeping)
 
     @torch.no_grad()
     def evaluate():

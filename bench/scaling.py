@@ -23,6 +23,7 @@ import dp_sgd
 import processes
 import settings
 import unet
+from extensions.bookkeeping import bookkeeping
 
 
 def worker(number, world, port, args, results):
@@ -35,7 +36,7 @@ def worker(number, world, port, args, results):
     unet.select_trainable(model)
     n, q = 4 * args.batch, 1 / 4
     latents, labels = processes.shard(torch.randn(n, 1, config.in_channels, 4, 4)), processes.shard(torch.arange(n) % 10)
-    engine = dp_sgd.DPSGD(model, 0.1, 1.0, args.batch)
+    engine = dp_sgd.DPSGD(model, 0.1, 1.0, args.batch, gradients=bookkeeping)
     optimizer = torch.optim.Adam(engine.parameters, 1e-3)
     loss_fn = partial(diffusion.loss, schedule=settings.DIGITS["schedule"])
     examples, spent = 0, []
@@ -48,11 +49,11 @@ def worker(number, world, port, args, results):
             engine.accumulate(loss_fn, *diffusion.draw(latents[part], labels[part], 1))
         computed = time.perf_counter() - computed
         if world > 1:
-            dp_sgd.reduce_sums(engine)
+            processes.reduce_sums(engine)
         if number == 0:
             engine.step(optimizer)
         if world > 1:
-            dp_sgd.broadcast(engine.parameters)
+            processes.broadcast(engine.parameters)
         if step:
             examples, spent = examples + engine.last["examples"], [*spent, computed]
     processes.agreed(None)

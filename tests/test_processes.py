@@ -80,15 +80,15 @@ def engine_job(number, place):
     mine = [int(i) // 2 for i in DRAW if i % 2 == number]
     for part in torch.tensor(mine).split(2 if number == 0 else 5):  # four micro-batches here, one there
         engine.accumulate(loss_fn, shard[part])
-    dp_sgd.reduce_sums(engine)
+    processes.reduce_sums(engine)
     sums = [a.clone() for a in engine.sums]
-    figures = dp_sgd.summary(engine._figures) if number == 0 else engine.last
+    figures = dp_sgd.summary(engine.metrics) if number == 0 else engine.last
     empty = small_engine(3.0)  # nothing drawn by anybody: noise only
     start = [p.detach().clone() for p in empty.parameters]
-    dp_sgd.reduce_sums(empty)
+    processes.reduce_sums(empty)
     if number == 0:
         empty.step(torch.optim.SGD(empty.parameters, 1.0))
-    dp_sgd.broadcast(empty.parameters)
+    processes.broadcast(empty.parameters)
     change = torch.cat([(p.detach() - a).flatten() for p, a in zip(empty.parameters, start, strict=True)])
     torch.save({"sums": sums, "figures": figures, "change": change}, place / f"result.{number}")
 
@@ -101,7 +101,7 @@ def test_the_total_of_two_processes_is_the_sum_of_one_and_gets_the_noise_once(tm
     alone.accumulate(loss_fn, EXAMPLES[DRAW])
     for a, b, c in zip(alone.sums, first["sums"], second["sums"], strict=True):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-14) and a.abs().max() > 0.01 and not c.any()
-    whole = dp_sgd.summary(alone._figures)
+    whole = dp_sgd.summary(alone.metrics)
     assert first["figures"]["examples"] == whole["examples"] == 11 and second["figures"]["examples"] == 3
     assert first["figures"]["norm_quantiles"] == pytest.approx(whole["norm_quantiles"])
     assert torch.equal(first["change"], second["change"])
@@ -117,7 +117,7 @@ def run_job(flags, number, place):
     """train.main with plain gradient steps in place of Adam, so that the size of the noise can be seen."""
     seen = {"drawn": [], "noise": 0, "generators": [], "changes": [], "public": [], "drift": []}
     poisson_sample, privatise, fresh = dp_sgd.poisson_sample, dp_sgd.privatise, dp_sgd.fresh_generator
-    broadcast, fit, before = dp_sgd.broadcast, train.fit, {}
+    broadcast, fit, before = processes.broadcast, train.fit, {}
 
     def watched_sample(n, q, generator):
         batch = poisson_sample(n, q, generator)
@@ -150,7 +150,7 @@ def run_job(flags, number, place):
         return torch.optim.SGD(parameters, lr)
 
     dp_sgd.poisson_sample, dp_sgd.privatise, dp_sgd.fresh_generator = watched_sample, watched_privatise, watched_generator
-    dp_sgd.broadcast, train.fit, torch.optim.Adam = watched_broadcast, watched_fit, sgd
+    processes.broadcast, train.fit, torch.optim.Adam = watched_broadcast, watched_fit, sgd
     try:
         train.main([*TINY, *FREE, "--out", str(place / "run"), *flags])
     finally:
