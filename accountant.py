@@ -102,7 +102,7 @@ def _log_moment(q, sigma, alpha, k=1, binomial=True):
     # Trapezoid sum over z = x / sigma.  The integrand is analytic until |Im z| = pi sigma (where P = 0), so the error
     # is about exp(-2 pi^2 sigma / h); the factor (P/Q)^alpha moves the bell by at most alpha k / sigma.
     h, top = min(0.5, sigma / (2 * k)), alpha * k / sigma + 10.0
-    if top / h * k > 1e6:  # hardly any noise: convexity, (1-q+qr)^alpha <= 1-q + q r^alpha, sound and cheap
+    if top / h * k > 2e5:  # hardly any noise: convexity, (1-q+qr)^alpha <= 1-q + q r^alpha, sound and cheap
         none = k * math.log1p(-q)  # log P[none of the k is in the batch]; else as if all were
         return float(np.logaddexp(none, math.log(-math.expm1(none)) + alpha * (alpha - 1) * (k / sigma) ** 2 / 2))
     z = np.arange(-10.0, top + h, h)
@@ -201,7 +201,7 @@ def _rdp_delta(groups, eps):
 #              their own rounding error; downwards, `pushed` and `surplus` take it back.
 
 FFT_NOISE, MASS_NOISE, LEAK = 1e-15, 4e-15, 1e-10  # per FFT level; of a normal tail, relative; mass outside the circle
-PLD_DELTA, PLD_Q, PLD_SIGMA, PLD_STEPS = 1e-10, 1e-10, 1e4, 1e10  # smallest, smallest, largest, most: inside, it is tested
+PLD_DELTA, PLD_Q, PLD_SIGMA, PLD_STEPS = 1e-10, 1e-7, 1e3, 1e7  # smallest, smallest, largest, most: inside, it is tested
 # What is raised where float64, memory or those limits end.  Then a proven bound takes the place: Renyi's, or that of
 # full batches.
 BEYOND = (ArithmeticError, ValueError, MemoryError)
@@ -292,7 +292,7 @@ def _compose(parts, h, theta, eta, tail):
 
     low, high = edge(-1), edge(1)
     size = 1 << max(4, math.ceil(math.log2((high - low) / h + 2)))
-    if size > 1 << 23:
+    if size > 1 << 21:
         raise MemoryError("the grid is too fine")
     spectrum = np.ones(size // 2 + 1, complex)
     for (loss, *_, t), p in zip(parts, tilted, strict=True):
@@ -323,8 +323,9 @@ def _compose(parts, h, theta, eta, tail):
     def upper(eps):
         with np.errstate(over="ignore", invalid="ignore"):
             value, error, _ = sharp(eps)
-        value = (value + error) * math.exp(1e-14 * steps) + sum(t * infinite for *_, infinite, t in parts)
-        return np.where(eps >= grid[0], np.fmin(value, 1.0), 1.0)
+        known = (eps >= grid[0]) & np.isfinite(value)  # not where e^(y - middle) has left float64
+        value = (np.maximum(value, 0.0) + error) * math.exp(1e-14 * steps) + sum(t * infinite for *_, infinite, t in parts)
+        return np.where(known, np.fmin(value, 1.0), 1.0)
 
     tau = h * math.sqrt(steps) / 2
     reach = tau * math.sqrt(-2 * math.log(eta))
@@ -355,7 +356,7 @@ def _curves(groups, theta, eps, small):
     tail = 1e-6 * small / steps
     spans = [_span(*mechanism, tail) for mechanism, _ in groups]
     h = math.sqrt(1.5e-4 * max(1, steps / 1e6) * max(eps, spread) / ((1 + max(theta, 1 / spread)) * steps))
-    h = max(h, *((s[3] - s[2]) * (k + 1) / 2**23 for s, ((_, _, k), _) in zip(spans, groups, strict=True)))
+    h = max(h, *((s[3] - s[2]) * (k + 1) / 2**21 for s, ((_, _, k), _) in zip(spans, groups, strict=True)))
     while True:
         removed, added = [], []
         for (mechanism, t), span in zip(groups, spans, strict=True):
@@ -630,7 +631,7 @@ def statement_numbers(steps, delta, group=20, fprs=(0.001, 0.01, 0.1)):
     A dict of upper bounds, for any q in [0, 1], sigma >= 0, number of steps and delta in (0, 1):
     epsilon_rdp        by Renyi moments
     epsilon_pld        tight; Renyi's (or that of full batches, if smaller) where the tight one cannot be certified:
-                       delta below 1e-10, sigma so small that losses leave float64, q below 1e-10, sigma above 1e4
+                       delta below 1e-10, q below 1e-7, sigma above 1e3 or below about 1/35 (of groups: more)
     epsilon_for_group  `group` examples added or removed together, tight; there that of full batches; inf beyond 700
     attacker           {fpr: best true-positive rate of any membership attacker}, tight; there that of full batches
     """
