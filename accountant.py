@@ -56,7 +56,7 @@ def _one(q, sigma, steps, k=1):
         return ()
     if sigma < 1e-60 or steps > 1e18:
         sigma = 0.0
-    return (((max(float(q), 1e-60), min(float(sigma), 1e60), int(k)), int(min(steps, 10**18))),)
+    return (((max(float(q), 1e-60), float(min(sigma, 1e60)), int(k)), int(min(steps, 10**18))),)
 
 
 def _silent(groups):
@@ -523,7 +523,7 @@ def pld_delta(q, sigma, steps, epsilon):
 
 
 def _delta(groups, eps, method):
-    if not 0 <= eps < math.inf:
+    if not 0 <= eps <= 1e308:
         raise ValueError(f"epsilon = {eps}: must be >= 0 and finite")
     return (0.0, _rdp_delta(groups, eps)[0]) if method == "rdp" else _pld_delta(groups, eps)
 
@@ -603,10 +603,14 @@ def attacker_tpr(q, sigma, steps, fprs=(0.001, 0.01, 0.1)):
     Neyman-Pearson for the composed loss distribution, so tight, not the looser line of one (eps, delta): the minimum
     over all eps of e^eps FPR + delta(eps), with the certified upper delta of the direction "example removed"."""
     _check(q, sigma, steps)
-    fprs = np.asarray(fprs, dtype=float)
+    return _attacker(_one(q, sigma, steps), _rates(fprs))
+
+
+def _rates(fprs):
+    fprs = np.asarray(fprs)
     if not ((fprs > 0) & (fprs < 1)).all():
         raise ValueError("fprs: false-positive rates must lie strictly between 0 and 1")
-    return _attacker(_one(q, sigma, steps), fprs)
+    return fprs.astype(float)
 
 
 @np.errstate(all="ignore")
@@ -636,7 +640,7 @@ def statement_numbers(steps, delta, group=20, fprs=(0.001, 0.01, 0.1)):
     attacker           {fpr: best true-positive rate of any membership attacker}, tight; there that of full batches
     """
     _check(delta=delta)
-    groups, fprs = _groups(steps), np.asarray(fprs, dtype=float)
+    groups, fprs = _groups(steps), _rates(fprs)
     rates = _attacker(groups, fprs)
     together = tuple(((q, sigma, group), t) for (q, sigma, _), t in groups)
     return {"epsilon_rdp": _epsilon(groups, delta, "rdp"), "epsilon_pld": _epsilon(groups, delta, "pld"),
@@ -647,7 +651,7 @@ def statement_numbers(steps, delta, group=20, fprs=(0.001, 0.01, 0.1)):
 def noise_multiplier(epsilon, delta, q, steps, method="rdp"):
     """Smallest sigma (>= 1e-3) whose epsilon does not exceed the target; found on the safe side and asserted."""
     _check(q, 1.0, steps, delta, method)
-    if not 0 < epsilon < math.inf:
+    if not 0 < epsilon <= 1e308:
         raise ValueError(f"epsilon = {epsilon}: the target must be positive and finite")
     if q == 0 or steps == 0:
         return 0.0
@@ -677,7 +681,7 @@ def max_steps(epsilon, delta, q, sigma, method="rdp"):
 
     Beyond 1e12 the search ends: so many fit."""
     _check(q, sigma, 0, delta, method)
-    if not 0 <= epsilon < math.inf:
+    if not 0 <= epsilon <= 1e308:
         raise ValueError(f"epsilon = {epsilon}: the target must be >= 0 and finite")
     if not _one(q, sigma, 1):
         return math.inf
@@ -723,7 +727,8 @@ def read_run(path):
                 raise ValueError(f"privacy.json states epsilon {privacy['epsilon']}")
             by_statement = Counter(dict(_one(privacy["q"], privacy["sigma"], privacy["steps"])))
             if ledger.exists() and counts != by_statement:
-                notes.append(f"ledger: {sum(counts.values())} steps, statement: {sum(by_statement.values())}; the larger counts"
+                spent, said = sum(counts.values()), sum(by_statement.values())
+                notes.append(f"{spent} steps in the ledger and {said} in the statement: the larger counts"
                              if counts.keys() <= by_statement.keys() or by_statement.keys() <= counts.keys() else
                              "ledger and statement differ in q or sigma; the steps of both count")
             counts |= by_statement
@@ -754,7 +759,8 @@ def _line(name, groups, delta, least=0.0, stated=None):
     sigma = f"{sigmas.pop():.5g}" if len(sigmas) == 1 else "mixed" if sigmas else "-"
     eps, upper = (round_up(max(least, e), 6) for e in (eps, upper))
     rates = " ".join(f"{round_up(100 * rate):>7}" for rate in _attacker(groups, np.array([0.001, 0.01, 0.1])))
-    row = f"{name:<20} {sigma:>8} {steps:>8} {eps:>9} {order:>7.2f} {upper:>9} {gap:>8.1e} {rates}"
+    order = f"{order:.2f}" if order == order else "-"
+    row = f"{name:<20} {sigma:>8} {steps:>8} {eps:>9} {order:>7} {upper:>9} {gap:>8.1e} {rates}"
     return row if stated is None else f"{row}   (stated: {round_up(stated)})"
 
 
@@ -827,7 +833,7 @@ def main(argv=None):
             if args.q is None and (args.n is None or args.batch is None):
                 raise ValueError("give run directories, or --n and --batch, or --q")
             if args.n is not None and not 1 <= args.n <= 1e18:
-                raise ValueError(f"--n must be from 1 to 1e18 private examples, got {args.n:.20g}")
+                raise ValueError("--n, the number of private examples, must be from 1 to 1e18")
             if not 1 <= args.group <= 1000:
                 raise ValueError(f"--group must be from 1 to 1000 pictures, got {args.group}")
             if args.epochs is not None and not 0 <= args.epochs < math.inf:
