@@ -559,7 +559,7 @@ def test_a_damaged_ledger_is_read_alike_by_resume_and_calculator(text, known, ex
         "--q nan --sigma 1 --steps 3",
         "--n 0 --batch 1 --sigma 1 --steps 3",
         "--n -5 --batch 1 --sigma 1 --steps 3",
-        f"--n 1{'0' * 400} --batch 1 --sigma 1 --steps 3",
+        pytest.param(f"--n 1{'0' * 400} --batch 1 --sigma 1 --steps 3", id="n of 400 digits"),
         "--n 10 --batch inf --sigma 1 --steps 3",
         "--n 10 --batch nan --sigma 1 --steps 3",
         "--q 0.1 --sigma 1 --steps 3 --group 1000000000000",
@@ -579,7 +579,8 @@ def test_command_line_errors_are_one_line(words, capsys):
     "--q 0.1 --steps 3 --epsilon 1e-300",  # as much noise as makes delta enough
     "--q 0.1 --steps 3 --epsilon 1e300", "--q 0.1 --sigma 1e-5 --steps 3", "--q 0.1 --sigma 1e-5 --epsilon 1e300",
     "--q 0.1 --sigma 2 --steps 3 --delta 1e-11", "--q 0.1 --epsilon 3 --steps 3 --delta 1e-300",
-    f"--q 0.1 --sigma 1 --steps 1{'0' * 400}", "--q 1e-9 --sigma 1 --epochs 1e300", "--q 0.1 --sigma 3 --steps 9 --group 1000"])
+    pytest.param(f"--q 0.1 --sigma 1 --steps 1{'0' * 400}", id="steps of 400 digits"),
+    "--q 1e-9 --sigma 1 --epochs 1e300", "--q 0.1 --sigma 3 --steps 9 --group 1000"])
 def test_command_line_at_the_ends_of_float64(words, capsys):
     assert command(words) == 0
     captured = capsys.readouterr()
