@@ -157,7 +157,7 @@ MUTATIONS = [Mutation(*m) for m in (
      f"{PIT}::test_the_statement_carries_what_a_guarantee_needs"),
     # Row 0: not of the table; the audit's theorem and the secure generator.
     (0, "printed bounds are rounded down", "accountant.py",
-     (("rounding=ROUND_CEILING)", 'rounding="ROUND_FLOOR")'),), "tests/test_accountant.py::test_printed_bounds_are_rounded_up"),
+     (("rounding=ROUND_CEILING)", "rounding='ROUND_FLOOR')"),), "tests/test_accountant.py::test_printed_bounds_are_rounded_up"),
     (0, "attacker's rates where float64 has ended", "accountant.py",
      (("        known = (eps >= grid[0]) & np.isfinite(value)  #", "        known = (eps >= grid[0])  #"),
       ("        value = (np.maximum(value, 0.0) + error)", "        value = (value + error)")),
