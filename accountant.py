@@ -22,14 +22,16 @@ import json
 import math
 import sys
 from collections import Counter
+from decimal import ROUND_CEILING, Context, Decimal
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from scipy.optimize import brentq, minimize_scalar
-from scipy.special import comb, gammainc, gammaln, log_ndtr, logsumexp, ndtr, ndtri, xlog1py
+from scipy.special import comb, erfcx, gammainc, gammaln, logsumexp, ndtr, ndtri, xlog1py
 
 # Inside this file a mechanism is `groups`: a tuple of ((q, sigma, k), steps); k examples come and go together (1).
+MOST_KINDS = 64  # of steps (q, sigma).  More are merged, neighbours in sigma, each pair with its larger q and smaller sigma
 
 
 def _check(q=0.0, sigma=1.0, steps=0, delta=0.5, method="rdp"):
@@ -41,15 +43,20 @@ def _check(q=0.0, sigma=1.0, steps=0, delta=0.5, method="rdp"):
         raise ValueError(f"steps = {steps}: give a whole number >= 0 of logical steps")
     if not 0 < delta < 1:
         raise ValueError(f"delta = {delta}: must lie strictly between 0 and 1, usually below 1 / n")
-    if method not in ("rdp", "pld"):
-        raise ValueError(f"method = {method!r}: choose 'rdp' or 'pld'")
-    if method == "pld" and delta < 1e-10:
+    if method not in ACCOUNTANTS:
+        raise ValueError(f"method = {method!r}: choose {' or '.join(map(repr, ACCOUNTANTS))}")
+    if method == "pld" and delta < PLD_DELTA:
         raise ValueError(f"delta = {delta}: below 1e-10 the pld certificate drowns in float64 rounding; use the method rdp "
                          "(train.py: --accountant rdp)")
 
 
 def _one(q, sigma, steps, k=1):
-    return (((float(q), float(sigma), int(k)), int(steps)),) if q > 0 and steps > 0 and sigma < math.inf else ()
+    """One kind of step as `groups`.  What float64 cannot account for becomes something that costs more, never less."""
+    if q <= 0 or steps <= 0 or sigma == math.inf:
+        return ()
+    if sigma < 1e-60 or steps > 1e18:
+        sigma = 0.0
+    return (((max(float(q), 1e-60), float(min(sigma, 1e60)), int(k)), int(min(steps, 10**18))),)
 
 
 def _silent(groups):
@@ -65,6 +72,8 @@ def _weights(q, k):
 def _ratio(x, q, sigma, k=1):
     """P/Q = 1 + u = e^L at outputs x (n,): u without cancellation where it is small, the loss L at any size."""
     j, b = (v[1:] for v in _weights(q, k))
+    if len(x) > 1 and len(x) * k > 1 << 23:  # in pieces: the table (n, k) of a large group would not fit into memory
+        return tuple(map(np.concatenate, zip(*(_ratio(half, q, sigma, k) for half in np.array_split(x, 2)), strict=True)))
     w = (np.outer(x, j) - j * j / 2) / sigma**2  # (n, k), log N(j, sigma^2) / N(0, sigma^2)
     u = np.maximum(np.expm1(np.minimum(w, 600.0)) @ b, -1.0)
     with np.errstate(divide="ignore"):
@@ -81,8 +90,8 @@ def _ratio(x, q, sigma, k=1):
 @lru_cache(maxsize=1 << 14)
 def _log_moment(q, sigma, alpha, k=1, binomial=True):
     """log A = log E_Q[(P/Q)^alpha] = (alpha - 1) R(alpha) of one step; derived in rdp()."""
-    if k == 1 and q == 1:
-        return alpha * (alpha - 1) / (2 * sigma**2)
+    if q == 1:
+        return alpha * (alpha - 1) * (k / sigma) ** 2 / 2
     if k == 1 and binomial and alpha == int(alpha) and alpha <= 1e5:
         j = np.arange(2, int(alpha) + 1)
         s = j * (j - 1) / (2 * sigma**2)
@@ -93,8 +102,9 @@ def _log_moment(q, sigma, alpha, k=1, binomial=True):
     # Trapezoid sum over z = x / sigma.  The integrand is analytic until |Im z| = pi sigma (where P = 0), so the error
     # is about exp(-2 pi^2 sigma / h); the factor (P/Q)^alpha moves the bell by at most alpha k / sigma.
     h, top = min(0.5, sigma / (2 * k)), alpha * k / sigma + 10.0
-    if k == 1 and top / h > 1e6:  # hardly any noise: convexity, (1-q+qr)^alpha <= 1-q + q r^alpha, sound and cheap
-        return float(np.logaddexp(math.log1p(-q), math.log(q) + alpha * (alpha - 1) / (2 * sigma**2)))
+    if top / h * k > 2e5:  # hardly any noise: convexity, (1-q+qr)^alpha <= 1-q + q r^alpha, sound and cheap
+        none = k * math.log1p(-q)  # log P[none of the k is in the batch]; else as if all were
+        return float(np.logaddexp(none, math.log(-math.expm1(none)) + alpha * (alpha - 1) * (k / sigma) ** 2 / 2))
     z = np.arange(-10.0, top + h, h)
     u, loss = _ratio(z * sigma, q, sigma, k)
     a, y = alpha, alpha * loss
@@ -134,6 +144,7 @@ def rdp(q, sigma, alphas):
     return np.array(values).reshape(alphas.shape)
 
 
+@np.errstate(all="ignore")
 def _minimise(f):
     """(best order, minimum) of f over all real orders alpha > 1.
 
@@ -190,6 +201,10 @@ def _rdp_delta(groups, eps):
 #              their own rounding error; downwards, `pushed` and `surplus` take it back.
 
 FFT_NOISE, MASS_NOISE, LEAK = 1e-15, 4e-15, 1e-10  # per FFT level; of a normal tail, relative; mass outside the circle
+PLD_DELTA, PLD_Q, PLD_SIGMA, PLD_STEPS = 1e-10, 1e-7, 1e3, 1e7  # smallest, smallest, largest, most: inside, it is tested
+# What is raised where float64, memory or those limits end.  Then a proven bound takes the place: Renyi's, or that of
+# full batches.
+BEYOND = (ArithmeticError, ValueError, MemoryError)
 
 
 def _span(q, sigma, k, tail):
@@ -277,7 +292,7 @@ def _compose(parts, h, theta, eta, tail):
 
     low, high = edge(-1), edge(1)
     size = 1 << max(4, math.ceil(math.log2((high - low) / h + 2)))
-    if size > 1 << 23:
+    if size > 1 << 21:
         raise MemoryError("the grid is too fine")
     spectrum = np.ones(size // 2 + 1, complex)
     for (loss, *_, t), p in zip(parts, tilted, strict=True):
@@ -308,14 +323,15 @@ def _compose(parts, h, theta, eta, tail):
     def upper(eps):
         with np.errstate(over="ignore", invalid="ignore"):
             value, error, _ = sharp(eps)
-        value = (value + error) * math.exp(1e-14 * steps) + sum(t * infinite for *_, infinite, t in parts)
-        return np.where(eps >= grid[0], np.fmin(value, 1.0), 1.0)
+        known = (eps >= grid[0]) & np.isfinite(value)  # not where e^(y - middle) has left float64
+        value = (np.maximum(value, 0.0) + error) * math.exp(1e-14 * steps) + sum(t * infinite for *_, infinite, t in parts)
+        return np.where(known, np.fmin(value, 1.0), 1.0)
 
     tau = h * math.sqrt(steps) / 2
     reach = tau * math.sqrt(-2 * math.log(eta))
     jumps, rate = 0, sum(t * pushed for *_, pushed, _, t in parts)
     while gammainc(jumps + 1, rate) > eta:  # P[Poisson(rate) > jumps]: so many steps were pushed up by rounding
-        jumps += 1
+        jumps += 1 + jumps // 8
 
     def lower(eps):
         eps, outer = eps + tau**2 / 2 + jumps * h, math.hypot(reach, tau)
@@ -334,11 +350,13 @@ def _compose(parts, h, theta, eta, tail):
 def _curves(groups, theta, eps, small):
     """[(upper, lower, grid)] for example removed, example added.  The grid makes the gap about 2e-4 of eps."""
     steps = sum(t for _, t in groups)
+    if steps > PLD_STEPS or any(q < PLD_Q or sigma > PLD_SIGMA for (q, sigma, _), _ in groups):
+        raise OverflowError("outside what the certificate is tested for")
     spread = math.sqrt(sum(t * _log_moment(q, sigma, 1.5, k) / 0.375 for (q, sigma, k), t in groups))  # of the loss
     tail = 1e-6 * small / steps
     spans = [_span(*mechanism, tail) for mechanism, _ in groups]
     h = math.sqrt(1.5e-4 * max(1, steps / 1e6) * max(eps, spread) / ((1 + max(theta, 1 / spread)) * steps))
-    h = max(h, max(last - first for _, _, first, last in spans) / 2**22)
+    h = max(h, *((s[3] - s[2]) * (k + 1) / 2**21 for s, ((_, _, k), _) in zip(spans, groups, strict=True)))
     while True:
         removed, added = [], []
         for (mechanism, t), span in zip(groups, spans, strict=True):
@@ -353,16 +371,37 @@ def _curves(groups, theta, eps, small):
             h *= 2
 
 
-def _gaussian(groups):
-    """mu of the one Gaussian mechanism that full batches (q = 1) amount to; None when any step is subsampled."""
-    if any(q < 1 for (q, _, _), _ in groups):
-        return None
+def _full_batches(groups):
+    """mu of the one Gaussian mechanism that these steps would be with full batches (q = 1).
+
+    It dominates them, and with them any k examples of a group: by convexity the mixture costs at most its worst part."""
     return math.sqrt(sum(t * (k / sigma) ** 2 for (_, sigma, k), t in groups))
 
 
+def _subsampled(groups):
+    return any(q < 1 for (q, _, _), _ in groups)
+
+
 def _gaussian_delta(mu, eps):
-    """Exact (Balle, Wang 2018, Theorem 8)."""
-    return float(np.exp(log_ndtr(mu / 2 - eps / mu)) - np.exp(eps + log_ndtr(-mu / 2 - eps / mu)))
+    """(lower, upper) of delta: Balle, Wang 2018, Theorem 8, Phi(-y) - e^eps Phi(-y-mu) with y = eps/mu - mu/2.
+
+    e^eps Phi(-y-mu) = phi(y) Phi(-y-mu) / phi(y+mu): nothing overflows, and rounding is inside the bounds."""
+    y, off = eps / mu - mu / 2, 4e-16 * (eps / mu + mu)
+
+    def at(y):  # delta, its rounding error
+        tail = float(ndtr(-y))
+        return tail - math.exp(-y * y / 2) * float(erfcx(max(0.0, y + mu) / math.sqrt(2))) / 2, 1e-12 * tail
+
+    (low, low_error), (high, high_error) = at(y + off), at(y - off)
+    return max(0.0, low - low_error), min(1.0, high + high_error)
+
+
+def _gaussian_epsilon(mu, delta):
+    """(lower, upper) of epsilon.  Phi(-y) <= delta is enough: that gives the end to search from."""
+    end = max(0.0, mu * (mu / 2 - float(ndtri(delta)))) * (1 + 1e-9)
+    low = _halve(lambda e: _gaussian_delta(mu, e)[0] <= delta, 0.0, end)[0]
+    high = 0.0 if _gaussian_delta(mu, 0.0)[1] <= delta else _halve(lambda e: _gaussian_delta(mu, e)[1] <= delta, 0.0, end)[1]
+    return low, high
 
 
 def _halve(holds, lo, hi):
@@ -387,48 +426,69 @@ def _invert(upper, lower, grid, delta):
 
 
 @lru_cache(maxsize=256)
+@np.errstate(all="ignore")
 def _pld_epsilon(groups, delta):
-    """(lower, upper)."""
+    """(lower, upper).  Where the distribution cannot be certified, upper is the smallest of the bounds known otherwise."""
     rdp_eps, order = _rdp_epsilon(groups, delta)
-    if rdp_eps in (0.0, math.inf):
+    if not groups or _silent(groups):
         return rdp_eps, rdp_eps
-    if (mu := _gaussian(groups)) is not None:
-        lo, hi = _halve(lambda e: _gaussian_delta(mu, e) <= delta, 0.0, rdp_eps)
-        return max(0.0, lo * (1 - 1e-9) - 1e-12), hi * (1 + 1e-9)
-    proven = rdp_eps if all(k == 1 for (_, _, k), _ in groups) else math.inf  # with k > 1, rdp covers "removed" only
-    guess = rdp_eps
-    for _ in range(3):  # usually once; again where RDP is far off and its order a poor tilt
-        try:
+    if not _subsampled(groups):
+        return _gaussian_epsilon(_full_batches(groups), delta)
+    proven = _gaussian_epsilon(_full_batches(groups), delta)[1]
+    if all(k == 1 for (_, _, k), _ in groups):  # with k > 1, rdp covers "removed" only
+        proven = min(rdp_eps, proven)
+    elif proven > 700:
+        proven = math.inf  # e^epsilon leaves float64: as good as no promise
+    if delta < PLD_DELTA or proven == 0 or not rdp_eps < math.inf:
+        return 0.0, proven
+    guess = max(rdp_eps, 1e-12)
+    try:
+        for _ in range(3):  # usually once; again where RDP is far off and its order a poor tilt
             bounds = [_invert(*curve, delta) for curve in _curves(groups, order - 1, guess, delta)]
-        except OverflowError:
-            return 0.0, proven
-        lowest, highest = (max(side) for side in zip(*bounds, strict=True))
-        if not 0 < highest < 0.7 * guess:
-            break
-        guess, order = highest, _rdp_delta(groups, highest)[1]
-    return lowest, min(highest, proven)
+            lowest, highest = (max(side) for side in zip(*bounds, strict=True))
+            if not 0 < highest < 0.7 * guess:
+                break
+            guess, order = highest, _rdp_delta(groups, highest)[1]
+    except BEYOND:
+        return 0.0, proven
+    return lowest, highest if highest < proven else proven
 
 
+@np.errstate(all="ignore")
 def _pld_delta(groups, eps):
     """(lower, upper)."""
     rdp_delta, order = _rdp_delta(groups, eps)
     if not groups or _silent(groups):
         return rdp_delta, rdp_delta
-    if (mu := _gaussian(groups)) is not None:
-        exact = _gaussian_delta(mu, eps)
-        return exact * (1 - 1e-9), exact * (1 + 1e-9)
+    if not _subsampled(groups):
+        return _gaussian_delta(_full_batches(groups), eps)
     try:
         curves = _curves(groups, order - 1, eps, min(0.1, max(rdp_delta, 1e-10)))
-    except OverflowError:
+        lowest, highest = (max(float(c[side](eps)) for c in curves) for side in (1, 0))
+    except BEYOND:
         return 0.0, rdp_delta
-    return max(0.0, *(float(c[1](eps)) for c in curves)), min(rdp_delta, max(float(c[0](eps)) for c in curves))
+    return max(0.0, lowest), highest if highest < rdp_delta else rdp_delta
 
 
 # ---- questions people ask ------------------------------------------------------------------------------------------
 
 
+ACCOUNTANTS = {"rdp": lambda groups, delta: _rdp_epsilon(groups, delta)[0],
+               "pld": lambda groups, delta: _pld_epsilon(groups, delta)[1]}
+
+
 def _epsilon(groups, delta, method):
-    return _rdp_epsilon(groups, delta)[0] if method == "rdp" else _pld_epsilon(groups, delta)[1]
+    return float(ACCOUNTANTS[method](groups, delta))
+
+
+def round_up(x, digits=4):
+    """x as text with so many significant digits, rounded towards +inf: what is printed never understates.
+
+    A float is taken for the shortest decimal that it is printed as: 10 -> "10", 1e-05 -> "1e-05", 9.99999999 -> "10"."""
+    x = float(x)
+    if not math.isfinite(x):
+        return str(x)
+    return f"{float(Context(prec=digits, rounding=ROUND_CEILING).plus(Decimal(repr(x)))):.{digits}g}"
 
 
 def epsilon(q, sigma, steps, delta, method="rdp"):
@@ -463,20 +523,28 @@ def pld_delta(q, sigma, steps, epsilon):
 
 
 def _delta(groups, eps, method):
-    if not 0 <= eps < math.inf:
+    if not 0 <= eps <= 1e308:
         raise ValueError(f"epsilon = {eps}: must be >= 0 and finite")
     return (0.0, _rdp_delta(groups, eps)[0]) if method == "rdp" else _pld_delta(groups, eps)
 
 
-def _groups(rows):
-    """Ledger rows -> groups; equal steps are counted, so 60,000 rows cost as much as one."""
+def _groups(steps):
+    """Rows of a ledger, or (q, sigma, steps) of a plan -> groups; equal steps are counted: 60,000 cost as much as one."""
+    counts = Counter()
     try:
-        counts = Counter((float(row["q"]), float(row["sigma"])) for row in rows)
-    except (KeyError, TypeError) as error:
+        for row in steps:
+            q, sigma, count = row if isinstance(row, (tuple, list)) else (row["q"], row["sigma"], 1)
+            _check(steps=count)
+            counts[float(q), float(sigma)] += int(count)
+    except (KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"ledger: every row needs the numbers q and sigma ({error!r})") from None
     for q, sigma in counts:
         _check(q, sigma)
-    return sum((_one(*step, count) for step, count in sorted(counts.items())), ())
+    kinds = [_one(*step, count) for step, count in sorted(counts.items())]
+    while len(kinds := sorted(filter(None, kinds), key=lambda kind: kind[0][0][1])) > MOST_KINDS:
+        pairs = [kinds[i] + (kinds[i + 1] if i + 1 < len(kinds) else ()) for i in range(0, len(kinds), 2)]
+        kinds = [_one(max(m[0] for m, _ in pair), pair[0][0][1], sum(t for _, t in pair)) for pair in pairs]
+    return tuple(sorted(kind[0] for kind in kinds))
 
 
 def ledger_rows(text, *known):
@@ -535,30 +603,55 @@ def attacker_tpr(q, sigma, steps, fprs=(0.001, 0.01, 0.1)):
     Neyman-Pearson for the composed loss distribution, so tight, not the looser line of one (eps, delta): the minimum
     over all eps of e^eps FPR + delta(eps), with the certified upper delta of the direction "example removed"."""
     _check(q, sigma, steps)
-    fprs = np.asarray(fprs, dtype=float)
+    return _attacker(_one(q, sigma, steps), _rates(fprs))
+
+
+def _rates(fprs):
+    fprs = np.asarray(fprs)
     if not ((fprs > 0) & (fprs < 1)).all():
         raise ValueError("fprs: false-positive rates must lie strictly between 0 and 1")
-    return _attacker(_one(q, sigma, steps), fprs)
+    return fprs.astype(float)
 
 
+@np.errstate(all="ignore")
 def _attacker(groups, fprs):
     if not groups or _silent(groups):
         return np.ones(fprs.shape) if groups else fprs.copy()
-    if (mu := _gaussian(groups)) is not None:
-        return ndtr(ndtri(fprs) + mu)
+    proven = ndtr(ndtri(fprs) + _full_batches(groups))
+    if not _subsampled(groups):
+        return proven
     try:
         upper, _, grid = _curves(groups, 0.0, 0.0, float(fprs.min()))[0]
-    except OverflowError:
-        return np.ones(fprs.shape)
-    with np.errstate(over="ignore"):
-        deltas, slopes = upper(grid), np.exp(grid)
-        return np.array([min(1.0, (slopes * f + deltas).min()) for f in fprs.ravel()]).reshape(fprs.shape)
+    except BEYOND:
+        return proven
+    deltas, slopes = upper(grid), np.exp(grid)
+    best = np.array([min(1.0, np.nanmin(slopes * f + deltas)) for f in fprs.ravel()])
+    return np.minimum(best.reshape(fprs.shape), proven)
+
+
+def statement_numbers(steps, delta, group=20, fprs=(0.001, 0.01, 0.1)):
+    """All that a privacy statement says of `steps`: rows of a ledger, or a plan [(q, sigma, steps), ...]; kinds may differ.
+
+    A dict of upper bounds, for any q in [0, 1], sigma >= 0, number of steps and delta in (0, 1):
+    epsilon_rdp        by Renyi moments
+    epsilon_pld        tight; Renyi's (or that of full batches, if smaller) where the tight one cannot be certified:
+                       delta below 1e-10, q below 1e-7, sigma above 1e3 or below about 1/35 (of groups: more)
+    epsilon_for_group  `group` examples added or removed together, tight; there that of full batches; inf beyond 700
+    attacker           {fpr: best true-positive rate of any membership attacker}, tight; there that of full batches
+    """
+    _check(delta=delta)
+    groups, fprs = _groups(steps), _rates(fprs)
+    rates = _attacker(groups, fprs)
+    together = tuple(((q, sigma, group), t) for (q, sigma, _), t in groups)
+    return {"epsilon_rdp": _epsilon(groups, delta, "rdp"), "epsilon_pld": _epsilon(groups, delta, "pld"),
+            "epsilon_for_group": _epsilon(together, delta, "pld"),
+            "attacker": dict(zip(fprs.tolist(), rates.tolist(), strict=True))}
 
 
 def noise_multiplier(epsilon, delta, q, steps, method="rdp"):
     """Smallest sigma (>= 1e-3) whose epsilon does not exceed the target; found on the safe side and asserted."""
     _check(q, 1.0, steps, delta, method)
-    if not 0 < epsilon < math.inf:
+    if not 0 < epsilon <= 1e308:
         raise ValueError(f"epsilon = {epsilon}: the target must be positive and finite")
     if q == 0 or steps == 0:
         return 0.0
@@ -584,11 +677,13 @@ def noise_multiplier(epsilon, delta, q, steps, method="rdp"):
 
 
 def max_steps(epsilon, delta, q, sigma, method="rdp"):
-    """Largest number of steps whose epsilon does not exceed the target; inf when steps cost nothing (q = 0)."""
+    """Largest number of steps whose epsilon does not exceed the target; inf when steps cost nothing (q = 0).
+
+    Beyond 1e12 the search ends: so many fit."""
     _check(q, sigma, 0, delta, method)
-    if not 0 <= epsilon < math.inf:
+    if not 0 <= epsilon <= 1e308:
         raise ValueError(f"epsilon = {epsilon}: the target must be >= 0 and finite")
-    if q == 0:
+    if not _one(q, sigma, 1):
         return math.inf
 
     def fits(steps):
@@ -596,11 +691,9 @@ def max_steps(epsilon, delta, q, sigma, method="rdp"):
 
     low = 0 if method == "rdp" else max_steps(epsilon, delta, q, sigma)  # rdp never allows more steps than pld
     step = max(1, low // 16)
-    while fits(low + step):
+    while low <= 1e12 and fits(low + step):
         low, step = low + step, 2 * step
-        if low > 1e12:
-            return math.inf
-    high = low + step
+    high = low + step if low <= 1e12 else low + 1
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
@@ -611,23 +704,45 @@ def max_steps(epsilon, delta, q, sigma, method="rdp"):
 
 
 def read_run(path):
-    """(groups, privacy) of a run directory: the steps of its ledger if that is there, else those privacy.json states.
+    """(groups, privacy) of a run directory: the steps that it counts as, and what its privacy.json states.
 
-    ValueError, one line, names the run."""
-    ledger, statement, plan = (Path(path, *name) for name in (("internal", "ledger.jsonl"), ("release", "privacy.json"),
-                                                              ("internal", "plan.json")))
+    Ledger and statement are both believed: of each kind of step the larger number counts, so that neither a truncated
+    ledger nor a statement made before a later resume hides a step.  A run that is not private (no noise, or a seed that
+    is known) counts as steps without noise.  privacy: the numbers q, sigma, steps, delta, epsilon as far as stated, and
+    "notes", a list of remarks for the reader.  ValueError, one line, names the run."""
+    parts = (("internal", "ledger.jsonl"), ("release", "privacy.json"), ("internal", "plan.json"), ("internal", "settings.json"))
+    ledger, *others = (Path(path, *part) for part in parts)
     try:
-        stated, planned = (json.loads(file.read_bytes()) if file.exists() else {} for file in (statement, plan))
+        stated, planned, chosen = (json.loads(file.read_bytes()) if file.exists() else {} for file in others)
         privacy = {key: float(stated[key]) for key in ("q", "sigma", "steps", "delta", "epsilon") if key in stated}
-        if ledger.exists():
-            return _groups(ledger_rows(ledger.read_bytes().decode(errors="replace"), planned)), privacy
-        if not privacy:
+        if not ledger.exists() and not stated:
             raise ValueError("neither internal/ledger.jsonl nor release/privacy.json is there")
-        _check(privacy["q"], privacy["sigma"], privacy["steps"])
-        return _one(privacy["q"], privacy["sigma"], privacy["steps"]), privacy
+        notes, counts = [], Counter()
+        if ledger.exists():
+            rows = ledger_rows(ledger.read_bytes().decode(errors="replace"), planned)
+            counts = Counter(dict(_groups(rows)))
+        if stated:
+            _check(privacy["q"], privacy["sigma"], privacy["steps"], privacy.get("delta", 0.5))
+            if not privacy.get("epsilon", 0.0) >= 0:
+                raise ValueError(f"privacy.json states epsilon {privacy['epsilon']}")
+            by_statement = Counter(dict(_one(privacy["q"], privacy["sigma"], privacy["steps"])))
+            if ledger.exists() and counts != by_statement:
+                spent, said = sum(counts.values()), sum(by_statement.values())
+                notes.append(f"{spent} steps in the ledger and {said} in the statement: the larger counts"
+                             if counts.keys() <= by_statement.keys() or by_statement.keys() <= counts.keys() else
+                             "ledger and statement differ in q or sigma; the steps of both count")
+            counts |= by_statement
+        else:
+            notes.append("a run without a statement yet: the steps of its ledger")
+        groups = tuple(sorted(counts.items()))
+        known_seed = stated.get("insecure_seed", False) is not False or chosen.get("insecure_seed") is not None
+        if known_seed or stated.get("private", True) is not True:
+            groups = tuple(((q, 0.0, k), t) for (q, _, k), t in groups) or _one(1.0, 0.0, 1)
+            notes.append("NOT PRIVATE: counts as without noise")
+        return groups, {**privacy, "notes": notes}
     except KeyError as error:
         raise ValueError(f"{path}: privacy.json lacks {error}") from None
-    except (TypeError, ValueError, OverflowError, RecursionError, OSError) as error:
+    except (TypeError, AttributeError, ValueError, OverflowError, RecursionError, OSError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -635,15 +750,18 @@ HEADER = f"{'':<20} {'sigma':>8} {'steps':>8} {'RDP eps':>9} {'order':>7} {'PLD 
 FOOTNOTE = "* best true-positive % of any membership attacker at false-positive rates 0.1, 1 and 10 % (pld, tight)"
 
 
-def _line(name, groups, delta, stated=None):
-    """One row of the table; gap is PLD's upper minus lower bound; sigma is shown where all steps share it."""
+def _line(name, groups, delta, least=0.0, stated=None):
+    """One row of the table; epsilons are at least `least`; gap is PLD's upper minus lower bound; epsilons and rates are
+    rounded up; sigma is shown where all steps share it."""
     sigmas, steps = {sigma for (_, sigma, _), _ in groups}, sum(t for _, t in groups)
     (eps, order), (lower, upper) = _rdp_epsilon(groups, delta), _pld_epsilon(groups, delta)
     gap = upper - lower if upper < math.inf else 0.0
-    sigma = f"{sigmas.pop():.4f}" if len(sigmas) == 1 else "mixed" if sigmas else "-"
-    rates = " ".join(f"{100 * rate:7.2f}" for rate in _attacker(groups, np.array([0.001, 0.01, 0.1])))
-    row = f"{name:<20} {sigma:>8} {steps:>8} {eps:>9.4f} {order:>7.2f} {upper:>9.4f} {gap:>8.1e} {rates}"
-    return row if stated is None else f"{row}   (stated: {stated:.4g})"
+    sigma = f"{sigmas.pop():.5g}" if len(sigmas) == 1 else "mixed" if sigmas else "-"
+    eps, upper = (round_up(max(least, e), 6) for e in (eps, upper))
+    rates = " ".join(f"{round_up(100 * rate):>7}" for rate in _attacker(groups, np.array([0.001, 0.01, 0.1])))
+    order = f"{order:.2f}" if order == order else "-"
+    row = f"{name:<20} {sigma:>8} {steps:>8} {eps:>9} {order:>7} {upper:>9} {gap:>8.1e} {rates}"
+    return row if stated is None else f"{row}   (stated: {round_up(stated)})"
 
 
 def _compare(paths, delta):
@@ -652,32 +770,40 @@ def _compare(paths, delta):
         delta = max((privacy["delta"] for *_, privacy in runs if "delta" in privacy), default=None)
     if delta is None:
         raise ValueError("no run states a delta: give --delta")
-    _check(delta=delta, method="pld")
-    lines = [_line(name, groups, delta, privacy.get("epsilon")) for name, groups, privacy in runs]
+    _check(delta=delta)
+    lines, total = [], Counter()
+    for name, groups, privacy in runs:
+        total.update(dict(groups))
+        notes, least, stated, at = privacy["notes"], 0.0, privacy.get("epsilon"), privacy.get("delta", delta)
+        # A statement is rounded up to four digits.  What exceeds that was not computed from these steps.
+        if stated is not None and stated > 1.002 * _rdp_epsilon(groups, at)[0] + 1e-9:
+            least = stated if at <= delta else math.inf  # (epsilon, delta) says nothing at a smaller delta
+            total[1.0, 0.0, 1] += 1
+            notes.append("it states more than its q, sigma and steps cost: that counts, and as inf in a sum")
+        lines.append("; ".join([_line(name, groups, delta, least, stated), *notes]))
     if len(runs) > 1:
-        total = Counter()
-        for _, groups, _ in runs:
-            total.update(dict(groups))
         lines.append(_line("all runs together", tuple(sorted(total.items())), delta))
-    return [f"recomputed at delta {delta:g}", HEADER, *lines, FOOTNOTE]
+    return [f"recomputed at delta {round_up(delta)}", HEADER, *lines, FOOTNOTE]
 
 
 def _plan(q, steps, sigma, epsilon, delta, group):
-    _check(q, 1.0 if sigma is None else sigma, 0 if steps is None else steps, delta, "pld")
+    _check(q, 1.0 if sigma is None else sigma, 0 if steps is None else steps, delta)
     if [steps, sigma, epsilon].count(None) != 1:
         raise ValueError("give two of --steps (or --epochs), --sigma, --epsilon: the third is computed")
+    methods = ("rdp", "pld") if delta >= PLD_DELTA else ("rdp",)
     if epsilon is None:
         plans = {"given": (sigma, steps)}
     elif steps is None:
-        plans = {f"by {m}": (sigma, max_steps(epsilon, delta, q, sigma, m)) for m in ("rdp", "pld")}
-    else:
-        plans = {f"by {m}": (noise_multiplier(epsilon, delta, q, steps, m), steps) for m in ("rdp", "pld")}
-    lines = [f"q {q:.6g}   delta {delta:g}   Poisson sampling, one example added or removed", HEADER]
+        plans = {f"by {m}": (sigma, max_steps(epsilon, delta, q, sigma, m)) for m in methods}
+    else:  # rounded up, so that the line is about the sigma that it shows
+        plans = {f"by {m}": (float(round_up(noise_multiplier(epsilon, delta, q, steps, m), 5)), steps) for m in methods}
+    lines = [f"q {q:.6g}   delta {round_up(delta)}   Poisson sampling, one example added or removed", HEADER]
     for name, (s, t) in plans.items():
         if t == math.inf:
             raise ValueError("q = 0 costs nothing: any number of steps fits")
         lines.append(_line(name, _one(q, s, t), delta))
-        lines.append(f"{'':<20} {group} pictures of one person: epsilon <= {group_epsilon(group, q, s, t, delta):.4g}")
+        bound = round_up(_pld_epsilon(_one(q, s, t, group), delta)[1])
+        lines.append(f"{'':<20} {group} pictures of one person: epsilon <= {bound}")
     return [*lines, FOOTNOTE]
 
 
@@ -704,15 +830,25 @@ def main(argv=None):
         if args.runs:
             lines = _compare(args.runs, args.delta)
         else:
-            if args.q is None and not (args.n and args.batch is not None):
+            if args.q is None and (args.n is None or args.batch is None):
                 raise ValueError("give run directories, or --n and --batch, or --q")
-            if args.group < 1:
-                raise ValueError(f"--group must be at least 1 picture, got {args.group}")
+            if args.n is not None and not 1 <= args.n <= 1e18:
+                raise ValueError("--n, the number of private examples, must be from 1 to 1e18")
+            if not 1 <= args.group <= 1000:
+                raise ValueError(f"--group must be from 1 to 1000 pictures, got {args.group}")
+            if args.epochs is not None and not 0 <= args.epochs < math.inf:
+                raise ValueError(f"--epochs must be >= 0 and finite, got {args.epochs}")
             q, steps = args.batch / args.n if args.q is None else args.q, args.steps
+            if not 0 <= q <= 1:
+                raise ValueError(f"q = {q}: the sampling probability must lie in [0, 1]; it is batch / n")
             if steps is None and args.epochs is not None and q > 0:
-                steps = math.ceil(args.epochs / q - 1e-6)
+                steps = min(args.epochs / q, 1e18)
+                steps = math.ceil(steps - 1e-6)
             delta = 1e-5 if args.delta is None else args.delta
             lines = _plan(q, steps, args.sigma, args.epsilon, delta, args.group)
+            if args.n is not None and delta >= 1 / args.n:
+                print(f"note: delta {round_up(delta)} is not below 1/n = {1 / args.n:.3g}: publishing one random example in the "
+                      "clear would satisfy it", file=sys.stderr)
     except ValueError as error:
         print(f"accountant.py: {error}", file=sys.stderr)
         return 2

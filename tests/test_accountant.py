@@ -2,12 +2,15 @@
 
 import json
 import math
+import time
+import warnings
+from decimal import Decimal
 
 import numpy as np
 import pytest
 from scipy.integrate import quad
 from scipy.special import ndtr, ndtri
-from scipy.stats import norm
+from scipy.stats import binom, norm
 
 import accountant
 import folder
@@ -414,15 +417,15 @@ def test_command_line_plan(capsys):
 
 
 def test_command_line_runs(tmp_path, capsys):
-    for name in "ab":
+    for name, steps in (("a", {"q": 0.02, "steps": 400, "sigma": 1.1}), ("b", {"q": 0.05, "steps": 200, "sigma": 2.0})):
         (tmp_path / name / "release").mkdir(parents=True)
-        statement = {"epsilon": 1.5, "delta": 1e-6, "n": 1000, "q": 0.02, "steps": 400, "sigma": 1.1}
+        statement = {"epsilon": 1.5, "delta": 1e-6, "n": 1000, **steps}
         (tmp_path / name / "release" / "privacy.json").write_text(json.dumps(statement))
     (tmp_path / "b" / "internal").mkdir()
     row = json.dumps({"step": 0, "q": 0.05, "sigma": 2.0, "clip_norm": 1.0, "batch_size": 50})
     (tmp_path / "b" / "internal" / "ledger.jsonl").write_text(
         f"{row}\n" * 299 + row[:20]
-    )  # torn by a crash: the 300th step
+    )  # torn by a crash: the 300th step; the statement is older
     assert accountant.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     a, b, both = capsys.readouterr().out.splitlines()[2:5]
     rows = [{"q": 0.02, "sigma": 1.1}] * 400 + [{"q": 0.05, "sigma": 2.0}] * 300
@@ -430,7 +433,74 @@ def test_command_line_runs(tmp_path, capsys):
         eps = [accountant.epsilon_of_ledger(part, 1e-6, method) for method in ("rdp", "pld")]
         values = numbers(line)
         assert len(part) in values and all(any(v == pytest.approx(e, abs=6e-5) for v in values) for e in eps)
-    assert "stated: 1.5" in a
+    assert "stated: 1.5" in a and "the larger counts" in b
+
+
+def run_folder(place, statement=None, rows=0, settings=None):
+    """A run of 400 steps as far as `statement` (a dict of changes) goes; its ledger has `rows` rows (None: no ledger)."""
+    for part in ("release", "internal"):
+        (place / part).mkdir(parents=True)
+    if statement is not None:
+        whole = {"private": True, "epsilon": 1.9, "delta": 1e-6, "q": 0.02, "steps": 400, "sigma": 1.1, "insecure_seed": False}
+        (place / "release" / "privacy.json").write_text(json.dumps(whole | statement))
+    if rows is not None:
+        (place / "internal" / "ledger.jsonl").write_text('{"q": 0.02, "sigma": 1.1}\n' * rows)
+    if settings:
+        (place / "internal" / "settings.json").write_text(json.dumps(settings))
+    return place
+
+
+@pytest.mark.parametrize("statement, rows, settings", [
+    ({"private": False}, None, None),
+    ({"insecure_seed": True}, 400, None),
+    ({"private": False, "epsilon": "inf", "sigma": 0.0}, 400, None),
+    ({"private": False, "steps": 0, "q": 0.0, "sigma": 0.0, "epsilon": 0.0}, 0, None),
+    (None, 7, {"insecure_seed": 0})])  # still under way
+def test_a_run_that_is_not_private_counts_as_infinite_alone_and_in_the_sum(statement, rows, settings, tmp_path, capsys):
+    good, bad = run_folder(tmp_path / "good", {}, 400), run_folder(tmp_path / "bad", statement, rows, settings)
+    assert accountant.main([str(good), str(bad)]) == 0
+    _, _, kept, lost, both, _ = capsys.readouterr().out.splitlines()
+    assert "inf" not in kept and "NOT PRIVATE" not in kept
+    assert lost.split()[3:6:2] == ["inf", "inf"] and "NOT PRIVATE" in lost
+    assert both.split()[5:8:2] == ["inf", "inf"]
+    assert accountant.main([str(good), str(good)]) == 0 and "inf" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rows, stated, counted", [
+    (0, 400, 400), (7, 400, 400), (400, 400, 400), (450, 400, 450), (None, 400, 400), (33, None, 33), (0, None, 0)])
+def test_the_larger_of_ledger_and_statement_counts(rows, stated, counted, tmp_path, capsys):
+    place = run_folder(tmp_path / "x", None if stated is None else {"steps": stated}, rows)
+    other = run_folder(tmp_path / "y", {"q": 0.1, "sigma": 3.0, "steps": 50, "epsilon": 1.2, "delta": 1e-7}, None)
+    assert accountant.main([str(place), str(other)]) == 0
+    head, _, line, _, both, _ = capsys.readouterr().out.splitlines()
+    assert head.endswith(" 1e-06" if stated else " 1e-07")
+    delta = 1e-6 if stated else 1e-7
+    steps = [{"q": 0.02, "sigma": 1.1}] * counted
+    for text, rows_of, column in ((line, steps, 3), (both, steps + [{"q": 0.1, "sigma": 3.0}] * 50, 5)):
+        assert text.split()[column] == accountant.round_up(accountant.epsilon_of_ledger(rows_of, delta), 6)
+    assert ("larger counts" in line) == (stated is not None and rows not in (None, stated))
+    assert ("without a statement" in line) == (stated is None)
+
+
+def test_ledger_and_statement_of_different_steps_both_count(tmp_path, capsys):
+    place = run_folder(tmp_path / "x", {"q": 0.05}, 300)
+    groups, privacy = accountant.read_run(place)
+    assert dict(groups) == {(0.02, 1.1, 1): 300, (0.05, 1.1, 1): 400} and "both count" in privacy["notes"][0]
+
+
+def test_a_statement_above_its_own_steps_counts_as_it_stands(tmp_path, capsys):
+    place, other = run_folder(tmp_path / "x", {"epsilon": 9.5}, 400), run_folder(tmp_path / "y", {}, 400)
+    for words, alone in (([], "9.5"), (["--delta", "1e-5"], "9.5"), (["--delta", "1e-7"], "inf")):
+        assert accountant.main([str(place), str(other), *words]) == 0
+        *_, line, _, both, _ = capsys.readouterr().out.splitlines()
+        assert line.split()[3:6:2] == [alone, alone] and "states more than" in line and both.split()[5:8:2] == ["inf", "inf"]
+
+
+@pytest.mark.parametrize("statement", [{"epsilon": math.nan}, {"sigma": -1.0}, {"steps": 1.5}, {"delta": 0.0}, {"q": "x"}])
+def test_a_statement_that_means_nothing_is_refused_in_one_line(statement, tmp_path, capsys):
+    assert accountant.main([str(run_folder(tmp_path / "x", statement, 400))]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
 
 
 WHOLE = json.dumps({"step": 0, "q": 0.05, "sigma": 2.0})
@@ -483,9 +553,195 @@ def test_a_damaged_ledger_is_read_alike_by_resume_and_calculator(text, known, ex
         "--q 0.1 --steps 5 --epsilon 0",
         "--nonsense",
         "no/such/run",
+        "--q 0.1 --sigma 1 --epochs inf",
+        "--q 0.1 --sigma 1 --epochs nan",
+        "--q 0.1 --sigma nan --steps 3",
+        "--q nan --sigma 1 --steps 3",
+        "--n 0 --batch 1 --sigma 1 --steps 3",
+        "--n -5 --batch 1 --sigma 1 --steps 3",
+        pytest.param(f"--n 1{'0' * 400} --batch 1 --sigma 1 --steps 3", id="n of 400 digits"),
+        "--n 10 --batch inf --sigma 1 --steps 3",
+        "--n 10 --batch nan --sigma 1 --steps 3",
+        "--q 0.1 --sigma 1 --steps 3 --group 1000000000000",
+        "--q 0.1 --sigma 1 --steps 3 --delta nan",
+        "--q 0.1 --steps 3 --epsilon nan",
+        "--q 0.1 --sigma 1 --epsilon inf",
     ],
 )
 def test_command_line_errors_are_one_line(words, capsys):
     assert command(words) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("accountant.py: ")
+
+
+@pytest.mark.parametrize("words", [
+    "--q 0.1 --sigma 1e-200 --steps 3", "--q 0.1 --sigma 1e300 --steps 3", "--q 1e-320 --sigma 1 --steps 3",
+    "--q 0.1 --steps 3 --epsilon 1e-300",  # as much noise as makes delta enough
+    "--q 0.1 --steps 3 --epsilon 1e300", "--q 0.1 --sigma 1e-5 --steps 3", "--q 0.1 --sigma 1e-5 --epsilon 1e300",
+    "--q 0.1 --sigma 2 --steps 3 --delta 1e-11", "--q 0.1 --epsilon 3 --steps 3 --delta 1e-300",
+    pytest.param(f"--q 0.1 --sigma 1 --steps 1{'0' * 400}", id="steps of 400 digits"),
+    "--q 1e-9 --sigma 1 --epochs 1e300", "--q 0.1 --sigma 3 --steps 9 --group 1000"])
+def test_command_line_at_the_ends_of_float64(words, capsys):
+    assert command(words) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "" and "nan" not in captured.out
+
+
+def test_command_line_notes_a_delta_that_is_too_large(capsys):
+    assert command("--n 100 --batch 10 --steps 3 --sigma 2 --delta 0.01") == 0
+    assert capsys.readouterr().err.startswith("note: delta 0.01 is not below 1/n")
+    assert command("--n 100 --batch 10 --steps 3 --sigma 2 --delta 0.0099") == 0
+    assert capsys.readouterr().err == ""
+
+
+# ---- rounding and robustness ---------------------------------------------------------------------------------------
+
+
+def test_round_up():
+    exact = {10: "10", 1e-05: "1e-05", 9.99999999: "10", 0.0: "0", math.inf: "inf", 2: "2", 0.25: "0.25", 7.4501: "7.451",
+             1.0000001e-06: "1.001e-06", 123456: "1.235e+05", 9.9995: "10", 1.7e308: "1.7e+308", 1.79761e308: "inf"}
+    assert {x: accountant.round_up(x) for x in exact} == exact
+    rng = np.random.default_rng(0)
+    for _ in range(3000):
+        x, digits = float(rng.uniform(1, 10) * 10.0 ** rng.integers(-300, 300)), int(rng.integers(1, 8))
+        text = accountant.round_up(x, digits)
+        unit = Decimal(10) ** (Decimal(repr(x)).adjusted() + 1 - digits)
+        assert 0 <= Decimal(text) - Decimal(repr(x)) < unit and Decimal(text) % unit == 0, (x, digits, text)
+        assert accountant.round_up(float(text), digits) == text  # what is exact stays
+
+
+def test_printed_bounds_are_rounded_up(capsys):
+    assert command("--q 0.02 --sigma 1.1 --steps 400 --delta 1.00001e-6") == 0
+    head, _, row, group, _ = capsys.readouterr().out.splitlines()
+    assert "delta 1.001e-06" in head
+    numbers = row.split()
+    known = accountant.statement_numbers([(0.02, 1.1, 400)], 1.00001e-6)
+    printed = [*map(float, (numbers[3], numbers[5], group.split()[-1])), *(float(word) / 100 for word in numbers[7:])]
+    exact = [known["epsilon_rdp"], known["epsilon_pld"], known["epsilon_for_group"], *known["attacker"].values()]
+    for shown, value in zip(printed, exact, strict=True):
+        assert value <= shown <= value * 1.0011
+
+
+def extreme_plan(rng):
+    """(q, sigma, steps), log-uniform: often far outside of what float64 holds comfortably."""
+    wide = rng.random() < 0.8
+    q = 10 ** rng.uniform(-323, 0) if wide else 10 ** rng.uniform(-8, 0)
+    sigma = 10 ** rng.uniform(-323, 308) if wide else 10 ** rng.uniform(-4, 4)
+    steps = int(10 ** rng.uniform(0, 20 if wide else 7))
+    special = rng.random()
+    steps = 10**400 if 0.5 < special < 0.53 else steps
+    return 1.0 if special < 0.1 else max(q, 5e-324), 0.0 if special > 0.95 else sigma, steps
+
+
+def simple_attacks(q, sigma, steps):
+    """(false alarms, detections) of attacks that need no accountant: thresholds on one output, on the largest, on the sum."""
+    cuts = np.concatenate([sigma * np.linspace(-8, 30, 200), np.linspace(0, 1, 20)])
+    quiet, heard = ndtr(-cuts / sigma), (1 - q) * ndtr(-cuts / sigma) + q * ndtr((1 - cuts) / sigma)
+    pairs = [(quiet, heard), tuple(-np.expm1(steps * np.log1p(-np.minimum(p, 1 - 1e-16))) for p in (quiet, heard))]
+    mean, width = steps * q, 9 * math.sqrt(steps * q)
+    j = np.arange(max(0, int(mean - width)), int(mean + width + 25))
+    weights, spread = binom.pmf(j, steps, q), sigma * math.sqrt(steps)
+    cuts = np.concatenate([spread * np.linspace(-8, 30, 100), np.linspace(j[0] - 6 * spread, j[-1] + 6 * spread, 100)])
+    pairs.append((ndtr(-cuts / spread), ndtr((j - cuts[:, None]) / spread) @ weights))
+    return pairs
+
+
+def test_statement_numbers_are_total_and_above_what_simple_attacks_reach():
+    """Some hundred plans at the ends of float64, none raises, warns, or is understated; kinds of steps may be mixed."""
+    rng, start, plans = np.random.default_rng(0), time.process_time(), 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        while plans < 300 and (plans < 200 or time.process_time() - start < 8):
+            plans += 1
+            kinds = [extreme_plan(rng) for _ in range(rng.integers(1, 4))]
+            delta = max(10 ** rng.uniform(-323, -0.001), 5e-324) if rng.random() < 0.5 else 10 ** rng.uniform(-12, -0.3)
+            known = accountant.statement_numbers(kinds, delta, int(rng.choice([2, 20, 1000])))
+            rdp, pld, group, rates = known.values()
+            assert 0 <= pld <= rdp * (1 + 1e-9) + 1e-9 and group >= 0, (kinds, delta, known)
+            assert group >= pld * 0.99 - 1e-9 and all(f * (1 - 1e-9) <= r <= 1 for f, r in rates.items()), (kinds, delta, known)
+            for q, sigma, steps in kinds:
+                if sigma == 0:
+                    assert rdp == pld == group == math.inf and set(rates.values()) == {1.0}
+                elif 1e-8 < q < 1 and 1e-4 < sigma < 1e4 and steps < 1e7:
+                    for quiet, heard in simple_attacks(q, sigma, steps):
+                        if pld < 600:
+                            assert (heard - math.exp(pld) * quiet).max() <= delta * (1 + 1e-7) + 1e-14, (kinds, delta, known)
+                        for f, r in rates.items():
+                            assert heard[quiet <= f].max(initial=0.0) <= r * (1 + 1e-9) + 1e-12, (kinds, known)
+    assert time.process_time() - start < 60
+
+
+@pytest.mark.parametrize("q, sigma, steps, delta", [
+    (0.02, 1.0, 500, 1e-5), (0.5, 1.5523, 30, 1e-5), (1e-6, 0.5, 10**6, 1e-6), (0.3, 40.0, 1000, 1e-8), (0.9, 0.6, 2, 1e-4),
+    (0.016628129644796995, 0.10013856882956686, 949, 1e-5)])  # the last one's rates were once -inf
+def test_simple_attacks_stay_below_the_tight_numbers(q, sigma, steps, delta):
+    known = accountant.statement_numbers([(q, sigma, steps)], delta)
+    for quiet, heard in simple_attacks(q, sigma, steps):
+        if known["epsilon_pld"] < 600:
+            assert (heard - math.exp(known["epsilon_pld"]) * quiet).max() <= delta * (1 + 1e-7)
+        for f, r in known["attacker"].items():
+            assert heard[quiet <= f].max(initial=0.0) <= r * (1 + 1e-9)
+
+
+def test_statement_numbers_are_those_of_the_single_functions():
+    rows = [{"q": 0.05, "sigma": 4.0}] * 100
+    known = accountant.statement_numbers(rows, 1e-5, 3)
+    assert known == accountant.statement_numbers([(0.05, 4.0, 60), (0.05, 4.0, 40)], 1e-5, 3)
+    assert known["epsilon_rdp"] == accountant.epsilon(0.05, 4.0, 100, 1e-5)
+    assert known["epsilon_pld"] == accountant.epsilon(0.05, 4.0, 100, 1e-5, "pld")
+    assert known["epsilon_for_group"] == accountant.group_epsilon(3, 0.05, 4.0, 100, 1e-5)
+    assert list(known["attacker"].values()) == accountant.attacker_tpr(0.05, 4.0, 100).tolist()
+    assert accountant.statement_numbers([], 1e-5) == {"epsilon_rdp": 0, "epsilon_pld": 0, "epsilon_for_group": 0,
+                                                      "attacker": {0.001: 0.001, 0.01: 0.01, 0.1: 0.1}}
+    mixed = accountant.statement_numbers([(0.05, 4.0, 60), (0.02, 3.0, 40)], 1e-5, 3)
+    worst = accountant.statement_numbers([(0.05, 3.0, 100)], 1e-5, 3)
+    for key in ("epsilon_rdp", "epsilon_pld", "epsilon_for_group"):
+        assert accountant.statement_numbers([(0.05, 4.0, 60)], 1e-5, 3)[key] < mixed[key] < worst[key]
+    below = accountant.statement_numbers([(0.05, 4.0, 100)], 1e-11, 3)  # no dead end: Renyi's number takes the place
+    assert below["epsilon_pld"] == below["epsilon_rdp"] == accountant.epsilon(0.05, 4.0, 100, 1e-11)
+    assert below["epsilon_rdp"] < below["epsilon_for_group"] < math.inf
+
+
+def test_many_kinds_of_steps_are_merged_soundly():
+    rng = np.random.default_rng(0)
+    rows = [{"q": 0.02 * rng.uniform(1, 1.05), "sigma": rng.uniform(1.1, 1.2)} for _ in range(500)]
+    kinds = accountant._groups(rows)
+    assert len(kinds) <= accountant.MOST_KINDS and sum(t for _, t in kinds) == 500
+    exact = accountant._rdp_epsilon(tuple(((r["q"], r["sigma"], 1), 1) for r in rows), 1e-5)[0]
+    assert exact <= accountant.epsilon_of_ledger(rows, 1e-5) <= 1.1 * exact
+
+
+STRANGE = [math.nan, math.inf, -math.inf, -1.0, 0.0, 5e-324, 1e-320, 1e300, 10**400, 1, 2, 1e-200, 10000, 1e-300, 1e-11]
+
+
+def test_every_function_answers_or_refuses_in_one_line():
+    rng, start = np.random.default_rng(1), time.process_time()
+
+    def one_of(low, high, whole=False):
+        x = STRANGE[rng.integers(len(STRANGE))] if rng.random() < 0.4 else 10 ** rng.uniform(low, high)
+        return int(x) if whole and abs(x) < 1e300 else x
+
+    tried = 0
+    while tried < 150 and (tried < 60 or time.process_time() - start < 8):
+        tried += 1
+        q, sigma, steps, delta = one_of(-4, 0), one_of(-1, 300), one_of(0, 3, True), one_of(-9, -1)
+        eps, k, method = one_of(-1, 3), one_of(0, 2, True), ("rdp", "pld")[tried % 2]
+        for function, *arguments in (
+                (accountant.epsilon, q, sigma, steps, delta, method), (accountant.max_steps, eps, delta, q, sigma),
+                (accountant.noise_multiplier, eps, delta, q, steps), (accountant.delta, q, sigma, steps, eps, method),
+                (accountant.group_epsilon, k, q, sigma, steps, delta), (accountant.attacker_tpr, q, sigma, steps, delta),
+                (accountant.epsilon_of_ledger, [{"q": q, "sigma": sigma}] * 3, delta, method)):
+            try:
+                assert function(*arguments) >= 0, (function, arguments)  # not nan either
+            except ValueError as error:
+                assert "\n" not in str(error)
+
+
+def test_calibration_at_the_ends():
+    for method in ("rdp", "pld"):
+        assert accountant.noise_multiplier(1e300, 1e-5, 0.1, 10, method) == pytest.approx(1e-3)
+        assert accountant.epsilon(0.1, accountant.noise_multiplier(10000, 1e-5, 0.1, 10, method), 10, 1e-5, method) <= 10000
+        with pytest.raises(ValueError, match="out of reach"):
+            accountant.noise_multiplier(1e-300, 1e-10, 0.1, 10, method)
+    assert 1e12 <= accountant.max_steps(1.0, 1e-5, 1e-10, 1e4) < math.inf  # steps that cost a little are not free
+    assert accountant.max_steps(1.0, 1e-5, 0.1, math.inf) == math.inf

@@ -62,7 +62,7 @@ def test_the_rigorous_bound_exceeds_randomised_response_in_at_most_five_percent(
 
 def test_the_rigorous_bound_exceeds_the_claim_in_at_most_five_percent_of_audits():
     claim, most = accountant.epsilon(0.5, 2.0, 3, 1e-3, "pld"), audit.rigorous_bound(40, 40, 100, 1e-3)
-    found = [audit.audit([(0.5, 2.0, 3)], 1e-3, 100, guesses=40, rng=coins(i)) for i in range(100)]
+    found = [audit.audit([(0.5, 2.0, 3)], 1e-3, 100, guesses=40, rng=coins(i), fast=True) for i in range(100)]
     assert all(f["upper_pld"] == claim < most for f in found)  # all guesses right would exceed the claim
     for score in ("sum", "differences", "regenerated"):
         assert sum(f["lower"][score] > claim for f in found) <= 5
@@ -74,7 +74,7 @@ def test_the_rigorous_bound_exceeds_the_claim_in_at_most_five_percent_of_audits(
     ((0.1, 1.0, 300), 5000, (13.5, 14.4), (2.9, 3.9), (6.8, 8.2))])
 def test_audit_of_the_real_engine(plan, m, by_rdp, rigorous, estimated):
     """The ranges hold what other, simulated audits of these two plans gave: 3.07 and 6.81; 3.31 and 7.55."""
-    found = audit.audit([plan], 1e-5, m, rng=coins())
+    found = audit.audit([plan], 1e-5, m, rng=coins(), fast=True)
     for value, (low, high) in ((found["upper_rdp"], by_rdp), (found["lower"]["sum"], rigorous), (found["estimate"], estimated)):
         assert low < value < high
     assert found["lower"]["sum"] < found["estimate"] < found["upper_pld"] <= found["upper_rdp"]
@@ -83,13 +83,13 @@ def test_audit_of_the_real_engine(plan, m, by_rdp, rigorous, estimated):
 
 def test_steps_that_differ_secure_noise_and_other_clipping():
     schedule = [(0.5, 1.5, 20), (1.0, 3.0, 10)]
-    plain, secure = (audit.audit(schedule, 1e-5, 2000, guesses=200, rng=coins(), secure=s) for s in (False, True))
+    secure, fast = (audit.audit(schedule, 1e-5, 2000, guesses=200, rng=coins(), fast=f) for f in (False, True))
     rows = [{"q": q, "sigma": s} for q, s, t in schedule for _ in range(t)]
-    assert plain["upper_pld"] == accountant.epsilon_of_ledger(rows, 1e-5, "pld")
-    for found in (plain, secure):
+    assert secure["upper_pld"] == accountant.epsilon_of_ledger(rows, 1e-5, "pld")
+    for found in (secure, fast):
         assert 2 < found["lower"]["sum"] < found["estimate"] < found["upper_pld"]
     for clipping in ("automatic", "per-layer"):
-        found = audit.audit([(1.0, 3.0, 30)], 1e-5, 1000, guesses=100, rng=coins(), clipping=clipping, clip_norm=0.1)
+        found = audit.audit([(1.0, 3.0, 30)], 1e-5, 1000, guesses=100, rng=coins(), fast=True, clipping=clipping, clip_norm=0.1)
         assert 2 < found["lower"]["sum"] < found["upper_pld"]
 
 
@@ -131,10 +131,10 @@ def break_seed_fixed(monkeypatch):
     (break_noise_repeated, "differences", (0.05, 1.5, 60), 1e-5, 2000, 200),
     (break_seed_fixed, "regenerated", (0.05, 1.5, 60), 1e-5, 2000, 200)])
 def test_a_broken_engine_is_caught(broken, score, plan, delta, m, guesses, monkeypatch):
-    honest = audit.audit([plan], delta, m, guesses=guesses, rng=coins())
+    honest = audit.audit([plan], delta, m, guesses=guesses, rng=coins(), fast=True)
     assert honest["upper_pld"] <= 2.01 and honest["lower"][score] < honest["upper_pld"]
     broken(monkeypatch)
-    caught = audit.audit([plan], delta, m, guesses=guesses, rng=coins())
+    caught = audit.audit([plan], delta, m, guesses=guesses, rng=coins(), fast=True)
     assert caught["upper_pld"] == honest["upper_pld"] < caught["lower"][score]
 
 
@@ -145,7 +145,7 @@ def test_a_broken_engine_is_caught(broken, score, plan, delta, m, guesses, monke
 def run(tmp_path):
     for part in ("release", "internal"):
         (tmp_path / part).mkdir()
-    privacy = {"delta": 1e-4, "q": 0.5, "sigma": 2.0, "steps": 8, "clip_norm": 0.1, "clipping": "flat", "secure_noise": True}
+    privacy = {"delta": 1e-4, "q": 0.5, "sigma": 2.0, "steps": 8, "clip_norm": 0.1, "clipping": "flat", "fast_noise": False}
     folder.write_json(privacy, tmp_path / "release" / "privacy.json")
     return tmp_path
 
@@ -160,11 +160,31 @@ def test_program_audits_a_run(run, capsys):
     row = {"q": 0.25, "sigma": 1.0}
     (run / "internal" / "ledger.jsonl").write_text("".join(json.dumps(row | {"sigma": s}) + "\n" for s in (1.0, 3.0, 3.0)))
     assert audit.main([str(run), "--canaries", "500", "--out", str(run / "x.png")]) == 0
-    assert "q 0.25, sigma 1, 1 steps; q 0.25, sigma 3, 2 steps" in capsys.readouterr().out and (run / "x.png").exists()
+    expected = "q 0.25, sigma 1, 1 steps; q 0.25, sigma 3, 2 steps; q 0.5, sigma 2, 8 steps"  # ledger and statement
+    assert expected in capsys.readouterr().out and (run / "x.png").exists()
+
+
+@pytest.mark.parametrize("stated, words, fast", [
+    ({}, [], False), ({"fast_noise": True}, [], True), ({"fast_noise": False}, ["--fast-noise"], True),
+    ({"fast_noise": None, "secure_noise": True}, [], False), ({"fast_noise": None, "secure_noise": False}, [], True),
+    ({"fast_noise": None}, [], False)])
+def test_program_audits_the_generator_of_the_run(stated, words, fast, run, monkeypatch):
+    """Statements of before --fast-noise have secure_noise instead; None here: not in the statement."""
+    path = run / "release" / "privacy.json"
+    statement = folder.read_json(path) | stated
+    folder.write_json({key: value for key, value in statement.items() if value is not None}, path)
+    asked, honest = [], dp_sgd.fresh_generator
+    monkeypatch.setattr(dp_sgd, "fresh_generator", lambda device="cpu": asked.append("fast") or honest(device))
+    secure = dp_sgd.SecureGenerator
+    monkeypatch.setattr(dp_sgd, "SecureGenerator", lambda: asked.append("secure") or secure())
+    monkeypatch.setattr(dp_sgd, "privatise", lambda sums, *rest: sums)  # the noise itself is not at stake
+    monkeypatch.setattr(dp_sgd, "poisson_sample", lambda n, q, generator=None: torch.arange(n))
+    audit.main([str(run), "--canaries", "50", *words])
+    assert asked == ["fast" if fast else "secure"] * 3
 
 
 def test_program_without_a_run_and_its_verdict(capsys, monkeypatch):
-    plan = ["--q", "0.05", "--sigma", "1", "--steps", "30", "--canaries", "1000"]
+    plan = ["--q", "0.05", "--sigma", "1", "--steps", "30", "--canaries", "1000", "--fast-noise"]
     assert audit.main(plan) == 0 and "no violation" in capsys.readouterr().out
     break_sampling(monkeypatch)
     assert audit.main(plan) == 1 and "VIOLATED" in capsys.readouterr().out
