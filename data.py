@@ -15,8 +15,8 @@ the Poisson sampler of the private stage lives in dp_sgd.py.
     faces      private   other photographs of faces in the same layout, in the folder faces of the data root
     folder:PATH, npz:PATH   either    your own pictures: one subfolder per class or one flat folder (captions.txt is
                             optional: filename TAB caption), or the arrays images, labels, class_names
-    The list of classes is released, so a private set declares it and nothing is counted: its class folders, empty or
-    not, its array class_names, or --classes. Only a public npz may have as many classes as its labels say.
+    The list of classes is released, so a private set declares it and nothing is counted: by class folders,
+    empty or not, by the array class_names, or by --classes. Only in a public npz labels may be counted.
     An own set is split by a checksum of each picture's name (npz: pixels): about one in ten is "test". No picture's side
     depends on the others, so adding or removing one changes nothing else: the neighbouring relation of the guarantee.
 
@@ -98,7 +98,7 @@ def load(name, split="train", root=None, size=32, public_classes=None, n=None, s
     cache           folder of decoded photographs; None: "cache" in the data root if that may be written to
     decode          False: photographs are only listed, images is an empty shape on the meta device; nothing large is downloaded
     classes         names of the classes in their order, for own sets; a set that has other classes is refused
-    private         True: the set must declare its classes, none are counted (npz: class_names, or the argument `classes`)
+    private         True: an npz must declare its classes, by class_names or the argument `classes`
     Returns ImageSet. Raises DataError if files are missing or damaged, ValueError for arguments out of range.
     """
     kind = kind_of(name)
@@ -121,7 +121,8 @@ def load(name, split="train", root=None, size=32, public_classes=None, n=None, s
     else:
         whole = ImageSet(name, *LOADERS[kind](root, split))
     if classes and list(classes) != list(whole.classes):
-        raise ValueError(f"{name} has the classes {', '.join(whole.classes)}; others were asked for, leave out --classes")
+        raise ValueError(f"{name} has the classes {', '.join(whole.classes)}; others were asked for, leave "
+                         "out --classes")
     part = subset(whole, n, seed, f"{name} {split}")
     if isinstance(part.images, torch.Tensor):
         colour = part.images.shape[1] == 3
@@ -157,7 +158,7 @@ def kind_of(name):
 def same_pictures(a, b, root=None):
     """Do two names of sets, as in --public and --private, mean the same images, wholly or in part?
 
-    Judged by names and by where the sets lie, a folder within another included; no image is read. Copies of the images
+    Judged by names and by where the sets lie, a folder within another included; no image is read. Copies
     elsewhere are found by their digests.
     """
     first, second = place(a, root), place(b, root)
@@ -169,7 +170,7 @@ def same_pictures(a, b, root=None):
 
 
 def place(name, root=None):
-    """The file or folder with the images of a set, links resolved; None for drawn sets and for names that have none."""
+    """The file or folder with a set's images, links resolved; None for drawn sets and names without one."""
     kind, _, where = str(name).partition(":")
     root = data_root(root)
     if kind in OWN and where:
@@ -188,22 +189,23 @@ def place(name, root=None):
 
 
 def digests(images):
-    """Images (N,C,H,W) uint8, as the networks see them -> sorted int64 (M,): 8 bytes of BLAKE2b of each different image.
+    """Images (N,C,H,W) uint8, as the networks see them -> (M,) int64, sorted: 8 bytes of BLAKE2b of each.
 
-    They travel with the public checkpoints: a private set that holds one of the public images is refused, whatever its
-    name and place. An image that was compressed or resized in another way has another digest.
+    They travel with the public checkpoints: a private set that holds one of the public images is refused,
+    whatever its name and place. An image compressed or resized in another way has another digest.
     """
     found = {hashlib.blake2b(image, digest_size=8).digest() for image in images.contiguous().numpy()}
-    return torch.tensor([int.from_bytes(x, "little", signed=True) for x in found], dtype=torch.int64).sort().values
+    numbers = [int.from_bytes(digest, "little", signed=True) for digest in found]
+    return torch.tensor(numbers, dtype=torch.int64).sort().values
 
 
 def class_list(text):
-    """--classes: "a,b,c" -> ["a", "b", "c"]; a number N -> ["0", ..., str(N - 1)]. ValueError for what is neither."""
+    """--classes: "a,b,c" -> ["a", "b", "c"]; a number N -> ["0", ..., str(N - 1)]. ValueError for others."""
     names = [name.strip() for name in text.split(",")]
     if len(names) == 1 and names[0].isdecimal():
         names = [str(i) for i in range(min(int(names[0]), MOST_CLASSES + 1))]
     if not names or "" in names or len(set(names)) < len(names) or len(names) > MOST_CLASSES:
-        raise ValueError(f"--classes must be different names with commas, or a number from 1 to {MOST_CLASSES}")
+        raise ValueError(f"--classes must be distinct names with commas, or a number in 1 to {MOST_CLASSES}")
     return names
 
 
@@ -363,8 +365,8 @@ def load_npz(root, split, where, classes=None, private=False):
     if "labels" not in arrays:
         names = names or ["0"]
     elif private and not names:
-        raise ValueError(f"{path} has no array class_names, and the list of classes is published, so it is not made from "
-                         "private labels: say --classes a,b,c, or --classes N for 0 to N-1")
+        raise ValueError(f"{path} has no array class_names, and the list of classes is published, so it is "
+                         "not made from private labels: say --classes a,b,c, or --classes N for 0 to N-1")
     if len(set(names)) < len(names):
         raise DataError(f"{path}: class_names has a name twice")
     images, labels = check(arrays["images"], labels, path, 0, len(names or range(1000)) - 1)
@@ -378,7 +380,7 @@ def load_npz(root, split, where, classes=None, private=False):
 
 
 def load_folder(root, split, where, classes=None, private=False):
-    """An own set of picture files, its classes declared by its folders; images of the result is the list of paths."""
+    """An own set of picture files; its folders are its classes, images of the result is the list of paths."""
     base = located(root, where)
     files, labels, names = photos.tree(base, classes)
     rows = [i for i, file in enumerate(files) if held_out(file.as_posix().encode()) == (split == "test")]

@@ -31,9 +31,10 @@ def rank():
 
 @contextlib.contextmanager
 def replacing(path, private=False):
-    """Open a file to write bytes; it takes the place of `path` when complete. A crash leaves the old file or the new one.
+    """Open a file to write bytes; it takes the place of `path` when complete: a crash leaves the old or the new.
 
-    private: only its owner may read it (opening); so it is in internal/ anyway."""
+    private: only its owner may read it, as all in internal/ (`opening`).
+    """
     if rank():
         with open(os.devnull, "wb") as file:
             yield file
@@ -53,7 +54,7 @@ def replacing(path, private=False):
 
 
 def opening(path, private=False):
-    """For open(): a new file in internal/ or that is private has mode 0600 from its first moment, whatever the umask."""
+    """For open(): a new file that is private or in internal/ begins with mode 0600, whatever the umask."""
     mode = 0o600 if private or Path(path).parent.name == "internal" else 0o666
     return lambda name, flags: os.open(name, flags, mode)
 
@@ -61,7 +62,7 @@ def opening(path, private=False):
 def only_owner(place, pattern="*"):
     """Make a folder, or close an older one: only its owner may enter it (0700) and read its files (0600).
 
-    A folder that also holds what does not match `pattern` is somebody's own: there only the files that do are closed.
+    A folder with other things than `pattern` is somebody's own: only the files that match are closed there.
     """
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = list(place.iterdir())
@@ -144,7 +145,7 @@ def prepare(out, resume):
     for part in PARTS:
         (out / part).mkdir(parents=True, exist_ok=True, mode=0o700 if part == "internal" else 0o777)
     only_owner(out / "internal")
-    lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o600)  # stays open: closing it would give the lock back
+    lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o600)  # stays open: closed, the lock is lost
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):

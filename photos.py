@@ -23,7 +23,7 @@ from tqdm import tqdm
 import folder
 
 CACHE_FROM = 1000  # fewer pictures are decoded faster than anybody notices
-SYSTEM = {"@eaDir", "__MACOSX", "lost+found", "Thumbs", "$RECYCLE.BIN", "System Volume Information"}  # folders, no classes
+SYSTEM = {"@eaDir", "__MACOSX", "lost+found", "Thumbs", "$RECYCLE.BIN"}  # folders that are no classes
 CROP = "central square"  # part of a cache's name: change it with the crop
 CACHED = f"*{'[0-9a-f]' * 24}.npy*"  # names of files in the cache, unfinished ones included
 
@@ -55,7 +55,8 @@ def read_attributes(path):
     lines, code, rows = read_lines(path), {"1": True, "-1": False}, {}
     names = lines[1][1] if len(lines) > 1 else []
     for number, (picture, *values) in lines[2:]:
-        if len(values) != len(names) or not set(values) <= code.keys() or picture in rows or not inside(picture):
+        complete = len(values) == len(names) and set(values) <= code.keys()
+        if not complete or picture in rows or not inside(picture):
             wanted = f"a file inside the folder, once, with {len(names)} values 1 or -1"
             raise ValueError(damaged(path, f"line {number}: expected {wanted}"))
         rows[picture] = [code[value] for value in values]
@@ -69,22 +70,23 @@ def read_partition(path):
     parts = {}
     for number, row in read_lines(path):
         if len(row) != 2 or row[1] not in ("0", "1", "2") or row[0] in parts or not inside(row[0]):
-            raise ValueError(damaged(path, f"line {number}: expected a file inside the folder, once, and 0, 1 or 2"))
+            wanted = "a file inside the folder, once, and 0, 1 or 2"
+            raise ValueError(damaged(path, f"line {number}: expected {wanted}"))
         parts[row[0]] = int(row[1])
     return parts
 
 
 def inside(name):
-    """Is this the plain name of a file below its folder? Absolute names, "../x" and "./x" (a second name of x) are not."""
+    """Is this the plain name of a file in its folder? Not so "/x", "../x", and "./x", another name of x."""
     return PurePosixPath(name).as_posix() == name and name[0] != "/" and ".." not in name.split("/")
 
 
 def tree(base, classes=None):
     """Picture files under a folder -> (paths relative to it, sorted; class of each; class names).
 
-    One subfolder per class, as torchvision's ImageFolder has it, or one flat folder, whose only class is "picture". A
-    class is a subfolder, empty or not: no picture makes or unmakes one. `classes` gives their order, and may name more.
-    Folders that are hidden or of the system are left out.
+    One subfolder per class, as torchvision's ImageFolder has it, or one flat folder, whose only class is "picture".
+    A class is a subfolder, empty or not: no picture makes or unmakes one. `classes` gives their order and may
+    name more. Folders that are hidden or of the system are left out.
     """
     if not base.is_dir():
         raise ValueError(f"{base} is no folder")
@@ -96,8 +98,8 @@ def tree(base, classes=None):
     found = (p.relative_to(base) for p in base.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
     files = sorted(p for p in found if seen(p))
     if folders and (loose := next((p for p in files if len(p.parts) == 1), None)):
-        raise ValueError(f"{base / loose} lies beside the class folders ({', '.join(folders)[:60]}): move it into one "
-                         "of them")
+        beside = f"lies beside the class folders ({', '.join(folders)[:60]})"
+        raise ValueError(f"{base / loose} {beside}: move it into one of them")
     names = list(classes or folders or ["picture"])
     if lacking := next((name for name in folders if name not in names), None):
         raise ValueError(f"{base / lacking} is a folder of a class that --classes does not name")
@@ -133,7 +135,8 @@ def read_text(path):
 
 def read_lines(path):
     """[(number from 1, words)] of the lines of a text file, empty ones left out."""
-    return [(number, line.split()) for number, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
+    lines = enumerate(read_text(path).splitlines(), 1)
+    return [(number, line.split()) for number, line in lines if line.strip()]
 
 
 # ---- pixels ------------------------------------------------------------------------------------------------------

@@ -129,8 +129,8 @@ def parse(argv):
           ("public_n", int, "public pictures to use or draw"),
           ("private", str, f"private set, any of these but {', '.join(data.PUBLIC_ONLY)}"),
           ("private_n", int, "private pictures to use, a random choice"),
-          ("classes", str, "classes of an own private set: names with commas, in their order, or a number N for 0 to N-1; "
-           "None: its class folders or its array class_names"),
+          ("classes", str, "classes of an own private set: names with commas, in their order, or a number N "
+           "for 0 to N-1; None: its class folders or its array class_names"),
           ("label_attribute", str, "attribute of celeba and faces that gives the two classes"),
           ("size", int, "side of the pictures the networks see, in pixels; None: the preset's"),
           ("condition", str, "what a picture is made from: its class, a text (captions, or sentences about attributes or "

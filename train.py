@@ -151,21 +151,21 @@ def load_public(path):
 
 
 def refuse_release(checkpoint, path):
-    """A checkpoint with a privacy statement was tuned on private images: it is no public network, whatever its name."""
+    """A checkpoint with a privacy statement was tuned on private images: it is no public network."""
     if "privacy" in checkpoint:
-        raise ValueError(f"{path} is a release with a privacy statement, no public network: it was tuned on private images; "
-                         "use public networks, e.g. those of that run (--init RUN)")
+        raise ValueError(f"{path} is a release with a privacy statement, no public network: it was tuned on "
+                         "private images; use public networks, e.g. those of that run (--init RUN)")
 
 
 def public_digests(s, images):
-    """data.digests of the public images (N, C, H, W); none of drawn ones, in which there is nothing private."""
+    """data.digests of the public images (N, C, H, W); none of drawn ones: nothing private is in them."""
     return data.digests(images[:0] if data.kind_of(s.public) in data.DRAWN else images)
 
 
 def refuse_known(s, private, digests, checkpoints):
-    """Refuse private images (N, C, H, W) uint8 that a public network was trained on, wherever it got them from.
+    """Refuse private images (N, C, H, W) uint8 that a public network was trained on, wherever they came from.
 
-    digests: of the public set at hand; checkpoints: the public stages that exist already, each with its own digests.
+    digests: of the public set at hand; checkpoints: the public stages that exist already, with their digests.
     """
     known = [digests]
     for checkpoint in checkpoints:
@@ -173,11 +173,13 @@ def refuse_known(s, private, digests, checkpoints):
         if isinstance(own, torch.Tensor) and own.dtype == torch.int64:
             known.append(own.flatten())
         elif origin not in data.DRAWN:
-            raise ValueError(f"the public networks (trained on {origin}) were made before digests of their images were "
-                             "recorded, so private images may be among them: train the public stages again")
+            raise ValueError(f"the public networks (trained on {origin}) were made before digests of their "
+                             "images were recorded, so private images may be among them: train the public "
+                             "stages again")
     if shared := int(torch.isin(data.digests(private), torch.cat(known)).sum()):
-        raise ValueError(f"--private {s.private}: {shared} of its images are among the images that the public networks were "
-                         "trained on, so nothing would be private; choose another private or public set")
+        raise ValueError(f"--private {s.private}: {shared} of its images are among the images that the "
+                         "public networks were trained on, so nothing would be private; choose another private or "
+                         "public set")
 
 
 def train_autoencoder(s, images, stop):
@@ -231,8 +233,8 @@ def train_diffusion(s, latents, conditions, embedder, stop, digests):
 
     fit(s, "2/3 latent diffusion", model, loss_fn, s.ldm_steps, s.ldm_lr, 0.995, s.out / "internal" / "ldm_state.pt", stop)
     checkpoint = {"unet": asdict(s.unet), "embedder": embedder, "schedule": asdict(s.schedule), "model": model.state_dict(),
-                  "trained_on": data.kind_of(s.public), "public_classes": s.public_classes, "steps": s.ldm_steps,
-                  "digests": digests}
+                  "trained_on": data.kind_of(s.public), "public_classes": s.public_classes,
+                  "steps": s.ldm_steps, "digests": digests}
     folder.save(checkpoint, s.out / "public" / "ldm.pt")
     return checkpoint
 
@@ -526,8 +528,10 @@ def main(argv=None):
             if checkpoint.get("trained_on") == s.public == "strokes" and classes != s.public_classes:
                 raise ValueError(f"--public-classes {s.public_classes}: {s.init} was trained on {classes}; say --public-classes "
                                  f"{classes}, or leave out --init")
-    stages = [s.out / "public" / name for name in ("vae.pt", "ldm.pt")] if s.resume else []
-    public_stages = [c for c in (first, second) if c] + [folder.load(path) for path in stages if path.exists()]
+    public_stages = [c for c in (first, second) if c]
+    if s.resume:
+        paths = [s.out / "public" / name for name in ("vae.pt", "ldm.pt")]
+        public_stages = [folder.load(path) for path in paths if path.exists()]
     origins = {s.public, *(str(c.get("trained_on")) for c in public_stages)}
     # With --steps 0 too: the statement then says that no private image was read.
     if any(data.same_pictures(origin, s.private, s.data_root) for origin in origins):
@@ -605,8 +609,8 @@ def main(argv=None):
     first = load_public(s.out / "public" / "vae.pt") if have["vae.pt"] else train_autoencoder(s, public.images, stop)
     autoencoder, scale = sample.build_vae(first), first["scale"]
     second = load_public(s.out / "public" / "ldm.pt") if have["ldm.pt"] else train_diffusion(
-        s, encode(s, autoencoder, shard(public.images), scale), find_conditions(s, own_part(public), embedder), embedder, stop,
-        digests)
+        s, encode(s, autoencoder, shard(public.images), scale),
+        find_conditions(s, own_part(public), embedder), embedder, stop, digests)
     embedder, s.trained_on = second["embedder"], sorted({first["trained_on"], second["trained_on"]})
     s.public_weights = sorted({name for stage in (first, second) for name in stage.get("public_weights", ())})
     if s.condition == "class" and embedder["num_classes"] < len(private.classes):
