@@ -15,6 +15,8 @@ the Poisson sampler of the private stage lives in dp_sgd.py.
     faces      private   other photographs of faces in the same layout, in the folder faces of the data root
     folder:PATH, npz:PATH   either    your own pictures: one subfolder per class or one flat folder (captions.txt is
                             optional: filename TAB caption), or the arrays images, labels, class_names
+    The list of classes is released, so a private set declares it and nothing is counted: by class folders,
+    empty or not, by the array class_names, or by --classes. Only in a public npz labels may be counted.
     An own set is split by a checksum of each picture's name (npz: pixels): about one in ten is "test". No picture's side
     depends on the others, so adding or removing one changes nothing else: the neighbouring relation of the guarantee.
 
@@ -25,6 +27,7 @@ Alone:  python data.py NAME [SPLIT]     prints the figures of a set and writes i
 
 import contextlib
 import gzip
+import hashlib
 import io
 import math
 import os
@@ -79,7 +82,7 @@ class ImageSet:
 
 
 def load(name, split="train", root=None, size=32, public_classes=None, n=None, seed=0, label_attribute=None, channels=3,
-         cache=None, decode=True):
+         cache=None, decode=True, classes=None, private=False):
     """Read (or draw, for "strokes") an image set.
 
     name            a key of LOADERS; "folder:PATH" and "npz:PATH" for own pictures, PATH also relative to the data root
@@ -94,6 +97,8 @@ def load(name, split="train", root=None, size=32, public_classes=None, n=None, s
     channels        3, or 1: colour pictures and photographs become grey; grey pictures stay grey
     cache           folder of decoded photographs; None: "cache" in the data root if that may be written to
     decode          False: photographs are only listed, images is an empty shape on the meta device; nothing large is downloaded
+    classes         names of the classes in their order, for own sets; a set that has other classes is refused
+    private         True: an npz must declare its classes, by class_names or the argument `classes`
     Returns ImageSet. Raises DataError if files are missing or damaged, ValueError for arguments out of range.
     """
     kind = kind_of(name)
@@ -110,11 +115,14 @@ def load(name, split="train", root=None, size=32, public_classes=None, n=None, s
     if kind in ("celeba", "faces"):
         whole = load_celeba(root, split, kind, label_attribute or "Male", download=decode)
     elif kind in OWN:
-        whole = OWN[kind](root, split, name.partition(":")[2])
+        whole = OWN[kind](root, split, name.partition(":")[2], classes, private)
     elif kind == "cifar10" and not decode and not (root / "cifar-10-batches-py").exists():
         raise DataError(f"{root / 'cifar-10-batches-py'} not found: {WAYS_OUT}")
     else:
         whole = ImageSet(name, *LOADERS[kind](root, split))
+    if classes and list(classes) != list(whole.classes):
+        raise ValueError(f"{name} has the classes {', '.join(whole.classes)}; others were asked for, leave "
+                         "out --classes")
     part = subset(whole, n, seed, f"{name} {split}")
     if isinstance(part.images, torch.Tensor):
         colour = part.images.shape[1] == 3
@@ -147,12 +155,58 @@ def kind_of(name):
     return kind
 
 
-def same_pictures(a, b):
-    """Do two names of sets, as in --public and --private, mean the same pictures, wholly or in part?"""
-    def place(name):
-        kind, colon, path = str(name).partition(":")
-        return {"mnist10k": "mnist"}.get(kind, kind), colon and Path(path).resolve()
-    return place(a) == place(b)
+def same_pictures(a, b, root=None):
+    """Do two names of sets, as in --public and --private, mean the same images, wholly or in part?
+
+    Judged by names and by where the sets lie, a folder within another included; no image is read. Copies
+    elsewhere are found by their digests.
+    """
+    first, second = place(a, root), place(b, root)
+    if first and second and (first == second or first in second.parents or second in first.parents):
+        return True
+    known = {place(kind, root): kind for kind in ("mnist10k", *FILES)}  # whose file an own set may be
+    kinds = {known.get(where, str(name).partition(":")[0]) for name, where in ((a, first), (b, second))}
+    return kinds in SHARING or len(kinds) == 1 and not kinds & OWN.keys()
+
+
+def place(name, root=None):
+    """The file or folder with a set's images, links resolved; None for drawn sets and names without one."""
+    kind, _, where = str(name).partition(":")
+    root = data_root(root)
+    if kind in OWN and where:
+        try:
+            found = located(root, where)
+        except DataError:
+            found = Path(where).expanduser()
+    elif kind in ("celeba", "faces"):
+        bases = [base for base in (root / kind, root) if (base / "list_attr_celeba.txt").exists()]
+        found = [*bases, root / kind][0] / "img_align_celeba"
+    elif kind in FILES:
+        found = root / FILES[kind]
+    else:
+        return EMBEDDED.resolve() if kind == "mnist10k" else None
+    return found.resolve()
+
+
+def digests(images):
+    """Images (N,C,H,W) uint8, as the networks see them -> (M,) int64, sorted: 8 bytes of BLAKE2b of each.
+
+    They travel with the public checkpoints: a private set that holds one of the public images is refused,
+    whatever its name and place. An image compressed or resized in another way has another digest.
+    """
+    found = {hashlib.blake2b(image, digest_size=8).digest() for image in images.contiguous().numpy()}
+    numbers = [int.from_bytes(digest, "little", signed=True) for digest in found]
+    return torch.tensor(numbers, dtype=torch.int64).sort().values
+
+
+def class_list(text):
+    """--classes: "a,b,c" -> ["a", "b", "c"]; a number N -> ["0", ..., str(N - 1)]. ValueError for others."""
+    names = [name.strip() for name in text.split(",")]
+    if len(names) == 1 and names[0].isdecimal():
+        names = [str(i) for i in range(min(int(names[0]), MOST_CLASSES + 1))]
+    if not names or "" in names or len(set(names)) < len(names) or len(names) > MOST_CLASSES:
+        raise ValueError(f"--classes must be distinct names with commas, or a number in 1 to {MOST_CLASSES}")
+    return names
 
 
 def subset(whole, n, seed, title):
@@ -302,14 +356,21 @@ def held_out(key):
     return zlib.crc32(key) % 10 == 0
 
 
-def load_npz(root, split, where):
+def load_npz(root, split, where, classes=None, private=False):
     """An own set: arrays images (N,H,H) or (N,H,H,3) uint8, labels (N,), class_names; the last two may be absent."""
     path = located(root, where)
     arrays = read_npz(path, ("images",), optional=("labels", "class_names"))
     labels = arrays.get("labels", np.zeros(arrays["images"].shape[:1], np.uint8))
-    names = [str(x) for x in np.atleast_1d(arrays.get("class_names", []))]
+    names = [str(x) for x in np.ravel(arrays.get("class_names", classes or []))]
+    if "labels" not in arrays:
+        names = names or ["0"]
+    elif private and not names:
+        raise ValueError(f"{path} has no array class_names, and the list of classes is published, so it is "
+                         "not made from private labels: say --classes a,b,c, or --classes N for 0 to N-1")
+    if len(set(names)) < len(names):
+        raise DataError(f"{path}: class_names has a name twice")
     images, labels = check(arrays["images"], labels, path, 0, len(names or range(1000)) - 1)
-    names = names or [str(x) for x in range(int(labels.max()) + 1)]
+    names = names or [str(x) for x in range(int(labels.max()) + 1)]  # of a public set
     if split is not None:
         side = torch.tensor([held_out(x.numpy().tobytes()) for x in images]) == (split == "test")
         images, labels = images[side], labels[side]
@@ -318,17 +379,17 @@ def load_npz(root, split, where):
     return ImageSet("npz", images, labels, names)
 
 
-def load_folder(root, split, where):
-    """An own set of picture files; images of the result is the list of paths."""
+def load_folder(root, split, where, classes=None, private=False):
+    """An own set of picture files; its folders are its classes, images of the result is the list of paths."""
     base = located(root, where)
-    files, labels, classes = photos.tree(base)
+    files, labels, names = photos.tree(base, classes)
     rows = [i for i, file in enumerate(files) if held_out(file.as_posix().encode()) == (split == "test")]
     if not rows:
         raise DataError(f"{base} has no picture in the split {split!r}: it has {len(files)} in all")
     captions = None
     if (base / "captions.txt").exists():
         captions = photos.captions(base / "captions.txt", [files[i] for i in rows])
-    return ImageSet("folder", [base / files[i] for i in rows], torch.tensor(labels)[rows], classes, captions)
+    return ImageSet("folder", [base / files[i] for i in rows], torch.tensor(labels)[rows], names, captions)
 
 
 def load_celeba(root, split, name="celeba", label_attribute="Male", download=True):
@@ -369,6 +430,11 @@ OWN = {"folder": load_folder, "npz": load_npz}
 FULL = {  # pictures and classes of the "train" sides, for a plan made where the files are not
     "mnist": (60_000, 10), "fashion": (60_000, 10), "emnist": (124_800, 26), "cifar10": (50_000, 10), "celeba": (162_770, 2),
     "folder:imagenet/train": (1_281_167, 1000), "folder:laion": (1_000_000, 1)}
+FILES = {"mnist": "MNIST", "fashion": "FashionMNIST", "emnist": "EMNIST", "cifar10": "cifar-10-batches-py",
+         "omniglot": "omniglot.npz", "public32": "public32.npz"}  # in the data root
+SHARING = ({"mnist10k", "mnist"}, {"public32", "cifar10"})  # sets with images in common, even if encoded anew
+DRAWN = ("strokes",)  # made by a program: no image went in
+MOST_CLASSES = 10_000
 PUBLIC_ONLY = ("strokes", "omniglot", "public32")  # sets without held-out pictures
 
 
@@ -435,8 +501,7 @@ def check(images, labels, path, first_label, last_label):
     if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
         raise DataError(photos.damaged(path, f"{len(images)} pictures with labels {labels.dtype} {labels.shape}"))
     if labels.min() < first_label or labels.max() > last_label:
-        found = f"labels run from {labels.min()} to {labels.max()}"
-        raise DataError(photos.damaged(path, f"{found}, expected {first_label} to {last_label}"))
+        raise DataError(photos.damaged(path, f"labels outside {first_label}..{last_label}"))
     images = torch.from_numpy(images.copy())
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
     return images, torch.from_numpy(labels.astype(np.int64))

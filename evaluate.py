@@ -281,7 +281,9 @@ def held_out_sets(release, root=None, private=None):
 def load_private(release, private, split, root=None, n=None):
     """The private set as the release's samples look: their size (at most LARGEST), channels and classes."""
     channels, size = release.vae.config.out_ch, release.crop if release.vae.config.out_ch == 1 else min(release.crop, LARGEST)
-    real = data.load(private, split, root, size, n=n, channels=channels, label_attribute=release.data.get("label_attribute"))
+    classes = release.classes if data.kind_of(private) in data.OWN else None
+    real = data.load(private, split, root, size, n=n, channels=channels, classes=classes,
+                     label_attribute=release.data.get("label_attribute"))
     real.images = shrink(real.images)
     return real
 

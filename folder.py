@@ -30,23 +30,47 @@ def rank():
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """Open a file to write bytes; it takes the place of `path` when complete. A crash leaves the old file or the new one."""
+def replacing(path, private=False):
+    """Open a file to write bytes; it takes the place of `path` when complete: a crash leaves the old or the new.
+
+    private: only its owner may read it, as all in internal/ (`opening`).
+    """
     if rank():
         with open(os.devnull, "wb") as file:
             yield file
         return
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private = private or path.parent.name == "internal"
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if private else 0o777)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", opener=opening(path, private)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def opening(path, private=False):
+    """For open(): a new file that is private or in internal/ begins with mode 0600, whatever the umask."""
+    mode = 0o600 if private or Path(path).parent.name == "internal" else 0o666
+    return lambda name, flags: os.open(name, flags, mode)
+
+
+def only_owner(place, pattern="*"):
+    """Make a folder, or close an older one: only its owner may enter it (0700) and read its files (0600).
+
+    A folder with other things than `pattern` is somebody's own: only the files that match are closed there.
+    """
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = list(place.iterdir())
+    if all(path.match(pattern) for path in found):
+        place.chmod(0o700)
+    for path in found:
+        if path.match(pattern) and path.is_file() and not path.is_symlink():
+            path.chmod(0o600)
 
 
 def save(value, path):
@@ -94,7 +118,7 @@ def append_row(row, path):
     """One JSON line at the end of the file, on the disk before we go on."""
     if rank():
         return
-    with open(path, "a") as file:
+    with open(path, "a", opener=opening(path)) as file:
         file.write(json.dumps(row) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -119,8 +143,9 @@ def prepare(out, resume):
     if used and not resume:
         raise ValueError(f"{out} already holds a run; go on with it (--resume --out {out}), choose another --out, or delete it")
     for part in PARTS:
-        (out / part).mkdir(parents=True, exist_ok=True)
-    lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # stays open: closing it would give the lock back
+        (out / part).mkdir(parents=True, exist_ok=True, mode=0o700 if part == "internal" else 0o777)
+    only_owner(out / "internal")
+    lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o600)  # stays open: closed, the lock is lost
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):

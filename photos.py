@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -23,7 +23,9 @@ from tqdm import tqdm
 import folder
 
 CACHE_FROM = 1000  # fewer pictures are decoded faster than anybody notices
+SYSTEM = {"@eaDir", "__MACOSX", "lost+found", "Thumbs", "$RECYCLE.BIN"}  # folders that are no classes
 CROP = "central square"  # part of a cache's name: change it with the crop
+CACHED = f"*{'[0-9a-f]' * 24}.npy*"  # names of files in the cache, unfinished ones included
 
 
 # ---- lists -------------------------------------------------------------------------------------------------------
@@ -51,45 +53,70 @@ def celeba(base, split):
 def read_attributes(path):
     """A count, the names, then a row per picture -> names, {picture: [bool] in their order}."""
     lines, code, rows = read_lines(path), {"1": True, "-1": False}, {}
-    names = lines[1] if len(lines) > 1 else []
-    for picture, *values in lines[2:]:
-        if len(values) != len(names) or not set(values) <= code.keys() or picture in rows:
-            raise ValueError(damaged(path, f"row {picture[:60]}: expected once, with {len(names)} values 1 or -1"))
+    names = lines[1][1] if len(lines) > 1 else []
+    for number, (picture, *values) in lines[2:]:
+        complete = len(values) == len(names) and set(values) <= code.keys()
+        if not complete or picture in rows or not inside(picture):
+            wanted = f"a file inside the folder, once, with {len(names)} values 1 or -1"
+            raise ValueError(damaged(path, f"line {number}: expected {wanted}"))
         rows[picture] = [code[value] for value in values]
-    if not rows or lines[0] != [str(len(rows))]:
-        raise ValueError(damaged(path, f"{len(rows)} rows, announced: {' '.join(lines[0])[:20] if lines else 'nothing'}"))
+    if not rows or lines[0][1] != [str(len(rows))]:
+        raise ValueError(damaged(path, f"{len(rows)} rows, the first line announces another number"))
     return names, rows
 
 
 def read_partition(path):
     """Rows "picture part" -> {picture: 0 train, 1 validation, 2 test}."""
     parts = {}
-    for line in read_lines(path):
-        if len(line) != 2 or line[1] not in ("0", "1", "2") or line[0] in parts:
-            raise ValueError(damaged(path, f"row {' '.join(line)[:60]}: expected once a picture and 0, 1 or 2"))
-        parts[line[0]] = int(line[1])
+    for number, row in read_lines(path):
+        if len(row) != 2 or row[1] not in ("0", "1", "2") or row[0] in parts or not inside(row[0]):
+            wanted = "a file inside the folder, once, and 0, 1 or 2"
+            raise ValueError(damaged(path, f"line {number}: expected {wanted}"))
+        parts[row[0]] = int(row[1])
     return parts
 
 
-def tree(base):
+def inside(name):
+    """Is this the plain name of a file in its folder? Not so "/x", "../x", and "./x", another name of x."""
+    return PurePosixPath(name).as_posix() == name and name[0] != "/" and ".." not in name.split("/")
+
+
+def tree(base, classes=None):
     """Picture files under a folder -> (paths relative to it, sorted; class of each; class names).
 
     One subfolder per class, as torchvision's ImageFolder has it, or one flat folder, whose only class is "picture".
+    A class is a subfolder, empty or not: no picture makes or unmakes one. `classes` gives their order and may
+    name more. Folders that are hidden or of the system are left out.
     """
-    files = sorted(p.relative_to(base) for p in base.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.name[0] != ".")
-    classes = sorted({p.parts[0] for p in files if len(p.parts) > 1})
-    loose = next((p for p in files if len(p.parts) == 1), None)
-    if classes and loose:
-        raise ValueError(f"{base / loose} lies beside the class folders ({', '.join(classes)[:60]}): move it into one of them")
-    return files, [classes.index(p.parts[0]) if classes else 0 for p in files], classes or ["picture"]
+    if not base.is_dir():
+        raise ValueError(f"{base} is no folder")
+
+    def seen(path):
+        return not any(part[0] == "." or part in SYSTEM for part in path.parts)
+
+    folders = sorted(p.name for p in base.iterdir() if p.is_dir() and seen(p.relative_to(base)))
+    found = (p.relative_to(base) for p in base.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+    files = sorted(p for p in found if seen(p))
+    if folders and (loose := next((p for p in files if len(p.parts) == 1), None)):
+        beside = f"lies beside the class folders ({', '.join(folders)[:60]})"
+        raise ValueError(f"{base / loose} {beside}: move it into one of them")
+    names = list(classes or folders or ["picture"])
+    if lacking := next((name for name in folders if name not in names), None):
+        raise ValueError(f"{base / lacking} is a folder of a class that --classes does not name")
+    if not folders and len(names) > 1:
+        raise ValueError(f"{base} is a flat folder, so one class, and --classes names {len(names)}")
+    return files, [names.index(p.parts[0]) if folders else 0 for p in files], names
 
 
 def captions(path, files):
     """captions.txt, lines "filename TAB caption", names relative to its folder -> the captions of these files."""
-    lines = [line.split("\t") for line in read_text(path).splitlines() if line.strip()]
-    if wrong := next((line for line in lines if len(line) != 2), None):
-        raise ValueError(f"{path}: line {' '.join(wrong)[:60]!r} is not 'filename TAB caption'")
-    found = dict(lines)
+    found = {}
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if line.strip():
+            name, *caption = line.split("\t")
+            if len(caption) != 1:  # the line itself is private
+                raise ValueError(f"{path}: line {number} is not 'filename TAB caption'")
+            found[name] = caption[0]
     if lacking := next((p for p in files if p.as_posix() not in found), None):
         raise ValueError(f"{path} has no line for {lacking}")
     return [found[p.as_posix()] for p in files]
@@ -100,13 +127,16 @@ def read_text(path):
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ValueError(f"{path} not found, though the set needs it: restore it from its source") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(damaged(path, "no text in UTF-8")) from error
+    except OSError as error:
         raise ValueError(damaged(path, error)) from error
 
 
 def read_lines(path):
-    """The lines of a text file, split at white space, empty ones left out."""
-    return [line.split() for line in read_text(path).splitlines() if line.strip()]
+    """[(number from 1, words)] of the lines of a text file, empty ones left out."""
+    lines = enumerate(read_text(path).splitlines(), 1)
+    return [(number, line.split()) for number, line in lines if line.strip()]
 
 
 # ---- pixels ------------------------------------------------------------------------------------------------------
@@ -125,7 +155,9 @@ def decode(paths, size, channels=3, cache=None):
     shape = (len(paths), channels, size, size)
     key = hashlib.sha256(json.dumps([CROP, channels, size, stats]).encode()).hexdigest()[:24]
     kept = Path(cache) / f"{key}.npy" if cache and len(paths) >= CACHE_FROM else None
-    if kept and kept.exists():
+    if kept:
+        with contextlib.suppress(OSError):
+            folder.only_owner(kept.parent, CACHED)
         with contextlib.suppress(OSError, ValueError, EOFError):
             found = np.load(kept, allow_pickle=False)
             if found.shape == shape and found.dtype == np.uint8:
@@ -140,7 +172,7 @@ def decode(paths, size, channels=3, cache=None):
                       disable=len(paths) < CACHE_FROM):
             pass
     if kept:
-        with contextlib.suppress(OSError), folder.replacing(kept) as file:
+        with contextlib.suppress(OSError), folder.replacing(kept, private=True) as file:
             np.save(file, images.numpy())
     return images
 
@@ -162,4 +194,4 @@ def square(path, size, channels):
 
 
 def damaged(path, why):
-    return f"{path} is damaged ({' '.join(str(why).split())}): delete it and run again, or restore it from its source"
+    return f"{path} is damaged ({' '.join(str(why).split())}): restore it from its source"

@@ -6,7 +6,6 @@ picture, a loss or a gradient norm.
 import math
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -53,7 +52,7 @@ def privacy_statement(s, plan, rows, trained):
         "public_set": " and ".join(s.trained_on), "private_set": data.kind_of(s.private),
         "enlarged": data.enlarged(s.private, s.vae.resolution),
         "hyper_parameters": LOOKED.get(data.kind_of(s.private), BEFOREHAND),
-        "public_weights": [Path(p).name for p in (s.init_ldm, s.init_vae) if p],
+        "public_weights": s.public_weights,
         "insecure_seed": s.insecure_seed is not None, "fast_noise": s.fast_noise,
         "noise": "float64 from torch's generator (--fast-noise): Mersenne twister (CPU) or Philox (CUDA), no cryptographic ones"
                  if s.fast_noise or s.insecure_seed is not None else

@@ -21,7 +21,8 @@ from extensions.bookkeeping import bookkeeping
 
 DIGITS = dict(  # every key is a flag or a network; a preset overrides some of them, the command line overrides both
     public="strokes", public_classes="all", public_n=36_000, private="mnist10k", private_n=None,
-    label_attribute="Male", size=None, flips=False, condition="class", text_length=32, text_width=64, text_layers=2,
+    classes=None, label_attribute="Male", size=None, flips=False, condition="class",
+    text_length=32, text_width=64, text_layers=2,
     vae=vae.VAEConfig(ch=8, ch_mult=(1, 2, 4, 8)), vae_steps=900, vae_batch=64, vae_lr=3e-3, kl_weight=1e-6,
     perceptual_weight=0.0, adversarial_weight=0.0, adversarial_start=0,
     unet=unet.UNetConfig(4, 4, 32, num_heads=4, context_dim=64, num_groups=8), schedule=diffusion.Schedule("cosine", "v"),
@@ -131,6 +132,8 @@ def parse(argv):
           ("public_n", int, "public pictures to use or draw"),
           ("private", str, f"private set, any of these but {', '.join(data.PUBLIC_ONLY)}"),
           ("private_n", int, "private pictures to use, a random choice"),
+          ("classes", str, "classes of an own private set: names with commas, in their order, or a number N "
+           "for 0 to N-1; None: its class folders or its array class_names"),
           ("label_attribute", str, "attribute of celeba and faces that gives the two classes"),
           ("size", int, "side of the pictures the networks see, in pixels; None: the preset's"),
           ("condition", str, "what a picture is made from: its class, a text (captions, or sentences about attributes or "
@@ -239,6 +242,8 @@ def check(s):
     for flag, name in (("--public", s.public), ("--private", s.private)):
         if data.kind_of(name) in data.PUBLIC_ONLY and flag == "--private":
             raise ValueError(f"--private {name}: this set is public only, nothing of it is held out")
+    if s.classes is not None:
+        data.class_list(s.classes)
     demand("text_width", lambda v: v > 0 and v % 8 == 0, "be a multiple of 8")
     if s.guidance != 1 and s.condition == "none":
         raise ValueError("--guidance other than 1 needs a condition, --condition class or text")

@@ -141,12 +141,45 @@ def load_optimizer(optimizer, state):
 def load_public(path):
     """A checkpoint of stage 1 or 2, known to hold a network. ValueError, one line, if missing or damaged."""
     checkpoint = folder.load(path)
+    refuse_release(checkpoint, path)
     with folder.understanding(path):
         if path.name == "vae.pt":
             sample.build_vae(checkpoint), float(checkpoint["scale"])
         else:
             sample.build_model(checkpoint)
     return checkpoint
+
+
+def refuse_release(checkpoint, path):
+    """A checkpoint with a privacy statement was tuned on private images: it is no public network."""
+    if "privacy" in checkpoint:
+        raise ValueError(f"{path} is a release with a privacy statement, no public network: it was tuned on "
+                         "private images; use public networks, e.g. those of that run (--init RUN)")
+
+
+def public_digests(s, images):
+    """data.digests of the public images (N, C, H, W); none of drawn ones: nothing private is in them."""
+    return data.digests(images[:0] if data.kind_of(s.public) in data.DRAWN else images)
+
+
+def refuse_known(s, private, digests, checkpoints):
+    """Refuse private images (N, C, H, W) uint8 that a public network was trained on, wherever they came from.
+
+    digests: of the public set at hand; checkpoints: the public stages that exist already, with their digests.
+    """
+    known = [digests]
+    for checkpoint in checkpoints:
+        own, origin = checkpoint.get("digests"), str(checkpoint.get("trained_on"))
+        if isinstance(own, torch.Tensor) and own.dtype == torch.int64:
+            known.append(own.flatten())
+        elif origin not in data.DRAWN:
+            raise ValueError(f"the public networks (trained on {origin}) were made before digests of their "
+                             "images were recorded, so private images may be among them: train the public "
+                             "stages again")
+    if shared := int(torch.isin(data.digests(private), torch.cat(known)).sum()):
+        raise ValueError(f"--private {s.private}: {shared} of its images are among the images that the "
+                         "public networks were trained on, so nothing would be private; choose another private or "
+                         "public set")
 
 
 def train_autoencoder(s, images, stop):
@@ -175,7 +208,7 @@ def train_autoencoder(s, images, stop):
     scale = agreed(vae.latent_scale(model, shown, max(1, 262_144 // area)))
     checkpoint = {"config": asdict(s.vae), "state": model.state_dict(), "scale": scale,
                   "trained_on": data.kind_of(s.public), "public_classes": s.public_classes, "steps": s.vae_steps,
-                  "perceptual": looks}
+                  "perceptual": looks, "digests": public_digests(s, images)}
     folder.save(checkpoint, s.out / "public" / "vae.pt")
     with torch.no_grad():
         pairs = torch.stack([shown[:32], model.decode(model.encode(shown[:32]).mean)], 1).flatten(0, 1)
@@ -183,10 +216,10 @@ def train_autoencoder(s, images, stop):
     return checkpoint
 
 
-def train_diffusion(s, latents, conditions, embedder, stop):
+def train_diffusion(s, latents, conditions, embedder, stop, digests):
     """Stage 2 (Liu et al. 2024, section 3): public latents (N, F, C, h, w), N conditions -> dict, also public/ldm.pt.
 
-    embedder: what the conditions are (`embedder_entry`).
+    embedder: what the conditions are (`embedder_entry`); digests: of the public images (`public_digests`).
     """
     torch.manual_seed(s.seed)
     model = sample.laid_out(unet.LatentModel(unet.UNet(s.unet), sample.build_embedder(embedder)), s.device)
@@ -200,7 +233,8 @@ def train_diffusion(s, latents, conditions, embedder, stop):
 
     fit(s, "2/3 latent diffusion", model, loss_fn, s.ldm_steps, s.ldm_lr, 0.995, s.out / "internal" / "ldm_state.pt", stop)
     checkpoint = {"unet": asdict(s.unet), "embedder": embedder, "schedule": asdict(s.schedule), "model": model.state_dict(),
-                  "trained_on": data.kind_of(s.public), "public_classes": s.public_classes, "steps": s.ldm_steps}
+                  "trained_on": data.kind_of(s.public), "public_classes": s.public_classes,
+                  "steps": s.ldm_steps, "digests": digests}
     folder.save(checkpoint, s.out / "public" / "ldm.pt")
     return checkpoint
 
@@ -211,11 +245,14 @@ def read_original(path):
         raise ValueError(f"there is no {path}")
     try:
         checkpoint = folder.load(path)
-        return {k: v for k, v in checkpoint.get("state_dict", checkpoint).items() if isinstance(v, torch.Tensor)}
+        weights = checkpoint.get("state_dict", checkpoint)
+        tensors = {k: v for k, v in weights.items() if isinstance(v, torch.Tensor)}
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: no tensors that can be read without running code ({str(error)[:120]}); if you trust the file, "
                          f"convert it once: python -c \"import torch; torch.save(torch.load('{path}', map_location='cpu', "
                          f"weights_only=False)['state_dict'], '{path}.pt')\"") from None
+    refuse_release(checkpoint, path)
+    return tensors
 
 
 def adopt_original(s, images, embedder, num_classes):
@@ -237,7 +274,10 @@ def adopt_original(s, images, embedder, num_classes):
     else:
         scale = float(ldm.get("scale_factor", s.init_scale or 1.0))
     first = {"config": asdict(s.vae), "state": autoencoder.cpu().state_dict(), "scale": scale,
-             "trained_on": f"weights of {(s.init_vae or s.init_ldm).name}", "steps": 0}
+             "trained_on": f"weights of {(s.init_vae or s.init_ldm).name}", "steps": 0,
+             "public_weights": [(s.init_vae or s.init_ldm).name],
+             # The scale is made from the public images where only the autoencoder is given.
+             "digests": public_digests(s, images[:0] if ldm else images)}
     if not ldm:
         return first, None
     if "betas" in ldm:
@@ -259,7 +299,8 @@ def adopt_original(s, images, embedder, num_classes):
     print(f"weights        {s.init_ldm.name}: UNet, autoencoder{'' if s.init_vae is None else ' of ' + s.init_vae.name}, "
           f"{'class embedder' if fits else 'a fresh embedder' if embedder else 'no condition'}; scale {scale:.5g}")
     return first, {"unet": asdict(s.unet), "embedder": embedder, "schedule": asdict(s.schedule), "model": model.state_dict(),
-                   "trained_on": f"weights of {s.init_ldm.name}", "steps": 0}
+                   "trained_on": f"weights of {s.init_ldm.name}", "steps": 0,
+                   "public_weights": [s.init_ldm.name], "digests": public_digests(s, images[:0])}
 
 
 def pictures(images, device):
@@ -488,8 +529,13 @@ def main(argv=None):
             if checkpoint.get("trained_on") == s.public == "strokes" and classes != s.public_classes:
                 raise ValueError(f"--public-classes {s.public_classes}: {s.init} was trained on {classes}; say --public-classes "
                                  f"{classes}, or leave out --init")
-    origins = {s.public, *(str(c.get("trained_on")) for c in (first, second) if c)}
-    if s.steps and any(data.same_pictures(origin, s.private) for origin in origins):
+    public_stages = [c for c in (first, second) if c]
+    if s.resume:
+        paths = [s.out / "public" / name for name in ("vae.pt", "ldm.pt")]
+        public_stages = [folder.load(path) for path in paths if path.exists()]
+    origins = {s.public, *(str(c.get("trained_on")) for c in public_stages)}
+    # With --steps 0 too: the statement then says that no private image was read.
+    if any(data.same_pictures(origin, s.private, s.data_root) for origin in origins):
         raise ValueError(f"--private {s.private}: the public networks know these pictures ({', '.join(sorted(origins))}), so "
                          "nothing would be private; choose another private or public set")
     s.bf16 = agreed(sample.choose_bf16(s.precision, s.device))
@@ -503,7 +549,8 @@ def main(argv=None):
     # With --steps 0 no private picture is read at all.
     drawn = s.public == "strokes"
     find_private = partial(find_set, s, s.private, "train" if s.steps else "test", n=s.private_n if s.steps else None,
-                           label_attribute=s.label_attribute)
+                           label_attribute=s.label_attribute, private=True,
+                           classes=s.classes and data.class_list(s.classes))
     find_public = partial(find_set, s, s.public, public_classes=s.public_classes if drawn else None,
                           n=200 if drawn and s.dry_run else s.public_n, seed=s.seed)
     if world() > 1:  # one process downloads what is missing, and tells what is wrong with it
@@ -544,6 +591,9 @@ def main(argv=None):
         return estimate(s, plan, embedder, [name for name, made in (("vae", first or s.init_ldm or s.init_vae),
                                                                     ("ldm", second or s.init_ldm)) if made])
 
+    digests = public_digests(s, public.images)
+    if s.steps:
+        once(refuse_known, s, private.images, digests, public_stages)
     if (s.init_ldm or s.init_vae) and not s.resume:
         first, second = adopt_original(s, public.images, embedder, len(private.classes))
     stop = folder.Stop()
@@ -560,8 +610,10 @@ def main(argv=None):
     first = load_public(s.out / "public" / "vae.pt") if have["vae.pt"] else train_autoencoder(s, public.images, stop)
     autoencoder, scale = sample.build_vae(first), first["scale"]
     second = load_public(s.out / "public" / "ldm.pt") if have["ldm.pt"] else train_diffusion(
-        s, encode(s, autoencoder, shard(public.images), scale), find_conditions(s, own_part(public), embedder), embedder, stop)
+        s, encode(s, autoencoder, shard(public.images), scale),
+        find_conditions(s, own_part(public), embedder), embedder, stop, digests)
     embedder, s.trained_on = second["embedder"], sorted({first["trained_on"], second["trained_on"]})
+    s.public_weights = sorted({name for stage in (first, second) for name in stage.get("public_weights", ())})
     if s.condition == "class" and embedder["num_classes"] < len(private.classes):
         raise ValueError(f"the public model has {embedder['num_classes']} classes, fewer than {s.private}'s "
                          f"{len(private.classes)}")

@@ -23,6 +23,7 @@ import torchvision  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 TUNE, ENGINE, PIT = "tests/test_train.py", "tests/test_dp_sgd.py", "tests/test_pitfalls.py"
+PUBLIC = "tests/test_public.py"
 
 
 class Mutation(NamedTuple):
@@ -119,7 +120,8 @@ MUTATIONS = [Mutation(*m) for m in (
      (("else train_autoencoder(s, public.images, stop)", "else train_autoencoder(s, private.images, stop)"),),
      f"{PIT}::test_public_stages_see_public_pictures_only"),
     (13, "networks that know the private pictures are called public", "train.py",
-     (('str(c.get("trained_on"))', '"?"'),), f"{TUNE}::test_public_networks_that_know_the_private_pictures_are_refused"),
+     (('str(c.get("trained_on")) for', '"?" for'),),
+     f"{TUNE}::test_public_networks_that_know_the_private_pictures_are_refused"),
     (14, "losses and gradient norms beside the model", "train.py",
      (('s.out / "internal" / "log.jsonl")', 's.out / "log.jsonl")'),),
      f"{PIT}::test_the_private_stage_writes_into_internal_only"),
@@ -175,6 +177,34 @@ MUTATIONS = [Mutation(*m) for m in (
      (('            "other runs on the same private pictures: their epsilons add up", "internal/ (losses, gradient norms)",\n',
        '            "internal/ (losses, gradient norms)",\n'),),
      f"{PIT}::test_the_statement_carries_what_a_guarantee_needs"),
+    (28, "labels are counted to find the classes of private arrays", "data.py",
+     (("    elif private and not names:\n", "    elif False:\n"),),
+     "tests/test_faces.py::test_the_classes_of_private_arrays_are_declared_and_never_counted"),
+    (28, "the private set is not said to be private", "train.py",
+     (("label_attribute=s.label_attribute, private=True,", "label_attribute=s.label_attribute,"),),
+     f"{PUBLIC}::test_private_classes_are_declared_on_the_command_line"),
+    (28, "a class folder counts by its pictures", "photos.py",
+     (("if p.is_dir() and seen(p.relative_to(base)))", "if p.is_dir() and seen(p.relative_to(base)) and any(p.iterdir()))"),),
+     "tests/test_faces.py::test_class_folders_declare_the_classes"),
+    (29, "what the networks of --init were trained on is forgotten", "train.py",
+     (("            known.append(own.flatten())\n", "            pass\n"),),
+     f"{PUBLIC}::test_init_does_not_hide_what_the_networks_know"),
+    (29, "the public set at hand is not compared", "train.py",
+     (("    known = [digests]\n", "    known = [digests[:0]]\n"),), f"{PUBLIC}::test_the_public_set_at_hand_is_checked_as_well"),
+    (29, "networks without digests are trusted", "train.py",
+     (("        elif origin not in data.DRAWN:\n", "        elif False:\n"),),
+     f"{PUBLIC}::test_networks_from_before_digests_are_taken_only_if_drawn_images_made_them"),
+    (29, "a folder within the public one is another place", "data.py",
+     (("first == second or first in second.parents or second in first.parents", "first == second"),),
+     f"{PUBLIC}::test_one_place_is_refused_before_any_image_is_read"),
+    (29, "without private steps the sets may be the same", "train.py",
+     (("    if any(data.same_pictures(origin, s.private,", "    if s.steps and any(data.same_pictures(origin, s.private,"),),
+     f"{PUBLIC}::test_one_place_is_refused_before_any_image_is_read"),
+    (29, "a release passes for a public network", "train.py",
+     (('    if "privacy" in checkpoint:\n', "    if False:\n"),), f"{PUBLIC}::test_a_release_is_no_public_network"),
+    (14, "internal/ may be read by all", "folder.py",
+     (('mode = 0o600 if private or Path(path).parent.name == "internal" else 0o666', "mode = 0o666"),),
+     "tests/test_faces.py::test_internal_is_its_owners_alone"),
     # Row 0: not of the table; the audit's theorem and the secure generator.
     (0, "printed bounds are rounded down", "accountant.py",
      (("rounding=ROUND_CEILING)", "rounding='ROUND_FLOOR')"),), "tests/test_accountant.py::test_printed_bounds_are_rounded_up"),

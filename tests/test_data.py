@@ -148,7 +148,7 @@ def test_emnist_is_turned_upright_and_its_labels_start_at_zero(tmp_path, offline
 def test_emnist_label_zero_is_damage(tmp_path, offline):
     write_idx(tmp_path / "EMNIST" / "raw" / "emnist-letters-train-images-idx3-ubyte", picture_set(3)[0])
     write_idx(tmp_path / "EMNIST" / "raw" / "emnist-letters-train-labels-idx1-ubyte", np.array([0, 1, 2], np.uint8))
-    with pytest.raises(data.DataError, match="labels run from 0"):
+    with pytest.raises(data.DataError, match="labels outside 1..26"):
         data.load("emnist", root=tmp_path)
 
 
@@ -158,6 +158,20 @@ def test_omniglot_is_one_unlabelled_class(tmp_path, offline):
     loaded = data.load("omniglot", root=tmp_path)
     assert np.array_equal(data.crop(loaded.images).numpy()[:, 0], images)
     assert loaded.labels.tolist() == [0] * 6 and len(loaded.classes) == 1
+
+
+def test_the_classes_of_a_known_set_do_not_depend_on_its_images(tmp_path, offline, monkeypatch):
+    """The list is released: a label of which no image is left, or only one, changes nothing."""
+    for name, folder in (("mnist", "MNIST"), ("fashion", "FashionMNIST")):
+        write_idx(tmp_path / folder / "raw" / "train-images-idx3-ubyte", picture_set(1)[0])
+        write_idx(tmp_path / folder / "raw" / "train-labels-idx1-ubyte", np.array([3], np.uint8))
+        assert len(data.load(name, root=tmp_path).classes) == 10
+    write_idx(tmp_path / "EMNIST" / "raw" / "emnist-letters-train-images-idx3-ubyte", picture_set(1)[0])
+    write_idx(tmp_path / "EMNIST" / "raw" / "emnist-letters-train-labels-idx1-ubyte", np.array([3], np.uint8))
+    assert len(data.load("emnist", root=tmp_path, private=True).classes) == 26
+    np.savez(tmp_path / "few.npz", images=picture_set(1)[0], labels=np.array([3]))
+    monkeypatch.setattr(data, "EMBEDDED", tmp_path / "few.npz")
+    assert data.load("mnist10k", private=True).classes == list("0123456789")
 
 
 def test_root_from_the_argument_then_the_environment(tmp_path, offline, monkeypatch):
@@ -268,7 +282,68 @@ def test_missing_embedded_file_is_named(monkeypatch, tmp_path):
         data.load("mnist10k")
 
 
+# ---- do two sets share images? ----
+
+
+def test_digests_know_an_image_from_any_road(tmp_path):
+    whole = data.load("mnist10k")
+    found = data.digests(whole.images)
+    assert found.dtype == torch.int64 and found.shape == (8000,) and (found.diff() > 0).all()
+    assert torch.equal(found, data.digests(whole.images.flip(0))), "the order of the images does not matter"
+    assert torch.equal(found[:0], data.digests(whole.images[:0]))
+    other = data.digests(data.load(f"npz:{data.EMBEDDED}").images)  # split in another way
+    assert 6000 < torch.isin(other, found).sum() < 8000
+    changed = whole.images[:100].clone()
+    changed[:, 0, 16, 16] ^= 1
+    assert not torch.isin(data.digests(changed), found).any()
+    colour = torch.randint(256, (5, 3, 16, 16), dtype=torch.uint8)
+    last = colour.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(data.digests(colour), data.digests(last)), "nor does their layout in memory"
+    twice = torch.cat([colour, colour])
+    assert torch.equal(data.digests(twice), data.digests(colour))
+
+
+def test_sets_in_the_same_place_are_known_by_any_name(tmp_path, monkeypatch):
+    root, mine = tmp_path / "root", tmp_path / "root" / "mine"
+    (mine / "cats" / "tabby").mkdir(parents=True)
+    (root / "minerals").mkdir()
+    for file in ("own.npz", "public32.npz", "other.npz"):
+        (root / file).touch()
+    (tmp_path / "link").symlink_to(mine)
+    monkeypatch.chdir(tmp_path)
+    digits = f"npz:{data.EMBEDDED}"
+    for a, b in [("mnist10k", "mnist"), ("public32", "cifar10"), ("mnist10k", digits), ("mnist", digits),
+                 ("fashion", "fashion"), ("folder:mine", f"folder:{mine}"),
+                 ("folder:mine", "folder:root/mine"), ("folder:mine", "folder:mine/cats/tabby"),
+                 ("folder:link", "folder:mine"),
+                 ("folder:link/cats", "folder:mine"), ("npz:own.npz", "npz:root/own.npz"),
+                 ("npz:public32.npz", "public32"), ("npz:public32.npz", "cifar10"),
+                 ("folder:gone", "folder:gone/")]:
+        assert data.same_pictures(a, b, root) and data.same_pictures(b, a, root), (a, b)
+    for a, b in [("mnist", "fashion"), ("strokes", "mnist10k"), ("folder:mine", "folder:minerals"),
+                 ("npz:own.npz", "npz:other.npz"), ("folder:mine/cats", "folder:mine/dogs"),
+                 ("folder", "folder:mine"), ("weights of x.ckpt", "npz:own.npz"), ("public32", "faces"),
+                 ("celeba", "faces"), ("None", "mnist")]:
+        assert not data.same_pictures(a, b, root) and not data.same_pictures(b, a, root), (a, b)
+    (root / "list_attr_celeba.txt").touch()  # both names now find the files of the root itself
+    assert data.same_pictures("celeba", "faces", root) and not data.same_pictures("celeba", "public32", root)
+
+
+@pytest.mark.parametrize("text, names", [("a,b , c", ["a", "b", "c"]), ("3", ["0", "1", "2"]), ("1", ["0"]),
+                                         ("cat", ["cat"]), ("1,0", ["1", "0"])])
+def test_classes_are_names_or_a_number(text, names):
+    assert data.class_list(text) == names
+
+
+@pytest.mark.parametrize("text", ["", "a,,b", "a,a", "0", "10001", "999999999999", "9" * 5000, "a,b,"])
+def test_other_classes_are_refused(text):
+    with pytest.raises(ValueError) as caught:
+        data.class_list(text)
+    assert "\n" not in str(caught.value)
+
+
 BAD = [
+    ({"name": "mnist10k", "classes": ["a", "b"]}, "others were asked for"),
     ({"name": "minst"}, "mnist10k"),
     ({"name": "mnist10k", "split": "valid"}, "train"),
     ({"name": "mnist10k", "n": 0}, "at least 1"),

@@ -179,8 +179,79 @@ def test_an_unknown_attribute_lists_those_there_are(tmp_path):
     one_line(caught, "--label-attribute Smiling", ", ".join(ATTRIBUTES))
 
 
+@pytest.mark.parametrize("name", ["../../x.jpg", "/etc/x.jpg", "a/../../x.jpg", "./000005.jpg", "a//b.jpg"])
+@pytest.mark.parametrize("file", ["list_attr_celeba.txt", "list_eval_partition.txt"])
+def test_lists_name_files_inside_their_folder_only(tmp_path, name, file):
+    base = write_celeba(tmp_path)
+    (base / file).write_text((base / file).read_text().replace("000005.jpg", name))
+    with pytest.raises(ValueError) as caught:
+        data.load("celeba", root=tmp_path, size=16)
+    one_line(caught, base / file, f"line {7 if 'attr' in file else 5}", "inside the folder")
+
+
+@pytest.mark.parametrize("file, content", [
+    ("list_attr_celeba.txt", "1\nMale\n000001.jpg 1 HIV-positive\n"),
+    ("list_attr_celeba.txt", "1\nMale\nHIV-positive\n"),
+    ("list_attr_celeba.txt", "HIV-positive\nMale\n000001.jpg 1\n"),
+    ("list_eval_partition.txt", "000001.jpg HIV-positive\n"), ("list_eval_partition.txt", "HIV-positive\n"),
+    ("list_attr_celeba.txt", b"1\nMale\n000001.jpg HIV-positive\xff\n")])
+def test_what_a_list_holds_is_not_repeated_in_the_error(tmp_path, file, content):
+    base = write_celeba(tmp_path)
+    (base / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError) as caught:
+        data.load("celeba", root=tmp_path, size=16)
+    one_line(caught, base / file)
+    assert "HIV" not in str(caught.value) and "0xff" not in str(caught.value)
+
+
 # ---- the cache
 
+
+def modes(place):
+    return {f"{path.stat().st_mode & 0o777:o}" for path in place.iterdir()}
+
+
+@pytest.fixture
+def no_umask():
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+def test_the_cache_is_its_owners_alone(tmp_path, monkeypatch, no_umask):
+    write_celeba(tmp_path)
+    monkeypatch.setattr(photos, "CACHE_FROM", 10)
+    cache = tmp_path / "cache"
+    data.load("celeba", root=tmp_path, size=16)
+    assert f"{cache.stat().st_mode & 0o777:o}" == "700" and modes(cache) == {"600"}
+    kept = next(cache.iterdir())
+    cache.chmod(0o777), kept.chmod(0o666)  # as older versions left them
+    (cache / f".{kept.name}.1.tmp").write_bytes(b"unfinished")
+    data.load("celeba", root=tmp_path, size=16)
+    assert f"{cache.stat().st_mode & 0o777:o}" == "700" and modes(cache) == {"600"}
+    shared = tmp_path / "shared"  # a folder that holds other things is not the program's to close
+    shared.mkdir(mode=0o777)
+    (shared / "own.npy").write_bytes(b"x")
+    data.load("celeba", root=tmp_path, size=16, cache=shared)
+    assert f"{shared.stat().st_mode & 0o777:o}" == "777" and modes(shared) == {"666", "600"}
+    assert f"{(shared / 'own.npy').stat().st_mode & 0o777:o}" == "666"
+
+
+def test_internal_is_its_owners_alone(tmp_path, no_umask):
+    out = tmp_path / "run"
+    folder.prepare(out, resume=False)
+    folder.append_row({"step": 0}, out / "internal" / "ledger.jsonl")
+    folder.write_json({}, out / "internal" / "plan.json")
+    folder.write_json({}, out / "release" / "privacy.json")
+    assert f"{(out / 'internal').stat().st_mode & 0o777:o}" == "700" and modes(out / "internal") == {"600"}
+    assert modes(out / "release") == {"666"} and f"{(out / '.lock').stat().st_mode & 0o777:o}" == "600"
+    (out / "internal").chmod(0o755), (out / "internal" / "ledger.jsonl").chmod(0o644)  # of an older version
+    folder.prepare(out, resume=True)
+    assert f"{(out / 'internal').stat().st_mode & 0o777:o}" == "700" and modes(out / "internal") == {"600"}
+    # A program that prepares nothing writes into a copy.
+    folder.write_json({}, tmp_path / "copied" / "internal" / "evaluation.json")
+    assert f"{(tmp_path / 'copied' / 'internal').stat().st_mode & 0o777:o}" == "700"
+    assert modes(tmp_path / "copied" / "internal") == {"600"}
 
 def test_the_cache_is_used_and_invalidated(tmp_path, monkeypatch):
     base, decoded = write_celeba(tmp_path), []
@@ -273,7 +344,12 @@ def test_own_flat_folder_with_captions(tmp_path):
     (base / "captions.txt").write_text("0.jpg a caption without a tab\n")
     with pytest.raises(ValueError) as caught:
         data.load(f"folder:{base}", size=8)
-    one_line(caught, "captions.txt", "TAB")
+    one_line(caught, "captions.txt", "TAB", "line 1")
+    (base / "captions.txt").write_text("0.jpg\tx\n\n1.jpg\tHIV-positive\ttwice\n")
+    with pytest.raises(ValueError) as caught:
+        data.load(f"folder:{base}", size=8)
+    one_line(caught, "captions.txt", "line 3")
+    assert "HIV" not in str(caught.value)
 
 
 def test_own_folder_refusals(tmp_path):
@@ -283,6 +359,39 @@ def test_own_folder_refusals(tmp_path):
         with pytest.raises(ValueError) as caught:
             data.load(f"folder:{tmp_path / name}", size=8)
         one_line(caught, name, word)
+
+
+def test_class_folders_declare_the_classes(tmp_path):
+    """Removing one picture, the last of its class, takes no class away and moves no label."""
+    base = tmp_path / "own"
+    write_pictures(base, [f"{kind}/{i}.png" for kind in "ac" for i in range(20)] + ["b/x.png"])
+    before = data.load(f"folder:{base}", size=8, private=True)
+    (base / "b" / "x.png").unlink()
+    after = data.load(f"folder:{base}", size=8, private=True)
+    assert before.classes == after.classes == ["a", "b", "c"]
+    assert before.labels.bincount(minlength=3)[2] == after.labels.bincount(minlength=3)[2] > 0
+    (base / "b").rmdir()
+    asked = data.load(f"folder:{base}", size=8, classes=["c", "b", "a"])  # declared, also without its folder
+    assert asked.classes == ["c", "b", "a"] and asked.labels.bincount(minlength=3)[1] == 0
+    red = asked.images[:, 0, 4, 4]  # the first twenty pictures are of class a
+    assert torch.equal(red < 20, asked.labels == 2)
+    with pytest.raises(ValueError) as caught:
+        data.load(f"folder:{base}", size=8, classes=["a", "b"], private=True)
+    one_line(caught, base / "c", "--classes does not name")
+    write_pictures(tmp_path / "flat", [f"{i}.png" for i in range(20)])
+    assert data.load(f"folder:{tmp_path / 'flat'}", size=8, classes=["face"]).classes == ["face"]
+    with pytest.raises(ValueError) as caught:
+        data.load(f"folder:{tmp_path / 'flat'}", size=8, classes=["a", "b"])
+    one_line(caught, "flat folder")
+
+
+@pytest.mark.parametrize("name", [".ipynb_checkpoints", "@eaDir", "__MACOSX", "lost+found", "Thumbs"])
+def test_hidden_and_system_folders_are_no_classes(tmp_path, name):
+    write_pictures(tmp_path / "flat", [f"{i}.png" for i in range(20)] + [f"{name}/0.png"])
+    write_pictures(tmp_path / "deep", [f"{kind}/{i}.png" for kind in "ab" for i in range(20)])
+    write_pictures(tmp_path / "deep", [f"{name}/0.png", f"a/{name}/0.png"])
+    flat, deep = (photos.tree(tmp_path / kind) for kind in ("flat", "deep"))
+    assert flat[2] == ["picture"] and len(flat[0]) == 20 and deep[2] == ["a", "b"] and len(deep[0]) == 40
 
 
 def write_npz(path, n=50, shape=(8, 8, 3), **arrays):
@@ -308,12 +417,38 @@ def test_own_arrays(tmp_path):
     assert bare.classes == ["0"] and bare.images.shape[1:] == (1, 12, 12) and bare.side == 8  # grey: padded
 
 
-@pytest.mark.parametrize("kind", ["unequal", "labels", "names", "wide", "scalar", "float labels", "no images"])
+def test_the_classes_of_private_arrays_are_declared_and_never_counted(tmp_path):
+    path, labels = f"npz:{tmp_path / 'own.npz'}", np.arange(50) % 3
+    images = write_npz(tmp_path / "own.npz")
+    assert data.load(path, size=8, private=True).classes == ["x", "y", "z"]
+    with pytest.raises(ValueError) as caught:
+        data.load(path, size=8, classes=["0", "1", "2"], private=True)
+    one_line(caught, "x, y, z", "--classes")
+    np.savez(tmp_path / "own.npz", images=images, labels=labels)
+    assert data.load(path, size=8).classes == ["0", "1", "2"]  # of a public set they may be counted
+    with pytest.raises(ValueError) as caught:
+        data.load(path, size=8, private=True)
+    one_line(caught, "class_names", "--classes")
+    for kept in (labels >= 0, labels < 2):  # with and without all images of a class
+        np.savez(tmp_path / "own.npz", images=images[kept], labels=labels[kept])
+        assert data.load(path, size=8, classes=["a", "b", "c"], private=True).classes == ["a", "b", "c"]
+    np.savez(tmp_path / "own.npz", images=images, labels=labels)
+    with pytest.raises(data.DataError) as caught:
+        data.load(path, size=8, classes=["a", "b"], private=True)
+    one_line(caught, "labels outside 0..1")
+    assert "2" not in str(caught.value).replace(str(tmp_path), ""), "the labels there are stay private"
+    np.savez(tmp_path / "own.npz", images=images)  # without labels there is one class, whatever the images
+    assert data.load(path, size=8, private=True).classes == ["0"]
+
+
+@pytest.mark.parametrize("kind", ["unequal", "labels", "names", "twice", "wide", "scalar", "float labels",
+                                  "no images"])
 def test_own_arrays_refusals(tmp_path, kind):
     path = tmp_path / "own.npz"
     unequal = np.empty(2, dtype=object)
     unequal[:] = [np.zeros((8, 8, 3), np.uint8), np.zeros((9, 9, 3), np.uint8)]
     write_npz(path, **{"unequal": {"images": unequal}, "labels": {"labels": np.arange(49)}, "names": {"class_names": ["x", "y"]},
+                       "twice": {"class_names": ["x", "y", "x"]},
                        "wide": {"images": np.zeros((50, 8, 9, 3), np.uint8)}, "scalar": {"images": np.uint8(3)},
                        "float labels": {"labels": np.zeros(50)}, "no images": {}}[kind])
     if kind == "no images":
@@ -539,6 +674,7 @@ REFUSED = [
     (["--private", "folder"], "unknown data set"), (["--public", "npz"], "unknown data set"),
     (["--private", "public32"], "public only"),
     (["--private", "strokes"], "public only"), (["--size", "48"], "--size"), (["--label-attribute", "Smiling"], "Zebra"),
+    (["--classes", "a,b"], "others were asked for"), (["--classes", "a,,b"], "--classes must be"),
     (["--private", "folder:/nonexistent/x"], "/nonexistent/x"), (["--private", "mnist10k"], "colour channels"),
 ]
 

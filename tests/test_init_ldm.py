@@ -295,6 +295,10 @@ def test_init_ldm_takes_the_place_of_the_public_stages(tmp_path, monkeypatch):
     (tmp_path / "x.ckpt").unlink()
     train.main(["--resume", "--out", str(tmp_path / "r")])  # everything needed is in the run folder
     assert folder.read_json(tmp_path / "r" / "release" / "privacy.json") == privacy
+    train.main([*FLAGS, "--out", str(tmp_path / "again"), "--init", str(tmp_path / "r"), "--steps", "0"])
+    train.main([*FLAGS, "--out", str(tmp_path / "third"), "--init", str(tmp_path / "again"), "--steps", "0"])
+    chain = folder.read_json(tmp_path / "third" / "release" / "privacy.json")
+    assert chain["public_weights"] == ["x.ckpt"]  # said of every run whose networks began with these weights
 
 
 def test_what_the_checkpoint_does_not_hold(tmp_path):

@@ -41,7 +41,7 @@ def private_stage(out, *flags, model=None, latents=None):
     """
     s = settings.parse(["--preset", "smoke", "--out", str(out), "--batch-size", "6", "--micro-batch", "2", "--accountant",
                      "rdp", "--tune", "embedder", *flags])
-    s.bf16, s.trained_on = False, ["strokes"]
+    s.bf16, s.trained_on, s.public_weights = False, ["strokes"], []
     (out / "internal").mkdir(parents=True)
     model = tiny_model() if model is None else model
     unet.select_trainable(model, s.tune, s.from_block)
@@ -177,7 +177,7 @@ def test_the_statement_carries_what_a_guarantee_needs(tmp_path):  # 20, 24, 25
     s = settings.parse(["--preset", "smoke", "--out", str(tmp_path), "--epsilon", "2"])
     with pytest.raises(ValueError, match="below 1/n"):
         budget.privacy_plan(s, 100_000)
-    plan, s.trained_on = budget.privacy_plan(s, 1000), ["strokes"]
+    plan, s.trained_on, s.public_weights = budget.privacy_plan(s, 1000), ["strokes"], []
     rows = [{"q": plan["q"], "sigma": plan["sigma"]}] * 4
     privacy = release.privacy_statement(s, plan, rows, (7, 0))
     assert "(2, 1e-05)" in privacy["statement"] and privacy["delta"] == 1e-5 < 1 / privacy["n"]
