@@ -6,6 +6,7 @@ al. 2024), sigma calibrated by accountant.py so that the whole run costs the eps
 import math
 import sys
 import time
+from decimal import ROUND_CEILING, Context
 from functools import partial
 
 import torch
@@ -13,28 +14,118 @@ import torch
 import accountant
 import diffusion
 import dp_sgd
+import folder
 import sample
 import text
 import unet
 import vae
 from folder import rank
 
+GROUP = "epsilon_for_20_pictures_of_one_person"
+ATTACKER = "attacker_true_positive_rates"
+FALSE_POSITIVES = (0.001, 0.01, 0.1)
+SAME = 1e-6  # relative: numbers of two machines that differ by less are the same number
+
+
+def round_up(x, digits=4):
+    """x with so many significant digits, rounded towards infinity: no printed epsilon is below the true one."""
+    if not math.isfinite(x):
+        return f"{x:g}"
+    # repr: the double nearest to 1e-5 lies a little above it, and is meant to be printed as 1e-05.
+    return f"{float(Context(digits, ROUND_CEILING).create_decimal(repr(float(x)))):.{digits}g}"
+
+
+def privacy_numbers(rows, delta):
+    """What the privacy statement says about these ledger rows: both accountants, a group of 20, the attacker.
+
+    Never raises for a plan that `privacy_plan` lets through. What an accountant cannot compute is replaced by
+    something that is never below it: pld by rdp, the group's epsilon by infinity, the attacker's rates by 1.
+    """
+    rates = dict(zip(map(str, FALSE_POSITIVES), FALSE_POSITIVES, strict=True))
+    if not rows:
+        return {"epsilon_rdp": 0.0, "epsilon_pld": 0.0, GROUP: 0.0, ATTACKER: rates}
+    spent = max(r["q"] for r in rows), min(r["sigma"] for r in rows), len(rows)
+    rdp = float(accountant.epsilon_of_ledger(rows, delta, "rdp"))
+
+    def number(f, otherwise):
+        try:
+            return f()
+        except (ValueError, ArithmeticError, MemoryError, AssertionError):
+            return otherwise
+
+    pld = number(lambda: float(accountant.epsilon_of_ledger(rows, delta, "pld")), rdp)
+    group = math.inf
+    if spent[1] >= 0.2:  # with less noise the group's integral needs gigabytes, and its epsilon is beyond any use
+        group = number(lambda: float(accountant.group_epsilon(20, *spent, delta)), math.inf)
+    found = number(lambda: accountant.attacker_tpr(*spent, FALSE_POSITIVES), [1.0] * len(FALSE_POSITIVES))
+    rates = dict(zip(rates, map(float, found), strict=True))
+    return {"epsilon_rdp": rdp, "epsilon_pld": pld, GROUP: group, ATTACKER: rates}
+
+
+def settled(planned, found):
+    """The planned number where the one found later is the same up to rounding, else the larger; of dicts, by key."""
+    if isinstance(found, dict):
+        return {key: settled(planned[key], found[key]) for key in found}
+    return planned if abs(found - planned) <= SAME * planned else max(found, planned)
+
 
 def privacy_plan(s, n):
-    """What will be spent, known before the first private step. Raises ValueError for impossible plans."""
+    """What will be spent and stated, known before the first private step: a dict of n, q, steps, sigma, epsilon, delta
+    and the statement's numbers.
+
+    A resumed run keeps the plan it began with. Raises ValueError for impossible plans.
+    """
     if s.steps == 0:
-        return {"n": n, "q": 0.0, "steps": 0, "sigma": 0.0, "epsilon": 0.0, "delta": s.delta}
+        return {"n": n, "q": 0.0, "steps": 0, "sigma": 0.0, "epsilon": 0.0, "delta": s.delta,
+                "numbers": privacy_numbers([], s.delta)}
     if s.batch_size > n:
         raise ValueError(f"--batch-size {s.batch_size} exceeds the {n} private pictures: q = B/n must be at most 1")
     if s.delta >= 1 / n:
         raise ValueError(f"--delta {s.delta:g} is not below 1/n = {1 / n:.2g}: publishing one random picture in the clear would "
                          "satisfy it; choose a smaller delta")
-    q = s.batch_size / n
-    sigma = s.sigma
-    if sigma is None:
-        sigma = 0.0 if math.isinf(s.epsilon) else accountant.noise_multiplier(s.epsilon, s.delta, q, s.steps, s.accountant)
-    return {"n": n, "q": q, "steps": s.steps, "sigma": float(sigma), "delta": s.delta,
-            "epsilon": float(accountant.epsilon(q, sigma, s.steps, s.delta, s.accountant))}
+    plan = {"n": n, "q": s.batch_size / n, "steps": s.steps, "delta": s.delta}
+    if s.resume and (path := s.out / "internal" / "plan.json").exists():
+        return stored_plan(s, plan, path)
+    sigma = 0.0 if s.sigma is None else s.sigma
+    if s.sigma is None and s.epsilon < math.inf:
+        sigma = accountant.noise_multiplier(s.epsilon, s.delta, plan["q"], s.steps, s.accountant)
+    return with_numbers(s, {**plan, "sigma": float(sigma)})
+
+
+def with_numbers(s, plan):
+    """The plan and what it costs: epsilon by the chosen accountant, and the other numbers of the statement."""
+    epsilon = float(accountant.epsilon(plan["q"], plan["sigma"], plan["steps"], plan["delta"], s.accountant))
+    row = {"q": plan["q"], "sigma": plan["sigma"]}
+    return {**plan, "epsilon": epsilon, "numbers": privacy_numbers([row] * plan["steps"], plan["delta"])}
+
+
+def stored_plan(s, asked, path):
+    """The plan in plan.json, which rules when a run is resumed: another CPU or numpy would calibrate sigma to other
+    last digits.
+
+    asked: what must be equal. ValueError, one line, if anything differs, or if epsilon is not what plan.json says.
+    """
+    with folder.understanding(path, "plan"):
+        stored = folder.read_json(path)
+        plan = {**{key: stored[key] for key in asked}, "sigma": float(stored["sigma"])}
+        stated = float(stored["epsilon"])
+        if not (plan["sigma"] == 0 or 1e-3 <= plan["sigma"] <= 1e6):
+            raise ValueError("sigma is out of range")
+    for key, value in (asked if s.sigma is None else {**asked, "sigma": s.sigma}).items():
+        if plan[key] != value:
+            raise ValueError(f"cannot resume: '{key}' is not what this run began with; {folder.ADD_UP}")
+    plan = with_numbers(s, plan)
+    if plan["epsilon"] != stated and not -SAME * stated <= plan["epsilon"] - stated <= SAME * min(stated, 1.0):
+        raise ValueError(f"cannot resume: plan.json states epsilon {round_up(stated)}, recomputed it is "
+                         f"{round_up(plan['epsilon'])}; resume with the program and libraries that this run began "
+                         f"with; {folder.ADD_UP}")
+    if s.sigma is None and stated > s.epsilon * (1 + SAME):
+        raise ValueError(f"cannot resume: 'epsilon' is not what this run began with; {folder.ADD_UP}")
+    with folder.understanding(path, "plan"):  # the first programs did not write them
+        numbers = stored.get("numbers", plan["numbers"])
+        known = {key: {k: float(v) for k, v in value.items()} if key == ATTACKER else float(value)
+                 for key, value in numbers.items()}
+        return {**plan, "epsilon": stated, "numbers": settled(known, plan["numbers"])}
 
 
 def noise_only(model):
@@ -46,9 +137,9 @@ def noise_only(model):
 def print_plan(s, plan, model):
     trained, total = count(p for p in model.parameters() if p.requires_grad), count(model.parameters())
     idle = noise_only(model)
-    print(f"privacy plan   epsilon {plan['epsilon']:.4g} at delta {plan['delta']:g} ({s.accountant}); unit: one picture, added "
-          f"or removed\n               n {plan['n']}, Poisson sampling with q {plan['q']:.4g} (expected batch {s.batch_size}), "
-          f"T {plan['steps']} steps, sigma {plan['sigma']:.4g}, C {s.clip_norm:g} {s.clipping}, K {s.noise_multiplicity}\n"
+    print(f"privacy plan   epsilon {round_up(plan['epsilon'])} at delta {round_up(plan['delta'])} ({s.accountant}); "
+          f"unit: one picture, added or removed\n               n {plan['n']}, Poisson sampling with q {plan['q']:.4g} "
+          f"(expected batch {s.batch_size}), T {plan['steps']} steps, sigma {plan['sigma']:.4g}, C {s.clip_norm:g} {s.clipping}, K {s.noise_multiplicity}\n"
           f"tuned          {s.tune}: {trained:,} of {total:,} parameters ({trained / total:.1%})" + (
               f", of which {idle:,} see only noise (query and key for a one-token condition)" if idle else ""))
     if plan["steps"] and (plan["sigma"] == 0 or s.insecure_seed is not None) and rank() == 0:
