@@ -6,6 +6,7 @@ al. 2024), sigma calibrated by accountant.py so that the whole run costs the eps
 import math
 import sys
 import time
+from collections import Counter
 from functools import partial
 
 import torch
@@ -13,40 +14,121 @@ import torch
 import accountant
 import diffusion
 import dp_sgd
+import folder
 import sample
 import text
 import unet
 import vae
+from accountant import round_up
 from folder import rank
 from settings import GRADIENTS
 
+GROUP = "epsilon_for_20_pictures_of_one_person"
+ATTACKER = "attacker_true_positive_rates"
+FALSE_POSITIVES = (0.001, 0.01, 0.1)
+NEGLIGIBLE = 1e-3  # of delta: what the end of the noise may add to it
+SAME = 1e-6  # relative: numbers of two machines that differ by less are the same number
+
+
+def privacy_numbers(s, steps, delta):
+    """What the statement says about steps, ledger rows or [(q, sigma, T)]: both accountants, a group of 20, the attacker.
+
+    Never raises for a plan that `privacy_plan` lets through: what cannot be computed is replaced by what is never below
+    it. The group's epsilon is infinite as well where 20 images together reach beyond the largest noise.
+    """
+    found = accountant.statement_numbers(steps, delta, 20, FALSE_POSITIVES)
+    kinds = Counter()
+    for step in steps:
+        q, sigma, count = (step["q"], step["sigma"], 1) if isinstance(step, dict) else step
+        kinds[q, sigma] += count
+    beyond = sum(dp_sgd.beyond_the_noise(noise_of(s), *kind, count, 20) for kind, count in kinds.items())
+    return {"epsilon_rdp": found["epsilon_rdp"], "epsilon_pld": found["epsilon_pld"],
+            GROUP: math.inf if beyond > NEGLIGIBLE * delta else found["epsilon_for_group"],
+            ATTACKER: {str(rate): float(found["attacker"][rate]) for rate in FALSE_POSITIVES}}
+
+
+def noise_of(s):
+    """The generator whose largest normal counts."""
+    ordinary = s.fast_noise or s.insecure_seed is not None
+    return dp_sgd.fresh_generator() if ordinary else dp_sgd.SecureGenerator()
+
+
+def settled(planned, found):
+    """The planned number where the one found later is the same up to rounding, else the larger; of dicts, by key."""
+    if isinstance(found, dict):
+        return {key: settled(planned[key], found[key]) for key in found}
+    return planned if abs(found - planned) <= SAME * planned else max(found, planned)
+
 
 def privacy_plan(s, n):
-    """What will be spent, known before the first private step. Raises ValueError for impossible plans."""
+    """What will be spent and stated, known before the first private step: a dict of n, q, steps, sigma, epsilon, delta
+    and the statement's numbers.
+
+    A resumed run keeps the plan it began with. Raises ValueError for impossible plans.
+    """
     if s.steps == 0:
-        return {"n": n, "q": 0.0, "steps": 0, "sigma": 0.0, "epsilon": 0.0, "delta": s.delta}
+        return {"n": n, "q": 0.0, "steps": 0, "sigma": 0.0, "epsilon": 0.0, "delta": s.delta,
+                "numbers": privacy_numbers(s, [], s.delta)}
     if s.batch_size > n:
         raise ValueError(f"--batch-size {s.batch_size} exceeds the {n} private pictures: q = B/n must be at most 1")
     if s.delta >= 1 / n:
         raise ValueError(f"--delta {s.delta:g} is not below 1/n = {1 / n:.2g}: publishing one random picture in the clear would "
                          "satisfy it; choose a smaller delta")
-    q = s.batch_size / n
-    sigma = s.sigma
-    if sigma is None:
-        sigma = 0.0 if math.isinf(s.epsilon) else accountant.noise_multiplier(s.epsilon, s.delta, q, s.steps, s.accountant)
-    generator = dp_sgd.fresh_generator() if s.fast_noise else dp_sgd.SecureGenerator()
-    if sigma and dp_sgd.beyond_the_noise(generator, q, sigma, s.steps) > 1e-3 * s.delta:
+    plan = {"n": n, "q": s.batch_size / n, "steps": s.steps, "delta": s.delta}
+    if s.resume and (path := s.out / "internal" / "plan.json").exists():
+        return stored_plan(s, plan, path)
+    sigma = 0.0 if s.sigma is None else s.sigma
+    if s.sigma is None and s.epsilon < math.inf:
+        sigma = accountant.noise_multiplier(s.epsilon, s.delta, plan["q"], s.steps, s.accountant)
+    return with_numbers(s, {**plan, "sigma": float(sigma)})
+
+
+def with_numbers(s, plan):
+    """The plan and what it costs: epsilon by the chosen accountant, and the other numbers of the statement."""
+    q, sigma, steps, delta = (plan[key] for key in ("q", "sigma", "steps", "delta"))
+    generator = noise_of(s)
+    if sigma and dp_sgd.beyond_the_noise(generator, q, sigma, steps) > NEGLIGIBLE * delta:
         raise ValueError(f"sigma = {sigma:g} is so little noise that its largest value, {dp_sgd.largest_normal(generator):.1f} "
                          "standard deviations, would give examples away; choose a smaller --epsilon or a larger --sigma")
-    return {"n": n, "q": q, "steps": s.steps, "sigma": float(sigma), "delta": s.delta,
-            "epsilon": float(accountant.epsilon(q, sigma, s.steps, s.delta, s.accountant))}
+    epsilon = float(accountant.epsilon(q, sigma, steps, delta, s.accountant))
+    return {**plan, "epsilon": epsilon, "numbers": privacy_numbers(s, [(q, sigma, steps)], delta)}
+
+
+def stored_plan(s, asked, path):
+    """The plan in plan.json, which rules when a run is resumed: another CPU or numpy would calibrate sigma to other
+    last digits.
+
+    asked: what must be equal. ValueError, one line, if anything differs, or if epsilon is not what plan.json says.
+    """
+    with folder.understanding(path, "plan"):
+        stored = folder.read_json(path)
+        plan = {**{key: stored[key] for key in asked}, "sigma": float(stored["sigma"])}
+        stated = float(stored["epsilon"])
+        if not (plan["sigma"] == 0 or 1e-3 <= plan["sigma"] <= 1e6):
+            raise ValueError("sigma is out of range")
+    for key, value in (asked if s.sigma is None else {**asked, "sigma": s.sigma}).items():
+        if plan[key] != value:
+            raise ValueError(f"cannot resume: '{key}' is not what this run began with; {folder.ADD_UP}")
+    plan = with_numbers(s, plan)
+    if plan["epsilon"] != stated and not -SAME * stated <= plan["epsilon"] - stated <= SAME * min(stated, 1.0):
+        raise ValueError(f"cannot resume: plan.json states epsilon {round_up(stated)}, recomputed it is "
+                         f"{round_up(plan['epsilon'])}; resume with the program and libraries that this run began "
+                         f"with; {folder.ADD_UP}")
+    if s.sigma is None and stated > s.epsilon * (1 + SAME):
+        raise ValueError(f"cannot resume: 'epsilon' is not what this run began with; {folder.ADD_UP}")
+    with folder.understanding(path, "plan"):  # the first programs did not write them
+        numbers = stored.get("numbers", plan["numbers"])
+        known = {key: {k: float(v) for k, v in value.items()} if key == ATTACKER else float(value)
+                 for key, value in numbers.items()}
+        return {**plan, "epsilon": stated, "numbers": settled(known, plan["numbers"])}
 
 
 def print_plan(s, plan, model):
     trained, total = count(p for p in model.parameters() if p.requires_grad), count(model.parameters())
-    print(f"privacy plan   epsilon {plan['epsilon']:.4g} at delta {plan['delta']:g} ({s.accountant}); unit: one picture, added "
-          f"or removed\n               n {plan['n']}, Poisson sampling with q {plan['q']:.4g} (expected batch {s.batch_size}), "
-          f"T {plan['steps']} steps, sigma {plan['sigma']:.4g}, C {s.clip_norm:g} {s.clipping}, K {s.noise_multiplicity}\n"
+    print(f"privacy plan   epsilon {round_up(plan['epsilon'])} at delta {round_up(plan['delta'])} ({s.accountant}); "
+          f"unit: one picture, added or removed\n               n {plan['n']}, Poisson sampling with q {plan['q']:.4g} "
+          f"(expected batch {s.batch_size}), T {plan['steps']} steps, sigma {plan['sigma']:.4g}, C {s.clip_norm:g} "
+          f"{s.clipping}, K {s.noise_multiplicity}\n"
           f"tuned          {s.tune}: {trained:,} of {total:,} parameters ({trained / total:.1%})")
     if plan["steps"] and (plan["sigma"] == 0 or s.insecure_seed is not None) and rank() == 0:
         print("WARNING: no noise or a known noise seed: this run is NOT private", file=sys.stderr)

@@ -11,6 +11,7 @@ authors' script reports the epoch that does best on a validation set). Deviation
 the authors enlarge it to 32. Pictures of more than 64 pixels are judged at 64, generated and real alike.
 
     python evaluate.py runs/digits                       table here, JSON in runs/digits/internal/evaluation.json
+    python evaluate.py release --out scores.json         a release without its run folder
     python evaluate.py runs/digits --protocol table --data-root DIR
     python evaluate.py runs/digits --samples synthetic.npz --classifiers cnn
     python evaluate.py runs/digits --memorisation        are samples nearer to private pictures than to held-out ones?
@@ -179,14 +180,17 @@ def covered(points, centres, k=NEIGHBOURS):
 def public_features(public_folder, public, channels, size, root=None, device="cpu", progress=True):
     """The feature network, a small CNN trained on the PUBLIC set `public` and kept as features.pt: (model, name).
 
-    A file that is missing, damaged or made with other settings is replaced. "strokes" means all its 36 classes whatever
-    the run used, so that runs with other --public-classes are measured alike, and stands in for omniglot, which has no
-    labels. Raises data.DataError if the public set is needed and absent, or has no classes to tell apart.
+    A file that is missing, damaged or made with other settings is replaced; with public_folder None there is none and
+    the network is not kept. "strokes" means all its 36 classes whatever the run used, so that runs with other
+    --public-classes are measured alike; it stands in for omniglot, which has no labels. Raises data.DataError if the public set is needed and absent, or has no classes to tell apart.
     """
     public = "strokes" if public == "omniglot" else public
     kind = data.kind_of(public)
-    path, settings = Path(public_folder) / "features.pt", [kind, channels, size, FEATURE_PICTURES, FEATURES]
+    path = Path(public_folder or "") / "features.pt"
+    settings = [kind, channels, size, FEATURE_PICTURES, FEATURES]
     try:
+        if public_folder is None:
+            raise ValueError("there is no run folder")
         saved = folder.load(path)
         if saved["settings"] != settings:
             raise ValueError("made with other settings")
@@ -198,11 +202,14 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
             raise data.DataError(f"the public set {kind} has one class only, a feature network needs two") from None
         generator, classes = torch.Generator().manual_seed(0), len(pictures.classes)
         chosen = torch.randperm(len(pictures), generator=generator)[:FEATURE_PICTURES]
-        print(f"feature network: a CNN learns {len(chosen):,} pictures of {kind}; kept in {path}")
+        kept = f"kept in {path}" if public_folder else "not kept, there is no run folder"
+        print(f"feature network: a CNN learns {len(chosen):,} pictures of {kind}; {kept}")
         model = train_classifier(images=pictures.images[chosen], labels=pictures.labels[chosen], num_classes=classes,
                                  generator=generator, device=device, progress=progress, **FEATURES)
-        folder.save({"settings": settings, "classes": classes, "state": model.cpu().state_dict()}, path)
-    digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in model.state_dict().values())).hexdigest()
+        if public_folder:
+            folder.save({"settings": settings, "classes": classes, "state": model.cpu().state_dict()}, path)
+    weights = b"".join(value.cpu().numpy().tobytes() for value in model.state_dict().values())
+    digest = hashlib.sha256(weights).hexdigest()
     return model.to(device).eval(), f"CNN trained on {kind} ({model[-1].out_features} classes, weights {digest[:8]})"
 
 
@@ -240,6 +247,33 @@ def memorised(samples, train, held_out, seed=0):
 
 
 # ---------------------------------------------------------------------------------------------------------- a release
+
+
+def find_run(path):
+    """The folder around a release, and whether it is a run folder: it has internal/ or public/ beside release/."""
+    run = Path(path).resolve()
+    run = run.parent if run.is_file() else run
+    run = run.parent if run.name == "release" else run
+    return run, (run / "release").is_dir() and any((run / part).is_dir() for part in ("internal", "public"))
+
+
+def check_place(args, run, whole):
+    """Scores and private pictures are not covered by epsilon: ValueError where they would be written beside a release.
+
+    whole: run is a run folder, so that they have a place in its internal/.
+    """
+    if args.memorisation and args.out:
+        raise ValueError("--memorisation writes into RUN/internal/ only: leave out --out")
+    if not whole and args.memorisation:
+        raise ValueError(f"--memorisation writes private pictures into a run folder's internal/, and {run} is none (no "
+                         "internal/ or public/ beside release/)")
+    if not whole and not args.out:
+        raise ValueError(f"{run} is no run folder (no internal/ or public/ beside release/), and scores are not covered "
+                         "by epsilon: say where they go with --out FILE")
+    place = Path(args.out or run).resolve().parent
+    if args.out and ((place / "model.pt").exists() or (place / "privacy.json").exists()):
+        raise ValueError(f"--out {args.out}: that folder is a release, and scores are not covered by epsilon; choose "
+                         "another")
 
 
 def sources(release, run):
@@ -381,15 +415,16 @@ def main(argv=None):
         recipes[word.strip()] = protocol["recipes"][word.strip()]
     if args.samples and (args.steps, args.eta, args.guidance) != (None, None, None):
         raise ValueError("--samples takes finished pictures: leave out --steps, --eta and --guidance")
+    sample.check_numbers(args, n=(1, 10 ** 7), steps=(1, 100_000), eta=(0, 1), guidance=(-1000, 1000),
+                         seed=(0, 2 ** 62))
     sample.check_device(args.device)
     release = sample.load_release(args.run, args.device, sample.choose_bf16(args.precision, args.device))
     if release.model.embedder is None:
         recipes = {}  # an unconditional model's samples have no labels to learn from
     if args.n is not None and args.n < len(release.classes):
         raise ValueError(f"--n must be at least {len(release.classes)}, one sample of each class")
-    run = Path(args.run).resolve()
-    run = run.parent if run.is_file() else run
-    run = run.parent if run.name == "release" else run
+    run, whole = find_run(args.run)
+    check_place(args, run, whole)
     public, private = sources(release, run)
     real_sets = held_out_sets(release, args.data_root, private)  # before the long work, so that missing data shows at once
     if args.memorisation:
@@ -422,7 +457,8 @@ def main(argv=None):
     distance, (split, real) = None, next(iter(real_sets.items()))
     if not args.no_distance:
         try:
-            judge, name = public_features(run / "public", public, images.shape[1], images.shape[-1], args.data_root, args.device)
+            judge, name = public_features(run / "public" if whole else None, public, images.shape[1],
+                                          images.shape[-1], args.data_root, args.device)
             lap("feature network")
             distance = {"features": name, "split": split, "resize": f"{images.shape[-1]} pixels, " + (
                             "not resized" if images.shape[-1] == release.crop else f"resized from {release.crop}"),

@@ -21,7 +21,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import accountant
+
 PARTS = ("public", "release", "internal")
+ADD_UP = "a new run on the same pictures would add its epsilon to what this one has spent"
 
 
 def rank():
@@ -141,7 +144,8 @@ def prepare(out, resume):
     be mixed into an old one, or while another process trains there: two of them would each spend the whole budget."""
     used = [part for part in PARTS if (out / part).exists() and any((out / part).iterdir())]
     if used and not resume:
-        raise ValueError(f"{out} already holds a run; go on with it (--resume --out {out}), choose another --out, or delete it")
+        raise ValueError(f"{out} already holds a run; go on with it (--resume --out {out}), or choose another --out; "
+                         f"{ADD_UP}")
     for part in PARTS:
         (out / part).mkdir(parents=True, exist_ok=True, mode=0o700 if part == "internal" else 0o777)
     only_owner(out / "internal")
@@ -161,7 +165,46 @@ def check_unchanged(facts, path):
         return write_json(facts, path)
     for key, value in read_json(path).items():
         if facts.get(key) != value:
-            raise ValueError(f"cannot resume: '{key}' is not what this run began with; start a new run with another --out")
+            raise ValueError(f"cannot resume: '{key}' is not what this run began with; {ADD_UP}")
+
+
+def check_spent(out, plan):
+    """Refuse to go on where a run's files contradict each other about the private steps that are spent.
+
+    Ledger, checkpoint, log and release each tell how many there were; the ledger must know of all. Raises ValueError,
+    one line, where rows are missing, where the plan they belong to is missing, and where the checkpoint with their
+    result is gone: the untuned public model would then be released, or replace a good release.
+    """
+    internal, release = out / "internal", out / "release"
+    spent = len(accountant.ledger_rows(read_ledger(internal / "ledger.jsonl"), plan))
+    done = 0
+    if (internal / "state.pt").exists():
+        state = load(internal / "state.pt")
+        with understanding(internal / "state.pt"):
+            done = int(state["done"])
+    log = internal / "log.jsonl"  # a row of it is written after the ledger's
+    logged = log.read_bytes().count(b"\n") if log.exists() else 0
+    stated = 0
+    if any((release / name).exists() for name in ("model.pt", "privacy.json")):  # written when all steps are spent
+        try:
+            stated = int(read_json(release / "privacy.json")["steps"])
+        except (ValueError, KeyError, TypeError, OverflowError):
+            stated = plan["steps"]
+        stated = max(stated, plan["steps"] if stated else 0)
+    for name, count in (("internal/state.pt", done), ("internal/log.jsonl", logged), ("the release", stated)):
+        if count > spent or count < 0:
+            raise ValueError(f"cannot resume: the ledger has {spent} rows, but {name} tells of {count} private steps; "
+                             "rows are missing, so epsilon is unknown. Bring back internal/ledger.jsonl from a copy; "
+                             f"{ADD_UP}")
+    if spent and not (plan["steps"] and (internal / "plan.json").exists()):
+        raise ValueError(f"cannot resume: {spent} private steps are spent, but the plan they belong to, "
+                         f"internal/plan.json, is missing or says there are none. Bring it back from a copy; {ADD_UP}")
+    if stated and not done:
+        raise ValueError("cannot resume: internal/state.pt is missing, and the untuned public model would replace the "
+                         f"release, which is finished: draw from it with python sample.py {out}")
+    if spent and spent >= plan["steps"] and not done:
+        raise ValueError(f"cannot resume: all {spent} private steps are spent, and internal/state.pt, their result, is "
+                         f"missing. Bring it back from a copy, or this run is lost; {ADD_UP}")
 
 
 class Stop:
@@ -204,6 +247,12 @@ def run_cli(main):
         sys.exit(main())
     except (ValueError, OSError) as error:
         print(f"rank {rank()}: error: {error}" if rank() else f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:  # out of memory has three types
+        text = str(error).strip().splitlines()[:1] or ["no more memory"]
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "memory" not in text[0]:
+            raise
+        print(f"error: out of memory, ask for less at a time ({text[0][:160]})", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

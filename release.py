@@ -9,11 +9,12 @@ from functools import partial
 
 import torch
 
-import accountant
 import data
 import folder
 import sample
 import unet
+from accountant import round_up
+from budget import ATTACKER, GROUP, privacy_numbers, settled
 from settings import plain
 
 # How the presets' hyper-parameters were chosen, where private results had a part in it (docs/privacy.md).
@@ -32,19 +33,17 @@ BEFOREHAND = ("taken as chosen without results on these pictures; if other runs 
 
 def privacy_statement(s, plan, rows, trained):
     """Content of release/privacy.json: all that is needed to judge the guarantee (pitfalls 20, 24, 25)."""
-    both = {m: accountant.epsilon_of_ledger(rows, s.delta, m) if rows else 0.0 for m in ("rdp", "pld")}
-    epsilon = both[s.accountant]
+    # Known before the first private step; a step that the plan did not foresee would raise them here.
+    numbers = settled(plan["numbers"], privacy_numbers(s, rows, s.delta))
+    epsilon = numbers[f"epsilon_{s.accountant}"]
     private = s.insecure_seed is None and math.isfinite(epsilon)
-    spent = (max(r["q"] for r in rows), min(r["sigma"] for r in rows), len(rows)) if rows else (0.0, 1.0, 0)
-    groups = accountant.group_epsilon(20, *spent, s.delta) if rows else 0.0
-    false_positives = (0.001, 0.01, 0.1)  # what an optimal membership test can do at most, per picture
-    attacker = dict(zip(map(str, false_positives), map(float, accountant.attacker_tpr(*spent, false_positives)), strict=True))
     return plain({
-        "statement": f"({epsilon:.4g}, {s.delta:g})-differentially private with respect to one picture" if private else
-                     "NOT PRIVATE: no noise, or a known noise seed",
+        "statement": f"({round_up(epsilon)}, {round_up(s.delta)})-differentially private with respect to one picture"
+                     if private else "NOT PRIVATE: no noise, or a known noise seed",
         "private": private, "epsilon": epsilon, "delta": s.delta, "accountant": s.accountant,
-        "epsilon_rdp": both["rdp"], "epsilon_pld": both["pld"],
-        "epsilon_for_20_pictures_of_one_person": groups, "attacker_true_positive_rates": attacker,
+        "epsilon_rdp": numbers["epsilon_rdp"], "epsilon_pld": numbers["epsilon_pld"],
+        GROUP: numbers[GROUP],  # of one person
+        ATTACKER: numbers[ATTACKER],  # what an optimal membership test can do at most, per picture
         "adjacency": "add or remove one picture", "unit": "one picture", "sampling": "Poisson", "n": plan["n"], "q": plan["q"],
         "expected_batch_size": s.batch_size, "steps": len(rows), "sigma": plan["sigma"], "clip_norm": s.clip_norm,
         "clipping": s.clipping, "noise_multiplicity": s.noise_multiplicity, "tune": s.tune, "from_block": s.from_block,
@@ -115,7 +114,7 @@ def model_card(privacy, classes, name):
     def at_most(rate):
         return f"{math.ceil(1e4 * float(rate)) / 100:g} %"  # rounded up: nothing is understated
 
-    p, rates = privacy, privacy["attacker_true_positive_rates"]
+    p, rates = privacy, privacy[ATTACKER]
     table = "\n".join(f"| {float(fpr):.1%} | {at_most(rate)} |" for fpr, rate in rates.items())
     limits = "\n".join(f"- {item}" for item in p["does_not_cover"])
     tuned = f"""Then {p["trained_parameters"]:,} of their parameters ({p["tune"]}) were
@@ -127,9 +126,10 @@ detects that picture's presence in at most {at_most(rates["0.01"])} of the cases
 |---|---|
 {table}
 
-In figures: epsilon {float(p["epsilon"]):.4g} at delta {p["delta"]:g}; neighbours: {p["adjacency"]}; unit: {p["unit"]}.
+In figures: epsilon {round_up(float(p["epsilon"]))} at delta {round_up(p["delta"])}; neighbours: {p["adjacency"]};
+unit: {p["unit"]}.
 The unit is a picture, not a person: for someone who has 20 of the pictures, epsilon is
-{float(p["epsilon_for_20_pictures_of_one_person"]):.4g}."""
+{round_up(float(p[GROUP]))}."""
     small = f"\nSharper than they are they cannot be: it was shown {p['enlarged']}." if p["enlarged"] else ""
     if not p["steps"]:
         tuned, promise = "", "No private picture was read: this is the public model."

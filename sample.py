@@ -8,7 +8,6 @@ differential privacy, so any number of pictures, any label or prompt and any see
     python sample.py runs/digits --n 60000 --npz synthetic.npz
     python sample.py runs/faces --prompt "a smiling young woman with eyeglasses" --n 16 --guidance 2
 """
-import math
 import sys
 import time
 from dataclasses import dataclass
@@ -71,7 +70,16 @@ def build_model(checkpoint):
     model = build(lambda: unet.LatentModel(unet.UNet(unet.UNetConfig(**checkpoint["unet"])),
                                            build_embedder(checkpoint["embedder"])),
                   checkpoint["model"], checkpoint["unet"], checkpoint["embedder"])
-    return model, diffusion.Schedule(**checkpoint["schedule"])
+    schedule = diffusion.Schedule(**checkpoint["schedule"])
+    check_schedule(schedule)
+    return model, schedule
+
+
+def check_schedule(schedule):
+    """Raises ValueError for a noise schedule with no steps, far too many, or a beta outside (0, 1)."""
+    steps = type(schedule.T) is int and 1 <= schedule.T <= 100_000
+    if not (steps and 0 < schedule.beta_start <= schedule.beta_end < 1):
+        raise ValueError(f"the noise schedule is out of range: {str(schedule):.120}")
 
 
 def build_vae(checkpoint):
@@ -137,9 +145,17 @@ def load_release(path, device="cpu", bf16=False):
                           checkpoint["classes"], checkpoint["crop"], checkpoint["data"], checkpoint["privacy"],
                           build_tokenizer(checkpoint["embedder"]), checkpoint.get("prompts"), bf16)
         data.crop(torch.empty(1, *2 * [release.vae.config.resolution], device="meta"), release.crop)
-        ", ".join(release.classes), release.privacy["statement"] + "", release.data.get("private")
-        if not 0 < release.scale < float("inf") or release.crop < 1 or schedule.T > 100_000:
-            raise ValueError("scale, crop or schedule is out of range")
+        release.privacy["statement"] + "", release.data.get("private")
+        if not 0 < release.scale < float("inf") or release.crop < 1:
+            raise ValueError("scale or crop is out of range")
+        if not release.classes or not all(isinstance(name, str) for name in release.classes):
+            raise ValueError("it has no classes")
+        kind, entry = condition_kind(checkpoint["embedder"]), checkpoint["embedder"]
+        if kind == "class" and entry["num_classes"] < len(release.classes):
+            raise ValueError("it has more classes than its model knows")
+        if kind == "text" and not (len(release.prompts) == len(release.classes) and all(
+                isinstance(p, str) for options in release.prompts for p in options) and all(release.prompts)):
+            raise ValueError("it does not have prompts for every class")
     return release
 
 
@@ -190,9 +206,19 @@ def find_conditions(release, labels, seed):
 def check_device(device):
     """Raises ValueError if torch cannot use `device` ("cpu", "cuda:1") on this machine."""
     try:
+        if torch.device(device).type not in ("cpu", "cuda"):
+            raise RuntimeError("choose cpu, cuda or cuda:i")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} is not usable here ({str(error).splitlines()[0][:80]})") from None
+
+
+def check_numbers(args, **bounds):
+    """Raises ValueError for an argument outside its (low, high); None is a default and passes."""
+    for name, (low, high) in bounds.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name} must lie in {low}..{high}, got {value}")
 
 
 def uniform_labels(n, num_classes):
@@ -208,13 +234,14 @@ def parse_labels(text, classes):
         if part.strip() in classes:
             labels.append(classes.index(part.strip()))
         elif first.isdigit() and (last.isdigit() or not dash):
+            if max(len(first), len(last)) > 9 or int(last or first) >= len(classes):  # before the range is made
+                raise ValueError(f"--labels: {part.strip()[:40]!r} is too much: this model has the labels "
+                                 f"0..{len(classes) - 1} ({', '.join(classes)})")
             if int(last or first) < int(first):
                 raise ValueError(f"--labels: the range {part.strip()!r} runs backwards")
             labels += range(int(first), int(last or first) + 1)
         else:
             raise ValueError(f"--labels: {part.strip()!r} is neither a class ({', '.join(classes)}) nor a range like 0-9")
-    if any(label >= len(classes) for label in labels):
-        raise ValueError(f"--labels: this model has the labels 0..{len(classes) - 1} ({', '.join(classes)})")
     return labels
 
 
@@ -262,10 +289,8 @@ def main(argv=None):
     parser.add_argument("--precision", choices=("auto", "float32", "bf16"), default="auto",
                         help="of the networks (default auto: the faster)")
     args = parser.parse_args(argv)
-    if args.n < 1 or (args.batch or 1) < 1 or args.columns < 1:
-        raise ValueError("--n, --batch and --columns must be at least 1")
-    if not math.isfinite(args.guidance):
-        raise ValueError(f"--guidance must be a number, got {args.guidance}")
+    check_numbers(args, n=(1, 10 ** 7), batch=(1, 10 ** 7), columns=(1, 1000), steps=(1, 100_000), eta=(0, 1),
+                  guidance=(-1000, 1000), seed=(0, 2 ** 62))
     check_device(args.device)
     release = load_release(args.run, args.device, choose_bf16(args.precision, args.device))
     if release.model.embedder is None and (args.labels or args.guidance != 1):

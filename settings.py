@@ -81,7 +81,10 @@ PRESETS = {  # epochs are turned into steps: epochs * n / batch, with n = 50,000
 GRADIENTS = {"bookkeeping": bookkeeping, "loop": dp_sgd.loop, "vmap": dp_sgd.vmap}  # --method
 # These may differ when a run is resumed: they change where and how fast, not what is computed or guaranteed.
 FREE = {"given", "preset", "out", "init", "resume", "dry_run", "device", "precision", "data_root", "cache", "micro_batch",
-        "method"}
+        "method", "show_private"}
+# Post-processing: a resumed run keeps them, and may change them.
+SAMPLING = {"sample_steps", "sample_eta", "guidance"}
+LARGEST_RANK = 1024  # of LoRA
 VAE_FLAGS = {"vae_steps", "vae_batch", "vae_lr", "kl_weight", "perceptual_weight", "adversarial_weight", "adversarial_start"}
 
 
@@ -125,6 +128,9 @@ def parse(argv):
     g.add_argument("--fast-noise", action="store_true", default=False,
                    help="experiments only: noise and Poisson batches from torch's generator instead of the operating system's "
                    "CSPRNG; whoever sees enough of the release can compute the noise, and epsilon is then infinite [off]")
+    g.add_argument("--show-private", action="store_true", default=False,
+                   help="for a course: loss, clipped share and examples/s of the private batches in the bar; private "
+                   "numbers on the terminal and in whatever keeps its output, which epsilon does NOT cover [off]")
     g.add_argument("--data-root", default=None, help="folder of the full data sets [$DPLDM_DATA or ~/.cache/dpldm]")
     g.add_argument("--cache", default=None, help="folder for decoded photographs, as private as they are [DATA_ROOT/cache]")
     flags("data", ("public", str, f"public set: {', '.join(data.LOADERS)} (folder:PATH, npz:PATH)"),
@@ -200,12 +206,13 @@ def adopt_settings(s, given):
     """A resumed run goes on with its own settings; a flag that contradicts them is refused by name."""
     path = s.out / "internal" / "settings.json"
     for key, value in folder.read_json(path).items():
-        if key in given and key not in FREE and plain(given[key]) != value:
-            raise ValueError(f"--resume: this run began with {key} = {value}, not {given[key]}; leave the flag out, or start "
-                             "a new run with another --out")
-        if key not in FREE:
-            with folder.understanding(path, "file"):
-                setattr(s, key, restored({"seed": 0, **DIGITS}.get(key), value))
+        if key in FREE or key in SAMPLING and key in given:
+            continue
+        if key in given and plain(given[key]) != value:
+            raise ValueError(f"--resume: this run began with {key} = {value}, not {given[key]}; leave the flag out "
+                             f"({folder.ADD_UP})")
+        with folder.understanding(path, "file"):
+            setattr(s, key, restored({"seed": 0, **DIGITS}.get(key), value))
 
 
 def restored(default, value):
@@ -226,27 +233,35 @@ def check(s):
             if getattr(s, key) is not None and not good(getattr(s, key)):
                 raise ValueError(f"--{key.replace('_', '-')} must {text}, got {getattr(s, key)}")
 
-    demand("vae_steps vae_batch ldm_steps ldm_batch batch_size noise_multiplicity micro_batch sample_steps public_n private_n "
-           "text_length text_layers width depth latent_channels",
-           lambda v: v >= 1, "be at least 1")
-    demand("steps from_block adversarial_start", lambda v: v >= 0, "not be negative")
-    demand("vae_lr ldm_lr lr clip_norm init_scale", lambda v: 0 < v < math.inf, "be a positive number")
-    demand("sigma kl_weight perceptual_weight adversarial_weight", lambda v: 0 <= v < math.inf, "be 0 or a positive number")
-    demand("epsilon", lambda v: v > 0, "be positive (inf: no privacy)")
+    for keys, low, high in (  # the upper ends are far beyond any use, and keep sizes within 64 bits and memory
+            ("vae_steps ldm_steps vae_batch ldm_batch batch_size micro_batch public_n private_n", 1, 10 ** 9),
+            ("steps", 0, 10 ** 6), ("from_block adversarial_start", 0, 10 ** 9), ("noise_multiplicity", 1, 1000),
+            ("text_length width latent_channels", 1, 10 ** 4), ("text_layers depth", 1, 100),
+            ("seed insecure_seed", 0, 2 ** 62)):
+        demand(keys, lambda v, low=low, high=high: low <= v <= high, f"lie in {low}..{high}")
+    demand("vae_lr ldm_lr lr", lambda v: 0 < v <= 1000, "be positive and at most 1000")
+    demand("init_scale", lambda v: 1e-6 <= v <= 1e6, "lie in 1e-6..1e6")
+    # The noise has deviation sigma C in float32, and Adam squares sigma C / B: between these bounds both stay finite
+    # and above zero, for every sigma that is allowed and B up to a million.
+    demand("clip_norm", lambda v: 1e-12 <= v <= 1e12, "lie in 1e-12..1e12")
+    demand("sigma", lambda v: v == 0 or 1e-3 <= v <= 1e6, "be 0 (NOT private) or lie in 1e-3..1e6")
+    demand("kl_weight perceptual_weight adversarial_weight", lambda v: 0 <= v <= 1e6, "lie in 0..1e6")
+    demand("epsilon", lambda v: 0 < v <= 1e5 or v == math.inf, "be positive and at most 1e5, or inf (no privacy)")
     demand("delta", lambda v: 0 < v < 1, "lie between 0 and 1")
     demand("size", lambda v: v in (32, 64, 128, 256), "be 32, 64, 128 or 256")
     demand("factor", lambda v: v in (2, 4, 8, 16), "be 2, 4, 8 or 16")
     demand("cond_drop ema", lambda v: 0 <= v < 1, "lie in [0, 1)")
-    demand("guidance", math.isfinite, "be a number")
+    demand("guidance", lambda v: abs(v) <= 1000, "be a number, at most 1000")
     demand("sample_eta", lambda v: 0 <= v <= 1, "lie in [0, 1]")
     for flag, name in (("--public", s.public), ("--private", s.private)):
         if data.kind_of(name) in data.PUBLIC_ONLY and flag == "--private":
             raise ValueError(f"--private {name}: this set is public only, nothing of it is held out")
     if s.classes is not None:
         data.class_list(s.classes)
-    demand("text_width", lambda v: v > 0 and v % 8 == 0, "be a multiple of 8")
-    if s.guidance != 1 and s.condition == "none":
-        raise ValueError("--guidance other than 1 needs a condition, --condition class or text")
+    demand("text_width", lambda v: 0 < v <= 10 ** 4 and v % 8 == 0, "be a multiple of 8, at most 10,000")
+    rank = s.tune.removeprefix("lora:")
+    if rank != s.tune and rank.isdecimal() and (len(rank) > 9 or int(rank) > LARGEST_RANK):
+        raise ValueError(f"--tune lora:RANK: the rank must be at most {LARGEST_RANK}, got {rank[:20]}")
     if s.init and (s.init_ldm or s.init_vae):
         raise ValueError("--init takes both public stages from a run; it cannot be combined with --init-ldm or --init-vae")
     if {"epsilon", "sigma"} <= {*s.given} and s.sigma is not None:
@@ -256,9 +271,19 @@ def check(s):
             raise ValueError(f"{flag}: there is no {path}")
     if s.fast_noise and s.insecure_seed is not None:
         raise ValueError("--fast-noise and --insecure-seed exclude each other")
-    if s.guidance != 1 and s.cond_drop == 0:
-        raise ValueError("--guidance other than 1 needs --cond-drop above 0")
+    sample.check_schedule(s.schedule)
+    check_sampling(s)
     sample.check_device(s.device)
+
+
+def check_sampling(s):
+    """Refuse settings of the pictures at the end that cannot be followed, while nothing is spent: ValueError."""
+    if not 1 <= s.sample_steps <= s.schedule.T:
+        raise ValueError(f"--sample-steps must lie in 1..{s.schedule.T}, the noise schedule's, got {s.sample_steps}")
+    if s.guidance != 1 and s.condition == "none":
+        raise ValueError("--guidance other than 1 needs a condition, --condition class or text")
+    if s.guidance != 1 and s.cond_drop == 0:
+        raise ValueError("--guidance other than 1 needs --cond-drop above 0, here or in the run of --init")
 
 
 def plain(value):

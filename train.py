@@ -39,6 +39,7 @@ import sample
 import text
 import unet
 import vae
+from accountant import round_up
 from budget import (
     autocast,
     count,
@@ -53,7 +54,7 @@ from budget import (
 from folder import rank
 from processes import agreed, join, once, own_device, own_part, shard, share, world
 from release import privacy_statement, write_release
-from settings import GRADIENTS, VAE_FLAGS, parse, plain
+from settings import GRADIENTS, VAE_FLAGS, check_sampling, parse, plain
 
 # ------------------------------------------------------------------------------------------------- the public stages
 
@@ -379,6 +380,9 @@ def encode(s, autoencoder, images, scale):
 
 # ------------------------------------------------------------------------------------------------- the private stage
 
+# Steps, epsilon and the time left; no rate, which would tell the size of each private batch.
+QUIET_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
 
 def tune_privately(s, model, latents, conditions, plan, stop):
     """Stage 3, Algorithm 1 of the paper: DP-SGD on the parameters of `model` that require grad, in place -> ledger rows.
@@ -402,7 +406,7 @@ def tune_privately(s, model, latents, conditions, plan, stop):
     average = [p.detach().clone() for p in engine.parameters]
     loss_fn, null = partial(diffusion.loss, schedule=s.schedule), null_condition(s, model, conditions)
     rows = accountant.ledger_rows(folder.read_ledger(ledger), plan)
-    done = resume(state_path, engine, average, optimizer, len(rows))  # updates contained in the weights
+    done = resume(state_path, engine, average, optimizer)  # updates contained in the weights
     z, y = torch.randn(3, *latents.shape[2:], device=s.device), stand_in(model, 3, s.device)  # random: nothing private is seen
     dp_sgd.check_against_loop(engine, loss_fn, *diffusion.draw(z, y, s.noise_multiplicity))
     # A run with --insecure-seed is to be repeatable, and the draws depend on how a batch is cut.
@@ -413,8 +417,11 @@ def tune_privately(s, model, latents, conditions, plan, stop):
     # A step in the ledger is spent, also one whose result a crash has lost: the run ends when the budget is spent.
     fits = micro_batch  # examples that fit into memory at a time
     bar = tqdm(range(len(rows), plan["steps"]), desc="3/3 private tuning", unit="step", initial=len(rows), total=plan["steps"],
-               disable=rank() > 0)
-    begin, examples, so_far = time.monotonic(), 0, 0.0
+               disable=rank() > 0, bar_format=None if s.show_private else QUIET_BAR)
+    begin, examples = time.monotonic(), 0
+    covered, every = len(rows), max(1, plan["steps"] // 100)  # tight accounting takes a tenth of a second
+    so_far = epsilon_after(s, plan, covered)
+    bar.set_postfix(epsilon=round_up(so_far))
     for step in bar:
         # ---- one private step ----------------------------------------------------------------------------------------
         batch = dp_sgd.poisson_sample(len(latents), plan["q"], sampler)  # may be empty: then noise only, and it counts
@@ -436,12 +443,15 @@ def tune_privately(s, model, latents, conditions, plan, stop):
         leaving = agreed(stop.asked) and len(rows) < plan["steps"]
         folder.save({"tuned": dict(zip(engine.names, engine.parameters, strict=True)), "average": average,
                      "optimizer": optimizer.state_dict(), "done": done}, state_path)
-        if len(rows) % max(1, plan["steps"] // 100) == 0:  # tight accounting takes a tenth of a second
-            so_far = float(accountant.epsilon(plan["q"], plan["sigma"], len(rows), s.delta, s.accountant))
+        if len(rows) > covered:  # of the last step that the bar will show it for, so it is never too small
+            covered = min(len(rows) + every - 1, plan["steps"])
+            so_far = epsilon_after(s, plan, covered)
         folder.append_row({"step": step, "epsilon": plain(so_far), **engine.last}, s.out / "internal" / "log.jsonl")
-        last = engine.last
-        bar.set_postfix(loss=f"{last['loss']:.4f}", epsilon=f"{so_far:.3f}", clipped=f"{last['clipped_fraction']:.0%}",
-                        examples_per_s=f"{examples / (time.monotonic() - begin):.0f}")
+        shown = {"epsilon": round_up(so_far)}
+        if s.show_private:  # exact numbers of private batches: epsilon does not cover them
+            shown |= {"loss": f"{engine.last['loss']:.4f}", "clipped": f"{engine.last['clipped_fraction']:.0%}",
+                      "examples_per_s": f"{examples / (time.monotonic() - begin):.0f}"}
+        bar.set_postfix(shown)
         if leaving:
             stop.leave(s.out)
     torch._foreach_copy_([p.data for p in engine.parameters], average)
@@ -471,8 +481,16 @@ def accumulate_in_pieces(s, engine, loss_fn, drawn, size):
     return size
 
 
-def resume(path, engine, average, optimizer, spent):
-    """Load tuned parameters, EMA and optimiser, if there is a state -> updates they contain, at most `spent` ledger rows."""
+def epsilon_after(s, plan, steps):
+    """epsilon of the first `steps` steps of the plan."""
+    return float(accountant.epsilon(plan["q"], plan["sigma"], steps, s.delta, s.accountant)) if steps else 0.0
+
+
+def resume(path, engine, average, optimizer):
+    """Load tuned parameters, EMA and optimiser, if there is a state -> updates they contain.
+
+    Not more than the ledger has rows: folder.check_spent.
+    """
     if not path.exists():
         return 0
     state = folder.load(path)
@@ -481,9 +499,6 @@ def resume(path, engine, average, optimizer, spent):
         torch._foreach_copy_(engine.parameters, [state["tuned"][name].to(engine.parameters[0]) for name in engine.names])
         torch._foreach_copy_(average, [a.to(average[0]) for a in state["average"]])
         load_optimizer(optimizer, state["optimizer"])
-    if not 0 <= done <= spent:
-        raise ValueError(f"the ledger has {spent} rows, the checkpoint {done} steps: rows are missing, so epsilon is unknown; "
-                         "restore internal/ledger.jsonl, or start a new run")
     return done
 
 
@@ -568,6 +583,7 @@ def main(argv=None):
         if note := data.enlarged(found.name, s.vae.resolution):
             print(f"note: {note}", file=sys.stderr)
     s.crop = private.side  # samples look like private pictures, whose padding is cut off again
+    check_sampling(s)  # again: the noise schedule may be that of --init now
     plan = once(privacy_plan, s, len(private) if s.steps else 0)
     embedder = second["embedder"] if second else embedder_entry(s, public, private)
     with torch.device("meta"):  # no memory; refuses a wrong --tune before any work
@@ -596,8 +612,10 @@ def main(argv=None):
         once(refuse_known, s, private.images, digests, public_stages)
     if (s.init_ldm or s.init_vae) and not s.resume:
         first, second = adopt_original(s, public.images, embedder, len(private.classes))
+        check_sampling(s)
     stop = folder.Stop()
     once(folder.prepare, s.out, s.resume)
+    once(folder.check_spent, s.out, plan)
     if not s.resume:
         for name, checkpoint in (("vae.pt", first), ("ldm.pt", second)):
             if checkpoint:
@@ -622,6 +640,10 @@ def main(argv=None):
     names = unet.select_trainable(model, s.tune, s.from_block)
     print_plan(s, plan, model)
     trained, rows = count(p for p in model.parameters() if p.requires_grad), []
+    prompts = class_prompts(s, private) if s.condition == "text" else None
+    for options in prompts or ():
+        if (unknown := sample.build_tokenizer(embedder).unknown(" ".join(options))) and rank() == 0:
+            print(f"WARNING: the public model does not know {', '.join(unknown)}: train it anew, without --init", file=sys.stderr)
     if s.steps:
         facts = {**plan, "clip_norm": s.clip_norm, "clipping": s.clipping, "tuned": names,
                  "private_pictures": hashlib.sha256(private.images.numpy()).hexdigest()}
@@ -635,10 +657,6 @@ def main(argv=None):
         if done:
             return
     privacy = privacy_statement(s, plan, rows, trained)
-    prompts = class_prompts(s, private) if s.condition == "text" else None
-    for options in prompts or ():
-        if unknown := sample.build_tokenizer(embedder).unknown(" ".join(options)):
-            print(f"WARNING: the public model does not know {', '.join(unknown)}: train it anew, without --init", file=sys.stderr)
     write_release(s, first, second, model, private.classes, prompts, privacy, public)
     print(f"{s.out}/release: {privacy['statement']}; {(time.monotonic() - begin) / 60:.1f} minutes")
 

@@ -44,6 +44,7 @@ def run(tmp_path, monkeypatch):
         "data": {"public": "strokes", "public_classes": "digits", "private": "mnist10k", "private_split": "train"},
         "privacy": {"epsilon": 10.0, "delta": 1e-5, "statement": "(10, 1e-05)-differentially private"}}
     folder.save(checkpoint, tmp_path / "run" / "release" / "model.pt")
+    (tmp_path / "run" / "internal").mkdir()
     monkeypatch.setitem(evaluate.PROTOCOLS, "quick", TINY)
     monkeypatch.setattr(evaluate, "FEATURES", RECIPE)
     monkeypatch.setattr(evaluate, "FEATURE_PICTURES", 72)

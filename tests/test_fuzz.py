@@ -59,7 +59,7 @@ def training(model=None):
 
 def read_state(path):
     engine, average, optimizer = training()
-    train.resume(path, engine, average, optimizer, 1)
+    train.resume(path, engine, average, optimizer)
     engine.step(optimizer)
 
 
@@ -158,7 +158,7 @@ def test_moments_that_do_not_fit_their_parameter(damage, valid, tmp_path):
     damage(state["optimizer"]["state"][0])
     folder.save(state, tmp_path / "state.pt")
     engine, average, optimizer = training()
-    assert not survives(lambda path: train.resume(path, engine, average, optimizer, 1), tmp_path / "state.pt")
+    assert not survives(lambda path: train.resume(path, engine, average, optimizer), tmp_path / "state.pt")
 
 
 @pytest.mark.parametrize("where, key, value", [("unet", "model_channels", 2 ** 24), ("unet", "num_res_blocks", 10 ** 9),

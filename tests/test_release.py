@@ -139,8 +139,8 @@ def test_the_privacy_statement_is_complete(run):
 def test_the_card_says_what_the_statement_says(run, monkeypatch):
     card, privacy = (run / "release" / "MODEL_CARD.md").read_text(), folder.read_json(run / "release" / "privacy.json")
     assert "![samples](samples.png)" in card and privacy["statement"] in card and "at most" in card
-    for item in (*privacy["does_not_cover"], privacy["adjacency"], privacy["unit"], f"{privacy['epsilon']:.4g}",
-                 f"{float(privacy['epsilon_for_20_pictures_of_one_person']):.4g}"):
+    for item in (*privacy["does_not_cover"], privacy["adjacency"], privacy["unit"], accountant.round_up(privacy["epsilon"]),
+                 accountant.round_up(float(privacy["epsilon_for_20_pictures_of_one_person"]))):
         assert item in card
     assert not re.search(r"\b(nan|None|True|False)\b", card)
     shown = [float(x) for x in re.findall(r"^\| [\d.]+% \| ([\d.]+) % \|$", card, re.MULTILINE)]
