@@ -182,7 +182,8 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
 
     A file that is missing, damaged or made with other settings is replaced; with public_folder None there is none and
     the network is not kept. "strokes" means all its 36 classes whatever the run used, so that runs with other
-    --public-classes are measured alike; it stands in for omniglot, which has no labels. Raises data.DataError if the public set is needed and absent, or has no classes to tell apart.
+    --public-classes are measured alike; it stands in for omniglot, which has no labels. Raises data.DataError if the
+    public set is needed and absent, or has no classes to tell apart.
     """
     public = "strokes" if public == "omniglot" else public
     kind = data.kind_of(public)
