@@ -51,6 +51,7 @@ EMBEDDED = Path(__file__).resolve().parent / "data" / "mnist10k.npz"
 EMBEDDED_TRAIN = 8_000  # private pictures of mnist10k; the rest is held out
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts its files
 DIGITS = [str(d) for d in range(10)]
+STROKES = {"digits": list(strokes.CLASSES[:10]), "letters": list(strokes.CLASSES[10:36]), "all": list(strokes.CLASSES)}
 LETTERS = [chr(ord("a") + i) for i in range(26)]
 GARMENTS = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 ATTRIBUTE_CLASSES = {"Male": ["female", "male"], "Young": ["not young", "young"]}  # others: "not NAME", "NAME"
@@ -281,13 +282,13 @@ def save_grid(images, path, columns=10):
 
 def draw_strokes(public_classes, n, seed):
     """n pictures by strokes.draw; every class equally often (to within one), in random order."""
-    groups = {"digits": (0, 10), "letters": (10, 36), "all": (0, 36)}
-    if public_classes not in groups:
-        raise ValueError(f"public_classes must be one of {', '.join(groups)}, not {public_classes!r}")
-    first, last = groups[public_classes]
+    if public_classes not in STROKES:
+        raise ValueError(f"public_classes must be one of {', '.join(STROKES)}, not {public_classes!r}")
+    classes = STROKES[public_classes]
+    first, last = strokes.CLASSES.index(classes[0]), strokes.CLASSES.index(classes[-1]) + 1
     generator = torch.Generator().manual_seed(seed)
     labels = (torch.arange(n) % (last - first))[torch.randperm(n, generator=generator)]
-    return strokes.draw(labels + first, generator), labels, list(strokes.CLASSES[first:last])
+    return strokes.draw(labels + first, generator), labels, classes
 
 
 def load_mnist10k(root, split):

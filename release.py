@@ -99,8 +99,8 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, classes, prompts, pr
     data.save_grid(after, s.out / "release" / "samples.png", 10)
     rows, gap = [], torch.full((1, *after.shape[1:]), 96, dtype=torch.uint8)
     for i, label in enumerate(row_classes):
-        alike = public.classes[label:label + 1] == classes[label:label + 1]  # else any public pictures stand on the left
-        shown = public.images[public.labels == label] if alike else public.images
+        alike = classes[label] in public.classes  # else any public pictures stand on the left
+        shown = public.images[public.labels == public.classes.index(classes[label])] if alike else public.images
         real = data.crop(shown[4 * (i % lines if alike else i):][:4], s.crop)
         first = slice(10 * i, 10 * i + 6)
         rows += [real, gap.expand(5 - len(real), -1, -1, -1), before[first], gap, after[first]]

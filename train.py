@@ -217,10 +217,11 @@ def train_autoencoder(s, images, stop):
     return checkpoint
 
 
-def train_diffusion(s, latents, conditions, embedder, stop, digests):
+def train_diffusion(s, latents, conditions, embedder, stop, facts):
     """Stage 2 (Liu et al. 2024, section 3): public latents (N, F, C, h, w), N conditions -> dict, also public/ldm.pt.
 
-    embedder: what the conditions are (`embedder_entry`); digests: of the public images (`public_digests`).
+    embedder: what the conditions are (`embedder_entry`); facts: what else the checkpoint says of the public set, the names
+    of its classes and the digests of its images.
     """
     torch.manual_seed(s.seed)
     model = sample.laid_out(unet.LatentModel(unet.UNet(s.unet), sample.build_embedder(embedder)), s.device)
@@ -235,7 +236,7 @@ def train_diffusion(s, latents, conditions, embedder, stop, digests):
     fit(s, "2/3 latent diffusion", model, loss_fn, s.ldm_steps, s.ldm_lr, 0.995, s.out / "internal" / "ldm_state.pt", stop)
     checkpoint = {"unet": asdict(s.unet), "embedder": embedder, "schedule": asdict(s.schedule), "model": model.state_dict(),
                   "trained_on": data.kind_of(s.public), "public_classes": s.public_classes,
-                  "steps": s.ldm_steps, "digests": digests}
+                  "steps": s.ldm_steps, **facts}
     folder.save(checkpoint, s.out / "public" / "ldm.pt")
     return checkpoint
 
@@ -344,6 +345,32 @@ def find_conditions(s, pictures, embedder):
             else:
                 captions.append(text.class_caption(pictures.classes[pictures.labels[i]], generator))
     return sample.build_tokenizer(embedder).encode(captions).to(s.device)
+
+
+def for_private_classes(checkpoint, names):
+    """Stage 2's checkpoint with one embedder row per private class, in the order of `names`, and the null row.
+
+    A class of the same name keeps its row, "7" that of the public sevens, wherever it stood. The others get the rows that
+    are left, in order. Rows of other public classes are dropped: nothing private could train them, only noise.
+    Raises ValueError if there are more private classes than rows.
+    """
+    entry = checkpoint["embedder"]
+    if sample.condition_kind(entry) != "class":
+        return checkpoint
+    public = checkpoint.get("classes") or (  # the first checkpoints did not keep the names
+        data.STROKES[checkpoint["public_classes"]] if checkpoint.get("trained_on") == "strokes" else [])
+    total = entry["num_classes"]
+    if total < len(names):
+        raise ValueError(f"the public model has {total} classes, fewer than the {len(names)} private ones")
+    rows = {name: public.index(name) for name in names if name in public}
+    free = (row for row in range(total) if row not in rows.values())
+    index = [rows[name] if name in rows else next(free) for name in names]
+    if rank() == 0:
+        print(f"classes        {len(rows)} of {len(names)} private classes have the name of a public one and begin with its "
+              "embedding")
+    key = "embedder.embedding.weight"
+    table = checkpoint["model"][key][index + [total] * entry["null_class"]].clone()
+    return {**checkpoint, "embedder": {**entry, "num_classes": len(names)}, "model": {**checkpoint["model"], key: table}}
 
 
 def class_prompts(s, private, n=10):
@@ -629,12 +656,11 @@ def main(argv=None):
     autoencoder, scale = sample.build_vae(first), first["scale"]
     second = load_public(s.out / "public" / "ldm.pt") if have["ldm.pt"] else train_diffusion(
         s, encode(s, autoencoder, shard(public.images), scale),
-        find_conditions(s, own_part(public), embedder), embedder, stop, digests)
-    embedder, s.trained_on = second["embedder"], sorted({first["trained_on"], second["trained_on"]})
+        find_conditions(s, own_part(public), embedder), embedder, stop, {"digests": digests, "classes": public.classes})
+    s.trained_on = sorted({first["trained_on"], second["trained_on"]})
     s.public_weights = sorted({name for stage in (first, second) for name in stage.get("public_weights", ())})
-    if s.condition == "class" and embedder["num_classes"] < len(private.classes):
-        raise ValueError(f"the public model has {embedder['num_classes']} classes, fewer than {s.private}'s "
-                         f"{len(private.classes)}")
+    second = for_private_classes(second, private.classes)
+    embedder = second["embedder"]
 
     model = sample.laid_out(sample.build_model(second)[0], s.device)
     names = unet.select_trainable(model, s.tune, s.from_block)

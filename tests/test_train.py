@@ -10,6 +10,7 @@ import torch
 
 import accountant
 import budget
+import data
 import folder
 import sample
 import settings
@@ -47,6 +48,22 @@ def test_the_ledger_has_one_row_per_logical_step_and_gives_the_epsilon(run):
     assert len(rows) == privacy["steps"] == 4  # four logical steps of about three micro-batches each
     assert all(row["q"] == 100 / 1000 and row["sigma"] == privacy["sigma"] for row in rows)
     assert abs(accountant.epsilon(100 / 1000, privacy["sigma"], 4, 1e-5, privacy["accountant"]) - privacy["epsilon"]) < 1e-6
+
+
+@pytest.mark.parametrize("names, rows", [
+    (["1", "2", "9"], [1, 2, 9]), (["10", "2", "0"], [1, 2, 0]), (["cat", "3", "dog"], [0, 3, 1]), (["9"], [9])])
+def test_private_classes_begin_with_the_embedding_of_the_same_name(names, rows):
+    """Matched by name, not by position; others get rows that are left; what no private image can train is dropped."""
+    table = torch.arange(37.0)[:, None].expand(-1, 4)
+    entry = {"kind": "class", "dim": 4, "null_class": True, "num_classes": 36}
+    checkpoint = {"embedder": entry, "model": {"embedder.embedding.weight": table, "x": 1}, "trained_on": "strokes",
+                  "public_classes": "all"}
+    for more in ({}, {"classes": data.STROKES["all"]}):
+        found = train.for_private_classes(checkpoint | more, names)
+        assert found["embedder"] == entry | {"num_classes": len(names)} and found["model"]["x"] == 1
+        assert found["model"]["embedder.embedding.weight"][:, 0].tolist() == [*rows, 36]
+    with pytest.raises(ValueError, match="fewer than the 37"):
+        train.for_private_classes(checkpoint, list(map(str, range(37))))
 
 
 def test_a_plan_whose_noise_ends_too_early_is_refused(tmp_path):
