@@ -31,9 +31,10 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import data
+import datasets
 import folder
 import sample
+from datasets import arrays, pixels
 
 # ------------------------------------------------------------------------------------------------------- classifiers
 
@@ -101,7 +102,7 @@ def train_classifier(kind, images, labels, num_classes, epochs, lr, batch=128, a
         with tqdm(total=steps, desc=f"training {kind}", unit="step", disable=not progress) as bar:
             for _ in range(epochs):
                 for chosen in torch.randperm(len(images)).split(batch):
-                    x = data.to_float(images[chosen].to(device))  # (B,C,S,S) in -1..1
+                    x = pixels.to_float(images[chosen].to(device))  # (B,C,S,S) in -1..1
                     x = (jiggle(x) if augment else x).contiguous(memory_format=torch.channels_last)
                     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
                         loss = F.cross_entropy(model(x), labels[chosen].to(device), label_smoothing=smoothing)
@@ -128,7 +129,7 @@ def jiggle(x, shift=2.0, degrees=10.0):
 def predict(model, images):
     """uint8 (N,C,S,S) -> the model's output (N,D), on the CPU, in batches."""
     device = next(model.parameters(), images).device  # a model without parameters hands the pixels on
-    return torch.cat([model(data.to_float(part.to(device))).cpu() for part in images.split(500)])
+    return torch.cat([model(pixels.to_float(part.to(device))).cpu() for part in images.split(500)])
 
 
 def accuracy(model, images, labels):
@@ -182,11 +183,11 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
 
     A file that is missing, damaged or made with other settings is replaced; with public_folder None there is none and
     the network is not kept. "strokes" means all its 36 classes whatever the run used, so that runs with other
-    --public-classes are measured alike; it stands in for omniglot, which has no labels. Raises data.DataError if the
+    --public-classes are measured alike; it stands in for omniglot, which has no labels. Raises datasets.DataError if the
     public set is needed and absent, or has no classes to tell apart.
     """
     public = "strokes" if public == "omniglot" else public
-    kind = data.kind_of(public)
+    kind = datasets.kind_of(public)
     path = Path(public_folder or "") / "features.pt"
     settings = [kind, channels, size, FEATURE_PICTURES, FEATURES]
     try:
@@ -198,9 +199,10 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
         model = network(FEATURES["kind"], channels, size, saved["classes"])
         model.load_state_dict(saved["state"])
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError):
-        pictures = data.load(public, "train", root, size, n=FEATURE_PICTURES if kind == "strokes" else None, channels=channels)
+        n = FEATURE_PICTURES if kind == "strokes" else None
+        pictures = datasets.load(public, "train", root, size, n=n, channels=channels)
         if len(pictures.classes) < 2:
-            raise data.DataError(f"the public set {kind} has one class only, a feature network needs two") from None
+            raise datasets.DataError(f"the public set {kind} has one class only, a feature network needs two") from None
         generator, classes = torch.Generator().manual_seed(0), len(pictures.classes)
         chosen = torch.randperm(len(pictures), generator=generator)[:FEATURE_PICTURES]
         kept = f"kept in {path}" if public_folder else "not kept, there is no run folder"
@@ -278,18 +280,18 @@ def check_place(args, run, whole):
 
 
 def sources(release, run):
-    """Names of the public and the private set, for data.load. A release never says where own pictures lie: for those
+    """Names of the public and the private set, for datasets.load. A release never says where own pictures lie: for those
     the run folder's settings are asked. Raises ValueError if there are none.
     """
     names = [release.data["public"], release.data["private"]]
-    if any(name in data.OWN for name in names):
+    if any(datasets.REGISTRY[name].own for name in names):
         settings = folder.read_json(run / "internal" / "settings.json")
         names = [settings["public"], settings["private"]]
     return names
 
 
 def shrink(images):
-    return data.resize(images, min(LARGEST, images.shape[-1]))
+    return pixels.resize(images, min(LARGEST, images.shape[-1]))
 
 
 def held_out_sets(release, root=None, private=None):
@@ -300,11 +302,11 @@ def held_out_sets(release, root=None, private=None):
     if split != "train":
         raise ValueError(f"nothing is held out: this release was trained on split {split!r} of {private}, not 'train'")
     real = load_private(release, private, "test", root)
-    sets = {f"{len(real):,} held out of {data.kind_of(private)}": real}
+    sets = {f"{len(real):,} held out of {datasets.kind_of(private)}": real}
     if private == "mnist10k":
-        raw = data.data_root(root) / "MNIST" / "raw"
-        if data.find([raw], "t10k"):  # no download just to evaluate
-            official = data.load("mnist", "test", root, release.crop)
+        raw = datasets.data_root(root) / "MNIST" / "raw"
+        if arrays.find([raw], "t10k"):  # no download just to evaluate
+            official = datasets.load("mnist", "test", root, release.crop)
             sets[f"{len(official):,} MNIST test digits"] = official
         else:
             print(f"official MNIST test digits skipped: not in {raw} (see --data-root)")
@@ -316,8 +318,8 @@ def held_out_sets(release, root=None, private=None):
 def load_private(release, private, split, root=None, n=None):
     """The private set as the release's samples look: their size (at most LARGEST), channels and classes."""
     channels, size = release.vae.config.out_ch, release.crop if release.vae.config.out_ch == 1 else min(release.crop, LARGEST)
-    classes = release.classes if data.kind_of(private) in data.OWN else None
-    real = data.load(private, split, root, size, n=n, channels=channels, classes=classes,
+    classes = release.classes if datasets.REGISTRY[datasets.kind_of(private)].own else None
+    real = datasets.load(private, split, root, size, n=n, channels=channels, classes=classes,
                      label_attribute=release.data.get("label_attribute"))
     real.images = shrink(real.images)
     return real
@@ -327,9 +329,9 @@ def read_samples(path, release, n=None):
     """The first n (default: all) pictures of an NPZ as sample.py writes it -> uint8 (n,C,crop,crop), labels (n,)."""
     if not Path(path).is_file():
         raise ValueError(f"--samples: no file {path}; write one: python sample.py RUN --npz {path}")
-    arrays = data.read_npz(path, ("images", "labels") if release.model.embedder else ("images",))
-    labels = arrays.get("labels", np.zeros(len(arrays["images"]), np.uint8))  # an unconditional model's have none
-    images, labels = data.check(arrays["images"], labels, path, 0, len(release.classes) - 1)
+    found = arrays.read_npz(path, ("images", "labels") if release.model.embedder else ("images",))
+    labels = found.get("labels", np.zeros(len(found["images"]), np.uint8))  # an unconditional model's have none
+    images, labels = arrays.check(found["images"], labels, path, 0, len(release.classes) - 1)
     shape, wanted = (release.vae.config.out_ch, release.crop, release.crop), n or 1
     if images.shape[1:] != shape or len(images) < wanted:
         raise ValueError(f"{path} has {len(images)} pictures of {tuple(images.shape[1:])}, needed: {wanted} of {shape}")
@@ -371,7 +373,7 @@ def memorisation(args, release, run, public, private, held_out):
     try:
         judge, space = public_features(run / "public", public, samples.shape[1], samples.shape[-1], args.data_root, args.device)
         points = [features(judge, x) for x in (samples, train.images, held_out.images)]
-    except data.DataError as error:
+    except datasets.DataError as error:
         print(f"no feature network ({error}): distances of pixels instead")
         space, points = "pixels", [x.flatten(1).double() / 255 for x in (samples, train.images, held_out.images)]
     result = {"note": "about private pictures, not covered by epsilon", "space": space, **memorised(*points, args.seed)}
@@ -380,7 +382,7 @@ def memorisation(args, release, run, public, private, held_out):
     gap = torch.full_like(samples[closest], 96)[:, None]  # (12,1,C,S,S)
     grid = torch.cat([samples[closest][:, None], gap, sides[0], gap, sides[1]], dim=1)  # (12, 11, C, S, S)
     picture = run / "internal" / "memorisation.png"
-    data.save_grid(grid.flatten(0, 1), picture, grid.shape[1])
+    pixels.save_grid(grid.flatten(0, 1), picture, grid.shape[1])
     folder.write_json(result, run / "internal" / "memorisation.json")
     figures = [" ".join(f"{d:.3g}" for d in result[f"distance_to_{key}_min_1%_median"]) for key in ("training", "held_out")]
     print(f"{result['closer_to_training']:.1%} +- {result['standard_error']:.1%} of {result['n']:,} samples are closer to a "
@@ -465,7 +467,7 @@ def main(argv=None):
                             "not resized" if images.shape[-1] == release.crop else f"resized from {release.crop}"),
                         **compare(judge, images, real.images, args.seed)}
             lap("distance")
-        except data.DataError as error:  # the public set is not on this machine; the accuracies stand without it
+        except datasets.DataError as error:  # the public set is not on this machine; the accuracies stand without it
             print(f"Frechet distance skipped: {error}")
     result = {"note": "scores on real held-out pictures, not covered by epsilon", "protocol": args.protocol,
               "privacy": {key: release.privacy.get(key) for key in ("epsilon", "delta", "statement")},

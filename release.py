@@ -9,12 +9,13 @@ from functools import partial
 
 import torch
 
-import data
+import datasets
 import folder
 import sample
 import unet
 from accountant import round_up
 from budget import ATTACKER, GROUP, privacy_numbers, settled
+from datasets import pixels
 from settings import plain
 
 # How the presets' hyper-parameters were chosen, where private results had a part in it (docs/privacy.md).
@@ -48,9 +49,9 @@ def privacy_statement(s, plan, rows, trained):
         "expected_batch_size": s.batch_size, "steps": len(rows), "sigma": plan["sigma"], "clip_norm": s.clip_norm,
         "clipping": s.clipping, "noise_multiplicity": s.noise_multiplicity, "tune": s.tune, "from_block": s.from_block,
         "condition": s.condition, "trained_parameters": trained,
-        "public_set": " and ".join(s.trained_on), "private_set": data.kind_of(s.private),
-        "enlarged": data.enlarged(s.private, s.vae.resolution),
-        "hyper_parameters": LOOKED.get(data.kind_of(s.private), BEFOREHAND),
+        "public_set": " and ".join(s.trained_on), "private_set": datasets.kind_of(s.private),
+        "enlarged": datasets.enlarged(s.private, s.vae.resolution),
+        "hyper_parameters": LOOKED.get(datasets.kind_of(s.private), BEFOREHAND),
         "public_weights": s.public_weights,
         "insecure_seed": s.insecure_seed is not None, "fast_noise": s.fast_noise,
         "noise": "float64 from torch's generator (--fast-noise): Mersenne twister (CPU) or Philox (CUDA), no cryptographic ones"
@@ -78,8 +79,8 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, classes, prompts, pr
     content = {"format": sample.FORMAT, "vae": {k: vae_checkpoint[k] for k in ("config", "state")},
                "scale": vae_checkpoint["scale"], **{k: ldm_checkpoint[k] for k in ("unet", "embedder", "schedule")},
                "classes": classes, "crop": s.crop, "prompts": prompts,
-               "data": {"public": data.kind_of(s.public), "public_classes": s.public_classes,
-                        "private": data.kind_of(s.private), "label_attribute": s.label_attribute}, "privacy": privacy}
+               "data": {"public": datasets.kind_of(s.public), "public_classes": s.public_classes,
+                        "private": datasets.kind_of(s.private), "label_attribute": s.label_attribute}, "privacy": privacy}
     folder.save({**content, "model": model.state_dict()}, s.out / "release" / "model.pt")
     folder.write_json(privacy, s.out / "release" / "privacy.json")
     lines = max(1, (6 if s.crop < 128 else 2) // len(classes))  # of ten pictures, for each class
@@ -96,15 +97,15 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, classes, prompts, pr
     after = draw(released)
     public_model, _ = sample.build_model(ldm_checkpoint)
     before = draw(replace(released, model=public_model.eval().to(s.device)))
-    data.save_grid(after, s.out / "release" / "samples.png", 10)
+    pixels.save_grid(after, s.out / "release" / "samples.png", 10)
     rows, gap = [], torch.full((1, *after.shape[1:]), 96, dtype=torch.uint8)
     for i, label in enumerate(row_classes):
         alike = classes[label] in public.classes  # else any public pictures stand on the left
         shown = public.images[public.labels == public.classes.index(classes[label])] if alike else public.images
-        real = data.crop(shown[4 * (i % lines if alike else i):][:4], s.crop)
+        real = pixels.crop(shown[4 * (i % lines if alike else i):][:4], s.crop)
         first = slice(10 * i, 10 * i + 6)
         rows += [real, gap.expand(5 - len(real), -1, -1, -1), before[first], gap, after[first]]
-    data.save_grid(torch.cat(rows), s.out / "release" / "comparison.png", 18)
+    pixels.save_grid(torch.cat(rows), s.out / "release" / "comparison.png", 18)
     with folder.replacing(s.out / "release" / "MODEL_CARD.md") as file:
         file.write(model_card(privacy, classes, s.out.name).encode())
 

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import data
 import diffusion
 import folder
 import text
 import unet
 import vae
+from datasets import pixels
 
 FORMAT = 1  # of release/model.pt; raised whenever its keys change
 
@@ -144,7 +144,7 @@ def load_release(path, device="cpu", bf16=False):
         release = Release(laid_out(autoencoder, device), laid_out(model, device), checkpoint["scale"], schedule,
                           checkpoint["classes"], checkpoint["crop"], checkpoint["data"], checkpoint["privacy"],
                           build_tokenizer(checkpoint["embedder"]), checkpoint.get("prompts"), bf16)
-        data.crop(torch.empty(1, *2 * [release.vae.config.resolution], device="meta"), release.crop)
+        pixels.crop(torch.empty(1, *2 * [release.vae.config.resolution], device="meta"), release.crop)
         release.privacy["statement"] + "", release.data.get("private")
         if not 0 < release.scale < float("inf") or release.crop < 1:
             raise ValueError("scale or crop is out of range")
@@ -181,7 +181,7 @@ def generate(release, labels, steps=30, eta=0.0, guidance=1.0, seed=None, batch=
                 z = diffusion.ddim(release.model, (len(part), channels, side, side), cond, steps, eta, guidance, generator,
                                    release.schedule)
                 x = release.vae.decode(z / release.scale).float()
-            pictures.append(data.to_uint8(data.crop(x, release.crop)).cpu())
+            pictures.append(pixels.to_uint8(pixels.crop(x, release.crop)).cpu())
             bar.update(len(part))
     return torch.cat(pictures) if pictures else torch.empty(0, release.vae.config.out_ch, release.crop, release.crop,
                                                             dtype=torch.uint8)
@@ -308,7 +308,7 @@ def main(argv=None):
         print(f"{args.npz}: {len(images)} pictures, {release.privacy['statement']}")
     if args.out or not args.npz:
         out = args.out or "samples.png"
-        data.save_grid(images[:1000], out, args.columns)
+        pixels.save_grid(images[:1000], out, args.columns)
         print(f"{out}: {min(len(images), 1000)} pictures, {release.privacy['statement']}")
     return 0
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-import data
+import datasets
 import diffusion
 import dp_sgd
 import folder
@@ -133,10 +133,10 @@ def parse(argv):
                    "numbers on the terminal and in whatever keeps its output, which epsilon does NOT cover [off]")
     g.add_argument("--data-root", default=None, help="folder of the full data sets [$DPLDM_DATA or ~/.cache/dpldm]")
     g.add_argument("--cache", default=None, help="folder for decoded photographs, as private as they are [DATA_ROOT/cache]")
-    flags("data", ("public", str, f"public set: {', '.join(data.LOADERS)} (folder:PATH, npz:PATH)"),
+    flags("data", ("public", str, f"public set: {', '.join(datasets.names('public'))} (folder:PATH, npz:PATH)"),
           ("public_classes", str, "classes of the set strokes", ("digits", "letters", "all")),
           ("public_n", int, "public pictures to use or draw"),
-          ("private", str, f"private set, any of these but {', '.join(data.PUBLIC_ONLY)}"),
+          ("private", str, f"private set: {', '.join(datasets.names('private'))}"),
           ("private_n", int, "private pictures to use, a random choice"),
           ("classes", str, "classes of an own private set: names with commas, in their order, or a number N "
            "for 0 to N-1; None: its class folders or its array class_names"),
@@ -254,10 +254,10 @@ def check(s):
     demand("guidance", lambda v: abs(v) <= 1000, "be a number, at most 1000")
     demand("sample_eta", lambda v: 0 <= v <= 1, "lie in [0, 1]")
     for flag, name in (("--public", s.public), ("--private", s.private)):
-        if data.kind_of(name) in data.PUBLIC_ONLY and flag == "--private":
+        if datasets.REGISTRY[datasets.kind_of(name)].role == "public" and flag == "--private":
             raise ValueError(f"--private {name}: this set is public only, nothing of it is held out")
     if s.classes is not None:
-        data.class_list(s.classes)
+        datasets.class_list(s.classes)
     demand("text_width", lambda v: 0 < v <= 10 ** 4 and v % 8 == 0, "be a multiple of 8, at most 10,000")
     rank = s.tune.removeprefix("lora:")
     if rank != s.tune and rank.isdecimal() and (len(rank) > 9 or int(rank) > LARGEST_RANK):

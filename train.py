@@ -30,7 +30,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import accountant
-import data
+import datasets
 import diffusion
 import dp_sgd
 import folder
@@ -51,6 +51,7 @@ from budget import (
     select,
     stand_in,
 )
+from datasets import pixels, strokes
 from folder import rank
 from processes import agreed, join, once, own_device, own_part, shard, share, world
 from release import privacy_statement, write_release
@@ -159,8 +160,8 @@ def refuse_release(checkpoint, path):
 
 
 def public_digests(s, images):
-    """data.digests of the public images (N, C, H, W); none of drawn ones: nothing private is in them."""
-    return data.digests(images[:0] if data.kind_of(s.public) in data.DRAWN else images)
+    """datasets.digests of the public images (N, C, H, W); none of drawn ones: nothing private is in them."""
+    return datasets.digests(images[:0] if datasets.REGISTRY[datasets.kind_of(s.public)].drawn else images)
 
 
 def refuse_known(s, private, digests, checkpoints):
@@ -173,11 +174,11 @@ def refuse_known(s, private, digests, checkpoints):
         own, origin = checkpoint.get("digests"), str(checkpoint.get("trained_on"))
         if isinstance(own, torch.Tensor) and own.dtype == torch.int64:
             known.append(own.flatten())
-        elif origin not in data.DRAWN:
+        elif not (origin in datasets.REGISTRY and datasets.REGISTRY[origin].drawn):
             raise ValueError(f"the public networks (trained on {origin}) were made before digests of their "
                              "images were recorded, so private images may be among them: train the public "
                              "stages again")
-    if shared := int(torch.isin(data.digests(private), torch.cat(known)).sum()):
+    if shared := int(torch.isin(datasets.digests(private), torch.cat(known)).sum()):
         raise ValueError(f"--private {s.private}: {shared} of its images are among the images that the "
                          "public networks were trained on, so nothing would be private; choose another private or "
                          "public set")
@@ -208,12 +209,12 @@ def train_autoencoder(s, images, stop):
     shown = pictures(images[:min(4000, 8_000_000 // area)], s.device)
     scale = agreed(vae.latent_scale(model, shown, max(1, 262_144 // area)))
     checkpoint = {"config": asdict(s.vae), "state": model.state_dict(), "scale": scale,
-                  "trained_on": data.kind_of(s.public), "public_classes": s.public_classes, "steps": s.vae_steps,
+                  "trained_on": datasets.kind_of(s.public), "public_classes": s.public_classes, "steps": s.vae_steps,
                   "perceptual": looks, "digests": public_digests(s, images)}
     folder.save(checkpoint, s.out / "public" / "vae.pt")
     with torch.no_grad():
         pairs = torch.stack([shown[:32], model.decode(model.encode(shown[:32]).mean)], 1).flatten(0, 1)
-    data.save_grid(data.to_uint8(pairs), s.out / "public" / "autoencoder.png", 8)  # original, reconstruction, ...
+    pixels.save_grid(pixels.to_uint8(pairs), s.out / "public" / "autoencoder.png", 8)  # original, reconstruction, ...
     return checkpoint
 
 
@@ -235,7 +236,7 @@ def train_diffusion(s, latents, conditions, embedder, stop, facts):
 
     fit(s, "2/3 latent diffusion", model, loss_fn, s.ldm_steps, s.ldm_lr, 0.995, s.out / "internal" / "ldm_state.pt", stop)
     checkpoint = {"unet": asdict(s.unet), "embedder": embedder, "schedule": asdict(s.schedule), "model": model.state_dict(),
-                  "trained_on": data.kind_of(s.public), "public_classes": s.public_classes,
+                  "trained_on": datasets.kind_of(s.public), "public_classes": s.public_classes,
                   "steps": s.ldm_steps, **facts}
     folder.save(checkpoint, s.out / "public" / "ldm.pt")
     return checkpoint
@@ -307,7 +308,7 @@ def adopt_original(s, images, embedder, num_classes):
 
 def pictures(images, device):
     """uint8 pictures -> what the autoencoder eats: float in [-1, 1] on the device."""
-    return data.to_float(images.to(device))
+    return pixels.to_float(images.to(device))
 
 
 def embedder_entry(s, public, private):
@@ -358,7 +359,7 @@ def for_private_classes(checkpoint, names):
     if sample.condition_kind(entry) != "class":
         return checkpoint
     public = checkpoint.get("classes") or (  # the first checkpoints did not keep the names
-        data.STROKES[checkpoint["public_classes"]] if checkpoint.get("trained_on") == "strokes" else [])
+        list(strokes.GROUPS[checkpoint["public_classes"]]) if checkpoint.get("trained_on") == "strokes" else [])
     total = entry["num_classes"]
     if total < len(names):
         raise ValueError(f"the public model has {total} classes, fewer than the {len(names)} private ones")
@@ -532,20 +533,24 @@ def resume(path, engine, average, optimizer):
 # ------------------------------------------------------------------------------------------------------------ the run
 
 
+ASSUMED = {"folder:imagenet/train": (1_281_167, 1000), "folder:laion": (1_000_000, 1)}  # the authors' public sets
+
+
 def find_set(s, name, split="train", **kwargs):
-    """data.load as the settings ask; for --dry-run photographs are only listed, and a full set that is absent assumed."""
+    """datasets.load as the settings ask; for --dry-run photographs are only listed, and a full set that is absent assumed."""
     try:
-        return data.load(name, split, s.data_root, s.vae.resolution, channels=s.vae.in_channels, cache=s.cache,
+        return datasets.load(name, split, s.data_root, s.vae.resolution, channels=s.vae.in_channels, cache=s.cache,
                          decode=not s.dry_run, **kwargs)
-    except data.DataError as error:
-        n, classes = data.FULL.get(name, (0, 2))
+    except datasets.DataError as error:
+        entry = datasets.REGISTRY[datasets.kind_of(name)]
+        n, classes = ASSUMED.get(name, (entry.n, len(entry.classes) or 2))
         n = kwargs.get("n") or n
         if not s.dry_run or not n:
             raise
         print(f"ASSUMED        n {n:,} and {classes} classes: {error}")
         shape = (n, s.vae.in_channels, s.vae.resolution, s.vae.resolution)
-        return data.ImageSet(name, torch.empty(shape, dtype=torch.uint8, device="meta"), torch.zeros(n, dtype=torch.int64),
-                             list(map(str, range(classes))), side=s.vae.resolution)
+        return datasets.ImageSet(torch.empty(shape, dtype=torch.uint8, device="meta"), torch.zeros(n, dtype=torch.int64),
+                                 list(map(str, range(classes))), side=s.vae.resolution, name=name)
 
 
 def main(argv=None):
@@ -577,7 +582,7 @@ def main(argv=None):
         public_stages = [folder.load(path) for path in paths if path.exists()]
     origins = {s.public, *(str(c.get("trained_on")) for c in public_stages)}
     # With --steps 0 too: the statement then says that no private image was read.
-    if any(data.same_pictures(origin, s.private, s.data_root) for origin in origins):
+    if any(datasets.same_images(origin, s.private, s.data_root) for origin in origins):
         raise ValueError(f"--private {s.private}: the public networks know these pictures ({', '.join(sorted(origins))}), so "
                          "nothing would be private; choose another private or public set")
     s.bf16 = agreed(sample.choose_bf16(s.precision, s.device))
@@ -590,9 +595,13 @@ def main(argv=None):
     # Both sets are read before the first long loop: nobody waits an hour to learn that a file is missing.
     # With --steps 0 no private picture is read at all.
     drawn = s.public == "strokes"
-    find_private = partial(find_set, s, s.private, "train" if s.steps else "test", n=s.private_n if s.steps else None,
-                           label_attribute=s.label_attribute, private=True,
-                           classes=s.classes and data.class_list(s.classes))
+    declared = s.classes and datasets.class_list(s.classes)
+    if s.steps:
+        find_private = partial(find_set, s, s.private, n=s.private_n, label_attribute=s.label_attribute, private=True,
+                               classes=declared)
+    else:  # names of classes and attributes only
+        find_private = partial(datasets.describe, s.private, s.data_root, s.vae.resolution, s.vae.in_channels,
+                               s.label_attribute, declared)
     find_public = partial(find_set, s, s.public, public_classes=s.public_classes if drawn else None,
                           n=200 if drawn and s.dry_run else s.public_n, seed=s.seed)
     if world() > 1:  # one process downloads what is missing, and tells what is wrong with it
@@ -607,7 +616,7 @@ def main(argv=None):
         raise ValueError(f"the UNet of preset {s.preset} takes {s.unet.in_channels} latent channels, the autoencoder makes "
                          f"{s.vae.embed_dim}: use --init with runs of this preset only")
     for found in (public, private):
-        if note := data.enlarged(found.name, s.vae.resolution):
+        if note := datasets.enlarged(found.name, s.vae.resolution):
             print(f"note: {note}", file=sys.stderr)
     s.crop = private.side  # samples look like private pictures, whose padding is cut off again
     check_sampling(s)  # again: the noise schedule may be that of --init now

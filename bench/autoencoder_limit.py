@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-import data
+import datasets
 import evaluate
 import folder
 import sample
+from datasets import pixels
 
 
 def main(argv=None):
@@ -28,22 +29,23 @@ def main(argv=None):
     train = evaluate.load_private(release, release.data["private"], "train", args.data_root)
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:args.n]
     size, channels = release.vae.config.resolution, real.images.shape[1]
-    public = data.load(release.data["public"], "train", args.data_root, size, n=12_000, channels=channels).images
+    public = datasets.load(release.data["public"], "train", args.data_root, size, n=12_000, channels=channels).images
     judge, name = evaluate.public_features(Path(args.run) / "public", release.data["public"], channels, release.crop,
                                            args.data_root)
     numbers = torch.Size(release.vae.latent_shape).numel()
-    x = data.to_float(data.crop(public, release.crop)).flatten(1)
+    x = pixels.to_float(pixels.crop(public, release.crop)).flatten(1)
     mean = x.mean(0)
     components = torch.linalg.eigh((x - mean).T @ (x - mean)).eigenvectors[:, -numbers:]  # (pixels, numbers)
 
     @torch.no_grad()
     def autoencoded(images):
-        return torch.cat([data.to_uint8(data.crop(release.vae.decode(release.vae.encode(data.to_float(x)).mean), release.crop))
-                          for x in data.pad(images, size).split(250)])
+        decoded = [release.vae.decode(release.vae.encode(pixels.to_float(x)).mean)
+                   for x in pixels.pad(images, size).split(250)]
+        return torch.cat([pixels.to_uint8(pixels.crop(x, release.crop)) for x in decoded])
 
     def projected(images):
-        y = data.to_float(images).flatten(1) - mean
-        return data.to_uint8((y @ components @ components.T + mean).view(images.shape))
+        y = pixels.to_float(images).flatten(1) - mean
+        return pixels.to_uint8((y @ components @ components.T + mean).view(images.shape))
 
     print(f"{len(real):,} held-out pictures, {real.images[0].numel()} values as {numbers} numbers; features of a {name}; a CNN "
           f"trained on {len(chosen):,} training pictures, read on the held-out ones as they are")

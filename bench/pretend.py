@@ -13,9 +13,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import data
+import datasets
 import evaluate
-import strokes
+from datasets import pixels, strokes
 
 N = 66_700  # evaluate.py holds out about one in ten of an own set
 
@@ -27,7 +27,7 @@ def rewrite(images, generator):
     def normal(*shape):
         return torch.randn(n, *shape, generator=generator)
 
-    x = data.to_float(images) / 2 + 0.5  # 0..1, background 0
+    x = pixels.to_float(images) / 2 + 0.5  # 0..1, background 0
     bolder = F.max_pool2d(x, 3, 1, 1)
     finer = -F.max_pool2d(-x, 3, 1, 1)
     pen = 0.5 * normal(1, 1, 1)
@@ -37,7 +37,7 @@ def rewrite(images, generator):
     zero = torch.zeros(n, 1)
     matrix = torch.stack([torch.cat([size[:, :1], slant + angle, zero], 1), torch.cat([-angle, size[:, 1:], zero], 1)], 1)
     grid = F.affine_grid(matrix, x.shape, align_corners=False) + bend.permute(0, 2, 3, 1)
-    return data.to_uint8(2 * F.grid_sample(x, grid, align_corners=False) - 1)
+    return pixels.to_uint8(2 * F.grid_sample(x, grid, align_corners=False) - 1)
 
 
 def main():
@@ -50,12 +50,12 @@ def main():
     images = torch.cat([rewrite(strokes.draw(part, generator), generator) for part in labels.split(1000)])
     np.savez_compressed(path, images=images[:, 0].numpy(), labels=labels.numpy().astype(np.uint8),
                         class_names=np.array([str(i) for i in range(10)]))
-    data.save_grid(images[:100], path.removesuffix(".npz") + ".png", columns=10)
+    pixels.save_grid(images[:100], path.removesuffix(".npz") + ".png", columns=10)
     plain = torch.arange(10_000) % 10
     reader = evaluate.train_classifier(images=strokes.draw(plain, generator), labels=plain, num_classes=10,
                                        generator=generator, **evaluate.STRONG)
     share = evaluate.accuracy(reader, images[:10_000], labels[:10_000])
-    real = data.load("mnist10k", "test", size=28)
+    real = datasets.load("mnist10k", "test", size=28)
     digits = evaluate.accuracy(reader, real.images, real.labels)
     print(f"{path}: a CNN trained on 10,000 plain strokes reads {share:.2%} of 10,000 of them, {digits:.2%} of {len(real):,} "
           "held-out MNIST digits")

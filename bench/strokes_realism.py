@@ -15,7 +15,7 @@ import time
 
 import torch
 
-import data
+import datasets
 import evaluate
 import folder
 
@@ -29,20 +29,20 @@ def main():
     args = parser.parse_args()
 
     start = time.time()
-    drawn = data.load("strokes", size=28, public_classes="digits", n=args.n, seed=args.seed)
+    drawn = datasets.load("strokes", size=28, public_classes="digits", n=args.n, seed=args.seed)
     print(f"drawing: {args.n / (time.time() - start):.0f} pictures/s on {torch.get_num_threads()} thread(s)")
     start = time.time()
     model = evaluate.train_classifier(images=drawn.images, labels=drawn.labels, num_classes=10,
                                       generator=torch.Generator().manual_seed(args.seed),
                                       **{**evaluate.STRONG, "epochs": args.epochs})
-    fresh = data.load("strokes", size=28, public_classes="digits", n=2000, seed=args.seed + 1)
+    fresh = datasets.load("strokes", size=28, public_classes="digits", n=2000, seed=args.seed + 1)
     seen = 100 * evaluate.accuracy(model, fresh.images, fresh.labels)
     print(f"training: {time.time() - start:.0f} s, {seen:.1f} % of fresh strokes recognised")
 
-    held_out = data.load("mnist10k", "test", size=28)
+    held_out = datasets.load("mnist10k", "test", size=28)
     sets = [("2,000 held-out digits of mnist10k", held_out)]
     if args.data_root or os.environ.get("DPLDM_DATA"):
-        sets.append(("10,000 MNIST test digits", data.load("mnist", "test", args.data_root, size=28)))
+        sets.append(("10,000 MNIST test digits", datasets.load("mnist", "test", args.data_root, size=28)))
     for title, real in sets:
         answer = evaluate.predict(model, real.images).argmax(1)
         print(f"{title}: {100 * (answer == real.labels).float().mean().item():.2f} %")

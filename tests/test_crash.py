@@ -21,11 +21,11 @@ import pytest
 import torch
 
 import accountant
-import data
 import dp_sgd
 import folder
 import sample
 import train
+from datasets import pixels
 
 TINY = ["--preset", "smoke", "--public-n", "40", "--private-n", "100", "--vae-steps", "2", "--ldm-steps", "2", "--vae-batch",
         "8", "--ldm-batch", "8", "--batch-size", "10", "--accountant", "rdp", "--sample-steps", "1"]
@@ -181,7 +181,7 @@ POINTS = {  # point: (object, name, what it does before it fails, which calls co
     "update_ema": (train, "update_ema", None, lambda *a: True, 2, 1),
     "save": (torch, "save", half_a_checkpoint, is_state, 2, 1),
     "log": (folder, "append_row", half_a_row, lambda row, path: path.name == "log.jsonl", 2, 2),
-    "sampling": (data, "save_grid", None, lambda images, path, *a: "release" in str(path), 3, 3),
+    "sampling": (pixels, "save_grid", None, lambda images, path, *a: "release" in str(path), 3, 3),
 }
 
 

@@ -2,7 +2,6 @@
 
 import gzip
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import torch
 import torchvision
 from PIL import Image
 
-import data
+import datasets
+from datasets import arrays, pixels
 
 
 def write_idx(path, array):
@@ -36,38 +36,29 @@ def offline(monkeypatch):
 
     for name in ("MNIST", "FashionMNIST", "EMNIST"):
         monkeypatch.setattr(torchvision.datasets, name, refuse)
-    monkeypatch.setattr(data, "DEBIAN_FASHION", Path("/nonexistent"))
+    monkeypatch.setattr(arrays, "DEBIAN_FASHION", Path("/nonexistent"))
     monkeypatch.delenv("DPLDM_DATA", raising=False)
 
 
 # ---- the embedded set ----
 
 
-def test_import_data_is_the_file_and_not_the_folder():
-    root = Path(data.__file__).parent
-    assert Path(data.__file__).name == "data.py" and (root / "data" / "mnist10k.npz").exists()
-    assert not (root / "data" / "__init__.py").exists()
-    command = [sys.executable, "-c", "import importlib.util; print(importlib.util.find_spec('data').origin)"]
-    found = subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
-    assert Path(found).resolve() == root.resolve() / "data.py"
-
-
 def test_embedded_digits_split_8000_private_2000_held_out():
-    train, test = data.load("mnist10k"), data.load("mnist10k", "test")
+    train, test = datasets.load("mnist10k"), datasets.load("mnist10k", "test")
     assert len(train) == 8000 and len(test) == 2000
     assert train.images.shape == (8000, 1, 32, 32) and train.images.dtype == torch.uint8
     assert train.labels.dtype == torch.int64 and train.classes == list("0123456789")
     assert train.labels.bincount().min() > 600 and test.labels.bincount(minlength=10).min() > 130
     both = torch.cat([train.images, test.images]).flatten(1)
     assert len({picture.numpy().tobytes() for picture in both}) == 10_000, "no picture is on both sides"
-    with np.load(data.EMBEDDED) as stored:
-        assert np.array_equal(data.crop(train.images).numpy()[:, 0], stored["images"][:8000])
+    with np.load(arrays.EMBEDDED) as stored:
+        assert np.array_equal(pixels.crop(train.images).numpy()[:, 0], stored["images"][:8000])
         assert np.array_equal(test.labels.numpy(), stored["labels"][8000:])
 
 
 def test_n_takes_a_seeded_subset_with_the_matching_labels():
-    whole = data.load("mnist10k", "test")
-    part, again, other = (data.load("mnist10k", "test", n=50, seed=s) for s in (3, 3, 4))
+    whole = datasets.load("mnist10k", "test")
+    part, again, other = (datasets.load("mnist10k", "test", n=50, seed=s) for s in (3, 3, 4))
     assert len(part) == 50 and torch.equal(part.images, again.images) and not torch.equal(part.images, other.images)
     keys = [picture.numpy().tobytes() for picture in whole.images]
     where = dict(zip(keys, whole.labels.tolist(), strict=True))
@@ -79,29 +70,29 @@ def test_n_takes_a_seeded_subset_with_the_matching_labels():
 
 def test_padding_is_background_and_crop_undoes_it():
     images = torch.randint(1, 256, (3, 1, 28, 28), dtype=torch.uint8)
-    padded = data.pad(images, 32)
+    padded = pixels.pad(images, 32)
     assert padded.shape == (3, 1, 32, 32) and padded.dtype == torch.uint8
-    assert torch.equal(data.crop(padded, 28), images) and padded.sum() == images.sum()
-    assert torch.equal(data.pad(images, 28), images)
+    assert torch.equal(pixels.crop(padded, 28), images) and padded.sum() == images.sum()
+    assert torch.equal(pixels.pad(images, 28), images)
     for size in (31, 20):
         with pytest.raises(ValueError, match="pad"):
-            data.pad(images, size)
+            pixels.pad(images, size)
     with pytest.raises(ValueError, match="crop"):
-        data.crop(images, 27)
+        pixels.crop(images, 27)
 
 
 def test_float_range_and_exact_round_trip():
     every = torch.arange(256, dtype=torch.uint8)
-    x = data.to_float(every)
+    x = pixels.to_float(every)
     assert x.dtype == torch.float32 and x.min() == -1 and x.max() == 1
-    assert torch.equal(data.to_uint8(x), every)
-    assert data.to_uint8(torch.tensor([-3.0, 3.0, 0.0039])).tolist() == [0, 255, 128]
+    assert torch.equal(pixels.to_uint8(x), every)
+    assert pixels.to_uint8(torch.tensor([-3.0, 3.0, 0.0039])).tolist() == [0, 255, 128]
 
 
 def test_grid_is_a_png_in_reading_order(tmp_path):
     images = torch.zeros(6, 1, 8, 8, dtype=torch.uint8)
     images[1], images[3] = 255, 128
-    data.save_grid(images, tmp_path / "new" / "grid.png", columns=3)
+    pixels.save_grid(images, tmp_path / "new" / "grid.png", columns=3)
     grid = np.asarray(Image.open(tmp_path / "new" / "grid.png"))
     assert grid.shape == (57, 84, 3)  # 2 x 3 pictures of 8 pixels, enlarged threefold, with lines of 3
     assert grid[12, 12, 0] == 0 and grid[12, 42, 0] == 255 and grid[42, 12, 0] == 128
@@ -118,7 +109,7 @@ def test_mnist_layout(tmp_path, offline, name, folder, suffix):
         images, labels = picture_set(7, seed=len(part))
         write_idx(tmp_path / folder / "raw" / f"{part}-images-idx3-ubyte{suffix}", images)
         write_idx(tmp_path / folder / "raw" / f"{part}-labels-idx1-ubyte{suffix}", labels)
-        loaded = data.load(name, split, root=tmp_path, size=28)
+        loaded = datasets.load(name, split, root=tmp_path, size=28)
         assert np.array_equal(loaded.images[:, 0].numpy(), images) and loaded.labels.tolist() == labels.tolist()
         assert len(loaded.classes) == 10
 
@@ -127,8 +118,8 @@ def test_fashion_comes_from_the_debian_package_if_the_root_lacks_it(tmp_path, of
     images, labels = picture_set(5)
     write_idx(tmp_path / "debian" / "train-images-idx3-ubyte.gz", images)
     write_idx(tmp_path / "debian" / "train-labels-idx1-ubyte.gz", labels)
-    monkeypatch.setattr(data, "DEBIAN_FASHION", tmp_path / "debian")
-    assert np.array_equal(data.load("fashion", root=tmp_path, size=28).images[:, 0].numpy(), images)
+    monkeypatch.setattr(arrays, "DEBIAN_FASHION", tmp_path / "debian")
+    assert np.array_equal(datasets.load("fashion", root=tmp_path, size=28).images[:, 0].numpy(), images)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -140,23 +131,23 @@ def test_emnist_is_turned_upright_and_its_labels_start_at_zero(tmp_path, offline
     labels = np.arange(1, 27, dtype=np.uint8)
     write_idx(tmp_path / "EMNIST" / "raw" / f"emnist-letters-{split}-images-idx3-ubyte", stored)
     write_idx(tmp_path / "EMNIST" / "raw" / f"emnist-letters-{split}-labels-idx1-ubyte", labels)
-    loaded = data.load("emnist", split, root=tmp_path)
-    assert np.array_equal(data.crop(loaded.images).numpy()[:, 0], upright) and loaded.images.is_contiguous()
+    loaded = datasets.load("emnist", split, root=tmp_path)
+    assert np.array_equal(pixels.crop(loaded.images).numpy()[:, 0], upright) and loaded.images.is_contiguous()
     assert loaded.labels.tolist() == list(range(26)) and "".join(loaded.classes) == "abcdefghijklmnopqrstuvwxyz"
 
 
 def test_emnist_label_zero_is_damage(tmp_path, offline):
     write_idx(tmp_path / "EMNIST" / "raw" / "emnist-letters-train-images-idx3-ubyte", picture_set(3)[0])
     write_idx(tmp_path / "EMNIST" / "raw" / "emnist-letters-train-labels-idx1-ubyte", np.array([0, 1, 2], np.uint8))
-    with pytest.raises(data.DataError, match="labels outside 1..26"):
-        data.load("emnist", root=tmp_path)
+    with pytest.raises(datasets.DataError, match="labels outside 1..26"):
+        datasets.load("emnist", root=tmp_path)
 
 
 def test_omniglot_is_one_unlabelled_class(tmp_path, offline):
     images = picture_set(6)[0]
     np.savez(tmp_path / "omniglot.npz", images=images)
-    loaded = data.load("omniglot", root=tmp_path)
-    assert np.array_equal(data.crop(loaded.images).numpy()[:, 0], images)
+    loaded = datasets.load("omniglot", root=tmp_path)
+    assert np.array_equal(pixels.crop(loaded.images).numpy()[:, 0], images)
     assert loaded.labels.tolist() == [0] * 6 and len(loaded.classes) == 1
 
 
@@ -165,13 +156,13 @@ def test_the_classes_of_a_known_set_do_not_depend_on_its_images(tmp_path, offlin
     for name, folder in (("mnist", "MNIST"), ("fashion", "FashionMNIST")):
         write_idx(tmp_path / folder / "raw" / "train-images-idx3-ubyte", picture_set(1)[0])
         write_idx(tmp_path / folder / "raw" / "train-labels-idx1-ubyte", np.array([3], np.uint8))
-        assert len(data.load(name, root=tmp_path).classes) == 10
+        assert len(datasets.load(name, root=tmp_path).classes) == 10
     write_idx(tmp_path / "EMNIST" / "raw" / "emnist-letters-train-images-idx3-ubyte", picture_set(1)[0])
     write_idx(tmp_path / "EMNIST" / "raw" / "emnist-letters-train-labels-idx1-ubyte", np.array([3], np.uint8))
-    assert len(data.load("emnist", root=tmp_path, private=True).classes) == 26
+    assert len(datasets.load("emnist", root=tmp_path, private=True).classes) == 26
     np.savez(tmp_path / "few.npz", images=picture_set(1)[0], labels=np.array([3]))
-    monkeypatch.setattr(data, "EMBEDDED", tmp_path / "few.npz")
-    assert data.load("mnist10k", private=True).classes == list("0123456789")
+    monkeypatch.setattr(arrays, "EMBEDDED", tmp_path / "few.npz")
+    assert datasets.load("mnist10k", private=True).classes == list("0123456789")
 
 
 def test_root_from_the_argument_then_the_environment(tmp_path, offline, monkeypatch):
@@ -180,8 +171,8 @@ def test_root_from_the_argument_then_the_environment(tmp_path, offline, monkeypa
         (tmp_path / f"{folder}_root").mkdir()
         (tmp_path / f"{folder}.npz").rename(tmp_path / f"{folder}_root" / "omniglot.npz")
     monkeypatch.setenv("DPLDM_DATA", str(tmp_path / "environment_root"))
-    assert len(data.load("omniglot")) == 3
-    assert len(data.load("omniglot", root=str(tmp_path / "argument_root"))) == 2
+    assert len(datasets.load("omniglot")) == 3
+    assert len(datasets.load("omniglot", root=str(tmp_path / "argument_root"))) == 2
 
 
 # ---- bad input: one line that names the file and the ways out ----
@@ -197,8 +188,8 @@ FIRST_FILE = {
 
 @pytest.mark.parametrize("name, file", FIRST_FILE.items())
 def test_missing_data_without_network(tmp_path, offline, capsys, name, file):
-    with pytest.raises(data.DataError) as caught:
-        data.load(name, root=tmp_path)
+    with pytest.raises(datasets.DataError) as caught:
+        datasets.load(name, root=tmp_path)
     message = str(caught.value)
     assert "\n" not in message and str(tmp_path / file) in message
     assert "--data-root" in message and "DPLDM_DATA" in message
@@ -208,8 +199,8 @@ def test_missing_data_without_network(tmp_path, offline, capsys, name, file):
 
 def test_a_download_that_brings_nothing_is_missing_data(tmp_path, offline, monkeypatch):
     monkeypatch.setattr(torchvision.datasets, "MNIST", lambda *args, **kwargs: None)
-    with pytest.raises(data.DataError, match="not found"):
-        data.load("mnist", root=tmp_path)
+    with pytest.raises(datasets.DataError, match="not found"):
+        datasets.load("mnist", root=tmp_path)
 
 
 def test_a_download_is_used(tmp_path, offline, monkeypatch):
@@ -222,7 +213,7 @@ def test_a_download_is_used(tmp_path, offline, monkeypatch):
         write_idx(raw / "emnist-letters-train-labels-idx1-ubyte", labels + 1)
 
     monkeypatch.setattr(torchvision.datasets, "EMNIST", download)
-    assert data.load("emnist", root=tmp_path).labels.tolist() == labels.tolist()
+    assert datasets.load("emnist", root=tmp_path).labels.tolist() == labels.tolist()
 
 
 def break_idx(kind, folder):
@@ -251,8 +242,8 @@ def break_idx(kind, folder):
 @pytest.mark.parametrize("kind", ["truncated", "longer", "not idx", "empty", "gz", "lengths", "label", "not square"])
 def test_damaged_idx_file(tmp_path, offline, kind):
     blamed = break_idx(kind, tmp_path / "MNIST" / "raw")
-    with pytest.raises(data.DataError) as caught:
-        data.load("mnist", root=tmp_path)
+    with pytest.raises(datasets.DataError) as caught:
+        datasets.load("mnist", root=tmp_path)
     assert str(blamed) in str(caught.value) and "\n" not in str(caught.value) and "damaged" in str(caught.value)
 
 
@@ -271,36 +262,36 @@ def test_damaged_npz(tmp_path, offline, kind):
         path.write_bytes(path.read_bytes()[:2000])
     elif kind == "text":
         path.write_text("not here")
-    with pytest.raises(data.DataError) as caught:
-        data.load("omniglot", root=tmp_path)
+    with pytest.raises(datasets.DataError) as caught:
+        datasets.load("omniglot", root=tmp_path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_missing_embedded_file_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "EMBEDDED", tmp_path / "mnist10k.npz")
-    with pytest.raises(data.DataError, match="mnist10k.npz"):
-        data.load("mnist10k")
+    monkeypatch.setattr(arrays, "EMBEDDED", tmp_path / "mnist10k.npz")
+    with pytest.raises(datasets.DataError, match="mnist10k.npz"):
+        datasets.load("mnist10k")
 
 
 # ---- do two sets share images? ----
 
 
 def test_digests_know_an_image_from_any_road(tmp_path):
-    whole = data.load("mnist10k")
-    found = data.digests(whole.images)
+    whole = datasets.load("mnist10k")
+    found = datasets.digests(whole.images)
     assert found.dtype == torch.int64 and found.shape == (8000,) and (found.diff() > 0).all()
-    assert torch.equal(found, data.digests(whole.images.flip(0))), "the order of the images does not matter"
-    assert torch.equal(found[:0], data.digests(whole.images[:0]))
-    other = data.digests(data.load(f"npz:{data.EMBEDDED}").images)  # split in another way
+    assert torch.equal(found, datasets.digests(whole.images.flip(0))), "the order of the images does not matter"
+    assert torch.equal(found[:0], datasets.digests(whole.images[:0]))
+    other = datasets.digests(datasets.load(f"npz:{arrays.EMBEDDED}").images)  # split in another way
     assert 6000 < torch.isin(other, found).sum() < 8000
     changed = whole.images[:100].clone()
     changed[:, 0, 16, 16] ^= 1
-    assert not torch.isin(data.digests(changed), found).any()
+    assert not torch.isin(datasets.digests(changed), found).any()
     colour = torch.randint(256, (5, 3, 16, 16), dtype=torch.uint8)
     last = colour.contiguous(memory_format=torch.channels_last)
-    assert torch.equal(data.digests(colour), data.digests(last)), "nor does their layout in memory"
+    assert torch.equal(datasets.digests(colour), datasets.digests(last)), "nor does their layout in memory"
     twice = torch.cat([colour, colour])
-    assert torch.equal(data.digests(twice), data.digests(colour))
+    assert torch.equal(datasets.digests(twice), datasets.digests(colour))
 
 
 def test_sets_in_the_same_place_are_known_by_any_name(tmp_path, monkeypatch):
@@ -311,7 +302,7 @@ def test_sets_in_the_same_place_are_known_by_any_name(tmp_path, monkeypatch):
         (root / file).touch()
     (tmp_path / "link").symlink_to(mine)
     monkeypatch.chdir(tmp_path)
-    digits = f"npz:{data.EMBEDDED}"
+    digits = f"npz:{arrays.EMBEDDED}"
     for a, b in [("mnist10k", "mnist"), ("public32", "cifar10"), ("mnist10k", digits), ("mnist", digits),
                  ("fashion", "fashion"), ("folder:mine", f"folder:{mine}"),
                  ("folder:mine", "folder:root/mine"), ("folder:mine", "folder:mine/cats/tabby"),
@@ -319,26 +310,26 @@ def test_sets_in_the_same_place_are_known_by_any_name(tmp_path, monkeypatch):
                  ("folder:link/cats", "folder:mine"), ("npz:own.npz", "npz:root/own.npz"),
                  ("npz:public32.npz", "public32"), ("npz:public32.npz", "cifar10"),
                  ("folder:gone", "folder:gone/")]:
-        assert data.same_pictures(a, b, root) and data.same_pictures(b, a, root), (a, b)
+        assert datasets.same_images(a, b, root) and datasets.same_images(b, a, root), (a, b)
     for a, b in [("mnist", "fashion"), ("strokes", "mnist10k"), ("folder:mine", "folder:minerals"),
                  ("npz:own.npz", "npz:other.npz"), ("folder:mine/cats", "folder:mine/dogs"),
                  ("folder", "folder:mine"), ("weights of x.ckpt", "npz:own.npz"), ("public32", "faces"),
                  ("celeba", "faces"), ("None", "mnist")]:
-        assert not data.same_pictures(a, b, root) and not data.same_pictures(b, a, root), (a, b)
+        assert not datasets.same_images(a, b, root) and not datasets.same_images(b, a, root), (a, b)
     (root / "list_attr_celeba.txt").touch()  # both names now find the files of the root itself
-    assert data.same_pictures("celeba", "faces", root) and not data.same_pictures("celeba", "public32", root)
+    assert datasets.same_images("celeba", "faces", root) and not datasets.same_images("celeba", "public32", root)
 
 
 @pytest.mark.parametrize("text, names", [("a,b , c", ["a", "b", "c"]), ("3", ["0", "1", "2"]), ("1", ["0"]),
                                          ("cat", ["cat"]), ("1,0", ["1", "0"])])
 def test_classes_are_names_or_a_number(text, names):
-    assert data.class_list(text) == names
+    assert datasets.class_list(text) == names
 
 
 @pytest.mark.parametrize("text", ["", "a,,b", "a,a", "0", "10001", "999999999999", "9" * 5000, "a,b,"])
 def test_other_classes_are_refused(text):
     with pytest.raises(ValueError) as caught:
-        data.class_list(text)
+        datasets.class_list(text)
     assert "\n" not in str(caught.value)
 
 
@@ -357,12 +348,12 @@ BAD = [
 @pytest.mark.parametrize("arguments, word", BAD)
 def test_bad_arguments(arguments, word):
     with pytest.raises(ValueError, match=word):
-        data.load(**arguments)
+        datasets.load(**arguments)
 
 
 def test_command_line_prints_one_line_and_exits_2(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["data.py", "minst"])
+    monkeypatch.setattr(sys, "argv", ["datasets", "minst"])
     with pytest.raises(SystemExit) as caught:
-        runpy.run_path(data.__file__, run_name="__main__")
+        runpy.run_module("datasets", run_name="__main__")
     error = capsys.readouterr().err
     assert caught.value.code == 2 and error.count("\n") == 1 and "unknown data set" in error

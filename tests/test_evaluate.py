@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-import data
+import datasets
 import evaluate
 import folder
 import sample
 import unet
 import vae
+from datasets import arrays
 
 RECIPE = {"kind": "small-cnn", "epochs": 1, "lr": 2e-3}
 TINY = {"n": 40, "steps": 2, "eta": 0.0,
@@ -40,7 +41,7 @@ def run(tmp_path, monkeypatch):
     checkpoint = {
         "format": sample.FORMAT, "vae": {"config": config, "state": autoencoder.state_dict()}, "unet": net,
         "embedder": {"num_classes": 10, "dim": 5}, "schedule": {"kind": "cosine", "prediction": "v"},
-        "model": model.state_dict(), "scale": 1.0, "classes": data.DIGITS, "crop": 28,
+        "model": model.state_dict(), "scale": 1.0, "classes": arrays.DIGITS, "crop": 28,
         "data": {"public": "strokes", "public_classes": "digits", "private": "mnist10k", "private_split": "train"},
         "privacy": {"epsilon": 10.0, "delta": 1e-5, "statement": "(10, 1e-05)-differentially private"}}
     folder.save(checkpoint, tmp_path / "run" / "release" / "model.pt")
@@ -205,7 +206,7 @@ def test_program_scores_a_release(run, monkeypatch, capsys):
     result, text = read_result(run), capsys.readouterr().out
     labels = sample.uniform_labels(40, 10)
     generated = sample.generate(sample.load_release(run), labels, 2, 0.0, 1.0, 0, progress=False)
-    strokes = {x.numpy().tobytes() for x in data.load("strokes", size=28, public_classes="all", n=72).images}
+    strokes = {x.numpy().tobytes() for x in datasets.load("strokes", size=28, public_classes="all", n=72).images}
     assert len(trained) == 3 and {x.numpy().tobytes() for x in trained[2][0]} == strokes
     assert all(torch.equal(x, generated) and torch.equal(y, labels) for x, y in trained[:2])
     assert labels.bincount().tolist() == [4] * 10  # uniform, not the private histogram
@@ -239,7 +240,7 @@ def test_official_test_digits_are_used_when_present(run, tmp_path, capsys):
 
 
 def test_samples_file_replaces_sampling(run, tmp_path):
-    real = data.load("mnist10k", "train", size=28, n=30)
+    real = datasets.load("mnist10k", "train", size=28, n=30)
     np.savez(tmp_path / "s.npz", images=real.images[:, 0].numpy(), labels=real.labels.numpy().astype(np.uint8))
     common = ["--samples", str(tmp_path / "s.npz"), "--classifiers", "logreg", "--no-distance"]
     evaluate.main([str(run), *common])
@@ -270,14 +271,14 @@ def test_feature_network_is_kept_and_replaced_if_damaged(run, monkeypatch, capsy
 
 
 def test_missing_public_set_costs_only_the_distance(run, monkeypatch, capsys):
-    original = data.load
+    original = datasets.load
 
     def load(name, *args, **kwargs):
         if name == "emnist":
-            raise data.DataError("no emnist here")
+            raise datasets.DataError("no emnist here")
         return original(name, *args, **kwargs)
 
-    monkeypatch.setattr(data, "load", load)
+    monkeypatch.setattr(datasets, "load", load)
     change_release(run, data={"public": "emnist", "private": "mnist10k"})
     evaluate.main([str(run), "--classifiers", "logreg"])
     assert "skipped: no emnist here" in capsys.readouterr().out
@@ -301,6 +302,6 @@ def test_bad_input_is_one_line(run, tmp_path):
     change_release(run, data={"public": "strokes", "private": "mnist10k", "private_split": "test"})
     with pytest.raises(ValueError, match="held out"):
         evaluate.main([str(run)])
-    change_release(run, data={"public": "strokes", "private": "mnist10k"}, classes=data.LETTERS[:10])
+    change_release(run, data={"public": "strokes", "private": "mnist10k"}, classes=arrays.LETTERS[:10])
     with pytest.raises(ValueError, match="classes"):
         evaluate.main([str(run)])

@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 
 import budget
-import data
+import datasets
 import evaluate
 import folder
-import photos
 import sample
 import settings
 import train
 import unet
 import vae
+from datasets import arrays, photos
 
 ATTRIBUTES = ["Male", "Wearing_Hat", "Zebra"]  # not CelebA's forty
 N = 60
@@ -61,7 +61,7 @@ def one_line(caught, *words):
 
 def test_partition_attributes_and_labels(tmp_path):
     write_celeba(tmp_path)
-    train_set, test_set = (data.load("celeba", split, tmp_path, 16) for split in ("train", "test"))
+    train_set, test_set = (datasets.load("celeba", split, tmp_path, 16) for split in ("train", "test"))
     assert len(train_set) == 40 and len(test_set) == 20  # partition 0; 1 and 2
     assert train_set.images.shape == (40, 3, 16, 16) and train_set.images.dtype == torch.uint8 and train_set.side == 16
     assert list(train_set.attributes) == ATTRIBUTES and train_set.attributes["Zebra"].nonzero().flatten().tolist() == [7]
@@ -71,14 +71,14 @@ def test_partition_attributes_and_labels(tmp_path):
         red, green = whole.images[:, 0].float().mean((1, 2)), whole.images[:, 1].float().mean((1, 2))
         assert (red - 4 * torch.arange(first, first + len(whole))).abs().max() < 4
         assert torch.equal(green > 100, whole.labels == 1)
-    other = data.load("celeba", "train", tmp_path, 16, label_attribute="Wearing_Hat")
+    other = datasets.load("celeba", "train", tmp_path, 16, label_attribute="Wearing_Hat")
     assert other.classes == ["not wearing hat", "wearing hat"]
     assert torch.equal(other.labels.bool(), other.attributes["Wearing_Hat"])
 
 
 def test_the_central_square_is_resized_with_antialiasing(tmp_path):
     write_celeba(tmp_path)
-    assert data.load("celeba", root=tmp_path, size=22, n=1).images[0, 2].float().mean() < 6  # the blue borders are cut off
+    assert datasets.load("celeba", root=tmp_path, size=22, n=1).images[0, 2].float().mean() < 6  # the blue borders are cut off
     stripes = np.zeros((218, 178, 3), np.uint8)
     stripes[:, ::2] = 255
     stripes[:20] = stripes[198:] = (255, 0, 0)
@@ -99,22 +99,22 @@ def test_the_central_square_is_resized_with_antialiasing(tmp_path):
 
 def test_a_subset_keeps_everything_together_and_dry_reading_decodes_nothing(tmp_path):
     base = write_celeba(tmp_path)
-    whole, part = data.load("celeba", root=tmp_path, size=16), data.load("celeba", root=tmp_path, size=16, n=11, seed=3)
+    whole, part = datasets.load("celeba", root=tmp_path, size=16), datasets.load("celeba", root=tmp_path, size=16, n=11, seed=3)
     where = {picture.numpy().tobytes(): i for i, picture in enumerate(whole.images)}
     rows = torch.tensor([where[picture.numpy().tobytes()] for picture in part.images])
     assert len(rows.unique()) == 11 and torch.equal(part.labels, rows % 2)
     assert torch.equal(part.attributes["Wearing_Hat"], rows % 3 == 0)
     shutil.rmtree(base / "img_align_celeba")
-    listed = data.load("celeba", root=tmp_path, size=64, decode=False)
+    listed = datasets.load("celeba", root=tmp_path, size=64, decode=False)
     assert listed.images.shape == (40, 3, 64, 64) and listed.images.is_meta and len(listed) == 40
 
 
 def test_where_the_folder_is_looked_for(tmp_path):
     base = write_celeba(tmp_path, "faces")
-    assert data.load("faces", root=tmp_path, size=16).name == "faces"
-    assert len(data.load("faces", root=base, size=16)) == len(data.load("celeba", root=base, size=16)) == 40
-    with pytest.raises(data.DataError) as caught:  # other faces are never called CelebA
-        data.load("celeba", root=tmp_path, size=16)
+    assert datasets.load("faces", root=tmp_path, size=16).name == "faces"
+    assert len(datasets.load("faces", root=base, size=16)) == len(datasets.load("celeba", root=base, size=16)) == 40
+    with pytest.raises(datasets.DataError) as caught:  # other faces are never called CelebA
+        datasets.load("celeba", root=tmp_path, size=16)
     one_line(caught, "celeba/list_attr_celeba.txt", "download failed", "--data-root")
 
 
@@ -168,14 +168,14 @@ def break_celeba(kind, base):
 def test_damage_is_one_line_that_names_the_file(tmp_path, kind):
     words = break_celeba(kind, write_celeba(tmp_path))
     with pytest.raises(ValueError) as caught:
-        data.load("celeba", root=tmp_path, size=16)
+        datasets.load("celeba", root=tmp_path, size=16)
     one_line(caught, *words)
 
 
 def test_an_unknown_attribute_lists_those_there_are(tmp_path):
     write_celeba(tmp_path)
     with pytest.raises(ValueError) as caught:
-        data.load("celeba", root=tmp_path, label_attribute="Smiling")
+        datasets.load("celeba", root=tmp_path, label_attribute="Smiling")
     one_line(caught, "--label-attribute Smiling", ", ".join(ATTRIBUTES))
 
 
@@ -185,7 +185,7 @@ def test_lists_name_files_inside_their_folder_only(tmp_path, name, file):
     base = write_celeba(tmp_path)
     (base / file).write_text((base / file).read_text().replace("000005.jpg", name))
     with pytest.raises(ValueError) as caught:
-        data.load("celeba", root=tmp_path, size=16)
+        datasets.load("celeba", root=tmp_path, size=16)
     one_line(caught, base / file, f"line {7 if 'attr' in file else 5}", "inside the folder")
 
 
@@ -199,7 +199,7 @@ def test_what_a_list_holds_is_not_repeated_in_the_error(tmp_path, file, content)
     base = write_celeba(tmp_path)
     (base / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError) as caught:
-        data.load("celeba", root=tmp_path, size=16)
+        datasets.load("celeba", root=tmp_path, size=16)
     one_line(caught, base / file)
     assert "HIV" not in str(caught.value) and "0xff" not in str(caught.value)
 
@@ -222,17 +222,17 @@ def test_the_cache_is_its_owners_alone(tmp_path, monkeypatch, no_umask):
     write_celeba(tmp_path)
     monkeypatch.setattr(photos, "CACHE_FROM", 10)
     cache = tmp_path / "cache"
-    data.load("celeba", root=tmp_path, size=16)
+    datasets.load("celeba", root=tmp_path, size=16)
     assert f"{cache.stat().st_mode & 0o777:o}" == "700" and modes(cache) == {"600"}
     kept = next(cache.iterdir())
     cache.chmod(0o777), kept.chmod(0o666)  # as older versions left them
     (cache / f".{kept.name}.1.tmp").write_bytes(b"unfinished")
-    data.load("celeba", root=tmp_path, size=16)
+    datasets.load("celeba", root=tmp_path, size=16)
     assert f"{cache.stat().st_mode & 0o777:o}" == "700" and modes(cache) == {"600"}
     shared = tmp_path / "shared"  # a folder that holds other things is not the program's to close
     shared.mkdir(mode=0o777)
     (shared / "own.npy").write_bytes(b"x")
-    data.load("celeba", root=tmp_path, size=16, cache=shared)
+    datasets.load("celeba", root=tmp_path, size=16, cache=shared)
     assert f"{shared.stat().st_mode & 0o777:o}" == "777" and modes(shared) == {"666", "600"}
     assert f"{(shared / 'own.npy').stat().st_mode & 0o777:o}" == "666"
 
@@ -261,7 +261,7 @@ def test_the_cache_is_used_and_invalidated(tmp_path, monkeypatch):
 
     def read(**kwargs):
         decoded.clear()
-        return data.load("celeba", root=tmp_path, **{"size": 16, **kwargs}).images, len(decoded)
+        return datasets.load("celeba", root=tmp_path, **{"size": 16, **kwargs}).images, len(decoded)
 
     first, count = read()
     assert count == 40 and len(list((tmp_path / "cache").iterdir())) == 1
@@ -279,7 +279,7 @@ def test_the_cache_is_used_and_invalidated(tmp_path, monkeypatch):
         file.write_bytes(file.read_bytes()[:100])  # damaged: decoded anew
     assert torch.equal(read()[0], changed) and read()[1] == 0
     elsewhere = tmp_path / "elsewhere"
-    assert torch.equal(data.load("celeba", root=tmp_path, size=16, cache=elsewhere).images, changed)
+    assert torch.equal(datasets.load("celeba", root=tmp_path, size=16, cache=elsewhere).images, changed)
     assert len(list(elsewhere.iterdir())) == 1
 
 
@@ -288,12 +288,12 @@ def test_a_read_only_data_root_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(photos, "CACHE_FROM", 10)
     os.chmod(base.parent, 0o555)
     try:
-        assert len(data.load("celeba", root=base.parent, size=16)) == 40
+        assert len(datasets.load("celeba", root=base.parent, size=16)) == 40
         assert sorted(p.name for p in base.parent.iterdir()) == ["celeba"]
     finally:
         os.chmod(base.parent, 0o755)
     (base.parent / "cache").write_text("a file where the folder should be")
-    assert len(data.load("celeba", root=base.parent, size=16)) == 40
+    assert len(datasets.load("celeba", root=base.parent, size=16)) == 40
 
 
 # ---- own folders and arrays
@@ -312,7 +312,7 @@ def test_own_folder_with_classes_and_the_split_of_each_picture_alone(tmp_path, m
     write_pictures(base, names)
     (base / "cat" / "notes.txt").write_text("no picture")
     (base / "cat" / "._0.png").write_text("no picture either")
-    train_set, test_set = (data.load(f"folder:{base}", split, size=8) for split in ("train", "test"))
+    train_set, test_set = (datasets.load(f"folder:{base}", split, size=8) for split in ("train", "test"))
     assert len(train_set) + len(test_set) == 100 and 2 <= len(test_set) <= 25
     assert train_set.classes == test_set.classes == ["cat", "dog"] and train_set.images.shape[1:] == (3, 8, 8)
     order = sorted(names)
@@ -321,33 +321,33 @@ def test_own_folder_with_classes_and_the_split_of_each_picture_alone(tmp_path, m
     assert red.tolist() == numbers[0]  # all pictures, none twice
     assert torch.equal(train_set.images[:, 0, 4, 4] >= 50, train_set.labels == 1)
     (base / "cat" / "deep" / "0.png").unlink()  # removing one picture moves no other to the other side
-    left = [data.load(f"folder:{base}", split, size=8).images[:, 0, 4, 4].tolist() for split in ("train", "test")]
+    left = [datasets.load(f"folder:{base}", split, size=8).images[:, 0, 4, 4].tolist() for split in ("train", "test")]
     assert left == [[r for r in x.images[:, 0, 4, 4].tolist() if r != 0] for x in (train_set, test_set)]
-    assert len(data.load("folder:own", root=tmp_path, size=8)) in (len(train_set), len(train_set) - 1)  # below the data root
+    assert len(datasets.load("folder:own", root=tmp_path, size=8)) in (len(train_set), len(train_set) - 1)  # below the data root
 
 
 def test_own_flat_folder_with_captions(tmp_path):
     base = tmp_path / "flat"
     names = [f"{i}.jpg" for i in range(30)]
     write_pictures(base, names)
-    assert data.load(f"folder:{base}", size=8).captions is None
+    assert datasets.load(f"folder:{base}", size=8).captions is None
     (base / "captions.txt").write_text("".join(f"{name}\tpicture number {name}\n" for name in reversed(names)))
-    loaded = data.load(f"folder:{base}", size=8)
-    order = [name for name in sorted(names) if not data.held_out(name.encode())]
+    loaded = datasets.load(f"folder:{base}", size=8)
+    order = [name for name in sorted(names) if not arrays.held_out(name.encode())]
     assert loaded.captions == [f"picture number {name}" for name in order] and loaded.classes == ["picture"]
-    part = data.load(f"folder:{base}", size=8, n=5)
+    part = datasets.load(f"folder:{base}", size=8, n=5)
     assert len(part.captions) == 5 and set(part.captions) <= set(loaded.captions)
     (base / "captions.txt").write_text("".join(f"{name}\tx\n" for name in order[1:]))
     with pytest.raises(ValueError) as caught:
-        data.load(f"folder:{base}", size=8)
+        datasets.load(f"folder:{base}", size=8)
     one_line(caught, "captions.txt", order[0])
     (base / "captions.txt").write_text("0.jpg a caption without a tab\n")
     with pytest.raises(ValueError) as caught:
-        data.load(f"folder:{base}", size=8)
+        datasets.load(f"folder:{base}", size=8)
     one_line(caught, "captions.txt", "TAB", "line 1")
     (base / "captions.txt").write_text("0.jpg\tx\n\n1.jpg\tHIV-positive\ttwice\n")
     with pytest.raises(ValueError) as caught:
-        data.load(f"folder:{base}", size=8)
+        datasets.load(f"folder:{base}", size=8)
     one_line(caught, "captions.txt", "line 3")
     assert "HIV" not in str(caught.value)
 
@@ -355,9 +355,9 @@ def test_own_flat_folder_with_captions(tmp_path):
 def test_own_folder_refusals(tmp_path):
     write_pictures(tmp_path / "mixed", ["a/1.png", "2.png"])
     (tmp_path / "empty").mkdir()
-    for name, word in (("mixed", "2.png"), ("empty", "no picture"), ("absent", "not found")):
+    for name, word in (("mixed", "2.png"), ("empty", "no image"), ("absent", "not found")):
         with pytest.raises(ValueError) as caught:
-            data.load(f"folder:{tmp_path / name}", size=8)
+            datasets.load(f"folder:{tmp_path / name}", size=8)
         one_line(caught, name, word)
 
 
@@ -365,23 +365,23 @@ def test_class_folders_declare_the_classes(tmp_path):
     """Removing one picture, the last of its class, takes no class away and moves no label."""
     base = tmp_path / "own"
     write_pictures(base, [f"{kind}/{i}.png" for kind in "ac" for i in range(20)] + ["b/x.png"])
-    before = data.load(f"folder:{base}", size=8, private=True)
+    before = datasets.load(f"folder:{base}", size=8, private=True)
     (base / "b" / "x.png").unlink()
-    after = data.load(f"folder:{base}", size=8, private=True)
+    after = datasets.load(f"folder:{base}", size=8, private=True)
     assert before.classes == after.classes == ["a", "b", "c"]
     assert before.labels.bincount(minlength=3)[2] == after.labels.bincount(minlength=3)[2] > 0
     (base / "b").rmdir()
-    asked = data.load(f"folder:{base}", size=8, classes=["c", "b", "a"])  # declared, also without its folder
+    asked = datasets.load(f"folder:{base}", size=8, classes=["c", "b", "a"])  # declared, also without its folder
     assert asked.classes == ["c", "b", "a"] and asked.labels.bincount(minlength=3)[1] == 0
     red = asked.images[:, 0, 4, 4]  # the first twenty pictures are of class a
     assert torch.equal(red < 20, asked.labels == 2)
     with pytest.raises(ValueError) as caught:
-        data.load(f"folder:{base}", size=8, classes=["a", "b"], private=True)
+        datasets.load(f"folder:{base}", size=8, classes=["a", "b"], private=True)
     one_line(caught, base / "c", "--classes does not name")
     write_pictures(tmp_path / "flat", [f"{i}.png" for i in range(20)])
-    assert data.load(f"folder:{tmp_path / 'flat'}", size=8, classes=["face"]).classes == ["face"]
+    assert datasets.load(f"folder:{tmp_path / 'flat'}", size=8, classes=["face"]).classes == ["face"]
     with pytest.raises(ValueError) as caught:
-        data.load(f"folder:{tmp_path / 'flat'}", size=8, classes=["a", "b"])
+        datasets.load(f"folder:{tmp_path / 'flat'}", size=8, classes=["a", "b"])
     one_line(caught, "flat folder")
 
 
@@ -403,42 +403,42 @@ def write_npz(path, n=50, shape=(8, 8, 3), **arrays):
 
 def test_own_arrays(tmp_path):
     images = write_npz(tmp_path / "own.npz")
-    train_set, test_set = (data.load(f"npz:{tmp_path / 'own.npz'}", split, size=8) for split in ("train", "test"))
+    train_set, test_set = (datasets.load(f"npz:{tmp_path / 'own.npz'}", split, size=8) for split in ("train", "test"))
     assert train_set.classes == ["x", "y", "z"] and len(train_set) + len(test_set) == 50 and len(test_set) > 0
     numbers = {image.transpose(2, 0, 1).tobytes(): i for i, image in enumerate(images)}
     found = [[numbers[x.numpy().tobytes()] for x in part.images] for part in (train_set, test_set)]
     assert sorted(found[0] + found[1]) == list(range(50)) and train_set.labels.tolist() == [i % 3 for i in found[0]]
     write_npz(tmp_path / "fewer.npz", images=images[1:], labels=np.arange(1, 50) % 3)  # without the first, all else as it was
-    fewer = data.load(f"npz:{tmp_path / 'fewer.npz'}", size=8)
+    fewer = datasets.load(f"npz:{tmp_path / 'fewer.npz'}", size=8)
     assert [numbers[x.numpy().tobytes()] for x in fewer.images] == [i for i in found[0] if i != 0]
-    assert data.load(f"npz:{tmp_path / 'own.npz'}", size=4).images.shape[1:] == (3, 4, 4)
+    assert datasets.load(f"npz:{tmp_path / 'own.npz'}", size=4).images.shape[1:] == (3, 4, 4)
     np.savez(tmp_path / "bare.npz", images=images[..., 0])
-    bare = data.load(f"npz:{tmp_path / 'bare.npz'}", size=12)
+    bare = datasets.load(f"npz:{tmp_path / 'bare.npz'}", size=12)
     assert bare.classes == ["0"] and bare.images.shape[1:] == (1, 12, 12) and bare.side == 8  # grey: padded
 
 
 def test_the_classes_of_private_arrays_are_declared_and_never_counted(tmp_path):
     path, labels = f"npz:{tmp_path / 'own.npz'}", np.arange(50) % 3
     images = write_npz(tmp_path / "own.npz")
-    assert data.load(path, size=8, private=True).classes == ["x", "y", "z"]
+    assert datasets.load(path, size=8, private=True).classes == ["x", "y", "z"]
     with pytest.raises(ValueError) as caught:
-        data.load(path, size=8, classes=["0", "1", "2"], private=True)
+        datasets.load(path, size=8, classes=["0", "1", "2"], private=True)
     one_line(caught, "x, y, z", "--classes")
     np.savez(tmp_path / "own.npz", images=images, labels=labels)
-    assert data.load(path, size=8).classes == ["0", "1", "2"]  # of a public set they may be counted
+    assert datasets.load(path, size=8).classes == ["0", "1", "2"]  # of a public set they may be counted
     with pytest.raises(ValueError) as caught:
-        data.load(path, size=8, private=True)
+        datasets.load(path, size=8, private=True)
     one_line(caught, "class_names", "--classes")
     for kept in (labels >= 0, labels < 2):  # with and without all images of a class
         np.savez(tmp_path / "own.npz", images=images[kept], labels=labels[kept])
-        assert data.load(path, size=8, classes=["a", "b", "c"], private=True).classes == ["a", "b", "c"]
+        assert datasets.load(path, size=8, classes=["a", "b", "c"], private=True).classes == ["a", "b", "c"]
     np.savez(tmp_path / "own.npz", images=images, labels=labels)
-    with pytest.raises(data.DataError) as caught:
-        data.load(path, size=8, classes=["a", "b"], private=True)
+    with pytest.raises(datasets.DataError) as caught:
+        datasets.load(path, size=8, classes=["a", "b"], private=True)
     one_line(caught, "labels outside 0..1")
     assert "2" not in str(caught.value).replace(str(tmp_path), ""), "the labels there are stay private"
     np.savez(tmp_path / "own.npz", images=images)  # without labels there is one class, whatever the images
-    assert data.load(path, size=8, private=True).classes == ["0"]
+    assert datasets.load(path, size=8, private=True).classes == ["0"]
 
 
 @pytest.mark.parametrize("kind", ["unequal", "labels", "names", "twice", "wide", "scalar", "float labels",
@@ -453,18 +453,18 @@ def test_own_arrays_refusals(tmp_path, kind):
                        "float labels": {"labels": np.zeros(50)}, "no images": {}}[kind])
     if kind == "no images":
         np.savez(path, labels=np.zeros(3))
-    with pytest.raises(data.DataError) as caught:
-        data.load(f"npz:{path}", size=8)
+    with pytest.raises(datasets.DataError) as caught:
+        datasets.load(f"npz:{path}", size=8)
     one_line(caught, path, *(["unequal"] if kind == "unequal" else []))
 
 
 def test_public32_and_cifar10(tmp_path, monkeypatch):
-    with pytest.raises(data.DataError) as caught:
-        data.load("public32", root=tmp_path)
+    with pytest.raises(datasets.DataError) as caught:
+        datasets.load("public32", root=tmp_path)
     one_line(caught, "public32.npz")
     images = write_npz(tmp_path / "public32.npz", shape=(32, 32, 3))
-    loaded = data.load("public32", root=tmp_path)
-    grey = data.load("public32", root=tmp_path, channels=1).images  # for networks of one channel: luma, ITU-R BT.601
+    loaded = datasets.load("public32", root=tmp_path)
+    grey = datasets.load("public32", root=tmp_path, channels=1).images  # for networks of one channel: luma, ITU-R BT.601
     luma = loaded.images.double().mul(torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
     assert grey.shape == (len(loaded), 1, 32, 32) and (grey.double() - luma).abs().max() < 1.03  # cut off, not rounded
     assert np.array_equal(loaded.images.permute(0, 2, 3, 1).numpy(), images) and loaded.classes == ["x", "y", "z"]
@@ -479,19 +479,19 @@ def test_public32_and_cifar10(tmp_path, monkeypatch):
         def __init__(self, root, train, download):
             self.data, self.targets = images[:20] if train else images[:10], [i % 10 for i in range(20 if train else 10)]
 
-    monkeypatch.setattr(data.torchvision.datasets, "CIFAR10", Offline)
-    with pytest.raises(data.DataError) as caught:
-        data.load("cifar10", root=tmp_path)
+    monkeypatch.setattr(arrays.torchvision.datasets, "CIFAR10", Offline)
+    with pytest.raises(datasets.DataError) as caught:
+        datasets.load("cifar10", root=tmp_path)
     one_line(caught, "cifar-10-batches-py", "download failed")
-    monkeypatch.setattr(data.torchvision.datasets, "CIFAR10", Disk)
-    assert data.load("cifar10", root=tmp_path).images.shape == (20, 3, 32, 32)
-    assert len(data.load("cifar10", "test", tmp_path)) == 10
+    monkeypatch.setattr(arrays.torchvision.datasets, "CIFAR10", Disk)
+    assert datasets.load("cifar10", root=tmp_path).images.shape == (20, 3, 32, 32)
+    assert len(datasets.load("cifar10", "test", tmp_path)) == 10
 
 
 @pytest.mark.parametrize("name", ["folder", "folder:", "npz", "mnist:x", "nonsense:x", ""])
 def test_unknown_names(name):
     with pytest.raises(ValueError) as caught:
-        data.load(name)
+        datasets.load(name)
     one_line(caught, "unknown data set", "folder:PATH")
 
 
@@ -613,19 +613,19 @@ def test_a_dry_run_downloads_nothing_large_and_a_failed_download_says_why(tmp_pa
         raise RuntimeError("gdown is required")
 
     for name in ("CelebA", "CIFAR10"):
-        monkeypatch.setattr(data.torchvision.datasets, name, broken)
-    with pytest.raises(data.DataError, match="download failed .gdown is required"):
-        data.load("celeba", root=tmp_path)
+        monkeypatch.setattr(arrays.torchvision.datasets, name, broken)
+    with pytest.raises(datasets.DataError, match="download failed .gdown is required"):
+        datasets.load("celeba", root=tmp_path)
     for name in ("CelebA", "CIFAR10"):
-        monkeypatch.setattr(data.torchvision.datasets, name, None)  # calling it would be a TypeError
+        monkeypatch.setattr(arrays.torchvision.datasets, name, None)  # calling it would be a TypeError
     for name in ("celeba", "cifar10"):
-        with pytest.raises(data.DataError, match="not found"):
-            data.load(name, root=tmp_path, decode=False)
+        with pytest.raises(datasets.DataError, match="not found"):
+            datasets.load(name, root=tmp_path, decode=False)
 
 
 def test_small_pictures_of_known_sets_are_said_to_be_enlarged(run, capsys):
-    assert "178 pixels, enlarged to 256" in data.enlarged("celeba", 256) and data.enlarged("folder:x", 256) == ""
-    assert data.enlarged("celeba", 64) == data.enlarged("cifar10", 32) == ""
+    assert "178 pixels, enlarged to 256" in datasets.enlarged("celeba", 256) and datasets.enlarged("folder:x", 256) == ""
+    assert datasets.enlarged("celeba", 64) == datasets.enlarged("cifar10", 32) == ""
     train.main(["--preset", "faces", "--size", "256", "--dry-run", "--data-root", str(run[1]), *TINY, "--width", "32"])
     assert "enlarged to 256" in capsys.readouterr().err
 
@@ -656,7 +656,7 @@ def test_dry_run_without_data_says_what_it_assumes(preset, tmp_path, capsys, mon
         raise RuntimeError("no network")
 
     for name in ("CelebA", "CIFAR10"):
-        monkeypatch.setattr(data.torchvision.datasets, name, offline)
+        monkeypatch.setattr(arrays.torchvision.datasets, name, offline)
     train.main(["--preset", preset, "--dry-run", "--device", "cpu", "--precision", "float32"])
     out = capsys.readouterr().out
     n = 50_000 if preset == "cifar10" else 162_770
@@ -692,7 +692,7 @@ def test_bad_flags_are_refused_before_any_work(run, flags, message, monkeypatch,
 def test_a_set_is_looked_at_from_the_shell(tmp_path, monkeypatch, capsys):
     write_pictures(tmp_path / "own", [f"{i}.png" for i in range(20)])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["data.py", "folder:own"])
-    runpy.run_path(data.__file__, run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["datasets", "folder:own"])
+    runpy.run_module("datasets", run_name="__main__")
     assert ", 3, 32, 32)" in (out := capsys.readouterr().out) and "['picture']" in out
     assert (tmp_path / "folder.png").stat().st_size > 100

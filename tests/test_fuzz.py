@@ -14,16 +14,15 @@ import torch
 from PIL import Image
 
 import accountant
-import data
 import diffusion
 import dp_sgd
 import folder
-import photos
 import sample
 import settings
 import train
 import unet
 import vae
+from datasets import arrays, photos
 
 TIMES = 20
 UNET = dict(in_channels=2, out_channels=2, model_channels=8, channel_mult=(1,), num_heads=1, context_dim=4, num_groups=4,
@@ -180,7 +179,7 @@ def test_a_pickle_does_not_run(tmp_path):
         torch.save({"format": 1, "x": Evil()}, tmp_path / name)
         assert not survives(read, tmp_path / name)
     np.savez(tmp_path / "x.npz", images=np.array([Evil()], dtype=object), labels=np.zeros(1))
-    assert not survives(lambda path: data.read_npz(path, ("images", "labels")), tmp_path / "x.npz")
+    assert not survives(lambda path: arrays.read_npz(path, ("images", "labels")), tmp_path / "x.npz")
     assert not (tmp_path / "ran").exists()
 
 
@@ -267,17 +266,17 @@ def test_idx(tmp_path):
     for suffix, content in (("", raw), (".gz", gzip.compress(raw))):
         path = tmp_path / f"t-images-idx3-ubyte{suffix}"
         path.write_bytes(content)
-        assert survives(data.read_idx, path)
+        assert survives(arrays.read_idx, path)
         for _ in range(TIMES):
             path.write_bytes(damaged_bytes(content, rng))
-            survives(data.read_idx, path)
+            survives(arrays.read_idx, path)
     path.with_suffix("").write_bytes(struct.pack(">4B3I", 0, 0, 8, 3, 2 ** 32 - 1, 2 ** 32 - 1, 2 ** 32 - 1))
-    assert not survives(data.read_idx, path.with_suffix(""))
+    assert not survives(arrays.read_idx, path.with_suffix(""))
 
 
 def read_pictures(path):
-    arrays = data.read_npz(path, ("images", "labels"))
-    data.check(arrays["images"], arrays["labels"], path, 0, 9)
+    found = arrays.read_npz(path, ("images", "labels"))
+    arrays.check(found["images"], found["labels"], path, 0, 9)
 
 
 @pytest.mark.parametrize("write", [np.savez, np.savez_compressed])

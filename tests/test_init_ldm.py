@@ -333,7 +333,7 @@ def test_only_the_autoencoder_from_elsewhere(tmp_path, monkeypatch):
         train.main([*FLAGS, "--out", str(tmp_path / "r"), "--init-vae", str(tmp_path / "x.ckpt")])
     assert began == ["2/3 latent diffusion"]
     first = folder.load(tmp_path / "r" / "public" / "vae.pt")
-    public = train.data.load("strokes", size=32, public_classes="all", n=60, seed=0).images
+    public = train.datasets.load("strokes", size=32, public_classes="all", n=60, seed=0).images
     with torch.no_grad():
         z = sample.build_vae(first).encode(train.pictures(public, "cpu")).mean * first["scale"]
     assert z.std().item() == pytest.approx(1.0, abs=1e-4)  # the scale is that of public latents

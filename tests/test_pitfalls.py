@@ -13,7 +13,7 @@ import torch
 
 import accountant
 import budget
-import data
+import datasets
 import dp_sgd
 import evaluate
 import folder
@@ -23,6 +23,7 @@ import settings
 import train
 import unet
 import vae
+from datasets import arrays, pixels
 
 ROOT = Path(__file__).parent.parent
 N = 60  # private examples
@@ -117,15 +118,15 @@ def test_public_stages_see_public_pictures_only(tmp_path, monkeypatch):  # 13
     class Enough(Exception):
         pass
 
-    sets = {name: data.ImageSet(name, torch.full((1000, 1, 32, 32), grey, dtype=torch.uint8),
-                                torch.zeros(1000, dtype=torch.int64), data.DIGITS)
+    sets = {name: datasets.ImageSet(torch.full((1000, 1, 32, 32), grey, dtype=torch.uint8),
+                                torch.zeros(1000, dtype=torch.int64), arrays.DIGITS, name=name)
             for name, grey in (("strokes", 50), ("mnist10k", 200))}
 
     def first_stage(s, images, stop):
         assert images is sets["strokes"].images
         raise Enough
 
-    monkeypatch.setattr(data, "load", lambda name, *args, **kwargs: sets[name])
+    monkeypatch.setattr(datasets, "load", lambda name, *args, **kwargs: sets[name])
     monkeypatch.setattr(train, "train_autoencoder", first_stage)
     with pytest.raises(Enough):
         train.main(["--preset", "smoke", "--out", str(tmp_path), "--precision", "float32"])
@@ -139,7 +140,7 @@ def test_the_latent_of_a_picture_depends_on_no_other_picture():  # 13
     all_together, alone = train.encode(s, autoencoder, images, 2.0), train.encode(s, autoencoder, images[:1], 2.0)
     assert torch.allclose(all_together[:1], alone, atol=1e-5)
     with torch.no_grad():
-        expected = 2.0 * autoencoder.encode(data.to_float(images[:1])).mean
+        expected = 2.0 * autoencoder.encode(pixels.to_float(images[:1])).mean
     assert torch.allclose(alone[:, 0], expected, atol=1e-5)
 
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-import data
+import datasets
 import folder
-import photos
 import settings
 import train
 import unet
 import vae
+from datasets import arrays, photos
 
 TINY = settings.PRESETS["faces"] | dict(
     vae=vae.VAEConfig(3, 3, 4, (1, 1, 1), num_groups=4), unet=unet.UNetConfig(4, 4, 16, (1,), num_groups=4),
@@ -60,7 +60,7 @@ def place(tmp_path_factory):
 
 def test_the_digests_of_public_images_travel_with_the_networks(place, tmp_path):
     found = [folder.load(place / "run" / "public" / name) for name in ("vae.pt", "ldm.pt")]
-    expected = data.digests(data.load(f"folder:{place / 'first'}").images)
+    expected = datasets.digests(datasets.load(f"folder:{place / 'first'}").images)
     assert all(torch.equal(c["digests"], expected) for c in found) and len(expected) > 30
     second = f"folder:{place / 'second'}"
     out = run_tiny(tmp_path / "r", f"folder:{place / 'first'}", second, "--init", place / "run")
@@ -70,7 +70,7 @@ def test_the_digests_of_public_images_travel_with_the_networks(place, tmp_path):
     for name in ("vae.pt", "ldm.pt"):  # the same holds when a run goes on
         path = out / "public" / name
         checkpoint = folder.load(path)
-        folder.save({**checkpoint, "digests": data.digests(data.load(second).images[:1])}, path)
+        folder.save({**checkpoint, "digests": datasets.digests(datasets.load(second).images[:1])}, path)
         with pytest.raises(ValueError, match=f"1 of its images .* {NOTHING}"):
             train.main(["--resume", "--out", str(out)])
         folder.save(checkpoint, path)
@@ -85,12 +85,12 @@ def road(kind, place, there):
     if kind == "one of them":
         shutil.copytree(place / "second", there / "mixed")
         files, _, _ = photos.tree(place / "first")
-        public = next(file for file in files if not data.held_out(file.as_posix().encode()))
-        name = next(f"x{i}.png" for i in range(99) if not data.held_out(f"a/x{i}.png".encode()))
+        public = next(file for file in files if not arrays.held_out(file.as_posix().encode()))
+        name = next(f"x{i}.png" for i in range(99) if not arrays.held_out(f"a/x{i}.png".encode()))
         shutil.copy(place / "first" / public, there / "mixed" / "a" / name)
         return f"folder:{there / 'mixed'}"
     if kind == "as arrays":
-        images = data.load(f"folder:{place / 'first'}").images
+        images = datasets.load(f"folder:{place / 'first'}").images
         np.savez(there / "own.npz", images=images.permute(0, 2, 3, 1).numpy(), class_names=["x"])
         return f"npz:{there / 'own.npz'}"
     base = there / "celeba"  # in CelebA's layout, with a border that the crop takes off again
@@ -134,7 +134,7 @@ def test_one_place_is_refused_before_any_image_is_read(public, private, steps, p
 
     Without private steps too: the statement of such a run says that no private image was read.
     """
-    monkeypatch.setattr(data, "load", None)  # calling it would be a TypeError
+    monkeypatch.setattr(datasets, "load", None)  # calling it would be a TypeError
     with pytest.raises(ValueError, match=NOTHING):
         run_tiny(tmp_path / "r", f"folder:{public}", f"folder:{place / private}", "--data-root", place,
                  "--steps", steps)

@@ -8,12 +8,13 @@ import torch
 import torchvision
 
 import accountant
-import data
+import datasets
 import folder
 import release
 import sample
 import train
 import vae
+from datasets import arrays, pixels
 
 TINY = ["--preset", "smoke", "--public-n", "40", "--private-n", "100", "--vae-steps", "2", "--ldm-steps", "2", "--vae-batch",
         "8", "--ldm-batch", "8", "--batch-size", "10", "--steps", "2", "--accountant", "rdp", "--sample-steps", "1",
@@ -37,7 +38,8 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("USER", "LOGNAME", "HOSTNAME", "DPLDM_DATA"):
             patch.setenv(name, MARKER)
-        patch.setitem(data.LOADERS, "mnist10k", lambda root, split: (marked_pictures(), torch.arange(100) % 10, data.DIGITS))
+        marked = datasets.ImageSet(marked_pictures(), torch.arange(100) % 10, arrays.DIGITS)
+        patch.setattr(datasets.REGISTRY["mnist10k"], "load", lambda ask: marked)
         train.main([*TINY, "--data-root", str(place / MARKER), "--out", str(place)])
     return place
 
@@ -51,7 +53,7 @@ def tensors(value):
 
 
 def tiles(path, columns):
-    """Pictures (N, 28, 28) of a grid as data.save_grid draws it."""
+    """Pictures (N, 28, 28) of a grid as pixels.save_grid draws it."""
     image = torchvision.io.read_image(str(path), torchvision.io.ImageReadMode.GRAY)[0]
     enlarge = max(1, min(3, 900 // (columns * 28)))
     side = 29 * enlarge
@@ -75,7 +77,7 @@ def test_no_private_picture_in_the_pictures(run):
         distance = (shown.flatten(1)[:, None] - private.flatten(1)).abs().mean(2)  # (tiles, private pictures)
         assert distance.min() > 20, name
     found = tiles(run / "release" / "samples.png", 10)  # the ruler itself: it finds a picture that is there
-    data.save_grid(torch.cat([found[:30, None], marked_pictures()[7:8]]), run.parent / "with.png", 10)
+    pixels.save_grid(torch.cat([found[:30, None], marked_pictures()[7:8]]), run.parent / "with.png", 10)
     planted = tiles(run.parent / "with.png", 10).float().flatten(1)[:, None]
     assert (planted - private.flatten(1)).abs().mean(2).min() == 0
 
@@ -84,7 +86,7 @@ def test_no_pixel_row_and_no_latent_in_any_file(run):
     pictures = marked_pictures()
     autoencoder, scale = sample.build_vae(folder.load(run / "public" / "vae.pt")), folder.load(run / "public" / "vae.pt")["scale"]
     with torch.no_grad():
-        latents = autoencoder.encode(data.to_float(data.pad(pictures, 32))).mean * scale  # (100, 4, 4, 4)
+        latents = autoencoder.encode(pixels.to_float(pixels.pad(pictures, 32))).mean * scale  # (100, 4, 4, 4)
     for path in (run / "release").iterdir():
         raw = path.read_bytes()
         assert not any(picture[0, row].numpy().tobytes() in raw for picture in pictures for row in (0, 1)), path.name
@@ -162,5 +164,5 @@ def test_public_files_do_not_depend_on_the_private_pictures(run, tmp_path):
     """The scale of the latents above all (pitfall 13): found on public pictures."""
     first = folder.load(run / "public" / "vae.pt")
     model = sample.build_vae(first)
-    public = data.load("strokes", n=40, seed=0, size=32, channels=1, public_classes="all").images
-    assert first["scale"] == pytest.approx(float(vae.latent_scale(model, data.to_float(public))), rel=1e-5)
+    public = datasets.load("strokes", n=40, seed=0, size=32, channels=1, public_classes="all").images
+    assert first["scale"] == pytest.approx(float(vae.latent_scale(model, pixels.to_float(public))), rel=1e-5)

@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-import data
-import strokes
+import datasets
+from datasets import strokes
 
 LABELS = torch.arange(len(strokes.CLASSES)).repeat(30)  # 1080 pictures
 
@@ -96,19 +96,19 @@ def test_labels_out_of_range_are_refused():
 
 @pytest.mark.parametrize("group, count, first", [("digits", 10, 0), ("letters", 26, 10), ("all", 36, 0)])
 def test_load_balances_the_classes_and_counts_labels_from_zero(group, count, first):
-    drawn = data.load("strokes", public_classes=group, n=5 * count + 3, seed=1)
+    drawn = datasets.load("strokes", public_classes=group, n=5 * count + 3, seed=1)
     assert drawn.images.shape == (5 * count + 3, 1, 32, 32) and drawn.labels.dtype == torch.int64
     tally = drawn.labels.bincount(minlength=count)
     assert tally.min() == 5 and tally.max() == 6 and len(tally) == count
     assert "".join(drawn.classes) == strokes.CLASSES[first : first + count]
     assert not torch.equal(drawn.labels, torch.arange(len(drawn)) % count), "random order"
-    again = data.load("strokes", public_classes=group, n=5 * count + 3, seed=1)
+    again = datasets.load("strokes", public_classes=group, n=5 * count + 3, seed=1)
     assert torch.equal(drawn.images, again.images) and torch.equal(drawn.labels, again.labels)
 
 
 def test_load_draws_the_class_that_the_label_names():
     """Letters loaded as 0..25 are letters: nearer to their own mean than to that of the digit with their number."""
-    drawn = data.load("strokes", size=28, public_classes="letters", n=520, seed=0)
+    drawn = datasets.load("strokes", size=28, public_classes="letters", n=520, seed=0)
 
     def mean(label):
         return strokes.draw(torch.full((100,), label), torch.Generator().manual_seed(9)).float().mean(0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-import data
+import datasets
 import diffusion
 import dp_sgd
 import evaluate
@@ -218,7 +218,7 @@ def run_tiny(out, *flags):
 
 def faces(monkeypatch, captions=False):
     """The private digits pass for faces with attributes, of which the label is one, or for pictures with captions."""
-    read = data.load
+    read = datasets.load
 
     def load(name, *args, **kwargs):
         pictures = read(name, *args, **kwargs)
@@ -231,7 +231,7 @@ def faces(monkeypatch, captions=False):
                 pictures.attributes = {"Male": even, "Odd_Thing": pictures.labels < 5, "Smiling": ~even}
         return pictures
 
-    monkeypatch.setattr(data, "load", load)
+    monkeypatch.setattr(datasets, "load", load)
 
 
 @pytest.fixture(scope="module")
@@ -305,13 +305,13 @@ def test_private_captions_never_enter_the_vocabulary(run, tmp_path, monkeypatch)
 def test_the_caption_of_a_picture_does_not_depend_on_the_others():
     g = seeded()
     images = torch.randint(256, (30, 1, 4, 4), generator=g, dtype=torch.uint8)
-    pictures = data.ImageSet("x", images, torch.zeros(30).long(), ["x"],
+    pictures = datasets.ImageSet(images, torch.zeros(30).long(), ["x"],
                              attributes={name: torch.rand(30, generator=g) < 0.4 for name in CELEBA})
     s = settings.parse(["--condition", "text", "--device", "cpu"])
     entry = train.embedder_entry(s, pictures, pictures)
     tokens = train.find_conditions(s, pictures, entry)
     assert len(tokens.unique(dim=0)) > 25
-    rest = data.ImageSet("x", pictures.images[1:], pictures.labels[1:], ["x"],
+    rest = datasets.ImageSet(pictures.images[1:], pictures.labels[1:], ["x"],
                          attributes={name: value[1:] for name, value in pictures.attributes.items()})
     assert torch.equal(train.find_conditions(s, rest, entry), tokens[1:])
 

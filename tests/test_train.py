@@ -10,12 +10,13 @@ import torch
 
 import accountant
 import budget
-import data
+import datasets
 import folder
 import sample
 import settings
 import train
 import vae
+from datasets import strokes
 
 PRIVACY_KEYS = {"statement", "epsilon", "delta", "accountant", "adjacency", "unit", "sampling", "n", "q", "steps", "sigma",
                 "clip_norm", "noise_multiplicity", "expected_batch_size", "covers", "does_not_cover", "insecure_seed"}
@@ -58,7 +59,7 @@ def test_private_classes_begin_with_the_embedding_of_the_same_name(names, rows):
     entry = {"kind": "class", "dim": 4, "null_class": True, "num_classes": 36}
     checkpoint = {"embedder": entry, "model": {"embedder.embedding.weight": table, "x": 1}, "trained_on": "strokes",
                   "public_classes": "all"}
-    for more in ({}, {"classes": data.STROKES["all"]}):
+    for more in ({}, {"classes": list(strokes.GROUPS["all"])}):
         found = train.for_private_classes(checkpoint | more, names)
         assert found["embedder"] == entry | {"num_classes": len(names)} and found["model"]["x"] == 1
         assert found["model"]["embedder.embedding.weight"][:, 0].tolist() == [*rows, 36]
@@ -187,14 +188,13 @@ def test_resume_refuses_what_would_change_the_guarantee(run, tmp_path):
 
 
 def test_steps_zero_releases_the_public_model_without_reading_private_pictures(run, tmp_path, monkeypatch):
-    import data
-    read = data.load
+    read = datasets.load
 
     def watched(name, split="train", *args, **kwargs):
         assert (name, split) != ("mnist10k", "train"), "a private picture was read"
         return read(name, split, *args, **kwargs)
 
-    monkeypatch.setattr(data, "load", watched)
+    monkeypatch.setattr(datasets, "load", watched)
     train.main(["--preset", "smoke", "--out", str(tmp_path / "r"), "--init", str(run), "--steps", "0"])
     assert folder.read_json(tmp_path / "r" / "release" / "privacy.json")["epsilon"] == 0.0
 

@@ -1,14 +1,14 @@
-"""Photographs on disk: CelebA's layout and plain folders of picture files, decoded once to small squares.
+"""Photographs: CelebA's layout and plain folders of image files, decoded once to small squares.
 
-The colour sets of DP-LDM (Liu et al. 2024, experiments on CelebA and CIFAR-10) begin here; data.py finds the folders and
-makes image sets of what is read. Everything is cut to its central square, CelebA's 178 x 218 pixels to 178 x 178 as the
-authors do, and resized with antialiasing. All functions raise ValueError, one line that names the file.
+The colour sets of DP-LDM (Liu et al. 2024, experiments on CelebA and CIFAR-10) begin here. Everything is cut to its
+central square, CelebA's 178 x 218 pixels to 178 x 178 as the authors do, and resized with antialiasing. All functions
+raise ValueError, one line that names the file.
 
-Look at a folder from the shell: `python data.py folder:PATH`.
+Look at a folder from the shell: `python -m datasets folder:PATH`.
 """
-
 import contextlib
 import hashlib
+import io
 import json
 import os
 from multiprocessing.pool import ThreadPool
@@ -16,16 +16,83 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 import folder
 
-CACHE_FROM = 1000  # fewer pictures are decoded faster than anybody notices
+from .arrays import damaged, held_out, located
+from .registry import WAYS_OUT, DataError, ImageSet, dataset
+
+ATTRIBUTE_CLASSES = {"Male": ["female", "male"], "Young": ["not young", "young"]}  # others: "not NAME", "NAME"
+CACHE_FROM = 1000  # fewer images are decoded faster than anybody notices
 SYSTEM = {"@eaDir", "__MACOSX", "lost+found", "Thumbs", "$RECYCLE.BIN"}  # folders that are no classes
 CROP = "central square"  # part of a cache's name: change it with the crop
 CACHED = f"*{'[0-9a-f]' * 24}.npy*"  # names of files in the cache, unfinished ones included
+
+
+# ---- the sets: images of the result is the list of paths ---------------------------------------------------------
+
+
+@dataset("folder", "your own image files: one subfolder per class, or one flat folder; captions.txt is optional "
+         "(lines \"filename TAB caption\")", channels=3, side=0, own=True)
+def load_folder(ask):
+    base = located(ask.root, ask.where)
+    files, labels, names = tree(base, ask.classes)
+    rows = [i for i, file in enumerate(files) if held_out(file.as_posix().encode()) == (ask.split == "test")]
+    if not rows:
+        raise DataError(f"{base} has no image in the split {ask.split!r}: it has {len(files)} in all")
+    lines = None
+    if (base / "captions.txt").exists():
+        lines = captions(base / "captions.txt", [files[i] for i in rows])
+    return ImageSet([base / files[i] for i in rows], torch.tensor(labels)[rows], names, lines)
+
+
+@dataset("celeba", "CelebA's folder as distributed; --label-attribute gives the two classes", role="private", channels=3,
+         side=178, n=162_770)
+def load_celeba(ask, name="celeba"):
+    places, tried = [ask.root / name, ask.root], ""
+    if name == "celeba" and ask.download and not any((p / "list_attr_celeba.txt").exists() for p in places):
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                torchvision.datasets.CelebA(ask.root, download=True)
+        except Exception as error:  # torchvision wants the package gdown for it, which raises what it likes
+            tried = f", download failed ({' '.join(str(error).split())[:120]})"
+    base = next((p for p in places if (p / "list_attr_celeba.txt").exists()), None)
+    if base is None:
+        raise DataError(f"{places[0] / 'list_attr_celeba.txt'} not found{tried}: {WAYS_OUT}")
+    paths, attributes = celeba(base, ask.split)
+    if ask.label_attribute not in attributes:
+        raise ValueError(f"--label-attribute {ask.label_attribute}: {base / 'list_attr_celeba.txt'} has "
+                         f"{', '.join(attributes)}")
+    labels = attributes[ask.label_attribute].long()
+    return ImageSet(paths, labels, attribute_classes(ask.label_attribute), None, attributes)
+
+
+@dataset("faces", "other photographs of faces in CelebA's layout, in the folder faces of the data root", role="private",
+         channels=3, side=178, n=5_000)
+def load_faces(ask):
+    return load_celeba(ask, "faces")
+
+
+def attribute_names(root, name, label_attribute):
+    """Names of the attributes of CelebA's layout in ROOT/name or ROOT, the list's second line; no image is read."""
+    base = next((p for p in (root / name, root) if (p / "list_attr_celeba.txt").exists()), None)
+    if base is None:
+        raise DataError(f"{root / name / 'list_attr_celeba.txt'} not found: {WAYS_OUT}")
+    lines = read_lines(base / "list_attr_celeba.txt")
+    found = lines[1][1] if len(lines) > 1 else []
+    if label_attribute not in found:
+        raise ValueError(f"--label-attribute {label_attribute}: {base / 'list_attr_celeba.txt'} has {', '.join(found)}")
+    return found
+
+
+def attribute_classes(name):
+    """The two classes that an attribute gives: its absence, its presence."""
+    words = name.replace("_", " ").lower()
+    return list(ATTRIBUTE_CLASSES.get(name, [f"not {words}", words]))
 
 
 # ---- lists -------------------------------------------------------------------------------------------------------
@@ -191,7 +258,3 @@ def square(path, size, channels):
     except Exception as error:  # PIL raises a dozen types on damaged files
         raise ValueError(damaged(path, error)) from error
     return torch.from_numpy(np.array(small)).view(size, size, channels).permute(2, 0, 1)
-
-
-def damaged(path, why):
-    return f"{path} is damaged ({' '.join(str(why).split())}): restore it from its source"

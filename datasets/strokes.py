@@ -6,13 +6,13 @@ warp, slant, rotation, aspect and pen width, scaled to a box of 20 pixels and ce
 and rendered by the distance of every pixel to the stroke. Pre-training on procedural pictures: Tang et al. 2023
 (DP-RandP). The numbers below are judgement about handwriting, and none was computed from a picture. While writing them
 the author watched one figure from real data, the accuracy and confusions of `python -m bench.strokes_realism` on the
-2,000 held-out digits of data/mnist10k.npz; the 8,000 private ones were never used.
+2,000 held-out digits of datasets/mnist10k.npz; the 8,000 private ones were never used.
 
 A skeleton is text. "xxyy" is a control point (x to the right, y down, both 00..99), a blank goes on along a smooth
 curve, "/" turns a corner at the last point, "|" lifts the pen; "3:" in front makes it three times as likely. A skeleton
 becomes one matrix from control points to the ends of short segments, so a batch of handwriting is one matrix product.
 
-Alone:  python strokes.py     writes strokes.png, ten pictures of every class.
+Alone:  python -m datasets strokes     writes strokes.png.
 """
 
 import math
@@ -20,6 +20,8 @@ import math
 import numpy as np
 import torch
 from scipy.interpolate import CubicSpline
+
+from .registry import ImageSet, dataset
 
 CLASSES = "0123456789abcdefghijklmnopqrstuvwxyz"
 
@@ -241,7 +243,15 @@ def render(ends, radius, size):
     return (255 * (0.5 - distance / (1.2 * zoom)).clamp(0, 1)).round().to(torch.uint8).view(-1, size, size)
 
 
-if __name__ == "__main__":
-    import data
+GROUPS = {"digits": CLASSES[:10], "letters": CLASSES[10:], "all": CLASSES}  # --public-classes
 
-    data.save_grid(draw(torch.arange(len(CLASSES)).repeat_interleave(10)), "strokes.png", columns=20)
+
+@dataset("strokes", "handwriting drawn by a program, nothing stored", role="public", n=60_000, classes=CLASSES, drawn=True)
+def load_strokes(ask):
+    """ask.n images, every class equally often (to within one), in random order."""
+    if ask.public_classes not in GROUPS:
+        raise ValueError(f"public_classes must be one of {', '.join(GROUPS)}, not {ask.public_classes!r}")
+    classes = GROUPS[ask.public_classes]
+    generator = torch.Generator().manual_seed(ask.seed)
+    labels = (torch.arange(ask.n) % len(classes))[torch.randperm(ask.n, generator=generator)]
+    return ImageSet(draw(labels + CLASSES.index(classes[0]), generator), labels, list(classes))

@@ -1,0 +1,207 @@
+"""Image sets, public and private, as uint8 tensors with labels.
+
+The method (Liu, Lyu, Vinaroz, Park: Differentially Private Latent Diffusion Models, TMLR 2024, section 3) pairs a public
+set with a private one. This package only reads or draws images. Who may look at them, and how often, is decided in
+train.py, and the Poisson sampler of the private stage lives in dp_sgd.py.
+
+    registry.py   what a data set is; a new one is a decorated loader
+    arrays.py     idx and npz files          photos.py    folders of image files, CelebA's layout
+    strokes.py    handwriting, drawn         pixels.py    padding, sizes, ranges, grids
+
+An own set (folder:PATH, npz:PATH) is split by a checksum of each image's name (npz: of its pixels): about one in ten is
+"test". No image's side depends on the others, so adding or removing one changes nothing else: the neighbouring relation
+of the guarantee. The list of classes is released, so a private set declares it and nothing is counted: by class folders,
+empty or not, by the array class_names, or by --classes.
+
+The data root is --data-root, else the environment variable DPLDM_DATA, else ~/.cache/dpldm. Decoded photographs are kept
+in its folder cache if it may be written to: they are as private as the originals.
+
+Alone: `python -m datasets NAME [SPLIT]` prints the metrics of a set and writes its first hundred images to NAME.png.
+"""
+import hashlib
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torchvision
+
+from . import arrays, photos, pixels, strokes  # noqa: F401 (their loaders enter the registry)
+from .registry import REGISTRY, DataError, ImageSet, Request, kind_of
+
+__all__ = ["REGISTRY", "DataError", "ImageSet", "kind_of", "load", "describe", "digests", "same_images", "enlarged",
+           "class_list", "names"]
+MOST_CLASSES = 10_000
+
+
+def names(role):
+    """Names of the sets that may play a role, "public" or "private"."""
+    return [key for key, entry in REGISTRY.items() if entry.role in (role, "either")]
+
+
+def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, cache=None, decode=True, **request):
+    """Read (or draw) an image set.
+
+    name      a key of REGISTRY; "folder:PATH" and "npz:PATH" for own images, PATH also relative to the data root
+    split     "train" or "test"; sets of the role "public" have no split, every call gives the whole set
+    root      data root as str or Path; None: DPLDM_DATA, else ~/.cache/dpldm
+    size      side of the returned images in pixels; grey arrays are padded with background on all sides, colour arrays
+              resized; photographs are cut to the central square (CelebA: 178 x 178) and resized
+    n         number of images; a seeded subset in the set's order, or how many to draw (default 60,000)
+    seed      rules the drawing and the subset; never the private stage
+    channels  3, or 1: colour images and photographs become grey; grey images stay grey
+    cache     folder of decoded photographs; None: "cache" in the data root if that may be written to
+    decode    False: photographs are only listed, images is an empty shape on the meta device; nothing is downloaded
+    request   further fields of `registry.Request`; None stands for its default
+    Returns ImageSet. Raises DataError if files are missing or damaged, ValueError for arguments out of range.
+    """
+    entry = REGISTRY[kind_of(name)]
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', not {split!r}")
+    if request.get("public_classes") is not None and not entry.drawn:
+        raise ValueError(f"public_classes only applies to drawn sets (strokes), not to {name!r}")
+    if n is not None and n < 1:
+        raise ValueError(f"n must be at least 1, not {n}")
+    root, classes = data_root(root), request.get("classes")
+    given = {key: value for key, value in request.items() if value is not None}
+    ask = Request(root, split, str(name).partition(":")[2], seed=seed, download=decode, **given)
+    whole = entry.load(replace(ask, n=n or ask.n))
+    if classes and list(classes) != list(whole.classes):
+        raise ValueError(f"{name} has the classes {', '.join(whole.classes)}; others were asked for, leave "
+                         "out --classes")
+    part = whole if entry.drawn else subset(whole, n, seed, f"{name} {split}")
+    images, side = prepared(part.images, size, channels, cache, root, decode)
+    return replace(part, name=name, images=images, side=side)
+
+
+def prepared(images, size, channels, cache, root, decode):
+    """Images as a loader found them -> (tensor (N,channels,size,size) uint8, side before padding)."""
+    if isinstance(images, torch.Tensor) and images.shape[1] == 1:
+        return pixels.pad(images, size), images.shape[-1]
+    if isinstance(images, torch.Tensor):
+        images = pixels.resize(images, size)
+        return images if channels == 3 else torchvision.transforms.functional.rgb_to_grayscale(images), size
+    if not decode:
+        return torch.empty(len(images), channels, size, size, dtype=torch.uint8, device="meta"), size
+    cache = cache or cache_folder(root)
+    if cache is None and len(images) >= photos.CACHE_FROM:
+        print(f"note: {root} cannot be written to, so decoded images are not kept; --cache FOLDER keeps them",
+              file=sys.stderr)
+    return photos.decode(images, size, channels, cache), size
+
+
+def describe(name, root=None, size=32, channels=3, label_attribute="Male", classes=None):
+    """An ImageSet without images: the names of classes and attributes, channels and side. No image is read."""
+    entry, root = REGISTRY[kind_of(name)], data_root(root)
+    side, attributes, found = entry.side, None, list(entry.classes)
+    if entry.name == "folder":
+        _, _, found = photos.tree(arrays.located(root, str(name).partition(":")[2]), classes)
+    elif entry.name == "npz":
+        path = arrays.located(root, str(name).partition(":")[2])
+        side, colours, found = arrays.describe_npz(path, classes, private=entry.own)
+        entry = replace(entry, channels=colours)
+    elif entry.name in ("celeba", "faces"):
+        attributes = dict.fromkeys(photos.attribute_names(root, entry.name, label_attribute), torch.zeros(0).bool())
+        found = photos.attribute_classes(label_attribute)
+    colour = entry.channels == 3
+    shape = (0, channels if colour else 1, size, size)
+    return ImageSet(torch.empty(shape, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), found, None, attributes,
+                    size if colour else side, name)
+
+
+def enlarged(name, size):
+    """What to say where the images of a known set are smaller than the networks see them, e.g. CelebA at 256; or ""."""
+    entry = REGISTRY[kind_of(name)]
+    small = entry.channels == 3 and 0 < entry.side < size
+    return f"{entry.name}'s images of {entry.side} pixels, enlarged to {size}" if small else ""
+
+
+# ---- the same images twice? --------------------------------------------------------------------------------------
+
+
+def same_images(a, b, root=None):
+    """Do two names of sets, as in --public and --private, mean the same images, wholly or in part?
+
+    Judged by names and by where the sets lie, a folder within another included; no image is read. Copies
+    elsewhere are found by their digests.
+    """
+    first, second = place(a, root), place(b, root)
+    if first and second and (first == second or first in second.parents or second in first.parents):
+        return True
+    known = {place(entry.name, root): entry for entry in REGISTRY.values() if not entry.own}  # whose file an own set may be
+    kinds = [known.get(where) or REGISTRY.get(str(name).partition(":")[0]) for name, where in ((a, first), (b, second))]
+    if None in kinds or any(kind.own for kind in kinds):
+        return False
+    return kinds[0].name == kinds[1].name or kinds[0].name in kinds[1].overlaps
+
+
+def place(name, root=None):
+    """The file or folder with a set's images, links resolved; None for drawn sets and names without one."""
+    kind, _, where = str(name).partition(":")
+    root = data_root(root)
+    entry = REGISTRY.get(kind)
+    if entry is None or entry.drawn or entry.own and not where:
+        return None
+    if entry.own:
+        try:
+            found = arrays.located(root, where)
+        except DataError:
+            found = Path(where).expanduser()
+    elif kind in ("celeba", "faces"):
+        bases = [base for base in (root / kind, root) if (base / "list_attr_celeba.txt").exists()]
+        found = [*bases, root / kind][0] / "img_align_celeba"
+    else:
+        found = root / entry.files if entry.files else arrays.EMBEDDED
+    return found.resolve()
+
+
+def digests(images):
+    """Images (N,C,H,W) uint8, as the networks see them -> (M,) int64, sorted: 8 bytes of BLAKE2b of each.
+
+    They travel with the public checkpoints: a private set that holds one of the public images is refused,
+    whatever its name and place. An image compressed or resized in another way has another digest.
+    """
+    found = {hashlib.blake2b(image, digest_size=8).digest() for image in images.contiguous().numpy()}
+    numbers = [int.from_bytes(digest, "little", signed=True) for digest in found]
+    return torch.tensor(numbers, dtype=torch.int64).sort().values
+
+
+# ---- parts of a set, places --------------------------------------------------------------------------------------
+
+
+def class_list(text):
+    """--classes: "a,b,c" -> ["a", "b", "c"]; a number N -> ["0", ..., str(N - 1)]. ValueError for others."""
+    names = [name.strip() for name in text.split(",")]
+    if len(names) == 1 and names[0].isdecimal():
+        names = [str(i) for i in range(min(int(names[0]), MOST_CLASSES + 1))]
+    if not names or "" in names or len(set(names)) < len(names) or len(names) > MOST_CLASSES:
+        raise ValueError(f"--classes must be distinct names with commas, or a number in 1 to {MOST_CLASSES}")
+    return names
+
+
+def subset(whole, n, seed, title):
+    """n images of a set, chosen at random by the seed, in the set's order; None: all."""
+    if n is None:
+        return whole
+    if n > len(whole):
+        raise ValueError(f"{title} has {len(whole)} images, fewer than the {n} asked for")
+    chosen = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))[:n].sort().values
+
+    def take(values):
+        return [values[i] for i in chosen.tolist()] if isinstance(values, list) else values[chosen]
+
+    return replace(whole, images=take(whole.images), labels=whole.labels[chosen],
+                   captions=whole.captions and take(whole.captions),
+                   attributes=whole.attributes and {k: v[chosen] for k, v in whole.attributes.items()})
+
+
+def data_root(root=None):
+    """The folder of the full sets: the argument, else the environment variable DPLDM_DATA, else ~/.cache/dpldm."""
+    return Path(root or os.environ.get("DPLDM_DATA") or "~/.cache/dpldm").expanduser()
+
+
+def cache_folder(root):
+    """ROOT/cache if it may be written to, else None: data roots are often shared and read-only."""
+    allowed = root.is_dir() and os.access(root, os.W_OK) and root.stat().st_mode & 0o222  # root may write regardless
+    return root / "cache" if allowed else None

@@ -1,0 +1,85 @@
+"""What a data set is, and the list of those that there are. To add one, decorate a loader: see `dataset`."""
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+WAYS_OUT = "point --data-root or DPLDM_DATA at a folder that has it"
+
+
+class DataError(ValueError):
+    """A data file is missing or damaged; the message is one line that names it and the ways out."""
+
+
+@dataclass
+class ImageSet:
+    """Images in memory: images (N,C,H,W) uint8, labels (N,) int64 in 0..len(classes)-1. Grey ones are light on dark.
+
+    captions: one sentence per image; attributes: {name: (N,) bool}; None where the set has none. side: of the images
+    before padding, to which a finished sample is cropped. A loader may return paths instead of a tensor of images.
+    """
+
+    images: torch.Tensor | list[Path]
+    labels: torch.Tensor
+    classes: list[str]
+    captions: list[str] | None = None
+    attributes: dict[str, torch.Tensor] | None = None
+    side: int = 0
+    name: str = ""
+
+    def __len__(self):
+        return len(self.labels)
+
+
+@dataclass
+class Request:
+    """What a loader is asked for. Own sets use `where`, `classes` and `private`; drawn ones `public_classes`, n, seed."""
+
+    root: Path  # the folder of the full data sets
+    split: str = "train"  # or "test", what is held out
+    where: str = ""  # the PATH of "folder:PATH" and "npz:PATH"
+    classes: list[str] | None = None  # declared names, in their order
+    private: bool = False  # then the list of classes is published, and must be declared
+    public_classes: str = "all"
+    n: int = 60_000
+    seed: int = 0
+    label_attribute: str = "Male"
+    download: bool = True
+
+
+@dataclass
+class DataSet:
+    """One entry of REGISTRY. What is said here is known without reading an image, so it may be said in a dry run."""
+
+    name: str
+    load: callable  # Request -> ImageSet
+    about: str  # one line, for --help and docs/datasets.md
+    role: str = "either"  # "public" (nothing of it is held out), "private" or "either"
+    channels: int = 1
+    side: int = 28  # pixels, as stored; own photographs: 0, any
+    n: int = 0  # images of the "train" side
+    classes: tuple = ()  # names; () where the set itself declares them
+    drawn: bool = False  # made by a program: no image went in
+    own: bool = False  # "name:PATH"
+    files: str = ""  # where it lies in the data root
+    overlaps: tuple = ()  # sets with images in common, even if encoded anew
+
+
+REGISTRY = {}
+
+
+def dataset(name, about, **facts):
+    """Decorator: enter a loader (Request -> ImageSet) under its name."""
+    def enter(load):
+        REGISTRY[name] = DataSet(name, load, about, **facts)
+        return load
+    return enter
+
+
+def kind_of(name):
+    """The key of REGISTRY that a name stands for; "folder:PATH" -> "folder". ValueError for a name that is none."""
+    kind, colon, place = str(name).partition(":")
+    if kind not in REGISTRY or bool(place) != REGISTRY[kind].own:
+        names = [f"{entry.name}:PATH" if entry.own else entry.name for entry in REGISTRY.values()]
+        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(names)}")
+    return kind
