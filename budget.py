@@ -28,7 +28,7 @@ SAME = 1e-6  # relative: numbers of two machines that differ by less are the sam
 
 
 def round_up(x, digits=4):
-    """x with so many significant digits, rounded towards infinity: no printed epsilon is below the true one."""
+    """x with so many significant digits, rounded up: no printed epsilon is below the true one."""
     if not math.isfinite(x):
         return f"{x:g}"
     # repr: the double nearest to 1e-5 lies a little above it, and is meant to be printed as 1e-05.
@@ -55,7 +55,7 @@ def privacy_numbers(rows, delta):
 
     pld = number(lambda: float(accountant.epsilon_of_ledger(rows, delta, "pld")), rdp)
     group = math.inf
-    if spent[1] >= 0.2:  # with less noise the group's integral needs gigabytes, and its epsilon is beyond any use
+    if spent[1] >= 0.2:  # with less noise the group's integral needs gigabytes, for an epsilon beyond any use
         group = number(lambda: float(accountant.group_epsilon(20, *spent, delta)), math.inf)
     found = number(lambda: accountant.attacker_tpr(*spent, FALSE_POSITIVES), [1.0] * len(FALSE_POSITIVES))
     rates = dict(zip(rates, map(float, found), strict=True))
@@ -63,17 +63,17 @@ def privacy_numbers(rows, delta):
 
 
 def settled(planned, found):
-    """The planned number where the one found later is the same up to rounding, else the larger; of dicts, by key."""
+    """The planned number where the one found later is the same but for rounding, else the larger."""
     if isinstance(found, dict):
         return {key: settled(planned[key], found[key]) for key in found}
     return planned if abs(found - planned) <= SAME * planned else max(found, planned)
 
 
 def privacy_plan(s, n):
-    """What will be spent and stated, known before the first private step: a dict of n, q, steps, sigma, epsilon, delta
-    and the statement's numbers.
+    """What will be spent and stated, known before the first private step.
 
-    A resumed run keeps the plan it began with. Raises ValueError for impossible plans.
+    A dict of n, q, steps, sigma, epsilon, delta and numbers, those of the statement. A resumed run keeps the plan
+    it began with. Raises ValueError for impossible plans.
     """
     if s.steps == 0:
         return {"n": n, "q": 0.0, "steps": 0, "sigma": 0.0, "epsilon": 0.0, "delta": s.delta,
@@ -93,17 +93,17 @@ def privacy_plan(s, n):
 
 
 def with_numbers(s, plan):
-    """The plan and what it costs: epsilon by the chosen accountant, and the other numbers of the statement."""
+    """The plan and what it costs: epsilon by the chosen accountant, and the statement's other numbers."""
     epsilon = float(accountant.epsilon(plan["q"], plan["sigma"], plan["steps"], plan["delta"], s.accountant))
     row = {"q": plan["q"], "sigma": plan["sigma"]}
     return {**plan, "epsilon": epsilon, "numbers": privacy_numbers([row] * plan["steps"], plan["delta"])}
 
 
 def stored_plan(s, asked, path):
-    """The plan in plan.json, which rules when a run is resumed: another CPU or numpy would calibrate sigma to other
-    last digits.
+    """The plan in plan.json, which rules when a run is resumed: another CPU or numpy would calibrate sigma to
+    other last digits.
 
-    asked: what must be equal. ValueError, one line, if anything differs, or if epsilon is not what plan.json says.
+    asked: what must be equal. ValueError, one line, if anything differs, or if epsilon is not what it says.
     """
     with folder.understanding(path, "plan"):
         stored = folder.read_json(path)
@@ -115,10 +115,11 @@ def stored_plan(s, asked, path):
         if plan[key] != value:
             raise ValueError(f"cannot resume: '{key}' is not what this run began with; {folder.ADD_UP}")
     plan = with_numbers(s, plan)
-    if plan["epsilon"] != stated and not -SAME * stated <= plan["epsilon"] - stated <= SAME * min(stated, 1.0):
-        raise ValueError(f"cannot resume: plan.json states epsilon {round_up(stated)}, recomputed it is "
-                         f"{round_up(plan['epsilon'])}; resume with the program and libraries that this run began "
-                         f"with; {folder.ADD_UP}")
+    found = plan["epsilon"]
+    if found != stated and not -SAME * stated <= found - stated <= SAME * min(stated, 1.0):
+        raise ValueError(f"cannot resume: plan.json states epsilon {stated:.9g}, recomputed it is "
+                         f"{found:.9g}; resume "
+                         f"with the program and libraries that this run began with; {folder.ADD_UP}")
     if s.sigma is None and stated > s.epsilon * (1 + SAME):
         raise ValueError(f"cannot resume: 'epsilon' is not what this run began with; {folder.ADD_UP}")
     with folder.understanding(path, "plan"):  # the first programs did not write them
@@ -137,9 +138,11 @@ def noise_only(model):
 def print_plan(s, plan, model):
     trained, total = count(p for p in model.parameters() if p.requires_grad), count(model.parameters())
     idle = noise_only(model)
-    print(f"privacy plan   epsilon {round_up(plan['epsilon'])} at delta {round_up(plan['delta'])} ({s.accountant}); "
-          f"unit: one picture, added or removed\n               n {plan['n']}, Poisson sampling with q {plan['q']:.4g} "
-          f"(expected batch {s.batch_size}), T {plan['steps']} steps, sigma {plan['sigma']:.4g}, C {s.clip_norm:g} {s.clipping}, K {s.noise_multiplicity}\n"
+    epsilon, delta = round_up(plan["epsilon"]), round_up(plan["delta"])
+    print(f"privacy plan   epsilon {epsilon} at delta {delta} ({s.accountant}); unit: one picture, added or "
+          f"removed\n               n {plan['n']}, Poisson sampling with q {plan['q']:.4g} "
+          f"(expected batch {s.batch_size}), T {plan['steps']} steps, sigma {plan['sigma']:.4g}, "
+          f"C {s.clip_norm:g} {s.clipping}, K {s.noise_multiplicity}\n"
           f"tuned          {s.tune}: {trained:,} of {total:,} parameters ({trained / total:.1%})" + (
               f", of which {idle:,} see only noise (query and key for a one-token condition)" if idle else ""))
     if plan["steps"] and (plan["sigma"] == 0 or s.insecure_seed is not None) and rank() == 0:
