@@ -54,17 +54,17 @@ def noise_of(s):
 
 
 def settled(planned, found):
-    """The planned number where the one found later is the same up to rounding, else the larger; of dicts, by key."""
+    """The planned number where the one found later is the same but for rounding, else the larger."""
     if isinstance(found, dict):
         return {key: settled(planned[key], found[key]) for key in found}
     return planned if abs(found - planned) <= SAME * planned else max(found, planned)
 
 
 def privacy_plan(s, n):
-    """What will be spent and stated, known before the first private step: a dict of n, q, steps, sigma, epsilon, delta
-    and the statement's numbers.
+    """What will be spent and stated, known before the first private step.
 
-    A resumed run keeps the plan it began with. Raises ValueError for impossible plans.
+    A dict of n, q, steps, sigma, epsilon, delta and numbers, those of the statement. A resumed run keeps the plan
+    it began with. Raises ValueError for impossible plans.
     """
     if s.steps == 0:
         return {"n": n, "q": 0.0, "steps": 0, "sigma": 0.0, "epsilon": 0.0, "delta": s.delta,
@@ -95,10 +95,10 @@ def with_numbers(s, plan):
 
 
 def stored_plan(s, asked, path):
-    """The plan in plan.json, which rules when a run is resumed: another CPU or numpy would calibrate sigma to other
-    last digits.
+    """The plan in plan.json, which rules when a run is resumed: another CPU or numpy would calibrate sigma to
+    other last digits.
 
-    asked: what must be equal. ValueError, one line, if anything differs, or if epsilon is not what plan.json says.
+    asked: what must be equal. ValueError, one line, if anything differs, or if epsilon is not what it says.
     """
     with folder.understanding(path, "plan"):
         stored = folder.read_json(path)
@@ -110,10 +110,11 @@ def stored_plan(s, asked, path):
         if plan[key] != value:
             raise ValueError(f"cannot resume: '{key}' is not what this run began with; {folder.ADD_UP}")
     plan = with_numbers(s, plan)
-    if plan["epsilon"] != stated and not -SAME * stated <= plan["epsilon"] - stated <= SAME * min(stated, 1.0):
-        raise ValueError(f"cannot resume: plan.json states epsilon {round_up(stated)}, recomputed it is "
-                         f"{round_up(plan['epsilon'])}; resume with the program and libraries that this run began "
-                         f"with; {folder.ADD_UP}")
+    found = plan["epsilon"]
+    if found != stated and not -SAME * stated <= found - stated <= SAME * min(stated, 1.0):
+        raise ValueError(f"cannot resume: plan.json states epsilon {stated:.9g}, recomputed it is "
+                         f"{found:.9g}; resume "
+                         f"with the program and libraries that this run began with; {folder.ADD_UP}")
     if s.sigma is None and stated > s.epsilon * (1 + SAME):
         raise ValueError(f"cannot resume: 'epsilon' is not what this run began with; {folder.ADD_UP}")
     with folder.understanding(path, "plan"):  # the first programs did not write them

@@ -253,7 +253,7 @@ def memorised(samples, train, held_out, seed=0):
 
 
 def find_run(path):
-    """The folder around a release, and whether it is a run folder: it has internal/ or public/ beside release/."""
+    """The folder around a release, and is it a run folder, with internal/ or public/ beside release/?"""
     run = Path(path).resolve()
     run = run.parent if run.is_file() else run
     run = run.parent if run.name == "release" else run
@@ -261,22 +261,22 @@ def find_run(path):
 
 
 def check_place(args, run, whole):
-    """Scores and private pictures are not covered by epsilon: ValueError where they would be written beside a release.
+    """Epsilon does not cover scores: ValueError where they would be written beside a release.
 
     whole: run is a run folder, so that they have a place in its internal/.
     """
     if args.memorisation and args.out:
         raise ValueError("--memorisation writes into RUN/internal/ only: leave out --out")
     if not whole and args.memorisation:
-        raise ValueError(f"--memorisation writes private pictures into a run folder's internal/, and {run} is none (no "
-                         "internal/ or public/ beside release/)")
+        raise ValueError(f"--memorisation writes private pictures into a run folder's internal/, and {run} "
+                         "is none (no internal/ or public/ beside release/)")
     if not whole and not args.out:
-        raise ValueError(f"{run} is no run folder (no internal/ or public/ beside release/), and scores are not covered "
-                         "by epsilon: say where they go with --out FILE")
+        raise ValueError(f"{run} is no run folder (no internal/ or public/ beside release/), and epsilon "
+                         "does not cover scores: say where they go with --out FILE")
     place = Path(args.out or run).resolve().parent
     if args.out and ((place / "model.pt").exists() or (place / "privacy.json").exists()):
-        raise ValueError(f"--out {args.out}: that folder is a release, and scores are not covered by epsilon; choose "
-                         "another")
+        raise ValueError(f"--out {args.out}: that folder is a release, and epsilon does not cover scores; "
+                         "choose another")
 
 
 def sources(release, run):

@@ -144,8 +144,8 @@ def prepare(out, resume):
     be mixed into an old one, or while another process trains there: two of them would each spend the whole budget."""
     used = [part for part in PARTS if (out / part).exists() and any((out / part).iterdir())]
     if used and not resume:
-        raise ValueError(f"{out} already holds a run; go on with it (--resume --out {out}), or choose another --out; "
-                         f"{ADD_UP}")
+        raise ValueError(f"{out} already holds a run; go on with it (--resume --out {out}), or choose "
+                         f"another --out; {ADD_UP}")
     for part in PARTS:
         (out / part).mkdir(parents=True, exist_ok=True, mode=0o700 if part == "internal" else 0o777)
     only_owner(out / "internal")
@@ -171,9 +171,9 @@ def check_unchanged(facts, path):
 def check_spent(out, plan):
     """Refuse to go on where a run's files contradict each other about the private steps that are spent.
 
-    Ledger, checkpoint, log and release each tell how many there were; the ledger must know of all. Raises ValueError,
-    one line, where rows are missing, where the plan they belong to is missing, and where the checkpoint with their
-    result is gone: the untuned public model would then be released, or replace a good release.
+    Ledger, checkpoint, log and release each tell how many there were; the ledger must know of all. Raises
+    ValueError, one line, where rows are missing, where the plan they belong to is missing, and where the
+    checkpoint with their result is gone: the untuned public model would be released, or replace a good release.
     """
     internal, release = out / "internal", out / "release"
     spent = len(accountant.ledger_rows(read_ledger(internal / "ledger.jsonl"), plan))
@@ -185,7 +185,7 @@ def check_spent(out, plan):
     log = internal / "log.jsonl"  # a row of it is written after the ledger's
     logged = log.read_bytes().count(b"\n") if log.exists() else 0
     stated = 0
-    if any((release / name).exists() for name in ("model.pt", "privacy.json")):  # written when all steps are spent
+    if any((release / name).exists() for name in ("model.pt", "privacy.json")):  # written after the last step
         try:
             stated = int(read_json(release / "privacy.json")["steps"])
         except (ValueError, KeyError, TypeError, OverflowError):
@@ -193,18 +193,19 @@ def check_spent(out, plan):
         stated = max(stated, plan["steps"] if stated else 0)
     for name, count in (("internal/state.pt", done), ("internal/log.jsonl", logged), ("the release", stated)):
         if count > spent or count < 0:
-            raise ValueError(f"cannot resume: the ledger has {spent} rows, but {name} tells of {count} private steps; "
-                             "rows are missing, so epsilon is unknown. Bring back internal/ledger.jsonl from a copy; "
-                             f"{ADD_UP}")
+            raise ValueError(f"cannot resume: the ledger has {spent} rows, but {name} tells of {count} "
+                             "private steps; rows are missing, so epsilon is unknown. Bring back "
+                             f"internal/ledger.jsonl from a copy; {ADD_UP}")
     if spent and not (plan["steps"] and (internal / "plan.json").exists()):
         raise ValueError(f"cannot resume: {spent} private steps are spent, but the plan they belong to, "
-                         f"internal/plan.json, is missing or says there are none. Bring it back from a copy; {ADD_UP}")
+                         "internal/plan.json, is missing or says there are none. Bring it back from a copy; "
+                         f"{ADD_UP}")
     if stated and not done:
-        raise ValueError("cannot resume: internal/state.pt is missing, and the untuned public model would replace the "
-                         f"release, which is finished: draw from it with python sample.py {out}")
+        raise ValueError("cannot resume: internal/state.pt is missing, and the untuned public model would "
+                         f"replace the release, which is finished: draw from it with python sample.py {out}")
     if spent and spent >= plan["steps"] and not done:
-        raise ValueError(f"cannot resume: all {spent} private steps are spent, and internal/state.pt, their result, is "
-                         f"missing. Bring it back from a copy, or this run is lost; {ADD_UP}")
+        raise ValueError(f"cannot resume: all {spent} private steps are spent, and internal/state.pt, their "
+                         f"result, is missing. Bring it back from a copy, or this run is lost; {ADD_UP}")
 
 
 class Stop:
@@ -252,7 +253,8 @@ def run_cli(main):
         text = str(error).strip().splitlines()[:1] or ["no more memory"]
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "memory" not in text[0]:
             raise
-        print(f"error: out of memory, ask for less at a time ({text[0][:160]})", file=sys.stderr)
+        print("error: out of memory; ask for smaller batches (--batch, --micro-batch, --vae-batch, "
+              f"--ldm-batch) or fewer pictures ({text[0][:100]})", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

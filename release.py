@@ -39,8 +39,8 @@ def privacy_statement(s, plan, rows, trained):
     epsilon = numbers[f"epsilon_{s.accountant}"]
     private = s.insecure_seed is None and math.isfinite(epsilon)
     return plain({
-        "statement": f"({round_up(epsilon)}, {round_up(s.delta)})-differentially private with respect to one picture"
-                     if private else "NOT PRIVATE: no noise, or a known noise seed",
+        "statement": f"({round_up(epsilon)}, {round_up(s.delta)})-differentially private with respect to one "
+                     "picture" if private else "NOT PRIVATE: no noise, or a known noise seed",
         "private": private, "epsilon": epsilon, "delta": s.delta, "accountant": s.accountant,
         "epsilon_rdp": numbers["epsilon_rdp"], "epsilon_pld": numbers["epsilon_pld"],
         GROUP: numbers[GROUP],  # of one person
@@ -116,6 +116,7 @@ def model_card(privacy, classes, name):
         return f"{math.ceil(1e4 * float(rate)) / 100:g} %"  # rounded up: nothing is understated
 
     p, rates = privacy, privacy[ATTACKER]
+    epsilon = round_up(float(p["epsilon"]))
     table = "\n".join(f"| {float(fpr):.1%} | {at_most(rate)} |" for fpr, rate in rates.items())
     limits = "\n".join(f"- {item}" for item in p["does_not_cover"])
     tuned = f"""Then {p["trained_parameters"]:,} of their parameters ({p["tune"]}) were
@@ -127,7 +128,7 @@ detects that picture's presence in at most {at_most(rates["0.01"])} of the cases
 |---|---|
 {table}
 
-In figures: epsilon {round_up(float(p["epsilon"]))} at delta {round_up(p["delta"])}; neighbours: {p["adjacency"]};
+In figures: epsilon {epsilon} at delta {round_up(p["delta"])}; neighbours: {p["adjacency"]};
 unit: {p["unit"]}.
 The unit is a picture, not a person: for someone who has 20 of the pictures, epsilon is
 {round_up(float(p[GROUP]))}."""

@@ -233,9 +233,10 @@ def parse_labels(text, classes):
         first, dash, last = part.strip().partition("-")
         if part.strip() in classes:
             labels.append(classes.index(part.strip()))
-        elif first.isdigit() and (last.isdigit() or not dash):
-            if max(len(first), len(last)) > 9 or int(last or first) >= len(classes):  # before the range is made
-                raise ValueError(f"--labels: {part.strip()[:40]!r} is too much: this model has the labels "
+        elif first.isdecimal() and (last.isdecimal() or not dash):
+            # Before a range is made of them: it would fill the memory.
+            if max(len(first), len(last)) > 9 or int(last or first) >= len(classes):
+                raise ValueError(f"--labels: not {part.strip()[:40]!r}, this model has the labels "
                                  f"0..{len(classes) - 1} ({', '.join(classes)})")
             if int(last or first) < int(first):
                 raise ValueError(f"--labels: the range {part.strip()!r} runs backwards")

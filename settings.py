@@ -129,8 +129,9 @@ def parse(argv):
                    help="experiments only: noise and Poisson batches from torch's generator instead of the operating system's "
                    "CSPRNG; whoever sees enough of the release can compute the noise, and epsilon is then infinite [off]")
     g.add_argument("--show-private", action="store_true", default=False,
-                   help="for a course: loss, clipped share and examples/s of the private batches in the bar; private "
-                   "numbers on the terminal and in whatever keeps its output, which epsilon does NOT cover [off]")
+                   help="for a course: loss, clipped share and examples/s of the private batches in the bar; "
+                   "private numbers on the terminal and in whatever keeps its output, NOT covered by epsilon "
+                   "[off]")
     g.add_argument("--data-root", default=None, help="folder of the full data sets [$DPLDM_DATA or ~/.cache/dpldm]")
     g.add_argument("--cache", default=None, help="folder for decoded photographs, as private as they are [DATA_ROOT/cache]")
     flags("data", ("public", str, f"public set: {', '.join(datasets.names('public'))} (folder:PATH, npz:PATH)"),
@@ -209,8 +210,8 @@ def adopt_settings(s, given):
         if key in FREE or key in SAMPLING and key in given:
             continue
         if key in given and plain(given[key]) != value:
-            raise ValueError(f"--resume: this run began with {key} = {value}, not {given[key]}; leave the flag out "
-                             f"({folder.ADD_UP})")
+            raise ValueError(f"--resume: this run began with {key} = {value}, not {given[key]}; leave the "
+                             f"flag out ({folder.ADD_UP})")
         with folder.understanding(path, "file"):
             setattr(s, key, restored({"seed": 0, **DIGITS}.get(key), value))
 
@@ -233,20 +234,21 @@ def check(s):
             if getattr(s, key) is not None and not good(getattr(s, key)):
                 raise ValueError(f"--{key.replace('_', '-')} must {text}, got {getattr(s, key)}")
 
-    for keys, low, high in (  # the upper ends are far beyond any use, and keep sizes within 64 bits and memory
+    for keys, low, high in (  # the upper ends are far beyond any use, and keep sizes within 64 bits
             ("vae_steps ldm_steps vae_batch ldm_batch batch_size micro_batch public_n private_n", 1, 10 ** 9),
-            ("steps", 0, 10 ** 6), ("from_block adversarial_start", 0, 10 ** 9), ("noise_multiplicity", 1, 1000),
+            ("steps", 0, 10 ** 6), ("from_block adversarial_start", 0, 10 ** 9),
+            ("noise_multiplicity", 1, 1000),
             ("text_length width latent_channels", 1, 10 ** 4), ("text_layers depth", 1, 100),
             ("seed insecure_seed", 0, 2 ** 62)):
         demand(keys, lambda v, low=low, high=high: low <= v <= high, f"lie in {low}..{high}")
     demand("vae_lr ldm_lr lr", lambda v: 0 < v <= 1000, "be positive and at most 1000")
     demand("init_scale", lambda v: 1e-6 <= v <= 1e6, "lie in 1e-6..1e6")
-    # The noise has deviation sigma C in float32, and Adam squares sigma C / B: between these bounds both stay finite
-    # and above zero, for every sigma that is allowed and B up to a million.
+    # The noise has deviation sigma C in float32, and Adam squares sigma C / B: between these bounds both stay
+    # finite and above zero, for every sigma that is allowed and B up to a million.
     demand("clip_norm", lambda v: 1e-12 <= v <= 1e12, "lie in 1e-12..1e12")
     demand("sigma", lambda v: v == 0 or 1e-3 <= v <= 1e6, "be 0 (NOT private) or lie in 1e-3..1e6")
     demand("kl_weight perceptual_weight adversarial_weight", lambda v: 0 <= v <= 1e6, "lie in 0..1e6")
-    demand("epsilon", lambda v: 0 < v <= 1e5 or v == math.inf, "be positive and at most 1e5, or inf (no privacy)")
+    demand("epsilon", lambda v: 0 < v <= 1e5 or v == math.inf, "be positive, up to 1e5, or inf (no privacy)")
     demand("delta", lambda v: 0 < v < 1, "lie between 0 and 1")
     demand("size", lambda v: v in (32, 64, 128, 256), "be 32, 64, 128 or 256")
     demand("factor", lambda v: v in (2, 4, 8, 16), "be 2, 4, 8 or 16")
@@ -277,9 +279,10 @@ def check(s):
 
 
 def check_sampling(s):
-    """Refuse settings of the pictures at the end that cannot be followed, while nothing is spent: ValueError."""
+    """Refuse settings of the pictures at the end that cannot be followed; nothing is spent yet. ValueError."""
     if not 1 <= s.sample_steps <= s.schedule.T:
-        raise ValueError(f"--sample-steps must lie in 1..{s.schedule.T}, the noise schedule's, got {s.sample_steps}")
+        raise ValueError(f"--sample-steps must lie in 1..{s.schedule.T}, the steps of the noise schedule, "
+                         f"got {s.sample_steps}")
     if s.guidance != 1 and s.condition == "none":
         raise ValueError("--guidance other than 1 needs a condition, --condition class or text")
     if s.guidance != 1 and s.cond_drop == 0:

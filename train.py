@@ -477,7 +477,8 @@ def tune_privately(s, model, latents, conditions, plan, stop):
         folder.append_row({"step": step, "epsilon": plain(so_far), **engine.last}, s.out / "internal" / "log.jsonl")
         shown = {"epsilon": round_up(so_far)}
         if s.show_private:  # exact numbers of private batches: epsilon does not cover them
-            shown |= {"loss": f"{engine.last['loss']:.4f}", "clipped": f"{engine.last['clipped_fraction']:.0%}",
+            shown |= {"loss": f"{engine.last['loss']:.4f}",
+                      "clipped": f"{engine.last['clipped_fraction']:.0%}",
                       "examples_per_s": f"{examples / (time.monotonic() - begin):.0f}"}
         bar.set_postfix(shown)
         if leaving:
@@ -507,6 +508,13 @@ def accumulate_in_pieces(s, engine, loss_fn, drawn, size):
         size = max(1, min(size, len(piece[0])) // 2)
         torch.cuda.empty_cache()  # here the error is gone, and with it what it held on to; no effect without CUDA
     return size
+
+
+def check_finite(title, tensors):
+    """Refuse a public network whose training has diverged; nothing is spent on it yet. ValueError."""
+    if not all(bool(a.isfinite().all()) for a in tensors):
+        raise ValueError(f"the public {title} holds numbers that are not finite: its training has diverged; "
+                         "train it anew with a smaller learning rate")
 
 
 def epsilon_after(s, plan, steps):
@@ -663,6 +671,7 @@ def main(argv=None):
     have = {name: (s.out / "public" / name).exists() for name in ("vae.pt", "ldm.pt")}
     first = load_public(s.out / "public" / "vae.pt") if have["vae.pt"] else train_autoencoder(s, public.images, stop)
     autoencoder, scale = sample.build_vae(first), first["scale"]
+    check_finite("autoencoder", [*autoencoder.parameters(), torch.tensor(float(scale))])
     second = load_public(s.out / "public" / "ldm.pt") if have["ldm.pt"] else train_diffusion(
         s, encode(s, autoencoder, shard(public.images), scale),
         find_conditions(s, own_part(public), embedder), embedder, stop, {"digests": digests, "classes": public.classes})
@@ -672,13 +681,16 @@ def main(argv=None):
     embedder = second["embedder"]
 
     model = sample.laid_out(sample.build_model(second)[0], s.device)
+    check_finite("diffusion model", model.parameters())
     names = unet.select_trainable(model, s.tune, s.from_block)
     print_plan(s, plan, model)
     trained, rows = count(p for p in model.parameters() if p.requires_grad), []
     prompts = class_prompts(s, private) if s.condition == "text" else None
     for options in prompts or ():
         if (unknown := sample.build_tokenizer(embedder).unknown(" ".join(options))) and rank() == 0:
-            print(f"WARNING: the public model does not know {', '.join(unknown)}: train it anew, without --init", file=sys.stderr)
+            print(f"WARNING: the public model does not know {', '.join(unknown)}: train it anew, without "
+                  "--init",
+                  file=sys.stderr)
     if s.steps:
         facts = {**plan, "clip_norm": s.clip_norm, "clipping": s.clipping, "tuned": names,
                  "private_pictures": hashlib.sha256(private.images.numpy()).hexdigest()}

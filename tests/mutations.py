@@ -24,6 +24,7 @@ import torchvision  # noqa: F401
 ROOT = Path(__file__).resolve().parent.parent
 TUNE, ENGINE, PIT = "tests/test_train.py", "tests/test_dp_sgd.py", "tests/test_pitfalls.py"
 PUBLIC = "tests/test_public.py"
+CRASH = "tests/test_crash.py"
 
 
 class Mutation(NamedTuple):
@@ -129,6 +130,9 @@ MUTATIONS = [Mutation(*m) for m in (
     (14, "losses and gradient norms beside the model", "train.py",
      (('s.out / "internal" / "log.jsonl")', 's.out / "log.jsonl")'),),
      f"{PIT}::test_the_private_stage_writes_into_internal_only"),
+    (14, "private losses on the terminal", "train.py",
+     (("        if s.show_private:  # exact", "        if True:  # exact"),),
+     f"{TUNE}::test_the_bar_shows_private_numbers_only_when_asked"),
     (15, "the average with the best private loss is released", "train.py",
      (("update_ema(average, engine.parameters, s.ema, done)\n",
        "update_ema(average, engine.parameters, s.ema, done); new = engine.last['loss'], [a.clone() for a in average]; "
@@ -145,7 +149,8 @@ MUTATIONS = [Mutation(*m) for m in (
        "            update_ema(average, engine.parameters, s.ema, done)\n"),),
      f"{PIT}::test_the_average_holds_tuned_parameters_only_and_moves_once_per_step"),
     (18, "resuming without the ledger", "folder.py",
-     (("if count > spent or count < 0:", "if False:"),), f"{TUNE}::test_resume_refuses_what_would_change_the_guarantee"),
+     (("if count > spent or count < 0:", "if False:"),),
+     f"{TUNE}::test_resume_refuses_what_would_change_the_guarantee"),
     (18, "resuming goes by the checkpoint, not by the ledger", "train.py",
      (('tqdm(range(len(rows), plan["steps"])', 'tqdm(range(done, plan["steps"])'),),
      f"{TUNE}::test_a_step_lost_in_a_crash_stays_spent"),
@@ -209,6 +214,18 @@ MUTATIONS = [Mutation(*m) for m in (
     (14, "internal/ may be read by all", "folder.py",
      (('mode = 0o600 if private or Path(path).parent.name == "internal" else 0o666', "mode = 0o666"),),
      "tests/test_faces.py::test_internal_is_its_owners_alone"),
+    (30, "a resumed run calibrates sigma again", "budget.py",
+     (('if s.resume and (path := s.out / "internal" / "plan.json").exists():', "if (path := None):"),),
+     f"{CRASH}::test_the_stored_plan_rules_when_another_machine_finds_other_last_digits"),
+    (30, "pictures that cannot be drawn are noticed when all is spent", "settings.py",
+     (("if not 1 <= s.sample_steps <= s.schedule.T:", "if False:"),),
+     f"{TUNE}::test_a_run_is_refused_before_its_first_private_step_or_ends_with_a_release"),
+    (30, "the public model replaces a finished release", "folder.py",
+     (("if stated and not done:", "if False:"), ('if spent and spent >= plan["steps"] and not done:', "if False:")),
+     f"{CRASH}::test_a_finished_release_survives_the_loss_of_its_checkpoint"),
+    (30, "the release is not asked how many steps are spent", "folder.py",
+     (('("the release", stated)', '("the release", 0)'),),
+     f"{CRASH}::test_resuming_never_loses_count_and_never_replaces_a_release_by_less"),
     # Row 0: not of the table; the audit's theorem and the secure generator.
     (0, "printed bounds are rounded down", "accountant.py",
      (("rounding=ROUND_CEILING)", "rounding='ROUND_FLOOR')"),), "tests/test_accountant.py::test_printed_bounds_are_rounded_up"),
@@ -227,6 +244,16 @@ MUTATIONS = [Mutation(*m) for m in (
     (0, "the coins given away to the attacker", "audit.py",
      (('scores["sum"] += weight * y', 'scores["sum"] += weight * (y + torch.from_numpy(member) * 9)'),),
      "tests/test_audit.py::test_the_rigorous_bound_exceeds_the_claim_in_at_most_five_percent_of_audits"),
+    (0, "a resumed run's bar begins at epsilon 0", "train.py",
+     (("so_far = epsilon_after(s, plan, covered)\n    bar", "so_far = 0.0\n    bar"),),
+     f"{CRASH}::test_a_resumed_run_shows_its_epsilon_at_once"),
+    (0, "the bar lags behind the epsilon that is spent", "train.py",
+     (('covered = min(len(rows) + every - 1, plan["steps"])', "covered = len(rows) + every - 1"),
+      ("            so_far = epsilon_after(s, plan, covered)\n", "            so_far = epsilon_after(s, plan, len(rows))\n")),
+     f"{CRASH}::test_the_epsilon_on_the_way_is_never_below_the_true_one"),
+    (0, "scores beside a copied release", "evaluate.py",
+     (("    check_place(args, run, whole)\n", ""),),
+     "tests/test_evaluate.py::test_nothing_uncovered_is_written_beside_a_copied_release"),
     (0, "normals from two pairs instead of four", "dp_sgd.py",
      (("u = self.uniforms(8 * half, out.device).view(2, 4, half)", "u = self.uniforms(4 * half, out.device).view(2, 2, half)"),
       ("        return out.div_(2).view(shape)", "        return out.div_(2 ** 0.5).view(shape)")),

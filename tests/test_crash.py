@@ -3,10 +3,12 @@
 What must hold whatever happens: nothing that is read again is torn, every step whose noisy result ever existed has its
 ledger row, the randomness is fresh, and epsilon of the whole ledger stays within the target.
 """
+import argparse
 import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -21,6 +23,7 @@ import pytest
 import torch
 
 import accountant
+import budget
 import dp_sgd
 import folder
 import sample
@@ -242,6 +245,157 @@ def test_resume_refuses_changed_settings(stopped, setting, value, named, tmp_pat
     monkeypatch.setattr(train, "tune_privately", None)  # not even begun
     with pytest.raises(ValueError, match=f"cannot resume: '{named}'"):
         train.main(["--resume", "--out", str(out), *FREE])
+
+
+def test_the_stored_plan_rules_when_another_machine_finds_other_last_digits(stopped, tmp_path, monkeypatch):
+    """Another CPU or numpy calibrates sigma a little differently; a new run instead would spend twice."""
+    out, calibrate = tmp_path / "run", accountant.noise_multiplier
+    shutil.copytree(stopped, out)
+    began = folder.read_json(out / "internal" / "plan.json")
+    monkeypatch.setattr(accountant, "noise_multiplier", lambda *args: calibrate(*args) * (1 + 1e-12))
+    train.main(["--resume", "--out", str(out), *FREE])
+    rows = [json.loads(line) for line in ledger(out).splitlines()]
+    assert [row["sigma"] for row in rows] == 3 * [began["sigma"]] and folder.read_json(out / "internal" / "plan.json") == began
+    assert folder.read_json(out / "release" / "privacy.json")["epsilon"] == began["epsilon"]
+
+
+@pytest.mark.parametrize("change", [{"sigma": 0.5}, {"sigma": 50.0}, {"epsilon": 9.9}, {"epsilon": 10.1}, {"q": 0.05},
+                                    {"delta": 1e-6}, {"n": 101}, {"steps": 2}, {"sigma": 1e-200}, {"sigma": None},
+                                    {"sigma": 0.0, "epsilon": "inf"}, {"numbers": {}}, {"numbers": 3}])
+def test_a_stored_plan_that_does_not_cost_what_it_states_is_refused(stopped, change, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    shutil.copytree(stopped, out)
+    plan = folder.read_json(out / "internal" / "plan.json")
+    folder.write_json({**plan, **change}, out / "internal" / "plan.json")
+    monkeypatch.setattr(train, "tune_privately", None)  # not even begun
+    with pytest.raises(ValueError) as refused:
+        train.main(["--resume", "--out", str(out), *FREE])
+    assert "\n" not in str(refused.value) and "start a new run" not in str(refused.value)
+    assert "add its epsilon" in str(refused.value) or "damaged" in str(refused.value)
+
+
+def test_a_resumed_run_shows_its_epsilon_at_once(stopped, tmp_path, monkeypatch):
+    out, shown, bar = tmp_path / "run", [], train.tqdm
+
+    class Watched(bar):
+        def set_postfix(self, values=None, **rest):
+            shown.append((self.n, {**(values or {}), **rest}))
+            super().set_postfix(values, **rest)
+
+    shutil.copytree(stopped, out)
+    monkeypatch.setattr(train, "tqdm", Watched)
+    train.main(["--resume", "--out", str(out), *FREE])
+    plan = folder.read_json(out / "internal" / "plan.json")
+    spent = [accountant.epsilon(plan["q"], plan["sigma"], steps, 1e-5) for steps in range(4)]
+    lost = len(ledger(stopped).splitlines())
+    assert lost == 1 and shown[0] == (1, {"epsilon": accountant.round_up(spent[1])})
+    assert [float(values["epsilon"]) >= true for (_, values), true in zip(shown, spent[1:], strict=True)] == 3 * [True]
+
+
+def test_the_epsilon_on_the_way_is_never_below_the_true_one(public, tmp_path):
+    """It is computed a hundred times in a run, not at each of 250 steps; in between the later one is shown."""
+    train.main([*TINY, *FREE, "--steps", "250", "--tune", "embedder", "--batch-size", "1", "--init", str(public), "--out",
+                str(tmp_path / "run")])
+    plan = folder.read_json(tmp_path / "run" / "internal" / "plan.json")
+    log = [json.loads(line) for line in (tmp_path / "run" / "internal" / "log.jsonl").read_text().splitlines()]
+    assert len(log) == 250 and log[-1]["epsilon"] == plan["epsilon"] and len({row["epsilon"] for row in log}) == 125
+    for step in range(0, 250, 7):
+        assert log[step]["epsilon"] >= accountant.epsilon(plan["q"], plan["sigma"], step + 1, 1e-5)
+
+
+# ------------------------------------------------------------------------------- what is left of a run, in every combination
+
+T = 4
+ROWS = [json.dumps({"step": i, "q": 0.1, "sigma": 2.0}) + "\n" for i in range(T)]
+PLAN = {"n": 100, "q": 0.1, "steps": T, "sigma": 2.0, "delta": 1e-5, "epsilon": 1.0}
+LEFT = {  # file: {form: what it tells of steps spent, None where it cannot be read}
+    "internal/ledger.jsonl": {"absent": 0, "begun": 1, "cut": 2, "torn": T, "whole": T},
+    "internal/state.pt": {"absent": 0, "early": 1, "whole": T, "damaged": None},
+    "internal/plan.json": {"absent": 0, "whole": 0, "damaged": None},
+    "release/privacy.json": {"absent": 0, "whole": T, "damaged": None},
+    "release/model.pt": {"absent": 0, "there": T},
+}
+
+
+def write_left(out, forms):
+    """A run folder of T steps with these forms of its files."""
+    for part in folder.PARTS:
+        (out / part).mkdir(parents=True)
+    texts = {"begun": "".join(ROWS[:1]), "cut": "".join(ROWS[:2]), "torn": "".join(ROWS)[:-20], "whole": "".join(ROWS)}
+    if forms["internal/ledger.jsonl"] != "absent":
+        (out / "internal/ledger.jsonl").write_text(texts[forms["internal/ledger.jsonl"]])
+    if forms["internal/state.pt"] in ("early", "whole"):
+        folder.save({"done": LEFT["internal/state.pt"][forms["internal/state.pt"]]}, out / "internal/state.pt")
+    for name, value in (("internal/plan.json", PLAN), ("release/privacy.json", {"steps": T})):
+        if forms[name] == "whole":
+            folder.write_json(value, out / name)
+    if forms["release/model.pt"] == "there":
+        (out / "release/model.pt").write_bytes(b"x")
+    for name, form in forms.items():
+        if form == "damaged":
+            (out / name).write_bytes(b'{"ste')
+
+
+def may_go_on(ledger, state, plan, privacy, model):
+    """What is allowed, as a list: all else is refused."""
+    released = privacy != "absent" or model != "absent"
+    if "damaged" in (state, plan):
+        return False
+    if released:  # drawn anew from the checkpoint, with the whole ledger
+        return (ledger, state, plan) in [(rows, done, "whole") for rows in ("torn", "whole") for done in ("early", "whole")]
+    return (ledger, state, plan) in [
+        ("absent", "absent", "absent"), ("absent", "absent", "whole"),  # no private step yet
+        ("begun", "absent", "whole"), ("cut", "absent", "whole"),  # killed before the first checkpoint: rows stay spent
+        ("begun", "early", "whole"), ("cut", "early", "whole"),  # killed on the way
+        *[(rows, done, "whole") for rows in ("torn", "whole") for done in ("early", "whole")]]  # killed before the release
+
+
+@pytest.mark.parametrize("forms", [dict(zip(LEFT, forms, strict=True)) for forms in itertools.product(*LEFT.values())],
+                         ids=lambda forms: "-".join(forms.values()))
+def test_resuming_never_loses_count_and_never_replaces_a_release_by_less(forms, tmp_path):
+    out = tmp_path / "run"
+    write_left(out, forms)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    s = argparse.Namespace(resume=True, out=out, steps=T, batch_size=10, delta=1e-5, sigma=2.0, epsilon=10.0, accountant="rdp")
+    error = None
+    try:
+        with pytest.MonkeyPatch.context() as patch:  # the numbers are slow, and not at stake
+            patch.setattr(accountant, "epsilon", lambda *a: 1.0)
+            patch.setattr(budget, "privacy_numbers", lambda *a: {})
+            plan = budget.privacy_plan(s, 100)
+        folder.check_spent(out, plan)
+    except ValueError as refused:
+        error = str(refused)
+    assert (error is None) == may_go_on(*forms.values()), error
+    if error is None:  # the same again, as what must hold: every file that tells of steps is heard
+        told = [LEFT[name][form] for name, form in forms.items()]
+        assert told[0] >= max(t or 0 for t in told) and (told[0] < T or told[1])
+    else:
+        assert "\n" not in error and "start a new run" not in error and "delete" not in error
+        changed = [path for path, content in before.items() if path.read_bytes() != content]
+        assert changed in ([], [out / "internal/ledger.jsonl"])  # at most the line end of a torn row
+
+
+def test_the_log_too_knows_of_steps(tmp_path):
+    write_left(tmp_path, dict.fromkeys(LEFT, "absent") | {"internal/plan.json": "whole"})
+    folder.check_spent(tmp_path, PLAN)
+    (tmp_path / "internal" / "log.jsonl").write_text("{}\n{}\n")
+    with pytest.raises(ValueError, match="internal/log.jsonl tells of 2 private steps; rows are missing"):
+        folder.check_spent(tmp_path, PLAN)
+
+
+def test_a_finished_release_survives_the_loss_of_its_checkpoint(stopped, tmp_path):
+    """Through the whole program: the release's bytes stay, whichever of its witnesses are lost; so does its count."""
+    out = tmp_path / "run"
+    shutil.copytree(stopped, out)
+    train.main(["--resume", "--out", str(out), *FREE])
+    released = {path.name: path.read_bytes() for path in (out / "release").iterdir()}
+    for name in ("state.pt", "ledger.jsonl", "plan.json", "log.jsonl"):  # one after the other
+        (out / "internal" / name).unlink()
+        with pytest.raises(ValueError, match="cannot resume"):
+            train.main(["--resume", "--out", str(out), *FREE])
+        assert {path.name: path.read_bytes() for path in (out / "release").iterdir()} == released
+        assert not (out / "internal" / "state.pt").exists()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -1,5 +1,6 @@
 """evaluate.py: distances against closed forms, honest training of classifiers, the whole program on a tiny release."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -237,6 +238,32 @@ def test_official_test_digits_are_used_when_present(run, tmp_path, capsys):
     assert list(result["held_out"]) == ["2,000 held out of mnist10k", "5 MNIST test digits"]
     assert result["distance"] is None and "skipped" not in capsys.readouterr().out
     assert not (run / "public" / "features.pt").exists()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "is no run folder.*--out"), (["--memorisation"], "--memorisation writes private pictures"),
+    (["--memorisation", "--out", "x.json"], "leave out --out"), (["--out", "INSIDE"], "that folder is a release")])
+@pytest.mark.parametrize("form", ["folder", "release", "model.pt"])
+def test_nothing_uncovered_is_written_beside_a_copied_release(form, arguments, message, run, tmp_path, monkeypatch):
+    """Refused before the long work, and nothing is written."""
+    copied = tmp_path / "copied"
+    shutil.copytree(run / "release", copied / "release")
+    path = {"folder": copied, "release": copied / "release", "model.pt": copied / "release" / "model.pt"}[form]
+    monkeypatch.setattr(sample, "generate", None)  # would fail with a TypeError if the work began
+    monkeypatch.setattr(evaluate, "held_out_sets", None)
+    arguments = [str(copied / "release" / "x.json") if a == "INSIDE" else a for a in arguments]
+    with pytest.raises(ValueError, match=message):
+        evaluate.main([str(path), *arguments])
+    assert [p.relative_to(copied).as_posix() for p in copied.rglob("*")] == ["release", "release/model.pt"]
+
+
+def test_a_copied_release_is_scored_elsewhere(run, tmp_path, capsys):
+    copied = tmp_path / "copied"
+    shutil.copytree(run / "release", copied / "release")
+    evaluate.main([str(copied), "--classifiers", "logreg", "--out", str(tmp_path / "scores.json")])
+    assert json.loads((tmp_path / "scores.json").read_text())["distance"]  # the feature network is not kept
+    assert "not kept" in capsys.readouterr().out
+    assert [p.relative_to(copied).as_posix() for p in copied.rglob("*")] == ["release", "release/model.pt"]
 
 
 def test_samples_file_replaces_sampling(run, tmp_path):

@@ -170,6 +170,45 @@ def test_sizes_that_would_take_terabytes_or_hours(where, key, value, valid, tmp_
     assert not survives(sample.load_release, tmp_path / "model.pt")
 
 
+@pytest.mark.parametrize("change", [
+    {"classes": []}, {"classes": ["a", "b", "c", "d"]}, {"classes": [1, 2, 3]}, {"classes": "abc", "crop": 0},
+    {"schedule": {"kind": "linear", "beta_start": -0.1}}, {"schedule": {"kind": "linear", "beta_end": -0.1}},
+    {"schedule": {"kind": "linear", "beta_end": 2.0}}, {"schedule": {"T": 0}}, {"schedule": {"T": 2.5}},
+    {"schedule": {"beta_end": float("nan")}}, {"scale": float("nan")}, {"data": None}, {"privacy": {}}])
+def test_releases_that_cannot_draw(change, valid, tmp_path):
+    folder.save({**valid["model.pt"], **change}, tmp_path / "model.pt")
+    assert not survives(sample.load_release, tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--labels", "0-99999999999"], ["--labels", "99999999999"], ["--labels", "2-1"], ["--labels", "\u00b2"], ["--labels", ","],
+    ["--n", "1000000000000"], ["--n", "1" + 40 * "0"], ["--n", "0"], ["--seed", str(2 ** 64)], ["--seed", "-1"],
+    ["--steps", "2000"], ["--steps", "0"], ["--eta", "nan"], ["--guidance", "1e300"], ["--guidance", "nan"],
+    ["--batch", "1" + 40 * "0"], ["--columns", "1" + 40 * "0"], ["--device", "meta"], ["--device", "x y"],
+    ["--prompt", "a"], ["--out", "."]])
+def test_command_line_of_sample(arguments, valid, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder.save(valid["model.pt"], tmp_path / "model.pt")
+    with pytest.raises(SystemExit) as left:
+        folder.run_cli(lambda: sample.main(["model.pt", *arguments]))
+    assert left.value.code == 2 and capsys.readouterr().err.strip().splitlines()[-1].startswith("error: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nframe")])
+def test_out_of_memory_is_one_line(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as left:
+        folder.run_cli(main)
+    lines = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: out of memory")
+    with pytest.raises(RuntimeError, match="a mistake"):  # of the program: that one keeps its traceback
+        folder.run_cli(lambda: (_ for _ in ()).throw(RuntimeError("a mistake")))
+
+
 def test_a_pickle_does_not_run(tmp_path):
     class Evil:
         def __reduce__(self):

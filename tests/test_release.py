@@ -8,10 +8,12 @@ import torch
 import torchvision
 
 import accountant
+import budget
 import datasets
 import folder
 import release
 import sample
+import settings
 import train
 import vae
 from datasets import arrays, pixels
@@ -136,6 +138,30 @@ def test_the_privacy_statement_is_complete(run):
     for word in ("number n", "hyper-parameters", "other runs", "add up", "internal/", "one person"):
         assert word in text
     assert folder.load(run / "release" / "model.pt")["privacy"] == privacy
+
+
+def test_no_printed_epsilon_is_below_the_true_one(run, capsys):
+    """epsilon 2.00001: rounded to the nearest, four digits would be understated."""
+    from types import SimpleNamespace
+    s = SimpleNamespace(**vars(settings.parse([*TINY, "--sigma", "1"])), trained_on=["strokes"],
+                        public_weights=[])
+    plan = {"n": 100, "q": 0.1, "sigma": 1.0, "steps": 2, "epsilon": 2.00001, "delta": 1e-5,
+            "numbers": {"epsilon_rdp": 2.00001, "epsilon_pld": 2.00001, budget.GROUP: 30.00001, budget.ATTACKER: {
+                "0.001": 0.2, "0.01": 0.3, "0.1": 0.4}}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(release, "privacy_numbers", lambda s, rows, delta: plan["numbers"])
+        privacy = release.privacy_statement(s, plan, [{}, {}], 7)
+    assert privacy["statement"].startswith("(2.001, 1e-05)-")
+    card = release.model_card(privacy, ["a", "b"], "run")
+    assert "epsilon 2.001 at" in card and "30.01" in card
+    budget.print_plan(s, plan, sample.build_model(folder.load(run / "release" / "model.pt"))[0])
+    assert "epsilon 2.001 at" in capsys.readouterr().out
+
+
+def test_the_statement_keeps_the_plans_numbers_and_never_lowers_one():
+    assert budget.settled(2.0, 2.0 + 1e-7) == 2.0 and budget.settled(2.0, 2.0 - 1e-7) == 2.0  # another machine's rounding
+    assert budget.settled(2.0, 2.1) == 2.1 and budget.settled(2.0, 1.9) == 2.0
+    assert budget.settled({"a": 1.0, "b": float("inf")}, {"a": 3.0, "b": float("inf")}) == {"a": 3.0, "b": float("inf")}
 
 
 def test_the_card_says_what_the_statement_says(run, monkeypatch):

@@ -269,6 +269,16 @@ REFUSED = [
     (["--guidance", "2", "--cond-drop", "0"], "--guidance"), (["--ema", "1"], "--ema"), (["--guidance", "nan"], "--guidance"),
     (["--flips", "true"], "--flips: must be yes or no"), (["--preset", "digit"], "'digit'"), (["--epsilon", "much"], "--epsilon"),
     (["--epsilon", "1", "--sigma", "2"], "give one of the two"), (["--init-ldm", "/nonexistent"], "--init-ldm: there is no"),
+    (["--sigma", "1e-200"], "--sigma"), (["--sigma", "1e300"], "--sigma"), (["--epsilon", "1e300"], "--epsilon"),
+    (["--device", "meta"], "--device"), (["--tune", "lora:999999999999"], "the rank must be at most"),
+    (["--lr", "1e300"], "--lr"), (["--vae-lr", "inf"], "--vae-lr"), (["--clip-norm", "1e-320"], "--clip-norm"),
+    (["--clip-norm", "1e300"], "--clip-norm"), (["--batch-size", "1" + 30 * "0"], "--batch-size"),
+    (["--steps", "1" + 30 * "0"], "--steps"), (["--micro-batch", "1" + 30 * "0"], "--micro-batch"),
+    (["--seed", str(2 ** 64)], "--seed"), (["--insecure-seed", str(-2 ** 64)], "--insecure-seed"),
+    (["--noise-multiplicity", "1000000000"], "--noise-multiplicity"), (["--sample-steps", "2000"], "--sample-steps"),
+    (["--guidance", "1e300"], "--guidance"), (["--width", "1" + 30 * "0"], "--width"), (["--depth", "99999999"], "--depth"),
+    (["--text-layers", "99999999"], "--text-layers"), (["--public-n", "1" + 30 * "0"], "--public-n"),
+    (["--kl-weight", "1e300"], "--kl-weight"), (["--tune", "lora:\u00b2"], "\u00b2"), (["--delta", "1e-11"], "--accountant rdp"),
 ]
 
 
@@ -284,8 +294,75 @@ def test_bad_input_is_refused_before_any_work(flags, message, tmp_path, monkeypa
 
 
 def test_a_used_folder_is_not_mixed_into(run):
-    with pytest.raises(ValueError, match="already holds a run"):
+    with pytest.raises(ValueError, match="already holds a run.*would add its epsilon") as refused:
         train.main(["--preset", "smoke", "--out", str(run)])
+    assert "delete" not in str(refused.value)
+
+
+PRIVATE_NUMBERS = "loss=", "clipped=", "examples_per_s=", "step/s", "s/step"
+
+
+@pytest.mark.parametrize("flags, shown", [([], False), (["--show-private"], True)])
+def test_the_bar_shows_private_numbers_only_when_asked(run, tmp_path, capsys, flags, shown):
+    """A cluster keeps what the terminal shows; the rate, too, would tell the size of a private batch."""
+    train.main(["--preset", "smoke", "--out", str(tmp_path / "r"), "--init", str(run), "--steps", "1", *flags])
+    written = capsys.readouterr()
+    lines = [line for line in written.err.replace("\r", "\n").splitlines() if "private tuning" in line]
+    assert any("1/1" in line and "epsilon=10" in line for line in lines)
+    assert [number in "".join(lines) for number in PRIVATE_NUMBERS[:3]] == 3 * [shown]
+    assert shown or not any(number in "".join(lines) for number in PRIVATE_NUMBERS)
+    assert not any(number in written.out for number in PRIVATE_NUMBERS)
+    log = [json.loads(line) for line in (tmp_path / "r" / "internal" / "log.jsonl").read_text().splitlines()]
+    assert log[0].keys() >= {"loss", "clipped_fraction", "examples"}  # internal/ keeps them
+
+
+@pytest.mark.parametrize("flags", [["--accountant", "rdp", "--delta", "1e-11"], ["--epsilon", "10000"], ["--sigma", "1e-5"],
+                                   ["--sample-steps", "2000"], ["--sigma", "0.05"]])
+def test_a_run_is_refused_before_its_first_private_step_or_ends_with_a_release(run, tmp_path, flags):
+    out = tmp_path / "r"
+    try:
+        train.main(["--preset", "smoke", "--out", str(out), "--init", str(run), "--steps", "1", *flags])
+    except ValueError as error:
+        assert "\n" not in str(error) and not (out / "internal" / "ledger.jsonl").exists()
+    else:
+        privacy, plan = (folder.read_json(out / name) for name in ("release/privacy.json", "internal/plan.json"))
+        assert len(read_rows(out)) == 1 and plan["numbers"].items() <= privacy.items()
+        assert privacy["epsilon"] <= privacy["epsilon_rdp"] and float(privacy[budget.GROUP]) >= privacy["epsilon"]
+
+
+def test_settings_of_sampling_are_checked_against_the_networks_of_init(run, tmp_path):
+    """The preset's own settings would do; those of the networks that are reused decide."""
+    shutil.copytree(run, tmp_path / "short")
+    path = tmp_path / "short" / "public" / "ldm.pt"
+    checkpoint = folder.load(path)
+    folder.save({**checkpoint, "schedule": {**checkpoint["schedule"], "T": 50}}, path)
+    with pytest.raises(ValueError, match="--sample-steps must lie in 1..50"):
+        train.main(["--preset", "smoke", "--out", str(tmp_path / "r"), "--init", str(tmp_path / "short"), "--sample-steps", "51"])
+    assert not (tmp_path / "r").exists()
+
+
+def test_diverged_public_networks_cost_no_private_step(run, tmp_path):
+    for name, damage in (("vae.pt", {"scale": float("nan")}), ("ldm.pt", None)):
+        shutil.copytree(run, tmp_path / name)
+        path = tmp_path / name / "public" / name
+        checkpoint = folder.load(path)
+        if damage is None:
+            next(iter(checkpoint["model"].values())).view(-1)[0] = float("inf")
+        folder.save({**checkpoint, **(damage or {})}, path)
+        with pytest.raises(ValueError, match="not finite"):
+            train.main(["--preset", "smoke", "--out", str(tmp_path / f"r-{name}"), "--init", str(tmp_path / name)])
+        assert not (tmp_path / f"r-{name}" / "internal" / "ledger.jsonl").exists()
+
+
+def test_settings_of_sampling_may_change_on_resume_and_stay_otherwise(run, tmp_path, monkeypatch):
+    out, seen = tmp_path / "r", []
+    shutil.copytree(run, out)
+    generate = sample.generate
+    monkeypatch.setattr(sample, "generate", lambda *args, **how: seen.append(how) or generate(*args, **how))
+    train.main(["--resume", "--out", str(out)])
+    train.main(["--resume", "--out", str(out), "--sample-steps", "2", "--sample-eta", "1", "--guidance", "1.5"])
+    assert [(how["steps"], how["eta"], how["guidance"]) for how in seen] == 2 * [(4, 0.0, 1.0)] + 2 * [(2, 1.0, 1.5)]
+    assert len(read_rows(out)) == 4
 
 
 def test_command_line_of_the_real_program(run, tmp_path):
