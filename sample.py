@@ -20,9 +20,9 @@ from tqdm import tqdm
 import data
 import diffusion
 import folder
-import text
 import unet
 import vae
+from extensions import text
 
 FORMAT = 1  # of release/model.pt; raised whenever its keys change
 
