@@ -6,7 +6,7 @@ folder with public/vae.pt and public/ldm.pt, and the private stage goes on from 
     python -m extensions.original_weights model.ckpt --preset celeba64 --out runs/original
     python train.py --preset celeba64 --init runs/original --out runs/celeba64
 
-The preset says what the networks look like; --size, --condition and the other flags of train.py may follow. Our networks
+The preset says what the networks look like; --size, --condition and the like change it as in train.py. Our networks
 have the original's layers under other names, with 1x1 convolutions as Linear layers, so nothing is approximated.
 The original classes have 32 groups in every GroupNorm. Another number fits every shape and makes every output wrong.
 """
@@ -227,6 +227,11 @@ def schedule_of(weights, path):
 
 # ------------------------------------------------------------------------------------------------------- the program
 
+# Flags of train.py that say what the networks and the public set are. Any flag could be passed on, but argparse would
+# then take the value of one that it does not know for CHECKPOINT.
+PASSED_ON = ("size", "factor", "latent-channels", "width", "depth", "condition", "cond-drop", "text-length",
+             "text-width", "text-layers", "public", "public-classes", "public-n", "data-root", "cache", "seed", "device")
+
 
 def fresh_entry(s, num_classes):
     """The entry of a condition embedder as the settings ask. The words of a text model are those of the grammar."""
@@ -248,26 +253,28 @@ def public_images(s):
 
 
 def main(argv=None):
-    parser = folder.Parser(description="Make the public stages of a run out of a latent-diffusion checkpoint.",
-                           epilog="All other flags are those of train.py.")
-    parser.add_argument("checkpoint", type=Path, help="file of the original code: a UNet, an autoencoder, or both")
+    parser = folder.Parser(description="Make the public stages of a run out of a latent-diffusion checkpoint.")
+    parser.add_argument("checkpoint", type=Path, nargs="?", help="file of the original code with a UNet; without it "
+                        "only the autoencoder is converted, and its latent scale is that of the preset's public images")
     parser.add_argument("--preset", required=True, choices=settings.PRESETS, help="what the networks look like")
     parser.add_argument("--out", type=Path, required=True, help="run folder to make")
-    parser.add_argument("--autoencoder", type=Path, default=None, help="its file, if it is not in CHECKPOINT")
+    parser.add_argument("--autoencoder", type=Path, default=None, help="its file, if CHECKPOINT does not hold it")
     parser.add_argument("--scale", type=float, default=None, help="scale_factor of the original configuration, if the "
                         "checkpoint has no such buffer [1, the original code's default]")
     parser.add_argument("--num-classes", type=int, default=None, help="classes of a fresh embedder, if the checkpoint "
                         "has none that fits")
     parser.add_argument("--average", action="store_true", help="the moving average of the UNet's weights (model_ema)")
-    args, others = parser.parse_known_args(argv)
+    for key in PASSED_ON:
+        parser.add_argument("--" + key, default=None, help="as of train.py")
+    args = parser.parse_args(argv)
     sample.check_numbers(args, scale=(1e-6, 1e6), num_classes=(1, 10 ** 6))
-    s = settings.parse(["--preset", args.preset, "--out", str(args.out), *others])
-    files = args.checkpoint, args.autoencoder
-    if args.autoencoder is None and not any(k.startswith((UNET, "input_blocks.")) for k in read(args.checkpoint)):
-        files = None, args.checkpoint
-    images, digests = public_images(s) if files[0] is None else (None, torch.empty(0, dtype=torch.int64))
-    stages = convert(s, *files, args.scale, images, digests, fresh_entry(s, args.num_classes), args.num_classes,
-                     args.average)
+    given = {key: getattr(args, key.replace("-", "_")) for key in PASSED_ON}
+    s = settings.parse(["--preset", args.preset, *(f"--{k}={v}" for k, v in given.items() if v is not None)])
+    if args.checkpoint is None and args.autoencoder is None:
+        raise ValueError("name a checkpoint that holds a UNet, or an autoencoder's by --autoencoder")
+    images, digests = (None, torch.empty(0, dtype=torch.int64)) if args.checkpoint else public_images(s)
+    stages = convert(s, args.checkpoint, args.autoencoder, args.scale, images, digests,
+                     fresh_entry(s, args.num_classes), args.num_classes, args.average)
     folder.prepare(args.out, resume=False)
     for name, checkpoint in zip(("vae.pt", "ldm.pt"), stages, strict=True):
         if checkpoint:

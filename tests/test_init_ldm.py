@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 
+import budget
 import diffusion
 import folder
 import sample
@@ -435,7 +436,9 @@ def test_the_program_says_what_the_file_does_not_hold(tmp_path):
 def test_the_program_takes_an_autoencoder_alone_and_scales_by_public_images(tmp_path):
     state = {k: v for k, v in checkpoint()["state_dict"].items() if k.startswith("first_stage_model.")}
     torch.save(state, tmp_path / "x.ckpt")
-    convert(tmp_path / "x.ckpt", "--out", tmp_path / "a")
+    with pytest.raises(ValueError, match="--autoencoder"):
+        convert("--out", tmp_path / "a")
+    convert("--autoencoder", tmp_path / "x.ckpt", "--out", tmp_path / "a")
     assert [path.name for path in (tmp_path / "a" / "public").iterdir()] == ["vae.pt"]
     first = folder.load(tmp_path / "a" / "public" / "vae.pt")
     public = train.data.load("strokes", size=32, public_classes="all", n=60, seed=0).images
@@ -467,7 +470,11 @@ def test_the_moving_average_is_named_or_used(tmp_path, capsys):
 def test_a_schedule_of_250_steps_runs_from_start_to_end(tmp_path, monkeypatch):
     """Every draw of the program asks for the schedule's T: more, and abar_t is read out of range."""
     monkeypatch.setitem(settings.PRESETS, "smoke", settings.PRESETS["smoke"] | dict(
-        schedule=diffusion.Schedule("cosine", "v", T=250), vae_steps=1, ldm_steps=1, micro_batch=None))
+        schedule=diffusion.Schedule("cosine", "v", T=250), vae_steps=1, ldm_steps=1, ldm_batch=16, vae_batch=4, micro_batch=16))
+    s = settings.parse(FLAGS)
+    s.bf16 = False
+    model = unet.LatentModel(unet.UNet(s.unet), unet.ClassEmbedder(10, 5))
+    assert budget.fastest_micro_batch(s, model, (3, 4, 4), sizes=(16,)) == 16
     train.main([*FLAGS, "--dry-run"])
     train.main([*FLAGS, "--out", str(tmp_path / "r")])
     assert folder.load(tmp_path / "r" / "release" / "model.pt")["schedule"]["T"] == 250
