@@ -16,10 +16,10 @@ import diffusion
 import dp_sgd
 import folder
 import sample
-import text
 import unet
 import vae
 from accountant import round_up
+from extensions import lora, text
 from folder import rank
 from settings import GRADIENTS
 
@@ -175,7 +175,7 @@ def estimate(s, plan, embedder, reused=()):
         autoencoder = vae.AutoencoderKL(s.vae)
         model = unet.LatentModel(unet.UNet(s.unet), sample.build_embedder(embedder))
     autoencoder, model = sample.laid_out(autoencoder, s.device), sample.laid_out(model, s.device)
-    unet.select_trainable(model, s.tune, s.from_block)
+    lora.tuned(model, s)
     x = torch.rand(s.vae_batch, s.vae.in_channels, s.vae.resolution, s.vae.resolution, device=s.device)
     z = torch.randn(s.ldm_batch, *autoencoder.latent_shape, device=s.device)
     y = stand_in(model, s.ldm_batch, s.device)
@@ -189,10 +189,12 @@ def estimate(s, plan, embedder, reused=()):
         return 1.1 * times * seconds(s, f) / 60  # optimiser, data and checkpoints: about a tenth on top
 
     private = minutes(plan["steps"] * s.batch_size / len(z[few]),
-                      lambda: engine.accumulate(loss_fn, *diffusion.draw(z[few], select(y, few), s.noise_multiplicity)))
+                      lambda: engine.accumulate(loss_fn, *diffusion.draw(z[few], select(y, few), s.noise_multiplicity, None,
+                                                                       s.schedule)))
     model.requires_grad_(True)
     first = 0.0 if "vae" in reused else minutes(s.vae_steps, lambda: vae.loss(autoencoder, x)[0].backward())
-    second = 0.0 if "ldm" in reused else minutes(s.ldm_steps, lambda: loss_fn(model, *diffusion.draw(z, y)).mean().backward())
+    second = 0.0 if "ldm" in reused else minutes(
+        s.ldm_steps, lambda: loss_fn(model, *diffusion.draw(z, y, 1, None, s.schedule)).mean().backward())
     print(f"time           autoencoder {first:.1f}, latent diffusion {second:.1f}, private tuning {private:.1f} minutes "
           f"({'bf16' if s.bf16 else 'float32'} on {s.device}, {torch.get_num_threads()} threads)")
 
@@ -205,11 +207,12 @@ def fastest_micro_batch(s, model, shape, sizes=(32, 64, 128, 256, 512, 1024)):
     # a throw-away engine: nothing of it is released
     engine = dp_sgd.DPSGD(model, s.clip_norm, 0.0, 1, dp_sgd.CLIPPING[s.clipping], GRADIENTS[s.method])
     best, fastest = sizes[0], 0.0
+    loss_fn = partial(diffusion.loss, schedule=s.schedule)
     for size in sizes if s.method != "loop" else ():
         z, y = torch.randn(size, *shape, device=s.device), stand_in(model, size, s.device)
         try:
             rate = size / min(seconds(s, lambda z=z, y=y: engine.accumulate(
-                partial(diffusion.loss, schedule=s.schedule), *diffusion.draw(z, y, s.noise_multiplicity))) for _ in range(2))
+                loss_fn, *diffusion.draw(z, y, s.noise_multiplicity, None, s.schedule))) for _ in range(2))
         except torch.OutOfMemoryError:
             break
         if rate > 1.03 * fastest:

@@ -56,7 +56,7 @@ def alphas_cumprod(schedule, device="cpu"):
     return (angle.cos() ** 2 / math.cos(s / (1 + s) * math.pi / 2) ** 2).clamp(1e-5, 0.99999).to(device)
 
 
-def draw(z0, cond, K=1, generator=None, schedule=PAPER, null=None, drop=0.0):
+def draw(z0, cond, K, generator, schedule, null=None, drop=0.0):
     """All randomness of N training examples, drawn from one generator on z0's device.
 
     z0: latents (N, C, H, W), or (N, F, C, H, W) with F orientations (picture and its mirror image), of which a coin
@@ -76,7 +76,7 @@ def draw(z0, cond, K=1, generator=None, schedule=PAPER, null=None, drop=0.0):
     return z0, cond, t, noise
 
 
-def loss(model, z0, cond, t, noise, schedule=PAPER):
+def loss(model, z0, cond, t, noise, schedule):
     """Per-example diffusion loss (DDPM Eq. 14; with K > 1 the mean over K draws, as in DPDM): (N,). Deterministic.
 
     z0 (N, C, H, W), cond N conditions or None, t (N, K), noise (N, K, C, H, W): what `draw` returns. The mean over K
@@ -97,7 +97,7 @@ def signal_and_noise(t, schedule, dtype):
 
 
 @torch.no_grad()
-def ddim(model, shape, cond=None, steps=50, eta=0.0, guidance=1.0, generator=None, schedule=PAPER):
+def ddim(model, shape, cond, steps, eta, guidance, generator, schedule):
     """Draw latents by DDIM (Song et al. 2021, Eq. 12), from pure noise in `steps` network evaluations.
 
     shape: (N, C, H, W). cond: N conditions or None. eta: 0 = deterministic given the first noise, 1 = as much fresh noise

@@ -103,6 +103,13 @@ def load(path):
         return value
 
 
+def refuse_release(checkpoint, path):
+    """A checkpoint with a privacy statement was tuned on private images: it is no public network."""
+    if "privacy" in checkpoint:
+        raise ValueError(f"{path} is a release with a privacy statement, no public network: it was tuned on "
+                         "private images; use public networks, e.g. those of that run (--init RUN)")
+
+
 def write_json(value, path):
     with replacing(path) as file:
         file.write((json.dumps(value, indent=2) + "\n").encode())

@@ -12,10 +12,10 @@ import torch
 import datasets
 import folder
 import sample
-import unet
 from accountant import round_up
 from budget import ATTACKER, GROUP, privacy_numbers, settled
 from datasets import pixels
+from extensions import lora
 from settings import plain
 
 # How the presets' hyper-parameters were chosen, where private results had a part in it (docs/privacy.md).
@@ -75,7 +75,7 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, classes, prompts, pr
 
     One row of pictures per class; with prompts (a list per class, None for models without text) per prompt: prompts.txt.
     """
-    unet.merge_lora(model)
+    lora.merge(model)
     content = {"format": sample.FORMAT, "vae": {k: vae_checkpoint[k] for k in ("config", "state")},
                "scale": vae_checkpoint["scale"], **{k: ldm_checkpoint[k] for k in ("unet", "embedder", "schedule")},
                "classes": classes, "crop": s.crop, "prompts": prompts,

@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 import diffusion
 import folder
-import text
 import unet
 import vae
 from datasets import pixels
+from extensions import text
 
 FORMAT = 1  # of release/model.pt; raised whenever its keys change
 

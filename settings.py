@@ -171,7 +171,7 @@ def parse(argv):
           ("clip_norm", float, "clip norm C of a per-example gradient"),
           ("clipping", str, "how gradients are clipped", [*dp_sgd.CLIPPING]))
     flags("stage 3, tuning", ("noise_multiplicity", int, "K: (t, noise) draws averaged per example before clipping"),
-          ("tune", str, f"what is tuned: {', '.join(unet.TUNE_CHOICES)}"),
+          ("tune", str, f"what is tuned: {', '.join(unet.TUNE)}, lora:RANK"),
           ("from_block", int, "leave out the first attention modules in forward order"),
           ("lr", float, "learning rate of Adam"), ("ema", float, "decay of the average of the tuned parameters, per step"),
           ("method", str, "how per-example gradients are found, same result", [*GRADIENTS]),

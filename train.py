@@ -36,7 +36,6 @@ import dp_sgd
 import folder
 import processes
 import sample
-import text
 import unet
 import vae
 from accountant import round_up
@@ -52,6 +51,7 @@ from budget import (
     stand_in,
 )
 from datasets import pixels, strokes
+from extensions import captions, lora, original_weights, perceptual, text
 from folder import rank
 from processes import agreed, join, once, own_device, own_part, shard, share, world
 from release import privacy_statement, write_release
@@ -143,20 +143,13 @@ def load_optimizer(optimizer, state):
 def load_public(path):
     """A checkpoint of stage 1 or 2, known to hold a network. ValueError, one line, if missing or damaged."""
     checkpoint = folder.load(path)
-    refuse_release(checkpoint, path)
+    folder.refuse_release(checkpoint, path)
     with folder.understanding(path):
         if path.name == "vae.pt":
             sample.build_vae(checkpoint), float(checkpoint["scale"])
         else:
             sample.build_model(checkpoint)
     return checkpoint
-
-
-def refuse_release(checkpoint, path):
-    """A checkpoint with a privacy statement was tuned on private images: it is no public network."""
-    if "privacy" in checkpoint:
-        raise ValueError(f"{path} is a release with a privacy statement, no public network: it was tuned on "
-                         "private images; use public networks, e.g. those of that run (--init RUN)")
 
 
 def public_digests(s, images):
@@ -188,17 +181,17 @@ def train_autoencoder(s, images, stop):
     """Stage 1 (Rombach et al. 2022, section 3.1): public pictures (N, C, H, W) uint8 -> dict, written to public/vae.pt."""
     torch.manual_seed(s.seed)
     model = sample.laid_out(vae.AutoencoderKL(s.vae), s.device)
-    looks, perceptual, adversary = "", None, None
+    looks, distance, adversary = "", None, None
     if s.perceptual_weight:
-        looks, perceptual = vae.perceptual_distance(s.device)
+        looks, distance = perceptual.perceptual_distance(s.device)
         if looks != "vgg16":
             print(f"note: VGG16's weights cannot be had here; the perceptual term compares {looks} instead", file=sys.stderr)
     if s.adversarial_weight:
-        adversary = vae.Adversary(s.vae.out_ch, s.adversarial_weight, s.adversarial_start).to(s.device)
+        adversary = perceptual.Adversary(s.vae.out_ch, s.adversarial_weight, s.adversarial_start).to(s.device)
 
     def loss_fn(generator):
         index = torch.randint(len(images), (share(s.vae_batch),), generator=generator, device=s.device)
-        loss, error, kl = vae.loss(model, pictures(images[index.cpu()], s.device), s.kl_weight, generator, perceptual,
+        loss, error, kl = vae.loss(model, pictures(images[index.cpu()], s.device), s.kl_weight, generator, distance,
                                    s.perceptual_weight, adversary)
         # Divided by the number of pixels only to bring the gradient to the scale of `fit`'s leash; Adam does not mind.
         return loss / images[0].numel(), {"error": error, "kl": kl}
@@ -242,70 +235,6 @@ def train_diffusion(s, latents, conditions, embedder, stop, facts):
     return checkpoint
 
 
-def read_original(path):
-    """Tensors of a checkpoint of the original code, by name. ValueError, one line, if it cannot be read without running code."""
-    if not path.is_file():
-        raise ValueError(f"there is no {path}")
-    try:
-        checkpoint = folder.load(path)
-        weights = checkpoint.get("state_dict", checkpoint)
-        tensors = {k: v for k, v in weights.items() if isinstance(v, torch.Tensor)}
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: no tensors that can be read without running code ({str(error)[:120]}); if you trust the file, "
-                         f"convert it once: python -c \"import torch; torch.save(torch.load('{path}', map_location='cpu', "
-                         f"weights_only=False)['state_dict'], '{path}.pt')\"") from None
-    refuse_release(checkpoint, path)
-    return tensors
-
-
-def adopt_original(s, images, embedder, num_classes):
-    """Weights of the original latent-diffusion code instead of training: (vae.pt's dict, ldm.pt's dict), either may be None.
-
-    images: PUBLIC pictures, for the latent scale where only the autoencoder is given. The UNet was trained with one scale
-    and one noise schedule: both come with it (buffers `scale_factor` and `betas`; a scale that is no buffer stands in its
-    configuration, --init-scale). embedder: the entry of the condition embedder; the file's classes are read if they are at
-    least num_classes, the private set's, and of the right width; otherwise it starts afresh, as our text encoder always does.
-    """
-    ldm = read_original(s.init_ldm) if s.init_ldm else {}
-    kl = read_original(s.init_vae) if s.init_vae else ldm
-    if s.vae.in_channels == 1 and any(k.endswith("encoder.conv_in.weight") and v.shape[1] == 3 for k, v in kl.items()):
-        kl = vae.to_grey(kl)
-    autoencoder = vae.AutoencoderKL(s.vae).eval()
-    vae.load_ldm(autoencoder, kl)
-    if not ldm:
-        scale = vae.latent_scale(autoencoder.to(s.device), pictures(images[:4000], s.device))
-    else:
-        scale = float(ldm.get("scale_factor", s.init_scale or 1.0))
-    first = {"config": asdict(s.vae), "state": autoencoder.cpu().state_dict(), "scale": scale,
-             "trained_on": f"weights of {(s.init_vae or s.init_ldm).name}", "steps": 0,
-             "public_weights": [(s.init_vae or s.init_ldm).name],
-             # The scale is made from the public images where only the autoencoder is given.
-             "digests": public_digests(s, images[:0] if ldm else images)}
-    if not ldm:
-        return first, None
-    if "betas" in ldm:
-        begin, end = (float(f"{b:.6g}") for b in ldm["betas"][[0, -1]].tolist())  # float32 in the file
-        s.schedule = diffusion.Schedule("linear", "eps", len(ldm["betas"]), begin, end)
-        if "alphas_cumprod" in ldm and not torch.allclose(
-                diffusion.alphas_cumprod(s.schedule), ldm["alphas_cumprod"].double(), rtol=1e-3, atol=1e-6):
-            raise ValueError(f"{s.init_ldm}: its noise schedule is not linear in sqrt(beta)")
-    table, fits = ldm.get("cond_stage_model.embedding.weight"), False
-    if table is not None and sample.condition_kind(embedder) == "class":
-        rows = len(table) - embedder["null_class"]
-        fits = table.shape[1:] == (embedder["dim"],) and rows >= num_classes
-        embedder = {**embedder, "num_classes": rows} if fits else embedder
-    torch.manual_seed(s.seed)
-    model = unet.LatentModel(unet.UNet(s.unet), sample.build_embedder(embedder))
-    unet.load_ldm(model.unet, ldm)
-    if fits:
-        model.embedder.embedding.load_state_dict({"weight": table})
-    print(f"weights        {s.init_ldm.name}: UNet, autoencoder{'' if s.init_vae is None else ' of ' + s.init_vae.name}, "
-          f"{'class embedder' if fits else 'a fresh embedder' if embedder else 'no condition'}; scale {scale:.5g}")
-    return first, {"unet": asdict(s.unet), "embedder": embedder, "schedule": asdict(s.schedule), "model": model.state_dict(),
-                   "trained_on": f"weights of {s.init_ldm.name}", "steps": 0,
-                   "public_weights": [s.init_ldm.name], "digests": public_digests(s, images[:0])}
-
-
 def pictures(images, device):
     """uint8 pictures -> what the autoencoder eats: float in [-1, 1] on the device."""
     return pixels.to_float(images.to(device))
@@ -335,17 +264,17 @@ def find_conditions(s, pictures, embedder):
     """
     if sample.condition_kind(embedder) != "text":
         return pictures.labels.to(s.device) if embedder else None
-    captions = pictures.captions
-    if captions is None:
-        captions = []
+    sentences = pictures.captions
+    if sentences is None:
+        sentences = []
         for i, image in enumerate(tqdm(pictures.images.numpy(), desc="    captions", unit="picture", leave=False)):
             seed = int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:8], "little")
             generator = torch.Generator().manual_seed(seed)
             if pictures.attributes:
-                captions.append(text.caption({k: v[i] for k, v in pictures.attributes.items()}, generator))
+                sentences.append(captions.caption({k: v[i] for k, v in pictures.attributes.items()}, generator))
             else:
-                captions.append(text.class_caption(pictures.classes[pictures.labels[i]], generator))
-    return sample.build_tokenizer(embedder).encode(captions).to(s.device)
+                sentences.append(captions.class_caption(pictures.classes[pictures.labels[i]], generator))
+    return sample.build_tokenizer(embedder).encode(sentences).to(s.device)
 
 
 def for_private_classes(checkpoint, names):
@@ -379,9 +308,9 @@ def class_prompts(s, private, n=10):
     generator = torch.Generator().manual_seed(0)
     name = s.label_attribute
     if name in (private.attributes or {}) and len(private.classes) == 2:
-        makers = [partial(text.caption, {name: value}, generator, omit=0, deny=1) for value in (False, True)]
+        makers = [partial(captions.caption, {name: value}, generator, omit=0, deny=1) for value in (False, True)]
     else:
-        makers = [partial(text.class_caption, name, generator) for name in private.classes]
+        makers = [partial(captions.class_caption, name, generator) for name in private.classes]
     return [list(dict.fromkeys(make() for _ in range(n))) for make in makers]
 
 
@@ -436,7 +365,7 @@ def tune_privately(s, model, latents, conditions, plan, stop):
     rows = accountant.ledger_rows(folder.read_ledger(ledger), plan)
     done = resume(state_path, engine, average, optimizer)  # updates contained in the weights
     z, y = torch.randn(3, *latents.shape[2:], device=s.device), stand_in(model, 3, s.device)  # random: nothing private is seen
-    dp_sgd.check_against_loop(engine, loss_fn, *diffusion.draw(z, y, s.noise_multiplicity))
+    dp_sgd.check_against_loop(engine, loss_fn, *diffusion.draw(z, y, s.noise_multiplicity, None, s.schedule))
     # A run with --insecure-seed is to be repeatable, and the draws depend on how a batch is cut.
     micro_batch = s.micro_batch or (256 if s.insecure_seed is not None else fastest_micro_batch(s, model, latents.shape[2:]))
     agreed(None)  # nobody writes before all have read
@@ -632,7 +561,7 @@ def main(argv=None):
     embedder = second["embedder"] if second else embedder_entry(s, public, private)
     with torch.device("meta"):  # no memory; refuses a wrong --tune before any work
         model = unet.LatentModel(unet.UNet(s.unet), sample.build_embedder(embedder))
-        unet.select_trainable(model, s.tune, s.from_block)
+        lora.tuned(model, s)
     if s.condition == "text" and public.captions:
         words = [word for caption in public.captions for word in text.split(caption)]
         unknown = sum(map(len, map(sample.build_tokenizer(embedder).unknown, public.captions)))
@@ -655,7 +584,8 @@ def main(argv=None):
     if s.steps:
         once(refuse_known, s, private.images, digests, public_stages)
     if (s.init_ldm or s.init_vae) and not s.resume:
-        first, second = adopt_original(s, public.images, embedder, len(private.classes))
+        first, second = original_weights.convert(s, s.init_ldm, s.init_vae, s.init_scale, public.images, digests,
+                                                 embedder, len(private.classes))
         check_sampling(s)
     stop = folder.Stop()
     once(folder.prepare, s.out, s.resume)
@@ -682,7 +612,7 @@ def main(argv=None):
 
     model = sample.laid_out(sample.build_model(second)[0], s.device)
     check_finite("diffusion model", model.parameters())
-    names = unet.select_trainable(model, s.tune, s.from_block)
+    names = lora.tuned(model, s)
     print_plan(s, plan, model)
     trained, rows = count(p for p in model.parameters() if p.requires_grad), []
     prompts = class_prompts(s, private) if s.condition == "text" else None

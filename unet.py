@@ -29,8 +29,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-TUNE_CHOICES = ("attention", "attention-only", "all", "resblocks", "norm", "embedder", "lora:RANK")
-
 
 @dataclass
 class UNetConfig:
@@ -379,108 +377,87 @@ class LatentModel(nn.Module):
         return self.unet(z_t, t, context, mask)
 
 
-# ------------------------------------------------------------------------------------------- what is tuned on private data
+# ------------------------------------------------------------------------------------- what is tuned on private data
 
 
-class LoRALinear(nn.Module):
-    """y = W x + b + B A x with A (rank, d) random, B (p, rank) zero: only A and B are tuned (Hu et al. 2021).
+def attention_modules(model, from_block=0):
+    """The SpatialTransformer and AttentionBlock modules as (name, module) in forward order, but the first from_block.
 
-    Two bias-free Linear layers, so that `dp_sgd.py` needs no rule of its own for them.
+    The authors' `ablation_blocks` is from_block + 1. Raises ValueError for a from_block that leaves nothing.
     """
-
-    def __init__(self, base, rank):
-        super().__init__()
-        self.base = base
-        self.down = nn.Linear(base.in_features, rank, bias=False)
-        self.up = nn.Linear(rank, base.out_features, bias=False)
-        nn.init.zeros_(self.up.weight)
-        self.to(base.weight)
-
-    def forward(self, x):
-        return self.base(x) + self.up(self.down(x))
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, (SpatialTransformer, AttentionBlock))]
+    if not 0 <= from_block < max(len(found), 1):
+        raise ValueError(f"from_block must lie in 0..{len(found) - 1} (the network has {len(found)} attention "
+                         f"modules), got {from_block}")
+    return found[from_block:]
 
 
-def merge_lora(model):
-    """Fold every LoRA pair into its base layer, W + B A, in place: the released network has the original layers."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, LoRALinear):
-                with torch.no_grad():
-                    child.base.weight += child.up.weight @ child.down.weight
-                setattr(parent, name, child.base)
+def attention_of(model):
+    return [m for _, m in attention_modules(model)]
 
 
-def attention_modules(model):
-    """The SpatialTransformer and AttentionBlock modules as (name, module), in forward order."""
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, (SpatialTransformer, AttentionBlock))]
+def embedder_of(model):
+    """The condition embedder in a list; an empty list for an unconditional model or a bare UNet."""
+    embedder = getattr(model, "embedder", None)
+    return [] if embedder is None else [embedder]
+
+
+def of_type(model, *types):
+    return [m for m in model.modules() if isinstance(m, types)]
+
+
+# What DP-SGD may train: name -> function(model) -> modules, all of whose parameters are tuned. A new choice is a new
+# line; `--tune NAME` knows it. (`--tune lora:RANK` inserts layers first: extensions/lora.py.)
+TUNE = {
+    "attention": lambda model: attention_of(model) + embedder_of(model),  # the paper, section 3
+    "attention-only": attention_of,
+    "all": lambda model: [model],
+    "resblocks": lambda model: of_type(model, ResBlock) + embedder_of(model),
+    "norm": lambda model: of_type(model, nn.GroupNorm, nn.LayerNorm) + embedder_of(model),
+    "embedder": embedder_of,
+}
 
 
 def select_trainable(model, tune="attention", from_block=0):
-    """Choose what DP-SGD trains (the paper's section 3: attention modules and condition embedder); freeze the rest.
+    """Choose by a name of TUNE what DP-SGD trains, and freeze the rest -> names of the trainable parameters.
 
-    model: a LatentModel, or a bare UNet (then there is no embedder). tune: "attention" (the paper) · "attention-only"
-    (without the embedder) · "all" · "resblocks", "norm" (every GroupNorm and LayerNorm), "lora:R" (rank-R pairs inserted
-    at every attention projection), each with the embedder · "embedder" alone. from_block leaves out the first
-    from_block attention modules in forward order (the authors' `ablation_blocks` is from_block + 1); it applies to
-    attention and lora. Sets requires_grad on every parameter and returns the names of the trainable ones; weights that
-    cannot get a gradient (`without_gradient`) are never among them: they would train on pure noise, and show it.
-    Raises ValueError for an unknown choice, a from_block that leaves nothing, or an empty selection.
+    model: a LatentModel, or a bare UNet (then there is no embedder). from_block leaves out the first attention
+    modules in forward order. Raises ValueError for an unknown name, a from_block that leaves no attention or does
+    not apply, and an empty selection.
     """
-    modules = attention_modules(model)
-    uses_blocks = tune in ("attention", "attention-only") or tune.startswith("lora:")
-    if from_block and not uses_blocks:
-        raise ValueError(f"from_block only applies to attention and lora tuning, not to tune={tune!r}")
-    if uses_blocks and not 0 <= from_block < max(len(modules), 1):
-        raise ValueError(f"from_block must lie in 0..{len(modules) - 1} (the network has {len(modules)} attention "
-                         f"modules), got {from_block}")
-    chosen = [m for _, m in modules[from_block:]]
-    if tune.startswith("lora:"):
-        rank = int(tune[5:]) if tune[5:].isdigit() else 0
-        if rank < 1:
-            raise ValueError(f"tune={tune!r}: the rank after 'lora:' must be a whole number of at least 1")
-        parts = [pair for m in chosen for pair in insert_lora(m, rank)]
-    elif tune in ("attention", "attention-only"):
-        parts = chosen
-    elif tune == "resblocks":
-        parts = [m for m in model.modules() if isinstance(m, ResBlock)]
-    elif tune == "norm":
-        parts = [m for m in model.modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm))]
-    elif tune == "all":
-        parts = [model]
-    elif tune == "embedder":
-        parts = []
-    else:
-        raise ValueError(f"unknown tune={tune!r}; choose one of {', '.join(TUNE_CHOICES)}")
-    embedder = getattr(model, "embedder", None)
-    if embedder is not None and tune != "attention-only":
-        parts = [*parts, embedder]
-    trainable, silent = {id(p) for part in parts for p in part.parameters()}, set(without_gradient(model))
+    if tune not in TUNE:
+        raise ValueError(f"unknown tune={tune!r}; choose one of {', '.join(TUNE)}, lora:RANK")
+    modules = TUNE[tune](model)
+    if from_block:
+        late = attention_modules(model, from_block)
+        early = attention_of(model)[:-len(late)]
+        if not all(m in modules for m in early):
+            raise ValueError(f"from_block only applies to attention and lora tuning, not to tune={tune!r}")
+        modules = [m for m in modules if m not in early]
+    return train_only(model, modules)
+
+
+def train_only(model, modules):
+    """Set requires_grad on every parameter of the model: True inside `modules` -> names of the trainable ones.
+
+    Weights that cannot get a gradient (`without_gradient`) are never among them: they would train on pure noise,
+    and a release would show it. Raises ValueError if nothing is left.
+    """
+    chosen = {id(p) for module in modules for p in module.parameters()}
+    silent = set(without_gradient(model))
     for name, p in model.named_parameters():
-        p.requires_grad_(id(p) in trainable and name not in silent)
+        p.requires_grad_(id(p) in chosen and name not in silent)
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     if not names:
-        raise ValueError(f"tune={tune!r} selects no parameter of this model (does it have an embedder?)")
+        raise ValueError("this choice of --tune selects no parameter of the model (does it have an embedder?)")
     return names
 
 
-def insert_lora(module, rank):
-    """Wrap every attention projection inside module; return the new down and up layers (existing pairs are refused)."""
-    if any(isinstance(m, LoRALinear) for m in module.modules()):
-        raise ValueError("this model already has LoRA pairs; merge_lora(model) first")
-    pairs = []
-    for parent in list(module.modules()):
-        names = {Attention: ("to_q", "to_k", "to_v", "to_out"), AttentionBlock: ("qkv", "proj_out")}.get(type(parent), ())
-        for name in names:
-            wrapped = LoRALinear(getattr(parent, name), rank)
-            setattr(parent, name, wrapped)
-            pairs += [wrapped.down, wrapped.up]
-    return pairs
-
-
 def without_gradient(model):
-    """Names of the parameters that no loss can reach: Q, K of the cross-attention, and norm2, for a context of one token.
+    """Names of the parameters that no loss can reach where the context is one token: a class, or a prompt of one word.
 
-    A softmax over one token is 1 whatever query and key are. A class is one token, and so is a prompt of one word.
+    They are Q and K of the cross-attention and the norm before them. A softmax over one token is 1 whatever query
+    and key are.
     """
     embedder = getattr(model, "embedder", None)
     if not isinstance(embedder, ClassEmbedder) and getattr(embedder, "length", None) != 1:
@@ -489,46 +466,9 @@ def without_gradient(model):
 
 
 def paper_count(model, from_block=0):
-    """Number of parameters that the paper says it tunes: attention modules and embedder, `without_gradient` included."""
-    parts = [m for _, m in attention_modules(model)[from_block:]]
-    parts += [model.embedder] if getattr(model, "embedder", None) is not None else []
-    return sum(p.numel() for part in parts for p in part.parameters())
-
-
-# -------------------------------------------------------------------------------------------------- the authors' weights
-
-LDM_NAMES = [  # original name -> ours, applied in order
-    (r"in_layers\.0\.", "norm1."), (r"in_layers\.2\.", "conv1."), (r"emb_layers\.1\.", "time_proj."),
-    (r"out_layers\.0\.", "norm2."), (r"out_layers\.3\.", "conv2."), (r"skip_connection\.", "skip."),
-    (r"transformer_blocks\.", "blocks."), (r"to_out\.0\.", "to_out."), (r"ff\.net\.0\.proj\.", "ff.proj_in."),
-    (r"ff\.net\.2\.", "ff.proj_out."),
-]
-
-
-def load_ldm(unet, state_dict):
-    """Read weights of the original latent-diffusion code into our UNet, in place and strictly.
-
-    state_dict: tensors under the original names, with or without the prefix `model.diffusion_model.`, or a whole
-    checkpoint that holds them under "state_dict". If any key has the prefix, the others belong to other networks
-    (`first_stage_model.`, `cond_stage_model.`, `model_ema.`, schedule) and are passed over. 1x1 convolutions become our
-    Linear layers. Raises ValueError naming what is missing, left over or of another shape; the network is then unchanged.
-    """
-    prefix, state_dict = "model.diffusion_model.", state_dict.get("state_dict", state_dict)
-    if any(k.startswith(prefix) for k in state_dict):
-        state_dict = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
-    ours, theirs = unet.state_dict(), {}
-    for key, value in state_dict.items():
-        for pattern, replacement in LDM_NAMES:
-            key = re.sub(pattern, replacement, key)
-        if key in ours and ours[key].dim() == 2 < value.dim() and value.shape[2:].numel() == 1:
-            value = value.flatten(1)  # kernel of size 1: (p, d, 1[, 1]) -> (p, d)
-        theirs[key] = value
-    wrong = [f"missing {k}" for k in ours if k not in theirs] + [f"unexpected {k}" for k in theirs if k not in ours] + [
-        f"{k} is {tuple(theirs[k].shape)}, expected {tuple(v.shape)}" for k, v in ours.items()
-        if k in theirs and theirs[k].shape != v.shape]
-    if wrong:
-        raise ValueError(f"latent-diffusion weights do not fit this UNet ({len(wrong)} problems): " + "; ".join(wrong[:4]))
-    unet.load_state_dict(theirs)
+    """Number of parameters that the paper says it tunes: attention and embedder, those `without_gradient` included."""
+    modules = [m for _, m in attention_modules(model, from_block)] + embedder_of(model)
+    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 PAPER = {  # the authors' networks; parameter counts are asserted in tests/test_unet.py

@@ -49,12 +49,13 @@ def worker(args, size, tune, batch_size, method):
     """One cell: a function that runs a micro-batch, and the number of examples in it."""
     model, params = build(args, tune)
     n = min(batch_size, LOOP_EXAMPLES) if method == "loop" else batch_size
-    batch = diffusion.draw(torch.randn(n, 4, size, size, device=args.device), torch.arange(n, device=args.device) % 10)
+    batch = diffusion.draw(torch.randn(n, 4, size, size, device=args.device), torch.arange(n, device=args.device) % 10, 1, None,
+                           diffusion.PAPER)
 
     def loss_fn(model, *batch):
         autocast = torch.autocast(args.device, torch.bfloat16) if args.bf16 else contextlib.nullcontext()
         with autocast:
-            return diffusion.loss(model, *batch)
+            return diffusion.loss(model, *batch, diffusion.PAPER)
 
     if method == "none":
         def run():

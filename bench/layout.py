@@ -9,6 +9,7 @@ they are.
 """
 import argparse
 import time
+from functools import partial
 
 import torch
 
@@ -33,7 +34,7 @@ def autoencoder_steps(s, layout):
 def unet_steps(s, layout, n=256):
     entry = {"kind": "class", "dim": s["unet"].context_dim, "num_classes": 10, "null_class": True}
     shape = vae.AutoencoderKL(s["vae"]).latent_shape
-    batch = diffusion.draw(torch.randn(n, *shape), torch.arange(n) % 10, schedule=s["schedule"])
+    batch = diffusion.draw(torch.randn(n, *shape), torch.arange(n) % 10, 1, None, s["schedule"])
 
     def make(tune):
         model = unet.LatentModel(unet.UNet(s["unet"]), sample.build_embedder(entry)).to(memory_format=layout)
@@ -47,8 +48,9 @@ def unet_steps(s, layout, n=256):
     def evaluate():
         public(batch[0], batch[2][:, 0], batch[1])
 
-    return n, {"diffusion": lambda: diffusion.loss(public, *batch, schedule=s["schedule"]).mean().backward(),
-               "private": lambda: engine.accumulate(diffusion.loss, *batch), "sampling": evaluate}
+    loss = partial(diffusion.loss, schedule=s["schedule"])
+    return n, {"diffusion": lambda: loss(public, *batch).mean().backward(),
+               "private": lambda: engine.accumulate(loss, *batch), "sampling": evaluate}
 
 
 def main():

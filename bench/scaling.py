@@ -38,7 +38,8 @@ def worker(number, world, port, args, results):
     latents, labels = processes.shard(torch.randn(n, 1, config.in_channels, 4, 4)), processes.shard(torch.arange(n) % 10)
     engine = dp_sgd.DPSGD(model, 0.1, 1.0, args.batch, gradients=bookkeeping)
     optimizer = torch.optim.Adam(engine.parameters, 1e-3)
-    loss_fn = partial(diffusion.loss, schedule=settings.DIGITS["schedule"])
+    schedule = settings.DIGITS["schedule"]
+    loss_fn = partial(diffusion.loss, schedule=schedule)
     examples, spent = 0, []
     for step in range(args.steps + 1):
         if step == 1:
@@ -46,7 +47,7 @@ def worker(number, world, port, args, results):
             begin = time.perf_counter()
         computed = time.perf_counter()
         for part in dp_sgd.poisson_sample(len(latents), q).split(args.micro_batch):
-            engine.accumulate(loss_fn, *diffusion.draw(latents[part], labels[part], 1))
+            engine.accumulate(loss_fn, *diffusion.draw(latents[part], labels[part], 1, None, schedule))
         computed = time.perf_counter() - computed
         if world > 1:
             processes.reduce_sums(engine)

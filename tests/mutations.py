@@ -209,7 +209,7 @@ MUTATIONS = [Mutation(*m) for m in (
     (29, "without private steps the sets may be the same", "train.py",
      (("    if any(datasets.same_images(origin, s.private,", "    if s.steps and any(datasets.same_images(origin, s.private,"),),
      f"{PUBLIC}::test_one_place_is_refused_before_any_image_is_read"),
-    (29, "a release passes for a public network", "train.py",
+    (29, "a release passes for a public network", "folder.py",
      (('    if "privacy" in checkpoint:\n', "    if False:\n"),), f"{PUBLIC}::test_a_release_is_no_public_network"),
     (14, "internal/ may be read by all", "folder.py",
      (('mode = 0o600 if private or Path(path).parent.name == "internal" else 0o666', "mode = 0o666"),),

@@ -53,7 +53,7 @@ class Exact(nn.Module):
 def test_ddim_with_the_exact_score_draws_that_gaussian(schedule, eta):
     model = Exact(schedule, torch.tensor([-1.0, 1.0]), 0.5)
     cond = torch.arange(20_000) % 2
-    z = diffusion.ddim(model, (20_000, 1, 1, 1), cond, 1000, eta, generator=torch.Generator().manual_seed(0), schedule=schedule)
+    z = diffusion.ddim(model, (20_000, 1, 1, 1), cond, 1000, eta, 1.0, torch.Generator().manual_seed(0), schedule)
     for c, mean in ((0, -1.0), (1, 1.0)):
         part = z[cond == c]
         assert abs(part.mean().item() - mean) < 0.02
@@ -65,7 +65,7 @@ def test_ddim_is_deterministic_given_the_generator_and_eta_zero_adds_no_noise():
     cond = torch.zeros(8, dtype=torch.int64)
 
     def run(eta):
-        return diffusion.ddim(model, (8, 1, 2, 2), cond, 20, eta, generator=torch.Generator().manual_seed(5))
+        return diffusion.ddim(model, (8, 1, 2, 2), cond, 20, eta, 1.0, torch.Generator().manual_seed(5), diffusion.PAPER)
 
     assert torch.equal(run(0.0), run(0.0)) and torch.equal(run(1.0), run(1.0)) and not torch.equal(run(0.0), run(1.0))
 
@@ -88,13 +88,15 @@ def test_guidance_moves_away_from_the_unconditional():
 @pytest.mark.parametrize("bad", [{"steps": 0}, {"steps": 1001}, {"eta": -0.1}, {"eta": 1.5}])
 def test_ddim_refuses(bad):
     with pytest.raises(ValueError, match="ddim"):
-        diffusion.ddim(Exact(diffusion.PAPER, torch.zeros(1), 1.0), (1, 1, 1, 1), torch.zeros(1, dtype=torch.int64), **bad)
+        given = {"steps": 50, "eta": 0.0} | bad
+        diffusion.ddim(Exact(diffusion.PAPER, torch.zeros(1), 1.0), (1, 1, 1, 1), torch.zeros(1, dtype=torch.int64), **given,
+                       guidance=1.0, generator=None, schedule=diffusion.PAPER)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_loss_is_zero_for_the_truth_and_the_mean_over_k(schedule):
     torch.manual_seed(0)
-    z0, cond, t, noise = diffusion.draw(torch.randn(4, 2, 3, 3), torch.arange(4), K=3, schedule=schedule)
+    z0, cond, t, noise = diffusion.draw(torch.randn(4, 2, 3, 3), torch.arange(4), 3, None, schedule)
 
     class Truth(nn.Module):
         def forward(self, z_t, steps, cond):
@@ -111,12 +113,13 @@ def test_loss_is_zero_for_the_truth_and_the_mean_over_k(schedule):
 def test_draw():
     g = torch.Generator().manual_seed(0)
     z = torch.stack([torch.zeros(4000, 1, 1, 1), torch.ones(4000, 1, 1, 1)], 1)  # two orientations
-    z0, cond, t, noise = diffusion.draw(z, torch.ones(4000, dtype=torch.int64), 2, g, null=torch.tensor([7]), drop=0.25)
+    z0, cond, t, noise = diffusion.draw(z, torch.ones(4000, dtype=torch.int64), 2, g, diffusion.PAPER, torch.tensor([7]),
+                                        drop=0.25)
     assert z0.shape == (4000, 1, 1, 1) and t.shape == (4000, 2) and noise.shape == (4000, 2, 1, 1, 1)
     assert abs(z0.mean().item() - 0.5) < 0.04  # a fair coin picks the orientation
     assert set(cond.tolist()) == {1, 7} and abs((cond == 7).float().mean().item() - 0.25) < 0.03
     assert t.min() >= 0 and t.max() <= 999 and abs(t.float().mean().item() - 499.5) < 15
     assert abs(noise.std().item() - 1) < 0.04 and not torch.equal(noise[:, 0], noise[:, 1])
-    again = diffusion.draw(z, torch.ones(4000, dtype=torch.int64), 2, torch.Generator().manual_seed(0), null=torch.tensor([7]),
-                           drop=0.25)
+    again = diffusion.draw(z, torch.ones(4000, dtype=torch.int64), 2, torch.Generator().manual_seed(0),
+                           diffusion.PAPER, torch.tensor([7]), drop=0.25)
     assert all(torch.equal(a, b) for a, b in zip((z0, cond, t, noise), again, strict=True))

@@ -3,6 +3,9 @@
 The oracle below is the definition: one backward pass per example in float64, clip, add. Everything the engine does
 faster must come to the same number.
 """
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,11 +16,12 @@ import diffusion
 import dp_sgd
 import unet
 from dp_sgd import CLIPPING
-from extensions import bookkeeping
+from extensions import bookkeeping, lora
 from settings import GRADIENTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap's fallback for fused attention
 METHODS = ("loop", "vmap", "bookkeeping")
+LOSS = partial(diffusion.loss, schedule=diffusion.PAPER)
 N = 4
 
 
@@ -70,7 +74,7 @@ def latent_model(tune="attention", kind="class", dtype=torch.float64, seed=0):
     model = unet.LatentModel(unet.UNet(config), embedder)
     for p in model.parameters():  # away from the zero initialisation, where most gradients vanish
         nn.init.normal_(p, mean=0.5 * (p.dim() == 1), std=0.2)
-    unet.select_trainable(model, tune)
+    lora.tuned(model, SimpleNamespace(tune=tune, from_block=0))
     return model.to(dtype)
 
 
@@ -78,7 +82,7 @@ def examples(kind="class", n=N, k=1, dtype=torch.float64, seed=1):
     g = torch.Generator().manual_seed(seed)
     cond = {"class": torch.tensor([3, 3, 1, 0] * n)[:n], "none": None,
             "tokens": torch.tensor([[2, 2, 5, 0], [1, 6, 6, 6], [3, 0, 0, 0], [1, 2, 3, 4]] * n)[:n]}[kind]
-    return diffusion.draw(torch.randn(n, 4, 4, 4, generator=g, dtype=dtype), cond, k, g)
+    return diffusion.draw(torch.randn(n, 4, 4, 4, generator=g, dtype=dtype), cond, k, g, diffusion.PAPER)
 
 
 # ------------------------------------------------------------------------------------------- three ways, the same number
@@ -90,20 +94,20 @@ def examples(kind="class", n=N, k=1, dtype=torch.float64, seed=1):
 @pytest.mark.parametrize("k", [1, 3])
 def test_every_method_equals_the_loop_over_examples(kind, tune, k):
     model, batch = latent_model(tune, kind), examples(kind, k=k)
-    _, norms = oracle(model, diffusion.loss, batch)
+    _, norms = oracle(model, LOSS, batch)
     clip_norm = sum(sorted(norms)[1:3]) / 2  # half of them are clipped
-    expected, _ = oracle(model, diffusion.loss, batch, clip_norm)
+    expected, _ = oracle(model, LOSS, batch, clip_norm)
     for method in METHODS:
-        assert_close(clipped_sum(model, diffusion.loss, batch, clip_norm, method), expected)
+        assert_close(clipped_sum(model, LOSS, batch, clip_norm, method), expected)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("splits", [(1, N - 1), (N - 1, 1), (1,) * N, (0, N, 0)])
 def test_the_size_of_micro_batches_changes_nothing(method, splits):
     model, batch = latent_model(), examples(k=3)
-    clip_norm = oracle(model, diffusion.loss, batch)[1][0]
-    expected, _ = oracle(model, diffusion.loss, batch, clip_norm)
-    assert_close(clipped_sum(model, diffusion.loss, batch, clip_norm, method, splits), expected)
+    clip_norm = oracle(model, LOSS, batch)[1][0]
+    expected, _ = oracle(model, LOSS, batch, clip_norm)
+    assert_close(clipped_sum(model, LOSS, batch, clip_norm, method, splits), expected)
 
 
 def squares(model, x):
@@ -173,7 +177,7 @@ def test_clipping_modes_follow_their_formulas(method, clipping):
     layers = [[p for p in m.parameters(recurse=False) if p.requires_grad] for m in model.modules()]
     layers = [layer for layer in layers if layer]
     for i in range(N):
-        loss = diffusion.loss(model, *(b[i:i + 1] for b in batch)).sum()
+        loss = LOSS(model, *(b[i:i + 1] for b in batch)).sum()
         grads = dict(zip(params, torch.autograd.grad(loss, params, allow_unused=True), strict=True))
         parts = [torch.cat([(torch.zeros_like(p) if grads[p] is None else grads[p]).flatten() for p in ps]) for ps in layers]
         norm = torch.cat(parts).norm()
@@ -183,7 +187,7 @@ def test_clipping_modes_follow_their_formulas(method, clipping):
             parts = [v * (min(1, C / norm) if clipping == "flat" else C / (norm + 0.01)) for v in parts]
         assert torch.cat(parts).norm() <= C * (1 + 1e-12)
         expected = expected + torch.cat(parts)
-    assert_close(clipped_sum(model, diffusion.loss, batch, C, method, clipping=clipping), expected)
+    assert_close(clipped_sum(model, LOSS, batch, C, method, clipping=clipping), expected)
 
 
 def test_one_forward_one_backward_and_no_weight_gradients():
@@ -225,12 +229,12 @@ def test_bfloat16_autocast_keeps_norms_and_sums_in_float32():
 
     def half(model, *batch):
         with torch.autocast("cpu", torch.bfloat16):
-            return diffusion.loss(model, *batch)
+            return LOSS(model, *batch)
 
-    full, inside = clipped_sum(model, diffusion.loss, batch, 1.0), clipped_sum(model, half, batch, 1.0)
+    full, inside = clipped_sum(model, LOSS, batch, 1.0), clipped_sum(model, half, batch, 1.0)
     with torch.autocast("cpu", torch.bfloat16):  # around the engine: its own arithmetic must not notice
-        around = clipped_sum(model, diffusion.loss, batch, 1.0)
-        alone = [clipped_sum(model, diffusion.loss, [b[i:i + 1] for b in batch], 1.0) for i in range(N)]
+        around = clipped_sum(model, LOSS, batch, 1.0)
+        alone = [clipped_sum(model, LOSS, [b[i:i + 1] for b in batch], 1.0) for i in range(N)]
     assert inside.dtype == around.dtype == torch.float32
     assert_close(around, inside, 1e-6)
     assert_close(inside, full, 0.05)
@@ -261,7 +265,7 @@ def test_cancelling_positions_never_exceed_the_clip_norm(layer, shape, autocast)
 
 
 def scaled_loss(model, z0, cond, t, noise, scale):
-    return scale * diffusion.loss(model, z0, cond, t, noise)
+    return scale * LOSS(model, z0, cond, t, noise)
 
 
 def with_first(kind):
@@ -585,7 +589,7 @@ def test_the_check_against_the_loop_sees_what_hooks_do_not():
 
     check(lambda m, h: m.second(h))
     model = latent_model(dtype=torch.float32)
-    dp_sgd.check_against_loop(DPSGD(model, 1.0, 1.0, 1.0), diffusion.loss, *examples(k=3, dtype=torch.float32))
+    dp_sgd.check_against_loop(DPSGD(model, 1.0, 1.0, 1.0), LOSS, *examples(k=3, dtype=torch.float32))
     for way in (lambda m, h: m.second(h) + F.linear(h, m.first.weight),  # a weight used outside its layer
                 lambda m, h: m.second(h) * m.first.bias,
                 lambda m, h: m.second(h.transpose(0, 1)).transpose(0, 1)):  # 12 positions before 6 examples

@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 
+import budget
 import diffusion
 import folder
 import sample
@@ -18,6 +19,7 @@ import settings
 import train
 import unet
 import vae
+from extensions import original_weights
 
 
 def affine(name, *shape):
@@ -170,7 +172,7 @@ EXPECTED = {  # from the original classes
 @pytest.mark.parametrize("name", UNETS)
 def test_unet_computes_what_the_original_computes(name):
     network = unet.UNet(UNETS[name])
-    unet.load_ldm(network, waves(unet_shapes(UNETS[name]), "model.diffusion_model."))
+    original_weights.load_unet(network, waves(unet_shapes(UNETS[name]), "model.diffusion_model."))
     with torch.no_grad():
         assert unet_values(network, UNETS[name]) == pytest.approx(EXPECTED["unet", name], rel=1e-4, abs=1e-5)
 
@@ -178,7 +180,7 @@ def test_unet_computes_what_the_original_computes(name):
 @pytest.mark.parametrize("name", VAES)
 def test_autoencoder_computes_what_the_original_computes(name):
     model = vae.AutoencoderKL(VAES[name])
-    vae.load_ldm(model, waves(vae_shapes(VAES[name]), "first_stage_model."))
+    original_weights.load_autoencoder(model, waves(vae_shapes(VAES[name]), "first_stage_model."))
 
     def encode(x):
         posterior = model.encode(x)
@@ -193,18 +195,18 @@ def test_names_and_shapes_cover_the_papers_networks():
     for c in unet.PAPER.values():
         with torch.device("meta"):
             network = unet.UNet(c)
-            unet.load_ldm(network, {k: torch.empty(shape) for k, shape in unet_shapes(c).items()})
+            original_weights.load_unet(network, {k: torch.empty(shape) for k, shape in unet_shapes(c).items()})
     for c in vae.PAPER.values():
         with torch.device("meta"):
-            vae.load_ldm(vae.AutoencoderKL(c), {k: torch.empty(shape) for k, shape in vae_shapes(c).items()})
+            original_weights.load_autoencoder(vae.AutoencoderKL(c), {k: torch.empty(shape) for k, shape in vae_shapes(c).items()})
 
 
 @pytest.mark.parametrize("load, network, shapes, prefix, name", [
-    (unet.load_ldm, unet.UNet(UNETS["mnist"]), unet_shapes(UNETS["mnist"]), "model.diffusion_model.",
+    (original_weights.load_unet, unet.UNet(UNETS["mnist"]), unet_shapes(UNETS["mnist"]), "model.diffusion_model.",
      "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"),
-    (unet.load_ldm, unet.UNet(UNETS["celeba64"]), unet_shapes(UNETS["celeba64"]), "model.diffusion_model.",
+    (original_weights.load_unet, unet.UNet(UNETS["celeba64"]), unet_shapes(UNETS["celeba64"]), "model.diffusion_model.",
      "middle_block.1.qkv.weight"),
-    (vae.load_ldm, vae.AutoencoderKL(VAES["mnist"]), vae_shapes(VAES["mnist"]), "first_stage_model.",
+    (original_weights.load_autoencoder, vae.AutoencoderKL(VAES["mnist"]), vae_shapes(VAES["mnist"]), "first_stage_model.",
      "encoder.mid.attn_1.q.weight")])
 def test_loading_is_strict_and_all_or_nothing(load, network, shapes, prefix, name):
     weights = {prefix + k: torch.ones(shape) for k, shape in shapes.items()}
@@ -230,8 +232,8 @@ def test_colour_weights_on_grey_pictures():
     c = dataclasses.replace(VAES["celeba256-text"], ch_mult=(1, 1))
     colour, grey = vae.AutoencoderKL(c), vae.AutoencoderKL(dataclasses.replace(c, in_channels=1, out_ch=1))
     weights = waves(vae_shapes(c), "first_stage_model.")
-    vae.load_ldm(colour, weights)
-    vae.load_ldm(grey, vae.to_grey({"state_dict": weights}))
+    original_weights.load_autoencoder(colour, weights)
+    original_weights.load_autoencoder(grey, original_weights.to_grey({"state_dict": weights}))
     x = wave((2, 1, 16, 16), 0.3)
     with torch.no_grad():
         z = grey.encode(x).mean
@@ -241,7 +243,9 @@ def test_colour_weights_on_grey_pictures():
 
 # ------------------------------------------------------------------------------------------------------- train.py --init-ldm
 
-TINY = dict(vae=vae.VAEConfig(1, 1, 8, (1, 1, 1, 1), 1, (), 32, 3, 3, 8), unet=unet.UNetConfig(3, 3, 32, (1, 2), context_dim=5),
+# 8 groups, where the original has 32: the conversion sets them.
+TINY = dict(vae=vae.VAEConfig(1, 1, 32, (1, 1, 1, 1), 1, (), 32, 3, 3, 8),
+            unet=unet.UNetConfig(3, 3, 32, (1, 2), context_dim=5, num_groups=8),
             cond_drop=0.0, public_n=60, private_n=200, batch_size=20, steps=1, delta=1e-3, sample_steps=1)
 COLOUR = dataclasses.replace(TINY["vae"], in_channels=3, out_ch=3)
 
@@ -268,7 +272,8 @@ def adopt(*flags):
     """The contents of public/vae.pt and public/ldm.pt that the flags give, for ten private classes."""
     s = settings.parse([*FLAGS, *map(str, flags)])
     embedder = {"kind": "class", "dim": s.unet.context_dim, "null_class": s.cond_drop > 0, "num_classes": 10}
-    return train.adopt_original(s, IMAGES, embedder, 10)
+    return original_weights.convert(s, s.init_ldm, s.init_vae, s.init_scale, IMAGES,
+                                    train.data.digests(IMAGES), embedder, 10)
 
 
 def test_init_ldm_takes_the_place_of_the_public_stages(tmp_path, monkeypatch):
@@ -285,8 +290,9 @@ def test_init_ldm_takes_the_place_of_the_public_stages(tmp_path, monkeypatch):
     assert torch.equal(model.unet.input_blocks[1][1].proj_in.weight,
                        weights["model.diffusion_model.input_blocks.1.1.proj_in.weight"][:, :, 0, 0])
     assert torch.allclose(diffusion.alphas_cumprod(schedule).float(), weights["alphas_cumprod"], rtol=1e-4)
+    assert first["config"]["num_groups"] == second["unet"]["num_groups"] == 32  # the preset has 8
     assert torch.equal(first["state"]["encoder.conv_in.weight"],
-                       vae.to_grey(weights)["first_stage_model.encoder.conv_in.weight"])
+                       original_weights.to_grey(weights)["first_stage_model.encoder.conv_in.weight"])
     privacy = folder.read_json(tmp_path / "r" / "release" / "privacy.json")
     assert privacy["public_weights"] == ["x.ckpt"] and privacy["steps"] == 1 and 9 < privacy["epsilon"] <= 10
     released = folder.load(tmp_path / "r" / "release" / "model.pt")
@@ -362,5 +368,121 @@ def test_bad_checkpoints_are_refused_in_one_line(tmp_path):
     assert "autoencoder" in refused() and "missing" in refused()
     torch.save(checkpoint(alphas_cumprod=torch.linspace(1, 0, 1000)), path)
     assert "schedule" in refused()
+    for name in ("model.diffusion_model.out.2.bias", "first_stage_model.quant_conv.bias", "scale_factor",
+                 "cond_stage_model.embedding.weight"):
+        for bad in (math.nan, math.inf):
+            torch.save(checkpoint(**{name: torch.full_like(checkpoint()["state_dict"][name], bad)}), path)
+            assert f"{name} holds numbers that are not finite" in refused()
+    torch.save(checkpoint(**{"loss.logvar": torch.tensor(math.nan), "model_ema.x": torch.tensor(math.nan)}), path)
+    adopt("--init-ldm", path)  # nothing of these is read
     with pytest.raises(ValueError, match="--init"):
         settings.parse([*FLAGS, "--init-ldm", str(path), "--init", str(tmp_path)])
+
+
+@pytest.mark.parametrize("load, network, weights", [
+    (original_weights.load_unet, unet.UNet(dataclasses.replace(UNETS["mnist"], num_groups=8)),
+     waves(unet_shapes(UNETS["mnist"]))),
+    (original_weights.load_autoencoder, vae.AutoencoderKL(dataclasses.replace(VAES["mnist"], num_groups=8)),
+     waves(vae_shapes(VAES["mnist"])))])
+def test_other_groups_than_the_original_s_are_refused(load, network, weights):
+    """Every shape fits, and every output would be wrong."""
+    before = [p.clone() for p in network.parameters()]
+    with pytest.raises(ValueError, match="num_groups = 32, this .* has num_groups = 8"):
+        load(network, weights)
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+
+
+# ------------------------------------------------------------------------------- python -m extensions.original_weights
+
+
+def convert(*flags):
+    return original_weights.main([*map(str, flags), "--preset", "smoke", "--device", "cpu"])
+
+
+def both(run):
+    return [folder.load(run / "public" / name) for name in ("vae.pt", "ldm.pt")]
+
+
+def same(a, b):
+    """Are two checkpoints, nested dicts with tensors, the same?"""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_the_program_makes_what_init_ldm_made_and_init_goes_on(tmp_path, monkeypatch):
+    torch.save(checkpoint(), tmp_path / "x.ckpt")
+    convert(tmp_path / "x.ckpt", "--out", tmp_path / "original")
+    assert all(same(a, b) for a, b in zip(both(tmp_path / "original"), adopt("--init-ldm", tmp_path / "x.ckpt"),
+                                          strict=True))
+    monkeypatch.setattr(train, "fit", None)  # a TypeError if a public stage began
+    train.main([*FLAGS, "--out", str(tmp_path / "r"), "--init", str(tmp_path / "original")])
+    privacy = folder.read_json(tmp_path / "r" / "release" / "privacy.json")
+    assert privacy["public_weights"] == ["x.ckpt"] and privacy["steps"] == 1 and 9 < privacy["epsilon"] <= 10
+    with pytest.raises(ValueError, match="already holds a run"):
+        convert(tmp_path / "x.ckpt", "--out", tmp_path / "original")
+
+
+def test_the_program_says_what_the_file_does_not_hold(tmp_path):
+    torch.save(checkpoint(**{"cond_stage_model.embedding.weight": None, "scale_factor": None}), tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="--num-classes"):
+        convert(tmp_path / "x.ckpt", "--out", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    convert(tmp_path / "x.ckpt", "--out", tmp_path / "a", "--num-classes", 12, "--scale", 0.5)
+    first, second = both(tmp_path / "a")
+    assert first["scale"] == 0.5 and second["embedder"]["num_classes"] == 12
+
+
+def test_the_program_takes_an_autoencoder_alone_and_scales_by_public_images(tmp_path):
+    state = {k: v for k, v in checkpoint()["state_dict"].items() if k.startswith("first_stage_model.")}
+    torch.save(state, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="--autoencoder"):
+        convert("--out", tmp_path / "a")
+    convert("--autoencoder", tmp_path / "x.ckpt", "--out", tmp_path / "a")
+    assert [path.name for path in (tmp_path / "a" / "public").iterdir()] == ["vae.pt"]
+    first = folder.load(tmp_path / "a" / "public" / "vae.pt")
+    public = train.data.load("strokes", size=32, public_classes="all", n=60, seed=0).images
+    with torch.no_grad():
+        z = sample.build_vae(first).encode(train.pictures(public, "cpu")).mean * first["scale"]
+    assert z.std().item() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_the_moving_average_is_named_or_used(tmp_path, capsys):
+    state = checkpoint()["state_dict"]
+    names = [k for k in state if k.startswith("model.diffusion_model.")]
+    average = {"model_ema." + k.removeprefix("model.").replace(".", ""): state[k] + 1 for k in names}
+    torch.save(checkpoint(**average), tmp_path / "x.ckpt")
+    convert(tmp_path / "x.ckpt", "--out", tmp_path / "plain")
+    assert capsys.readouterr().out.count("moving average") == 1
+    convert(tmp_path / "x.ckpt", "--out", tmp_path / "average", "--average")
+    assert "moving average" not in capsys.readouterr().out
+    plain, averaged = (both(tmp_path / name)[1]["model"] for name in ("plain", "average"))
+    assert all(torch.equal(averaged[k], v + 1 if k.startswith("unet.") else v) for k, v in plain.items())
+    average.popitem()
+    torch.save(checkpoint(**average), tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="no moving average of model.diffusion_model"):
+        convert(tmp_path / "x.ckpt", "--out", tmp_path / "b", "--average")
+
+
+# --------------------------------------------------------------------------------------------------- T other than 1000
+
+
+def test_a_schedule_of_250_steps_runs_from_start_to_end(tmp_path, monkeypatch):
+    """Every draw of the program asks for the schedule's T: more, and abar_t is read out of range."""
+    monkeypatch.setitem(settings.PRESETS, "smoke", settings.PRESETS["smoke"] | dict(
+        schedule=diffusion.Schedule("cosine", "v", T=250), vae_steps=1, ldm_steps=1, ldm_batch=16, vae_batch=4, micro_batch=16))
+    s = settings.parse(FLAGS)
+    s.bf16 = False
+    model = unet.LatentModel(unet.UNet(s.unet), unet.ClassEmbedder(10, 5))
+    assert budget.fastest_micro_batch(s, model, (3, 4, 4), sizes=(16,)) == 16
+    train.main([*FLAGS, "--dry-run"])
+    train.main([*FLAGS, "--out", str(tmp_path / "r")])
+    assert folder.load(tmp_path / "r" / "release" / "model.pt")["schedule"]["T"] == 250
+
+
+def test_an_adopted_schedule_of_250_steps_rules_the_private_stage(tmp_path):
+    betas = torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, 250, dtype=torch.float64) ** 2
+    torch.save(checkpoint(betas=betas.float(), alphas_cumprod=(1 - betas).cumprod(0).float()), tmp_path / "x.ckpt")
+    convert(tmp_path / "x.ckpt", "--out", tmp_path / "original")
+    train.main([*FLAGS, "--out", str(tmp_path / "r"), "--init", str(tmp_path / "original")])
+    assert folder.load(tmp_path / "r" / "release" / "model.pt")["schedule"]["T"] == 250

@@ -1,4 +1,6 @@
 """The private stage when memory runs out: smaller pieces, the same result, every example counted once."""
+from functools import partial
+
 import pytest
 import torch
 
@@ -10,10 +12,12 @@ import train
 import unet
 from extensions.bookkeeping import bookkeeping
 
+LOSS = partial(diffusion.loss, schedule=diffusion.PAPER)
+
 
 def limited(limit, calls):
     """diffusion.loss on a machine with room for `limit` examples: it gives up in the middle of the forward pass."""
-    loss = diffusion.loss
+    loss = LOSS
 
     def fake(model, z0, *args, **kwargs):
         calls.append(len(z0))
@@ -33,7 +37,8 @@ def engine_and_draws():
         torch.nn.init.normal_(p, std=0.1)
     unet.select_trainable(model)
     engine = dp_sgd.DPSGD(model, 0.5, 0.0, 10, gradients=bookkeeping)
-    return engine, diffusion.draw(torch.randn(13, 2, 4, 4), torch.arange(13) % 3, 1, torch.Generator().manual_seed(1))
+    return engine, diffusion.draw(torch.randn(13, 2, 4, 4), torch.arange(13) % 3, 1, torch.Generator().manual_seed(1),
+                                  diffusion.PAPER)
 
 
 def chosen():
@@ -44,7 +49,7 @@ def chosen():
 
 def test_pieces_give_the_sum_of_the_whole_and_count_each_example_once():
     whole, drawn = engine_and_draws()
-    whole.accumulate(diffusion.loss, *drawn)
+    whole.accumulate(LOSS, *drawn)
     engine, _ = engine_and_draws()
     calls = []
     assert train.accumulate_in_pieces(chosen(), engine, limited(4, calls), drawn, 100) == 3

@@ -1,6 +1,8 @@
 """Text as condition: grammar, tokenizer, encoder, its per-example gradients, and runs from start to end by prompt."""
 import json
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +16,10 @@ import evaluate
 import folder
 import sample
 import settings
-import text
 import train
 import unet
 import vae
+from extensions import captions, lora, text
 from settings import GRADIENTS
 
 CELEBA = [
@@ -26,6 +28,7 @@ CELEBA = [
     "Gray_Hair", "Heavy_Makeup", "High_Cheekbones", "Male", "Mouth_Slightly_Open", "Mustache", "Narrow_Eyes", "No_Beard",
     "Oval_Face", "Pale_Skin", "Pointy_Nose", "Receding_Hairline", "Rosy_Cheeks", "Sideburns", "Smiling", "Straight_Hair",
     "Wavy_Hair", "Wearing_Earrings", "Wearing_Hat", "Wearing_Lipstick", "Wearing_Necklace", "Wearing_Necktie", "Young"]
+LOSS = partial(diffusion.loss, schedule=diffusion.PAPER)
 OTHERS = ["Blurry", "Child", "Dark_Photo", "Grayscale", "Male", "Senior", "Young"]
 CLASSES = ["T-shirt", "ankle boot", "3", "a", "traffic_light"]
 
@@ -42,10 +45,10 @@ def random_attributes(names, generator, p=0.3):
 
 
 def test_every_attribute_of_celeba_is_worded():
-    known = {name for name, value in text.PHRASES if value} | {"Male"}
+    known = {name for name, value in captions.PHRASES if value} | {"Male"}
     assert len(CELEBA) == 40 and set(CELEBA) <= known
     for name in CELEBA:  # alone and certain to be said, a true attribute changes the sentence
-        said, unsaid = ({text.caption({"Male": True, name: value}, seeded(i), omit=0, deny=0) for i in range(20)}
+        said, unsaid = ({captions.caption({"Male": True, name: value}, seeded(i), omit=0, deny=0) for i in range(20)}
                         for value in (True, False))
         assert said != unsaid, name
         assert "_" not in "".join(said)
@@ -53,51 +56,51 @@ def test_every_attribute_of_celeba_is_worded():
 
 def test_a_caption_says_what_is_true_in_many_ways():
     facts = dict.fromkeys(CELEBA, False) | dict.fromkeys(("Smiling", "Young", "Black_Hair", "Eyeglasses", "No_Beard"), True)
-    captions = [text.caption(facts, seeded(i)) for i in range(300)]
-    assert len(set(captions)) > 200 and text.caption(facts, seeded(7)) == captions[7]
-    assert all(("woman" in c or "lady" in c) and "beard" not in c.replace("without a goatee beard", "") for c in captions)
+    sentences = [captions.caption(facts, seeded(i)) for i in range(300)]
+    assert len(set(sentences)) > 200 and captions.caption(facts, seeded(7)) == sentences[7]
+    assert all(("woman" in c or "lady" in c) and "beard" not in c.replace("without a goatee beard", "") for c in sentences)
     for words in (("smiling", "cheerful"), ("young", "youthful"), ("black hair",), ("glasses",)):  # omitted in about a fifth
-        assert 200 < sum(any(word in c for word in words) for c in captions) < 290, words
-    assert sum("without" in c or "not" in c for c in captions) > 30  # what is false is sometimes said
-    certain = text.caption(facts, seeded(), omit=0, deny=0)
+        assert 200 < sum(any(word in c for word in words) for c in sentences) < 290, words
+    assert sum("without" in c or "not" in c for c in sentences) > 30  # what is false is sometimes said
+    certain = captions.caption(facts, seeded(), omit=0, deny=0)
     assert "hair" in certain and "glasses" in certain and "not" not in certain and "without" not in certain
 
 
 def test_the_noun_follows_age_and_sex():
     def noun(**facts):
-        return text.caption(facts, seeded(), omit=0, deny=0).split()[-1]
+        return captions.caption(facts, seeded(), omit=0, deny=0).split()[-1]
 
     assert noun(Male=True, Child=True) == "boy" and noun(Male=False, Child=True) == "girl" and noun(Child=False) == "adult"
     assert noun(Male=True) in ("man", "guy") and noun(Male=False, Child=False) in ("woman", "lady")
     assert noun(Smiling=True) == "person"
     assert not {"older", "middle"} & {w for i in range(50) for w in text.split(
-        text.caption({"Male": True, "Child": True, "Young": False}, seeded(i), omit=0))}
+        captions.caption({"Male": True, "Child": True, "Young": False}, seeded(i), omit=0))}
 
 
 def test_attributes_without_wording_are_said_by_name():
-    assert text.caption({"Male": True, "Dark_Photo": True}, seeded(), omit=0).endswith(", dark photo")
-    assert text.caption({"Striped": True, "Old_Barn": False}, seeded(), omit=0, deny=1) in (
+    assert captions.caption({"Male": True, "Dark_Photo": True}, seeded(), omit=0).endswith(", dark photo")
+    assert captions.caption({"Striped": True, "Old_Barn": False}, seeded(), omit=0, deny=1) in (
         "a picture, striped, not old barn", "a picture, not old barn, striped")
-    assert text.caption({"Male": np.bool_(True), "Child": torch.tensor(False)}, seeded())  # any kind of truth value
+    assert captions.caption({"Male": np.bool_(True), "Child": torch.tensor(False)}, seeded())  # any kind of truth value
 
 
 def test_captions_of_classes():
-    captions = {text.class_caption("automobile", seeded(i)) for i in range(50)}
-    assert "a photo of an automobile" in captions and "an automobile" in captions
-    assert all(text.class_caption("a", seeded(i)).endswith("the letter a") for i in range(9))  # not "an a"
-    assert text.class_caption("traffic_light", seeded()).endswith("a traffic light")
+    sentences = {captions.class_caption("automobile", seeded(i)) for i in range(50)}
+    assert "a photo of an automobile" in sentences and "an automobile" in sentences
+    assert all(captions.class_caption("a", seeded(i)).endswith("the letter a") for i in range(9))  # not "an a"
+    assert captions.class_caption("traffic_light", seeded()).endswith("a traffic light")
 
 
 @pytest.mark.parametrize("names", [CELEBA, OTHERS, ["Old_Barn"]])
 def test_the_vocabulary_has_every_word_the_grammar_can_say(names):
     words = text.vocabulary(names, CLASSES)
     tokenizer, g = text.Tokenizer(words, 150), seeded()
-    captions = [text.caption(random_attributes(names, g), g, deny=0.5) for _ in range(1000)]
-    captions += [text.class_caption(name, g) for name in CLASSES for _ in range(20)]
-    assert not [c for c in captions if tokenizer.unknown(c)]
+    sentences = [captions.caption(random_attributes(names, g), g, deny=0.5) for _ in range(1000)]
+    sentences += [captions.class_caption(name, g) for name in CLASSES for _ in range(20)]
+    assert not [c for c in sentences if tokenizer.unknown(c)]
     assert words == sorted(set(words)) and {"dark", "photo"} <= set(text.vocabulary(OTHERS, []))
-    decoded = tokenizer.decode(tokenizer.encode(captions))
-    assert decoded == [" ".join(text.split(c)) for c in captions]
+    decoded = tokenizer.decode(tokenizer.encode(sentences))
+    assert decoded == [" ".join(text.split(c)) for c in sentences]
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
@@ -124,7 +127,7 @@ def text_model(tune="attention", dtype=torch.float64, length=6):
     model = unet.LatentModel(unet.UNet(config), text.TextEncoder(9, 5, length, width=16, heads=2))
     for p in model.parameters():  # away from the zero initialisation, where most gradients vanish
         nn.init.normal_(p, mean=0.5 * (p.dim() == 1), std=0.2)
-    unet.select_trainable(model, tune)
+    lora.tuned(model, SimpleNamespace(tune=tune, from_block=0))
     return model.to(dtype)
 
 
@@ -133,7 +136,7 @@ TOKENS = torch.tensor([[1, 4, 4, 8, 0, 0], [1, 0, 0, 0, 0, 0], [1, 2, 3, 5, 6, 7
 
 def examples(k, tokens=TOKENS):
     g = seeded(1)
-    return diffusion.draw(torch.randn(len(tokens), 4, 4, 4, generator=g, dtype=torch.float64), tokens, k, g)
+    return diffusion.draw(torch.randn(len(tokens), 4, 4, 4, generator=g, dtype=torch.float64), tokens, k, g, diffusion.PAPER)
 
 
 def test_padding_never_changes_the_output():
@@ -155,7 +158,7 @@ def test_the_empty_prompt_is_finite_and_is_the_null_condition():
     tokenizer, model = text.Tokenizer(list("abcdef"), 6), text_model()
     empty = tokenizer.encode([""])
     assert torch.equal(model.embedder.null(TOKENS), empty.expand(4, 6))
-    z = diffusion.ddim(model.float(), (4, 4, 4, 4), TOKENS, 2, guidance=2.0, generator=seeded())
+    z = diffusion.ddim(model.float(), (4, 4, 4, 4), TOKENS, 2, 0.0, 2.0, seeded(), diffusion.PAPER)
     assert z.isfinite().all()
     assert model(z, torch.tensor([5] * 4), model.embedder.null(TOKENS)).isfinite().all()
     with pytest.raises(ValueError, match="cond-drop"):
@@ -173,14 +176,14 @@ def test_per_example_gradients_equal_the_loop(k, tune):
     parameters = [p for p in model.parameters() if p.requires_grad]
     grads = []
     for i in range(4):
-        loss = diffusion.loss(model, *(b[i:i + 1] for b in batch)).sum()
+        loss = LOSS(model, *(b[i:i + 1] for b in batch)).sum()
         grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
     norms = [float(g.norm()) for g in grads]
     clip_norm = sum(sorted(norms)[1:3]) / 2  # half of them are clipped
     expected = sum(g * min(1, clip_norm / n) for g, n in zip(grads, norms, strict=True))
     for method, gradients in GRADIENTS.items():
         engine = dp_sgd.DPSGD(model, clip_norm, 0.0, 4, gradients=gradients)
-        engine.accumulate(diffusion.loss, *batch)
+        engine.accumulate(LOSS, *batch)
         got = torch.cat([s.flatten() for s in engine.sums])
         assert float((got - expected).norm() / expected.norm()) < 1e-10, method
 
@@ -188,7 +191,7 @@ def test_per_example_gradients_equal_the_loop(k, tune):
 def test_the_text_is_encoded_once_per_example_and_everything_in_it_learns():
     model, seen = text_model(), []
     model.embedder.register_forward_hook(lambda _, args, out: seen.append(len(args[0])))
-    diffusion.loss(model, *examples(3)).sum().backward()
+    LOSS(model, *examples(3)).sum().backward()
     assert seen == [4]
     assert unet.without_gradient(model) == []  # query and key of the cross-attention included
     silent = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]

@@ -1,11 +1,13 @@
 """The UNet: parameter counts of the paper's networks, shapes, conditioning, the choice of what is tuned, LoRA, weights."""
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import unet
+from extensions import lora, original_weights
 
 
 def tiny(**changes):
@@ -16,6 +18,10 @@ def tiny(**changes):
         torch.nn.init.normal_(p, std=0.1)
     embedder = unet.ClassEmbedder(3, 6, null_class=True) if config["context_dim"] else None
     return unet.LatentModel(network, embedder)
+
+
+def tuned(model, tune, from_block=0):
+    return lora.tuned(model, SimpleNamespace(tune=tune, from_block=from_block))
 
 
 def count(parameters):
@@ -58,7 +64,7 @@ def test_weights_without_a_gradient_are_not_trained(tune):
     model = unet.LatentModel(unet.UNet(unet.PAPER["mnist"]), unet.ClassEmbedder(26, 5))
     names = unet.without_gradient(model)
     assert count(dict(model.named_parameters())[n] for n in names) == 82_752
-    trained = set(unet.select_trainable(model, tune))
+    trained = set(tuned(model, tune))
     assert not trained & set(unet.without_gradient(model))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
@@ -160,7 +166,7 @@ def test_select_trainable():
     ("lora:x", 0, "rank")])
 def test_select_trainable_refuses(tune, from_block, message):
     with pytest.raises(ValueError, match=message):
-        unet.select_trainable(tiny(), tune, from_block)
+        tuned(tiny(), tune, from_block)
 
 
 def test_lora_starts_as_identity_trains_few_and_merges_exactly():
@@ -168,19 +174,19 @@ def test_lora_starts_as_identity_trains_few_and_merges_exactly():
     x, t, cond = torch.randn(2, 2, 4, 4).double(), torch.tensor([3, 700]), torch.tensor([0, 1])
     plain, keys = model(x, t, cond), set(model.state_dict())
     full = count(p for _, m in unet.attention_modules(model) for p in m.parameters())
-    names = unet.select_trainable(model, "lora:2")
+    names = tuned(model, "lora:2")
     assert torch.allclose(model(x, t, cond), plain)
     assert all("up" in n or "down" in n or "embedder" in n for n in names)
     assert count(p for p in model.parameters() if p.requires_grad) < full / 4
     with pytest.raises(ValueError, match="merge"):
-        unet.select_trainable(model, "lora:2")
+        tuned(model, "lora:2")
     for n, p in model.named_parameters():
         if ".up." in n:
             torch.nn.init.normal_(p)
-    tuned = model(x, t, cond)
-    assert not torch.allclose(tuned, plain)
-    unet.merge_lora(model)
-    assert set(model.state_dict()) == keys and torch.allclose(model(x, t, cond), tuned)
+    after = model(x, t, cond)
+    assert not torch.allclose(after, plain)
+    lora.merge(model)
+    assert set(model.state_dict()) == keys and torch.allclose(model(x, t, cond), after)
 
 
 def test_bad_width_is_refused():
@@ -189,7 +195,7 @@ def test_bad_width_is_refused():
 
 
 def original_names(state):
-    """Our weights under the original's names and shapes, written independently of unet.LDM_NAMES."""
+    """Our weights under the original's names and shapes, written independently of original_weights.LDM_NAMES."""
     table = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_proj": "emb_layers.1", "norm2": "out_layers.0",
              "conv2": "out_layers.3", "skip": "skip_connection"}
     theirs = {}
@@ -216,13 +222,13 @@ def test_load_ldm_is_strict_and_complete(changes):
     for p in target.parameters():
         torch.nn.init.zeros_(p)
     theirs = original_names(source.state_dict())
-    unet.load_ldm(target, theirs | {"first_stage_model.x": torch.zeros(1)})
+    original_weights.load_unet(target, theirs | {"first_stage_model.x": torch.zeros(1)})
     assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True))
-    unet.load_ldm(target, {k.removeprefix("model.diffusion_model."): v for k, v in theirs.items()})
+    original_weights.load_unet(target, {k.removeprefix("model.diffusion_model."): v for k, v in theirs.items()})
     before = copy.deepcopy(target.state_dict())
     some = next(iter(theirs))
     for broken in (dict(list(theirs.items())[1:]), theirs | {"model.diffusion_model.extra": torch.zeros(1)},
                    theirs | {some: torch.zeros(3, 3)}):
         with pytest.raises(ValueError, match="do not fit"):
-            unet.load_ldm(target, broken)
+            original_weights.load_unet(target, broken)
     assert all(torch.equal(a, before[k]) for k, a in target.state_dict().items())

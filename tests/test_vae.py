@@ -9,6 +9,7 @@ from torch.distributions import Normal, kl_divergence
 import settings
 import train
 import vae
+from extensions import original_weights, perceptual
 
 COUNTS = {"mnist": 102_553_535, "cifar10": 14_639_807, "celeba64": 29_935_359, "celeba256-text": 83_653_863}
 
@@ -102,7 +103,7 @@ def vgg(monkeypatch):
 
 
 def test_perceptual_distance_is_that_of_unit_features_before_each_pooling(vgg):
-    name, distance = vae.perceptual_distance()
+    name, distance = perceptual.perceptual_distance()
     assert name == "vgg16"
     x, y = torch.rand(2, 2, 3, 32, 32) * 2 - 1
     expected = torch.zeros(2)
@@ -125,7 +126,7 @@ def test_without_vgg_weights_image_gradients_are_compared(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(torchvision.models, "vgg16", no_network)
-    name, distance = vae.perceptual_distance()
+    name, distance = perceptual.perceptual_distance()
     assert name == "image gradients"
     ramp = torch.arange(4.0).expand(1, 1, 4, 4)
     assert distance(2 * ramp, torch.zeros(1, 1, 4, 4)).item() == 2.0  # horizontal slope 2, vertical 0
@@ -137,8 +138,8 @@ def test_loss_with_the_perceptual_term():
     seed = torch.Generator().manual_seed
     plain = vae.loss(model, x, 0.5, seed(3))[0]
     y = model.decode(model.encode(x).sample(seed(3)))
-    total = vae.loss(model, x, 0.5, seed(3), vae.gradient_distance, 0.3)[0]
-    assert torch.allclose(total - plain, 0.3 * 2 * 8 * 8 * vae.gradient_distance(x, y).mean(), rtol=1e-3)
+    total = vae.loss(model, x, 0.5, seed(3), perceptual.gradient_distance, 0.3)[0]
+    assert torch.allclose(total - plain, 0.3 * 2 * 8 * 8 * perceptual.gradient_distance(x, y).mean(), rtol=1e-3)
 
 
 def two_pictures():
@@ -152,13 +153,13 @@ def two_pictures():
 
 def test_discriminator_has_the_originals_size():
     # NLayerDiscriminator(3, 64, n_layers=3); BatchNorm and GroupNorm have equally many parameters
-    assert sum(p.numel() for p in vae.Adversary(3).parameters()) == 2_765_633
-    assert vae.Adversary(3).net(torch.zeros(2, 3, 64, 64)).shape == (2, 1, 6, 6)
+    assert sum(p.numel() for p in perceptual.Adversary(3).parameters()) == 2_765_633
+    assert perceptual.Adversary(3).net(torch.zeros(2, 3, 64, 64)).shape == (2, 1, 6, 6)
 
 
 def test_adversary_waits_then_learns_to_tell_real_from_decoded():
     x, y, reconstruction, last = two_pictures()
-    adversary = vae.Adversary(1, start=2, width=32)
+    adversary = perceptual.Adversary(1, start=2, width=32)
     begin = [p.clone() for p in adversary.parameters()]
     assert [adversary(x, y, reconstruction, last).item() for _ in range(2)] == [0.0, 0.0]
     assert all(torch.equal(a, b) for a, b in zip(begin, adversary.parameters(), strict=True))
@@ -172,7 +173,7 @@ def test_adversary_waits_then_learns_to_tell_real_from_decoded():
 
 def test_adversarial_term_has_the_adaptive_length_and_pushes_towards_real():
     x, y, reconstruction, last = two_pictures()
-    adversary = vae.Adversary(1, weight=0.25, width=32)
+    adversary = perceptual.Adversary(1, weight=0.25, width=32)
     for _ in range(5):
         term = adversary(x, y, reconstruction, last)
     push, pull = (torch.autograd.grad(a, last, retain_graph=True)[0] for a in (term, reconstruction))
@@ -197,9 +198,9 @@ class Stop:
 
 
 def test_stopped_adversarial_training_ends_like_an_unstopped_one(tmp_path, monkeypatch):
-    adversary = vae.Adversary
-    monkeypatch.setattr(vae, "Adversary", lambda *args: adversary(*args, width=32))  # small and fast
-    monkeypatch.setattr(vae, "perceptual_distance", lambda device: ("vgg16", vae.gradient_distance))
+    adversary = perceptual.Adversary
+    monkeypatch.setattr(perceptual, "Adversary", lambda *args: adversary(*args, width=32))  # small and fast
+    monkeypatch.setattr(perceptual, "perceptual_distance", lambda device: ("vgg16", perceptual.gradient_distance))
     images = torch.randint(256, (20, 1, 32, 32), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
 
     def train_six_steps(out, stop_after=1000):
@@ -217,13 +218,15 @@ def test_stopped_adversarial_training_ends_like_an_unstopped_one(tmp_path, monke
 
 
 def test_load_ldm_is_strict():
-    source, target = tiny(), tiny()
+    config = vae.VAEConfig(2, 2, 32, (1, 2), resolution=8, attn_resolutions=(8,), num_groups=32)
+    source, target = vae.AutoencoderKL(config), vae.AutoencoderKL(config)
     for p in target.parameters():
         torch.nn.init.zeros_(p)
     theirs = {"first_stage_model." + k: v for k, v in source.state_dict().items()}
-    vae.load_ldm(target, theirs | {"first_stage_model.loss.logvar": torch.zeros(1), "model.diffusion_model.x": torch.zeros(1)})
+    original_weights.load_autoencoder(target, theirs | {
+        "first_stage_model.loss.logvar": torch.zeros(1), "model.diffusion_model.x": torch.zeros(1)})
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
-    vae.load_ldm(target, source.state_dict())
+    original_weights.load_autoencoder(target, source.state_dict())
     theirs.popitem()
     with pytest.raises(ValueError, match="missing"):
-        vae.load_ldm(target, theirs)
+        original_weights.load_autoencoder(target, theirs)

@@ -1,0 +1,73 @@
+"""LoRA (Hu et al. 2021): tune a product of two thin matrices beside each projection instead of the projection itself.
+
+    y = W x + b + B A x        A (rank, d) random · B (p, rank) zero, so the network starts as it was
+
+Not in the paper; `train.py --tune lora:4` uses it. DP-SGD adds noise to every tuned parameter, so fewer of them could
+mean less noise. docs/results.md shows how far that carries.
+"""
+import torch
+from torch import nn
+
+import unet
+
+PROJECTIONS = {unet.Attention: ("to_q", "to_k", "to_v", "to_out"), unet.AttentionBlock: ("qkv", "proj_out")}
+
+
+class LoRALinear(nn.Module):
+    """y = W x + b + B A x, where only A (`down`) and B (`up`) are tuned: (..., d) -> (..., p).
+
+    Both are Linear layers without bias, so the per-example gradients need no rule of their own for them.
+    """
+
+    def __init__(self, base, rank):
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, base.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+        self.to(base.weight)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def insert(model, rank, from_block=0):
+    """Put a pair beside every attention projection but those of the first from_block modules -> the new layers.
+
+    Raises ValueError if the model has pairs already, or for a from_block that leaves nothing.
+    """
+    if any(isinstance(m, LoRALinear) for m in model.modules()):
+        raise ValueError("this model already has LoRA pairs; lora.merge(model) first")
+    pairs = []
+    for _, attention in unet.attention_modules(model, from_block):
+        for parent in list(attention.modules()):
+            for name in PROJECTIONS.get(type(parent), ()):
+                wrapped = LoRALinear(getattr(parent, name), rank)
+                setattr(parent, name, wrapped)
+                pairs += [wrapped.down, wrapped.up]
+    return pairs
+
+
+def merge(model):
+    """Fold every pair into its base layer, W + B A, in place: the released network has the original layers."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoRALinear):
+                with torch.no_grad():
+                    child.base.weight += child.up.weight @ child.down.weight
+                setattr(parent, name, child.base)
+
+
+def tuned(model, s):
+    """Prepare the model for what the settings tune, s.tune and s.from_block -> names of the parameters to train.
+
+    "lora:RANK" inserts the pairs and selects them with the embedder; the rest is `unet.select_trainable`. Raises
+    ValueError for what cannot be selected.
+    """
+    kind, colon, rank = s.tune.partition(":")
+    if kind != "lora" or not colon:
+        return unet.select_trainable(model, s.tune, s.from_block)
+    if not rank.isdigit() or int(rank) < 1:
+        raise ValueError(f"tune={s.tune!r}: the rank after 'lora:' must be a whole number of at least 1")
+    pairs = insert(model, int(rank), s.from_block)
+    return unet.train_only(model, [*pairs, *unet.embedder_of(model)])
