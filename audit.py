@@ -61,8 +61,8 @@ from tqdm import tqdm
 
 import accountant
 import dp_sgd
-import folder
 from extensions.bookkeeping import bookkeeping
+from support import files, run_folder
 
 CONFIDENCE = 0.95
 LONGER = 10  # raw gradient of a canary, in units of C
@@ -223,12 +223,12 @@ def histogram(result, caption, path, width=800, height=400):
     draw.text((left, 30), "canaries with that score: blue in the data, orange not, grey both; line: threshold of the estimate",
               fill="black")
     draw.text((right, height - 20), "score: weighted sum of the canary's noisy gradients", fill="black", anchor="ra")
-    with folder.replacing(path) as file:
+    with files.replacing(path) as file:
         image.save(file, "PNG")
 
 
 def main(argv=None):
-    parser = folder.Parser(description="Attack the DP-SGD engine; print lower and upper bounds on epsilon.")
+    parser = run_folder.Parser(description="Attack the DP-SGD engine; print lower and upper bounds on epsilon.")
     add = parser.add_argument
     add("run", nargs="?", help="run folder whose q, sigma, steps, C and clipping are audited [runs/digits]")
     add("--q", type=float, help="without a run: sampling probability, 0..1")
@@ -248,7 +248,7 @@ def main(argv=None):
     if args.run:
         groups, _ = accountant.read_run(args.run)
         statement = Path(args.run, "release", "privacy.json")
-        privacy = folder.read_json(statement) if statement.exists() else {}
+        privacy = files.read_json(statement) if statement.exists() else {}
         schedule, out = [(q, sigma, steps) for (q, sigma, _), steps in groups], out or Path(args.run, "internal", "audit.png")
         if privacy.get("insecure_seed"):
             raise ValueError(f"{args.run} ran with a known noise seed: it is not private, there is nothing to audit")
@@ -280,4 +280,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    folder.run_cli(main)
+    run_folder.run_cli(main)

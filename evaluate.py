@@ -32,9 +32,9 @@ from torch import nn
 from tqdm import tqdm
 
 import datasets
-import folder
 import sample
 from datasets import arrays, pixels
+from support import files, hardware, run_folder
 
 # ------------------------------------------------------------------------------------------------------- classifiers
 
@@ -193,7 +193,7 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
     try:
         if public_folder is None:
             raise ValueError("there is no run folder")
-        saved = folder.load(path)
+        saved = files.load(path)
         if saved["settings"] != settings:
             raise ValueError("made with other settings")
         model = network(FEATURES["kind"], channels, size, saved["classes"])
@@ -210,7 +210,7 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
         model = train_classifier(images=pictures.images[chosen], labels=pictures.labels[chosen], num_classes=classes,
                                  generator=generator, device=device, progress=progress, **FEATURES)
         if public_folder:
-            folder.save({"settings": settings, "classes": classes, "state": model.cpu().state_dict()}, path)
+            files.save({"settings": settings, "classes": classes, "state": model.cpu().state_dict()}, path)
     weights = b"".join(value.cpu().numpy().tobytes() for value in model.state_dict().values())
     digest = hashlib.sha256(weights).hexdigest()
     return model.to(device).eval(), f"CNN trained on {kind} ({model[-1].out_features} classes, weights {digest[:8]})"
@@ -285,7 +285,7 @@ def sources(release, run):
     """
     names = [release.data["public"], release.data["private"]]
     if any(datasets.REGISTRY[name].own for name in names):
-        settings = folder.read_json(run / "internal" / "settings.json")
+        settings = files.read_json(run / "internal" / "settings.json")
         names = [settings["public"], settings["private"]]
     return names
 
@@ -361,7 +361,7 @@ def memorisation(args, release, run, public, private, held_out):
 
     The picture shows private pictures. Only for runs on this machine: the settings say which private pictures were used.
     """
-    settings, n = folder.read_json(run / "internal" / "settings.json"), args.n or 1000
+    settings, n = files.read_json(run / "internal" / "settings.json"), args.n or 1000
     train = load_private(release, private, "train", args.data_root, settings["private_n"])
     protocol = PROTOCOLS[args.protocol]
     if args.samples:
@@ -383,7 +383,7 @@ def memorisation(args, release, run, public, private, held_out):
     grid = torch.cat([samples[closest][:, None], gap, sides[0], gap, sides[1]], dim=1)  # (12, 11, C, S, S)
     picture = run / "internal" / "memorisation.png"
     pixels.save_grid(grid.flatten(0, 1), picture, grid.shape[1])
-    folder.write_json(result, run / "internal" / "memorisation.json")
+    files.write_json(result, run / "internal" / "memorisation.json")
     figures = [" ".join(f"{d:.3g}" for d in result[f"distance_to_{key}_min_1%_median"]) for key in ("training", "held_out")]
     print(f"{result['closer_to_training']:.1%} +- {result['standard_error']:.1%} of {result['n']:,} samples are closer to a "
           f"training picture than to a held-out one, {result['of_each']:,} of each (1/2: no memorisation)\n"
@@ -393,7 +393,7 @@ def memorisation(args, release, run, public, private, held_out):
 
 
 def main(argv=None):
-    parser = folder.Parser(description="Score samples of a released DP-LDM model on real held-out pictures.")
+    parser = run_folder.Parser(description="Score samples of a released DP-LDM model on real held-out pictures.")
     add = parser.add_argument
     add("run", help="run folder, release folder or model.pt")
     add("--protocol", choices=list(PROTOCOLS), default="quick", help="table is the paper's, hours on a CPU [quick]")
@@ -420,8 +420,8 @@ def main(argv=None):
         raise ValueError("--samples takes finished pictures: leave out --steps, --eta and --guidance")
     sample.check_numbers(args, n=(1, 10 ** 7), steps=(1, 100_000), eta=(0, 1), guidance=(-1000, 1000),
                          seed=(0, 2 ** 62))
-    sample.check_device(args.device)
-    release = sample.load_release(args.run, args.device, sample.choose_bf16(args.precision, args.device))
+    hardware.check_device(args.device)
+    release = sample.load_release(args.run, args.device, hardware.choose_bf16(args.precision, args.device))
     if release.model.embedder is None:
         recipes = {}  # an unconditional model's samples have no labels to learn from
     if args.n is not None and args.n < len(release.classes):
@@ -475,10 +475,10 @@ def main(argv=None):
               "held_out": {name: len(real) for name, real in real_sets.items()}, "distance": distance,
               "precision": "bf16" if release.bf16 else "float32", "seconds": seconds}
     out = Path(args.out or run / "internal" / "evaluation.json")
-    folder.write_json(result, out)
+    files.write_json(result, out)
     print(f"\n{table(result)}\n{out}: not covered by epsilon, to be published only if the held-out pictures are public")
     return 0
 
 
 if __name__ == "__main__":
-    folder.run_cli(main)
+    run_folder.run_cli(main)

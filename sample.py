@@ -9,7 +9,6 @@ differential privacy, so any number of pictures, any label or prompt and any see
     python sample.py runs/faces --prompt "a smiling young woman with eyeglasses" --n 16 --guidance 2
 """
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +17,11 @@ import torch
 from tqdm import tqdm
 
 import diffusion
-import folder
 import unet
 import vae
 from datasets import pixels
 from extensions import text
+from support import checkpoints, files, hardware, run_folder
 
 FORMAT = 1  # of release/model.pt; raised whenever its keys change
 
@@ -47,85 +46,6 @@ class Release:
     bf16: bool = False
 
 
-def condition_kind(entry):
-    """ "none", "class" or "text" from a checkpoint's entry `embedder`; the first checkpoints knew only classes."""
-    return entry.get("kind", "class") if entry else "none"
-
-
-def build_embedder(entry):
-    """Condition embedder from a checkpoint's entry: None, {"kind": "class", ...} or {"kind": "text", "words": ...}."""
-    kind, rest = condition_kind(entry), {k: v for k, v in (entry or {}).items() if k not in ("kind", "words")}
-    if kind == "text":
-        return text.TextEncoder(vocabulary_size=len(build_tokenizer(entry)), **rest)
-    return unet.ClassEmbedder(**rest) if kind == "class" else None
-
-
-def build_tokenizer(entry):
-    """Tokenizer of a text model from the same entry; None for the others."""
-    return text.Tokenizer(entry["words"], entry["length"]) if condition_kind(entry) == "text" else None
-
-
-def build_model(checkpoint):
-    """LatentModel and Schedule from the dict that train.py wrote (keys unet, embedder, schedule, model)."""
-    model = build(lambda: unet.LatentModel(unet.UNet(unet.UNetConfig(**checkpoint["unet"])),
-                                           build_embedder(checkpoint["embedder"])),
-                  checkpoint["model"], checkpoint["unet"], checkpoint["embedder"])
-    schedule = diffusion.Schedule(**checkpoint["schedule"])
-    check_schedule(schedule)
-    return model, schedule
-
-
-def check_schedule(schedule):
-    """Raises ValueError for a noise schedule with no steps, far too many, or a beta outside (0, 1)."""
-    steps = type(schedule.T) is int and 1 <= schedule.T <= 100_000
-    if not (steps and 0 < schedule.beta_start <= schedule.beta_end < 1):
-        raise ValueError(f"the noise schedule is out of range: {str(schedule):.120}")
-
-
-def build_vae(checkpoint):
-    """AutoencoderKL from the dict that train.py wrote (keys config, state)."""
-    config = vae.VAEConfig(**checkpoint["config"])
-    return build(lambda: vae.AutoencoderKL(config), checkpoint["state"], checkpoint["config"]).eval().requires_grad_(False)
-
-
-def build(make, state, *configs):
-    """make() with the weights `state`. Tried without memory first: sizes in a damaged or hostile file that do not fit its
-    weights are refused before they cost terabytes or hours. Raises whatever the networks do about them."""
-    for key, value in (item for config in configs for item in (config or {}).items()):
-        if key in ("num_res_blocks", "transformer_depth", "layers") and value > 100 or \
-                isinstance(value, (list, tuple)) and key != "words" and len(value) > 20:
-            raise ValueError(f"{key} = {value!r:.20} is out of range")
-    with torch.device("meta"):
-        make().load_state_dict(dict(state), assign=True)  # dict: a state_dict would remember `assign`, and share its memory below
-    model = make()
-    model.load_state_dict(state)
-    return model
-
-
-def laid_out(network, device):
-    """The network on the device, its images laid out in memory as suits: channels last for a GPU's tensor cores, contiguous on
-    a CPU, where group norm and bfloat16 convolutions prefer it (up to 1.6 times: `python -m bench.layout`)."""
-    return network.to(device, memory_format=torch.channels_last if "cuda" in str(device) else torch.contiguous_format)
-
-
-def choose_bf16(precision, device):
-    """What --precision auto, float32 or bf16 means on this device: do the networks run in bfloat16?"""
-    return precision == "bf16" or precision == "auto" and bf16_wins(device)
-
-
-def bf16_wins(device):
-    """Time a convolution and a matrix product of the UNet's size in both precisions: some CPUs only emulate bfloat16."""
-    def seconds(dtype):
-        x, w, a = (torch.randn(shape, device=device, dtype=dtype) for shape in ((256, 128, 4, 4), (128, 128, 3, 3), (1024, 512)))
-        times = []
-        for _ in range(4):
-            begin = time.perf_counter()
-            (torch.nn.functional.conv2d(x, w, padding=1).sum() + (a @ a.T).sum()).item()
-            times.append(time.perf_counter() - begin)
-        return min(times)
-    return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
-
-
 def load_release(path, device="cpu", bf16=False):
     """Read a run folder, its release folder, or a model.pt. Raises ValueError, one line, if that cannot be done.
 
@@ -134,23 +54,23 @@ def load_release(path, device="cpu", bf16=False):
     path = Path(path)
     file = next((p for p in (path / "release" / "model.pt", path / "model.pt") if p.exists()),
                 path if path.is_file() else path / "release" / "model.pt")
-    checkpoint = folder.load(file)
-    with folder.understanding(file, "release"):
+    checkpoint = files.load(file)
+    with files.understanding(file, "release"):
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"written in format {checkpoint['format']}, this program reads format {FORMAT}")
-        autoencoder = build_vae(checkpoint["vae"])
-        model, schedule = build_model(checkpoint)
+        autoencoder = checkpoints.build_vae(checkpoint["vae"])
+        model, schedule = checkpoints.build_model(checkpoint)
         model = model.eval().requires_grad_(False)
-        release = Release(laid_out(autoencoder, device), laid_out(model, device), checkpoint["scale"], schedule,
+        release = Release(hardware.laid_out(autoencoder, device), hardware.laid_out(model, device), checkpoint["scale"], schedule,
                           checkpoint["classes"], checkpoint["crop"], checkpoint["data"], checkpoint["privacy"],
-                          build_tokenizer(checkpoint["embedder"]), checkpoint.get("prompts"), bf16)
+                          checkpoints.build_tokenizer(checkpoint["embedder"]), checkpoint.get("prompts"), bf16)
         pixels.crop(torch.empty(1, *2 * [release.vae.config.resolution], device="meta"), release.crop)
         release.privacy["statement"] + "", release.data.get("private")
         if not 0 < release.scale < float("inf") or release.crop < 1:
             raise ValueError("scale or crop is out of range")
         if not release.classes or not all(isinstance(name, str) for name in release.classes):
             raise ValueError("it has no classes")
-        kind, entry = condition_kind(checkpoint["embedder"]), checkpoint["embedder"]
+        kind, entry = checkpoints.condition_kind(checkpoint["embedder"]), checkpoint["embedder"]
         if kind == "class" and entry["num_classes"] < len(release.classes):
             raise ValueError("it has more classes than its model knows")
         if kind == "text" and not (len(release.prompts) == len(release.classes) and all(
@@ -201,16 +121,6 @@ def find_conditions(release, labels, seed):
     generator = torch.Generator().manual_seed(seed)
     return release.tokenizer.encode([release.prompts[label][torch.randint(len(release.prompts[label]), (), generator=generator)]
                                      for label in labels.tolist()])
-
-
-def check_device(device):
-    """Raises ValueError if torch cannot use `device` ("cpu", "cuda:1") on this machine."""
-    try:
-        if torch.device(device).type not in ("cpu", "cuda"):
-            raise RuntimeError("choose cpu, cuda or cuda:i")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} is not usable here ({str(error).splitlines()[0][:80]})") from None
 
 
 def check_numbers(args, **bounds):
@@ -272,7 +182,7 @@ def read_prompts(args, release):
 
 
 def main(argv=None):
-    parser = folder.Parser(description="Draw pictures from a released DP-LDM model (no privacy cost).")
+    parser = run_folder.Parser(description="Draw pictures from a released DP-LDM model (no privacy cost).")
     parser.add_argument("run", help="run folder, release folder or model.pt")
     parser.add_argument("--labels", default=None, help='classes to draw, e.g. "0-9" or "3,5" (default: all, in turn)')
     parser.add_argument("--prompt", default=None, help="text to draw, for models conditioned on text")
@@ -292,8 +202,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check_numbers(args, n=(1, 10 ** 7), batch=(1, 10 ** 7), columns=(1, 1000), steps=(1, 100_000), eta=(0, 1),
                   guidance=(-1000, 1000), seed=(0, 2 ** 62))
-    check_device(args.device)
-    release = load_release(args.run, args.device, choose_bf16(args.precision, args.device))
+    hardware.check_device(args.device)
+    release = load_release(args.run, args.device, hardware.choose_bf16(args.precision, args.device))
     if release.model.embedder is None and (args.labels or args.guidance != 1):
         raise ValueError("this model is unconditional: it has no use for --labels or --guidance")
     prompts = read_prompts(args, release)
@@ -301,7 +211,7 @@ def main(argv=None):
     labels = [wanted[i] for i in uniform_labels(args.n, len(wanted)).tolist()]
     images = generate(release, labels, args.steps, args.eta, args.guidance, args.seed, args.batch)
     if args.npz:
-        with folder.replacing(args.npz) as file:
+        with files.replacing(args.npz) as file:
             pixels = images.permute(0, 2, 3, 1)  # (N, H, W, C)
             kind = {"prompts": np.array(labels)} if prompts else {"labels": np.array(labels, dtype=np.uint8)}
             np.savez_compressed(file, images=(pixels[..., 0] if pixels.shape[3] == 1 else pixels).numpy(), **(
@@ -315,4 +225,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    folder.run_cli(main)
+    run_folder.run_cli(main)

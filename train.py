@@ -33,29 +33,17 @@ import accountant
 import datasets
 import diffusion
 import dp_sgd
-import folder
-import processes
-import sample
 import unet
 import vae
 from accountant import round_up
-from budget import (
-    autocast,
-    count,
-    estimate,
-    fastest_micro_batch,
-    print_memory,
-    print_plan,
-    privacy_plan,
-    select,
-    stand_in,
-)
 from datasets import pixels, strokes
 from extensions import captions, lora, original_weights, perceptual, text
-from folder import rank
-from processes import agreed, join, once, own_device, own_part, shard, share, world
-from release import privacy_statement, write_release
-from settings import GRADIENTS, VAE_FLAGS, check_sampling, parse, plain
+from support import checkpoints, files, guarantee, hardware, run_folder, team
+from support.dry_run import estimate, fastest_micro_batch, print_memory, stand_in
+from support.hardware import autocast, count, select
+from support.release import write_release
+from support.settings import GRADIENTS, VAE_FLAGS, check_sampling, parse, plain
+from support.team import agreed, join, once, own_device, own_part, rank, shard, share, world
 
 # ------------------------------------------------------------------------------------------------- the public stages
 
@@ -87,8 +75,8 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=Non
     generator = torch.Generator(s.device).manual_seed(s.seed + 1 + 1_000_000 * rank())
     first = 0
     if state_path.exists():
-        state = folder.load(state_path)
-        with folder.understanding(state_path):
+        state = files.load(state_path)
+        with files.understanding(state_path):
             model.load_state_dict(state["model"])
             torch._foreach_copy_(average, [a.to(s.device) for a in state["average"]])
             load_optimizer(optimizer, state["optimizer"])
@@ -110,7 +98,7 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=Non
         loss.backward()
         if world() > 1:
             together = [p.grad for p in parameters if p.grad is not None] + list(() if also is None else also.parameters())
-            processes.collective(lambda flat: dist.all_reduce(flat.div_(world())), together)
+            team.collective(lambda flat: dist.all_reduce(flat.div_(world())), together)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         update_ema(average, parameters, decay, step)
@@ -118,7 +106,7 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=Non
             bar.set_postfix({k: f"{float(v):.4g}" for k, v in figures.items()}, refresh=False)
         leaving = agreed(stop.asked)
         if leaving or time.monotonic() - saved > 60:
-            folder.save({"model": model.state_dict(), "average": average, "optimizer": optimizer.state_dict(),
+            files.save({"model": model.state_dict(), "average": average, "optimizer": optimizer.state_dict(),
                          "generator": generator.get_state(), "step": step + 1,
                          "also": None if also is None else also.state_dict()}, state_path)
             saved = time.monotonic()
@@ -126,7 +114,7 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=Non
             stop.leave(s.out)
     torch._foreach_copy_([p.data for p in parameters], average)
     if world() > 1:
-        processes.broadcast(parameters)  # the same anyway, but for what different machines round
+        team.broadcast(parameters)  # the same anyway, but for what different machines round
     if rank() == 0:
         state_path.unlink(missing_ok=True)
 
@@ -142,13 +130,13 @@ def load_optimizer(optimizer, state):
 
 def load_public(path):
     """A checkpoint of stage 1 or 2, known to hold a network. ValueError, one line, if missing or damaged."""
-    checkpoint = folder.load(path)
-    folder.refuse_release(checkpoint, path)
-    with folder.understanding(path):
+    checkpoint = files.load(path)
+    files.refuse_release(checkpoint, path)
+    with files.understanding(path):
         if path.name == "vae.pt":
-            sample.build_vae(checkpoint), float(checkpoint["scale"])
+            checkpoints.build_vae(checkpoint), float(checkpoint["scale"])
         else:
-            sample.build_model(checkpoint)
+            checkpoints.build_model(checkpoint)
     return checkpoint
 
 
@@ -180,7 +168,7 @@ def refuse_known(s, private, digests, checkpoints):
 def train_autoencoder(s, images, stop):
     """Stage 1 (Rombach et al. 2022, section 3.1): public pictures (N, C, H, W) uint8 -> dict, written to public/vae.pt."""
     torch.manual_seed(s.seed)
-    model = sample.laid_out(vae.AutoencoderKL(s.vae), s.device)
+    model = hardware.laid_out(vae.AutoencoderKL(s.vae), s.device)
     looks, distance, adversary = "", None, None
     if s.perceptual_weight:
         looks, distance = perceptual.perceptual_distance(s.device)
@@ -204,7 +192,7 @@ def train_autoencoder(s, images, stop):
     checkpoint = {"config": asdict(s.vae), "state": model.state_dict(), "scale": scale,
                   "trained_on": datasets.kind_of(s.public), "public_classes": s.public_classes, "steps": s.vae_steps,
                   "perceptual": looks, "digests": public_digests(s, images)}
-    folder.save(checkpoint, s.out / "public" / "vae.pt")
+    files.save(checkpoint, s.out / "public" / "vae.pt")
     with torch.no_grad():
         pairs = torch.stack([shown[:32], model.decode(model.encode(shown[:32]).mean)], 1).flatten(0, 1)
     pixels.save_grid(pixels.to_uint8(pairs), s.out / "public" / "autoencoder.png", 8)  # original, reconstruction, ...
@@ -218,7 +206,7 @@ def train_diffusion(s, latents, conditions, embedder, stop, facts):
     of its classes and the digests of its images.
     """
     torch.manual_seed(s.seed)
-    model = sample.laid_out(unet.LatentModel(unet.UNet(s.unet), sample.build_embedder(embedder)), s.device)
+    model = hardware.laid_out(unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(embedder)), s.device)
     null = null_condition(s, model, conditions)
 
     def loss_fn(generator):
@@ -231,7 +219,7 @@ def train_diffusion(s, latents, conditions, embedder, stop, facts):
     checkpoint = {"unet": asdict(s.unet), "embedder": embedder, "schedule": asdict(s.schedule), "model": model.state_dict(),
                   "trained_on": datasets.kind_of(s.public), "public_classes": s.public_classes,
                   "steps": s.ldm_steps, **facts}
-    folder.save(checkpoint, s.out / "public" / "ldm.pt")
+    files.save(checkpoint, s.out / "public" / "ldm.pt")
     return checkpoint
 
 
@@ -262,7 +250,7 @@ def find_conditions(s, pictures, embedder):
     seed made from the picture itself: with one generator for all, leaving out one picture would reword those after it,
     and the guarantee is about sets that differ in one picture only.
     """
-    if sample.condition_kind(embedder) != "text":
+    if checkpoints.condition_kind(embedder) != "text":
         return pictures.labels.to(s.device) if embedder else None
     sentences = pictures.captions
     if sentences is None:
@@ -274,7 +262,7 @@ def find_conditions(s, pictures, embedder):
                 sentences.append(captions.caption({k: v[i] for k, v in pictures.attributes.items()}, generator))
             else:
                 sentences.append(captions.class_caption(pictures.classes[pictures.labels[i]], generator))
-    return sample.build_tokenizer(embedder).encode(sentences).to(s.device)
+    return checkpoints.build_tokenizer(embedder).encode(sentences).to(s.device)
 
 
 def for_private_classes(checkpoint, names):
@@ -285,7 +273,7 @@ def for_private_classes(checkpoint, names):
     Raises ValueError if there are more private classes than rows.
     """
     entry = checkpoint["embedder"]
-    if sample.condition_kind(entry) != "class":
+    if checkpoints.condition_kind(entry) != "class":
         return checkpoint
     public = checkpoint.get("classes") or (  # the first checkpoints did not keep the names
         list(strokes.GROUPS[checkpoint["public_classes"]]) if checkpoint.get("trained_on") == "strokes" else [])
@@ -325,7 +313,7 @@ def encode(s, autoencoder, images, scale):
 
     The mean of the posterior is used: at a KL weight of 1e-6 its standard deviation is tiny.
     """
-    autoencoder = sample.laid_out(autoencoder, s.device)
+    autoencoder = hardware.laid_out(autoencoder, s.device)
     latents = []
     for part in tqdm(images.split(max(1, 512_000 // s.vae.resolution ** 2)), desc="    encoding", unit="batch", leave=False,
                      disable=rank() > 0):
@@ -362,7 +350,7 @@ def tune_privately(s, model, latents, conditions, plan, stop):
     optimizer = torch.optim.Adam(engine.parameters, s.lr)
     average = [p.detach().clone() for p in engine.parameters]
     loss_fn, null = partial(diffusion.loss, schedule=s.schedule), null_condition(s, model, conditions)
-    rows = accountant.ledger_rows(folder.read_ledger(ledger), plan)
+    rows = accountant.ledger_rows(files.read_ledger(ledger), plan)
     done = resume(state_path, engine, average, optimizer)  # updates contained in the weights
     z, y = torch.randn(3, *latents.shape[2:], device=s.device), stand_in(model, 3, s.device)  # random: nothing private is seen
     dp_sgd.check_against_loop(engine, loss_fn, *diffusion.draw(z, y, s.noise_multiplicity, None, s.schedule))
@@ -370,7 +358,7 @@ def tune_privately(s, model, latents, conditions, plan, stop):
     micro_batch = s.micro_batch or (256 if s.insecure_seed is not None else fastest_micro_batch(s, model, latents.shape[2:]))
     agreed(None)  # nobody writes before all have read
     if world() > 1:
-        processes.broadcast(engine.parameters)  # LoRA pairs start at random
+        team.broadcast(engine.parameters)  # LoRA pairs start at random
     # A step in the ledger is spent, also one whose result a crash has lost: the run ends when the budget is spent.
     fits = micro_batch  # examples that fit into memory at a time
     bar = tqdm(range(len(rows), plan["steps"]), desc="3/3 private tuning", unit="step", initial=len(rows), total=plan["steps"],
@@ -387,23 +375,23 @@ def tune_privately(s, model, latents, conditions, plan, stop):
                                    s.cond_drop)
             fits = accumulate_in_pieces(s, engine, loss_fn, drawn, fits)
         if world() > 1:
-            processes.reduce_sums(engine)
+            team.reduce_sums(engine)
         rows.append({"step": step, "q": plan["q"], "sigma": plan["sigma"], "clip_norm": s.clip_norm, "batch_size": s.batch_size})
-        folder.append_row(rows[-1], ledger)
+        files.append_row(rows[-1], ledger)
         if rank() == 0:
             engine.step(optimizer)
             update_ema(average, engine.parameters, s.ema, done)
         if world() > 1:
-            processes.broadcast(engine.parameters)
+            team.broadcast(engine.parameters)
         # ---- end of the private step: from here on everything is post-processing -----------------------------------
         done, examples = done + 1, examples + engine.last["examples"]
         leaving = agreed(stop.asked) and len(rows) < plan["steps"]
-        folder.save({"tuned": dict(zip(engine.names, engine.parameters, strict=True)), "average": average,
+        files.save({"tuned": dict(zip(engine.names, engine.parameters, strict=True)), "average": average,
                      "optimizer": optimizer.state_dict(), "done": done}, state_path)
         if len(rows) > covered:  # of the last step that the bar will show it for, so it is never too small
             covered = min(len(rows) + every - 1, plan["steps"])
             so_far = epsilon_after(s, plan, covered)
-        folder.append_row({"step": step, "epsilon": plain(so_far), **engine.last}, s.out / "internal" / "log.jsonl")
+        files.append_row({"step": step, "epsilon": plain(so_far), **engine.last}, s.out / "internal" / "log.jsonl")
         shown = {"epsilon": round_up(so_far)}
         if s.show_private:  # exact numbers of private batches: epsilon does not cover them
             shown |= {"loss": f"{engine.last['loss']:.4f}",
@@ -454,12 +442,12 @@ def epsilon_after(s, plan, steps):
 def resume(path, engine, average, optimizer):
     """Load tuned parameters, EMA and optimiser, if there is a state -> updates they contain.
 
-    Not more than the ledger has rows: folder.check_spent.
+    Not more than the ledger has rows: run_folder.check_spent.
     """
     if not path.exists():
         return 0
-    state = folder.load(path)
-    with folder.understanding(path), torch.no_grad():
+    state = files.load(path)
+    with files.understanding(path), torch.no_grad():
         done = state["done"] + 0
         torch._foreach_copy_(engine.parameters, [state["tuned"][name].to(engine.parameters[0]) for name in engine.names])
         torch._foreach_copy_(average, [a.to(average[0]) for a in state["average"]])
@@ -499,7 +487,7 @@ def main(argv=None):
     if s.init and not s.resume:  # networks of an earlier run are taken as they are: their checkpoints say what they are
         first, second = (load_public(s.init / "public" / name) for name in ("vae.pt", "ldm.pt"))
         s.vae = vae.VAEConfig(**first["config"])
-        if (made := sample.condition_kind(second["embedder"])) == s.condition:
+        if (made := checkpoints.condition_kind(second["embedder"])) == s.condition:
             s.unet, s.schedule = unet.UNetConfig(**second["unet"]), diffusion.Schedule(**second["schedule"])
             s.cond_drop *= second["embedder"]["null_class"] if second["embedder"] else 0
         else:  # another condition needs another diffusion model, but not another autoencoder
@@ -516,13 +504,13 @@ def main(argv=None):
     public_stages = [c for c in (first, second) if c]
     if s.resume:
         paths = [s.out / "public" / name for name in ("vae.pt", "ldm.pt")]
-        public_stages = [folder.load(path) for path in paths if path.exists()]
+        public_stages = [files.load(path) for path in paths if path.exists()]
     origins = {s.public, *(str(c.get("trained_on")) for c in public_stages)}
     # With --steps 0 too: the statement then says that no private image was read.
     if any(datasets.same_images(origin, s.private, s.data_root) for origin in origins):
         raise ValueError(f"--private {s.private}: the public networks know these pictures ({', '.join(sorted(origins))}), so "
                          "nothing would be private; choose another private or public set")
-    s.bf16 = agreed(sample.choose_bf16(s.precision, s.device))
+    s.bf16 = agreed(hardware.choose_bf16(s.precision, s.device))
     for key, value in (("size", s.vae.resolution), ("factor", 2 ** (len(s.vae.ch_mult) - 1)),
                        ("latent_channels", s.vae.embed_dim), ("width", s.unet.model_channels),
                        ("depth", s.unet.num_res_blocks), ("prediction", s.schedule.prediction)):
@@ -557,18 +545,18 @@ def main(argv=None):
             print(f"note: {note}", file=sys.stderr)
     s.crop = private.side  # samples look like private pictures, whose padding is cut off again
     check_sampling(s)  # again: the noise schedule may be that of --init now
-    plan = once(privacy_plan, s, len(private) if s.steps else 0)
+    plan = once(guarantee.privacy_plan, s, len(private) if s.steps else 0)
     embedder = second["embedder"] if second else embedder_entry(s, public, private)
     with torch.device("meta"):  # no memory; refuses a wrong --tune before any work
-        model = unet.LatentModel(unet.UNet(s.unet), sample.build_embedder(embedder))
+        model = unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(embedder))
         lora.tuned(model, s)
     if s.condition == "text" and public.captions:
         words = [word for caption in public.captions for word in text.split(caption)]
-        unknown = sum(map(len, map(sample.build_tokenizer(embedder).unknown, public.captions)))
+        unknown = sum(map(len, map(checkpoints.build_tokenizer(embedder).unknown, public.captions)))
         print(f"captions       {unknown / max(1, len(words)):.0%} of the public captions' {len(words):,} words are not in the "
               "vocabulary, which is made from names of classes and attributes", file=sys.stderr)
     if s.dry_run:
-        print_plan(s, plan, model)
+        guarantee.print_plan(s, plan, model)
         needed = print_memory(s, model, public, private)
         with torch.device("meta"):
             size = count(model.parameters()) + count(vae.AutoencoderKL(s.vae).parameters())
@@ -587,20 +575,20 @@ def main(argv=None):
         first, second = original_weights.convert(s, s.init_ldm, s.init_vae, s.init_scale, public.images, digests,
                                                  embedder, len(private.classes))
         check_sampling(s)
-    stop = folder.Stop()
-    once(folder.prepare, s.out, s.resume)
-    once(folder.check_spent, s.out, plan)
+    stop = run_folder.Stop()
+    once(run_folder.prepare, s.out, s.resume)
+    once(run_folder.check_spent, s.out, plan)
     if not s.resume:
         for name, checkpoint in (("vae.pt", first), ("ldm.pt", second)):
             if checkpoint:
-                folder.save(checkpoint, s.out / "public" / name)
+                files.save(checkpoint, s.out / "public" / name)
         if rank() == 0 and s.init and (s.init / "public" / "features.pt").exists():  # evaluate.py's: runs are judged alike
             shutil.copy(s.init / "public" / "features.pt", s.out / "public")
-        folder.write_json({k: plain(v) for k, v in vars(s).items()}, s.out / "internal" / "settings.json")
+        files.write_json({k: plain(v) for k, v in vars(s).items()}, s.out / "internal" / "settings.json")
     agreed(None)  # nobody looks before all is written
     have = {name: (s.out / "public" / name).exists() for name in ("vae.pt", "ldm.pt")}
     first = load_public(s.out / "public" / "vae.pt") if have["vae.pt"] else train_autoencoder(s, public.images, stop)
-    autoencoder, scale = sample.build_vae(first), first["scale"]
+    autoencoder, scale = checkpoints.build_vae(first), first["scale"]
     check_finite("autoencoder", [*autoencoder.parameters(), torch.tensor(float(scale))])
     second = load_public(s.out / "public" / "ldm.pt") if have["ldm.pt"] else train_diffusion(
         s, encode(s, autoencoder, shard(public.images), scale),
@@ -610,21 +598,21 @@ def main(argv=None):
     second = for_private_classes(second, private.classes)
     embedder = second["embedder"]
 
-    model = sample.laid_out(sample.build_model(second)[0], s.device)
+    model = hardware.laid_out(checkpoints.build_model(second)[0], s.device)
     check_finite("diffusion model", model.parameters())
     names = lora.tuned(model, s)
-    print_plan(s, plan, model)
+    guarantee.print_plan(s, plan, model)
     trained, rows = count(p for p in model.parameters() if p.requires_grad), []
     prompts = class_prompts(s, private) if s.condition == "text" else None
     for options in prompts or ():
-        if (unknown := sample.build_tokenizer(embedder).unknown(" ".join(options))) and rank() == 0:
+        if (unknown := checkpoints.build_tokenizer(embedder).unknown(" ".join(options))) and rank() == 0:
             print(f"WARNING: the public model does not know {', '.join(unknown)}: train it anew, without "
                   "--init",
                   file=sys.stderr)
     if s.steps:
         facts = {**plan, "clip_norm": s.clip_norm, "clipping": s.clipping, "tuned": names,
                  "private_pictures": hashlib.sha256(private.images.numpy()).hexdigest()}
-        once(folder.check_unchanged, plain(facts), s.out / "internal" / "plan.json")
+        once(run_folder.check_unchanged, plain(facts), s.out / "internal" / "plan.json")
         rows = tune_privately(s, model, encode(s, autoencoder, shard(private.images), scale),
                               find_conditions(s, own_part(private), embedder), plan, stop)
     if world() > 1:  # the rest is for one process
@@ -633,10 +621,10 @@ def main(argv=None):
         dist.destroy_process_group()
         if done:
             return
-    privacy = privacy_statement(s, plan, rows, trained)
+    privacy = guarantee.privacy_statement(s, plan, rows, trained)
     write_release(s, first, second, model, private.classes, prompts, privacy, public)
     print(f"{s.out}/release: {privacy['statement']}; {(time.monotonic() - begin) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":
-    folder.run_cli(main)
+    run_folder.run_cli(main)

@@ -13,9 +13,9 @@ import torch
 
 import datasets
 import evaluate
-import folder
 import sample
 from datasets import pixels
+from support import run_folder
 
 
 def main(argv=None):
@@ -62,4 +62,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    folder.run_cli(main)
+    run_folder.run_cli(main)

@@ -25,7 +25,7 @@ import torch
 import diffusion
 import dp_sgd
 import unet
-from settings import GRADIENTS
+from support.settings import GRADIENTS
 
 METHODS = ("none", *GRADIENTS)
 LOOP_EXAMPLES = 16

@@ -15,11 +15,10 @@ import torch
 
 import diffusion
 import dp_sgd
-import sample
-import settings
 import unet
 import vae
 from extensions.bookkeeping import bookkeeping
+from support import checkpoints
 
 WAYS = [(bf16, layout) for bf16 in (False, True) for layout in (torch.contiguous_format, torch.channels_last)]
 ROUNDS = 3
@@ -37,7 +36,7 @@ def unet_steps(s, layout, n=256):
     batch = diffusion.draw(torch.randn(n, *shape), torch.arange(n) % 10, 1, None, s["schedule"])
 
     def make(tune):
-        model = unet.LatentModel(unet.UNet(s["unet"]), sample.build_embedder(entry)).to(memory_format=layout)
+        model = unet.LatentModel(unet.UNet(s["unet"]), checkpoints.build_embedder(entry)).to(memory_format=layout)
         unet.select_trainable(model, tune)
         return model
 
@@ -58,13 +57,13 @@ def main():
     parser.add_argument("presets", nargs="*", default=["digits", "mnist-strokes", "faces"], metavar="PRESET",
                         help="presets of train.py")
     presets = parser.parse_args().presets
-    if unknown := [name for name in presets if name not in settings.PRESETS]:
-        parser.error(f"no preset {unknown[0]!r}; choose among {', '.join(settings.PRESETS)}")
+    if unknown := [name for name in presets if name not in presets.PRESETS]:
+        parser.error(f"no preset {unknown[0]!r}; choose among {', '.join(presets.PRESETS)}")
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter  # alone on a core, whatever else runs
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s); examples/s\n")
     print("| preset | step | float32 | float32, channels-last | bf16 | bf16, channels-last |\n|---|---|---|---|---|---|")
     for name in presets:
-        s = {**settings.DIGITS, **settings.PRESETS[name]}
+        s = {**presets.DIGITS, **presets.PRESETS[name]}
         for build in (autoencoder_steps, unet_steps):
             made = [(bf16, build(s, layout)) for bf16, layout in WAYS]
             for step in made[0][1][1]:

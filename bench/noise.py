@@ -12,7 +12,7 @@ import time
 import torch
 
 import dp_sgd
-import folder
+from support import run_folder
 
 
 def main(argv=None):
@@ -38,4 +38,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    folder.run_cli(main)
+    run_folder.run_cli(main)

@@ -20,44 +20,43 @@ import torch.distributed as dist
 
 import diffusion
 import dp_sgd
-import processes
-import settings
 import unet
 from extensions.bookkeeping import bookkeeping
+from support import presets, team
 
 
 def worker(number, world, port, args, results):
     os.environ.update(RANK=str(number), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    processes.join()
+    team.join()
     torch.manual_seed(0)
-    config = settings.DIGITS["unet"]
+    config = presets.DIGITS["unet"]
     model = unet.LatentModel(unet.UNet(config), unet.ClassEmbedder(10, config.context_dim))
     unet.select_trainable(model)
     n, q = 4 * args.batch, 1 / 4
-    latents, labels = processes.shard(torch.randn(n, 1, config.in_channels, 4, 4)), processes.shard(torch.arange(n) % 10)
+    latents, labels = team.shard(torch.randn(n, 1, config.in_channels, 4, 4)), team.shard(torch.arange(n) % 10)
     engine = dp_sgd.DPSGD(model, 0.1, 1.0, args.batch, gradients=bookkeeping)
     optimizer = torch.optim.Adam(engine.parameters, 1e-3)
-    schedule = settings.DIGITS["schedule"]
+    schedule = presets.DIGITS["schedule"]
     loss_fn = partial(diffusion.loss, schedule=schedule)
     examples, spent = 0, []
     for step in range(args.steps + 1):
         if step == 1:
-            processes.agreed(None)
+            team.agreed(None)
             begin = time.perf_counter()
         computed = time.perf_counter()
         for part in dp_sgd.poisson_sample(len(latents), q).split(args.micro_batch):
             engine.accumulate(loss_fn, *diffusion.draw(latents[part], labels[part], 1, None, schedule))
         computed = time.perf_counter() - computed
         if world > 1:
-            processes.reduce_sums(engine)
+            team.reduce_sums(engine)
         if number == 0:
             engine.step(optimizer)
         if world > 1:
-            processes.broadcast(engine.parameters)
+            team.broadcast(engine.parameters)
         if step:
             examples, spent = examples + engine.last["examples"], [*spent, computed]
-    processes.agreed(None)
+    team.agreed(None)
     seconds = time.perf_counter() - begin
     if number == 0:
         results.put((examples / seconds, 1 - sum(spent) / seconds))

@@ -17,7 +17,7 @@ import torch
 
 import datasets
 import evaluate
-import folder
+from support import run_folder
 
 
 def main():
@@ -54,4 +54,4 @@ def main():
 
 
 if __name__ == "__main__":
-    folder.run_cli(main)
+    run_folder.run_cli(main)

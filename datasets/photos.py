@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-import folder
+from support import files
 
 from .arrays import damaged, held_out, located
 from .registry import WAYS_OUT, DataError, ImageSet, dataset
@@ -224,7 +224,7 @@ def decode(paths, size, channels=3, cache=None):
     kept = Path(cache) / f"{key}.npy" if cache and len(paths) >= CACHE_FROM else None
     if kept:
         with contextlib.suppress(OSError):
-            folder.only_owner(kept.parent, CACHED)
+            files.only_owner(kept.parent, CACHED)
         with contextlib.suppress(OSError, ValueError, EOFError):
             found = np.load(kept, allow_pickle=False)
             if found.shape == shape and found.dtype == np.uint8:
@@ -239,7 +239,7 @@ def decode(paths, size, channels=3, cache=None):
                       disable=len(paths) < CACHE_FROM):
             pass
     if kept:
-        with contextlib.suppress(OSError), folder.replacing(kept, private=True) as file:
+        with contextlib.suppress(OSError), files.replacing(kept, private=True) as file:
             np.save(file, images.numpy())
     return images
 

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-import folder
+from support import files
 
 
 def pad(images, size):
@@ -41,9 +41,9 @@ def to_uint8(x):
 
 
 def save_grid(images, path, columns=10):
-    """Write images (N,C,H,W) uint8 as one PNG, row by row, small ones enlarged; all or nothing (folder.replacing)."""
+    """Write images (N,C,H,W) uint8 as one PNG, row by row, small ones enlarged; all or nothing (files.replacing)."""
     enlarge = max(1, min(3, 900 // (columns * images.shape[-1])))
     images = images.cpu().repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
     grid = torchvision.utils.make_grid(images.float() / 255, nrow=columns, padding=enlarge, pad_value=0.2)
-    with folder.replacing(path) as file:
+    with files.replacing(path) as file:
         torchvision.utils.save_image(grid, file, format="png")

@@ -18,13 +18,12 @@ import torch
 
 import datasets
 import diffusion
-import folder
 import sample
-import settings
 import unet
 import vae
 from datasets import pixels
 from extensions import text
+from support import checkpoints, files, presets, run_folder, settings, team
 
 GROUPS = 32  # in every GroupNorm of the original code
 UNET, AUTOENCODER, AVERAGE = "model.diffusion_model.", "first_stage_model.", "model_ema."  # prefixes of the names
@@ -117,18 +116,18 @@ def read(path, average=False):
     if not path.is_file():
         raise ValueError(f"there is no {path}")
     try:
-        checkpoint = folder.load(path)
+        checkpoint = files.load(path)
         weights = checkpoint.get("state_dict", checkpoint)
         tensors = {k: v for k, v in weights.items() if isinstance(v, torch.Tensor)}
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: no tensors that can be read without running code ({str(error)[:120]}); if you trust "
                          "the file, convert it once: python -c \"import torch; torch.save(torch.load("
                          f"'{path}', map_location='cpu', weights_only=False)['state_dict'], '{path}.pt')\"") from None
-    folder.refuse_release(checkpoint, path)
+    files.refuse_release(checkpoint, path)
     kept = [k for k in tensors if k.startswith(AVERAGE) and k.removeprefix(AVERAGE) not in ("decay", "num_updates")]
     if average:
         tensors = averaged(tensors, path)
-    elif kept and folder.rank() == 0:
+    elif kept and team.rank() == 0:
         print(f"note: {path.name} also holds a moving average of the UNet's weights, which is not used; "
               "python -m extensions.original_weights --average takes it")
     tensors = {k: v for k, v in tensors.items() if not k.startswith((AVERAGE, AUTOENCODER + "loss.", "loss."))}
@@ -178,7 +177,7 @@ def convert(s, unet_file, vae_file, scale, images, digests, embedder, num_classe
     if not unet_file:
         return vae_checkpoint, None
     checkpoint = ldm_checkpoint(s, unet_weights, unet_file, digests, embedder, num_classes)
-    if folder.rank() == 0:
+    if team.rank() == 0:
         print(f"weights        {unet_file.name}: UNet, autoencoder{'' if vae_file is None else ' of ' + name}; "
               f"scale {scale:.5g}")
     return vae_checkpoint, checkpoint
@@ -195,7 +194,7 @@ def ldm_checkpoint(s, weights, path, digests, embedder, num_classes):
     if "betas" in weights:
         s.schedule = schedule_of(weights, path)
     table, fits = weights.get("cond_stage_model.embedding.weight"), False
-    if sample.condition_kind(embedder) == "class":
+    if checkpoints.condition_kind(embedder) == "class":
         if table is not None:
             rows = len(table) - embedder["null_class"]
             fits = table.shape[1:] == (embedder["dim"],) and rows >= (num_classes or 1)
@@ -204,11 +203,11 @@ def ldm_checkpoint(s, weights, path, digests, embedder, num_classes):
                              "fresh one shall have (--num-classes N), or --condition none")
         embedder = {**embedder, "num_classes": rows if fits else embedder["num_classes"]}
     torch.manual_seed(s.seed)
-    model = unet.LatentModel(unet.UNet(s.unet), sample.build_embedder(embedder))
+    model = unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(embedder))
     load_unet(model.unet, weights)
     if fits:
         model.embedder.embedding.load_state_dict({"weight": table})
-    if folder.rank() == 0:
+    if team.rank() == 0:
         kind = "class embedder" if fits else "a fresh embedder" if embedder else "no condition"
         print(f"condition      {path.name}: {kind}")
     return {"unet": asdict(s.unet), "embedder": embedder, "schedule": asdict(s.schedule), "model": model.state_dict(),
@@ -254,10 +253,10 @@ def public_images(s):
 
 
 def main(argv=None):
-    parser = folder.Parser(description="Make the public stages of a run out of a latent-diffusion checkpoint.")
+    parser = run_folder.Parser(description="Make the public stages of a run out of a latent-diffusion checkpoint.")
     parser.add_argument("checkpoint", type=Path, nargs="?", help="file of the original code with a UNet; without it "
                         "only the autoencoder is converted, and its latent scale is that of the preset's public images")
-    parser.add_argument("--preset", required=True, choices=settings.PRESETS, help="what the networks look like")
+    parser.add_argument("--preset", required=True, choices=presets.PRESETS, help="what the networks look like")
     parser.add_argument("--out", type=Path, required=True, help="run folder to make")
     parser.add_argument("--autoencoder", type=Path, default=None, help="its file, if CHECKPOINT does not hold it")
     parser.add_argument("--scale", type=float, default=None, help="scale_factor of the original configuration, if the "
@@ -276,13 +275,13 @@ def main(argv=None):
     images, digests = (None, torch.empty(0, dtype=torch.int64)) if args.checkpoint else public_images(s)
     stages = convert(s, args.checkpoint, args.autoencoder, args.scale, images, digests,
                      fresh_entry(s, args.num_classes), args.num_classes, args.average)
-    folder.prepare(args.out, resume=False)
+    run_folder.prepare(args.out, resume=False)
     for name, checkpoint in zip(("vae.pt", "ldm.pt"), stages, strict=True):
         if checkpoint:
-            folder.save(checkpoint, args.out / "public" / name)
+            files.save(checkpoint, args.out / "public" / name)
             print(f"{args.out / 'public' / name}")
     print(f"go on with: python train.py --preset {args.preset} --init {args.out} --out runs/NAME")
 
 
 if __name__ == "__main__":
-    folder.run_cli(main)
+    run_folder.run_cli(main)

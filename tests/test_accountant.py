@@ -13,7 +13,7 @@ from scipy.special import ndtr, ndtri
 from scipy.stats import binom, norm
 
 import accountant
-import folder
+from support import files
 
 # T-fold Poisson-subsampled Gaussian: q, sigma, steps, delta, exact epsilon (two PLD programs agreeing to 5e-6, or a
 # closed form), epsilon of a perfect RDP accountant, its order.
@@ -532,7 +532,7 @@ def test_a_damaged_ledger_is_read_alike_by_resume_and_calculator(text, known, ex
     if known:
         (tmp_path / "internal" / "plan.json").write_text(json.dumps(known[0]))
     for reader in (lambda: accountant.read_run(tmp_path)[0],
-                   lambda: accountant._groups(accountant.ledger_rows(folder.read_ledger(ledger), *known)),
+                   lambda: accountant._groups(accountant.ledger_rows(files.read_ledger(ledger), *known)),
                    lambda: accountant.read_run(tmp_path)[0]):  # again, after resume has added a missing line end
         if expected is None:
             with pytest.raises(ValueError, match="row 1 of the ledger is damaged"):

@@ -13,7 +13,7 @@ from scipy.stats import binom
 import accountant
 import audit
 import dp_sgd
-import folder
+from support import files, run_folder
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +141,7 @@ def run(tmp_path):
     for part in ("release", "internal"):
         (tmp_path / part).mkdir()
     privacy = {"delta": 1e-4, "q": 0.5, "sigma": 2.0, "steps": 8, "clip_norm": 0.1, "clipping": "flat", "fast_noise": False}
-    folder.write_json(privacy, tmp_path / "release" / "privacy.json")
+    files.write_json(privacy, tmp_path / "release" / "privacy.json")
     return tmp_path
 
 
@@ -166,8 +166,8 @@ def test_program_audits_a_run(run, capsys):
 def test_program_audits_the_generator_of_the_run(stated, words, fast, run, monkeypatch):
     """Statements of before --fast-noise have secure_noise instead; None here: not in the statement."""
     path = run / "release" / "privacy.json"
-    statement = folder.read_json(path) | stated
-    folder.write_json({key: value for key, value in statement.items() if value is not None}, path)
+    statement = files.read_json(path) | stated
+    files.write_json({key: value for key, value in statement.items() if value is not None}, path)
     asked, honest = [], dp_sgd.fresh_generator
     monkeypatch.setattr(dp_sgd, "fresh_generator", lambda device="cpu": asked.append("fast") or honest(device))
     secure = dp_sgd.SecureGenerator
@@ -194,13 +194,13 @@ def test_program_without_a_run_and_its_verdict(capsys, monkeypatch):
 def test_bad_input_is_one_line(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as left:
-        folder.run_cli(lambda: audit.main(words.split()))
+        run_folder.run_cli(lambda: audit.main(words.split()))
     error = capsys.readouterr().err.strip().splitlines()
     assert left.value.code == 2 and len(error) == 1 and message in error[0]
 
 
 def test_a_run_with_a_known_seed_is_refused(run):
     path = run / "release" / "privacy.json"
-    folder.write_json(folder.read_json(path) | {"insecure_seed": True}, path)
+    files.write_json(files.read_json(path) | {"insecure_seed": True}, path)
     with pytest.raises(ValueError, match="known noise seed"):
         audit.main([str(run)])

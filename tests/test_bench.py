@@ -5,8 +5,8 @@ from importlib import import_module
 
 import pytest
 
-import settings
 from bench import runs, tables
+from support import settings
 
 PLACES = [(tables.README, "overview"), *((tables.RESULTS, name) for name in tables.TABLES)]
 

@@ -23,12 +23,11 @@ import pytest
 import torch
 
 import accountant
-import budget
 import dp_sgd
-import folder
 import sample
 import train
 from datasets import pixels
+from support import files, guarantee, run_folder
 
 TINY = ["--preset", "smoke", "--public-n", "40", "--private-n", "100", "--vae-steps", "2", "--ldm-steps", "2", "--vae-batch",
         "8", "--ldm-batch", "8", "--batch-size", "10", "--accountant", "rdp", "--sample-steps", "1"]
@@ -58,20 +57,20 @@ def ledger(out):
 
 def check_whole(out, spent):
     """What must hold at any moment. spent: how often noise was ever added."""
-    rows = accountant.ledger_rows(ledger(out).decode(), folder.read_json(out / "internal" / "plan.json")) if ledger(out) else []
+    rows = accountant.ledger_rows(ledger(out).decode(), files.read_json(out / "internal" / "plan.json")) if ledger(out) else []
     assert len(rows) >= spent
     if (out / "internal" / "state.pt").exists():
-        assert folder.load(out / "internal" / "state.pt")["done"] <= len(rows)
+        assert files.load(out / "internal" / "state.pt")["done"] <= len(rows)
     if (out / "release" / "model.pt").exists():
         sample.load_release(out)
     return rows
 
 
 def check_finished(out, steps):
-    privacy = folder.read_json(out / "release" / "privacy.json")
+    privacy = files.read_json(out / "release" / "privacy.json")
     groups, _ = accountant.read_run(out)
     assert sum(count for _, count in groups) == privacy["steps"] == steps
-    plan = folder.read_json(out / "internal" / "plan.json")
+    plan = files.read_json(out / "internal" / "plan.json")
     rows = accountant.ledger_rows(ledger(out).decode(), plan)
     assert accountant.epsilon_of_ledger(rows, 1e-5) <= privacy["epsilon"] <= plan["epsilon"] <= 10
     assert sample.generate(sample.load_release(out), [1], steps=1, progress=False).shape == (1, 1, 28, 28)
@@ -140,7 +139,7 @@ def test_killed_twenty_times_at_random_moments(public, tmp_path):
     assert kills == 20
     check_finished(out, steps)
     assert len(lines) == len(set(lines)) and sum(line.startswith("state") for line in lines) >= 6  # nothing is repeated
-    assert folder.load(out / "internal" / "state.pt")["done"] <= sum(line.startswith("noise") for line in lines) <= steps
+    assert files.load(out / "internal" / "state.pt")["done"] <= sum(line.startswith("noise") for line in lines) <= steps
 
 
 # -------------------------------------------------------------------------------------------------- each point of a step
@@ -178,12 +177,12 @@ def is_state(value, *rest):
 
 POINTS = {  # point: (object, name, what it does before it fails, which calls count, rows and updates on the disk afterwards)
     "accumulate": (dp_sgd.DPSGD, "accumulate", None, lambda *a: len(a[2]) > 0, 1, 1),
-    "append_row": (folder, "append_row", half_a_row, lambda row, path: path.name == "ledger.jsonl", 2, 1),
+    "append_row": (files, "append_row", half_a_row, lambda row, path: path.name == "ledger.jsonl", 2, 1),
     "privatise": (dp_sgd, "privatise", None, lambda *a: True, 2, 1),
     "optimizer": (torch.optim.Adam, "step", None, lambda *a: True, 2, 1),
     "update_ema": (train, "update_ema", None, lambda *a: True, 2, 1),
     "save": (torch, "save", half_a_checkpoint, is_state, 2, 1),
-    "log": (folder, "append_row", half_a_row, lambda row, path: path.name == "log.jsonl", 2, 2),
+    "log": (files, "append_row", half_a_row, lambda row, path: path.name == "log.jsonl", 2, 2),
     "sampling": (pixels, "save_grid", None, lambda images, path, *a: "release" in str(path), 3, 3),
 }
 
@@ -196,18 +195,18 @@ def test_a_crash_at_each_point_of_a_step(number, point, public, tmp_path, monkey
     with monkeypatch.context() as patch, pytest.raises(type(error)):
         patch.setattr(module, name, on_second_call(getattr(module, name), error, before, when))
         train.main(command(out, public, 3))
-    assert len(check_whole(out, 0)) == rows and folder.load(out / "internal" / "state.pt")["done"] == done
+    assert len(check_whole(out, 0)) == rows and files.load(out / "internal" / "state.pt")["done"] == done
     assert not list(out.rglob("*.tmp"))  # an exception, unlike a kill, leaves nothing behind
     (out / "release" / ".model.pt.1.tmp").write_bytes(b"what a kill leaves behind")
     train.main(command(out, public, 3))
     check_finished(out, 3)
-    assert folder.load(out / "internal" / "state.pt")["done"] == 3 - (rows - done)  # what a crash has lost stays spent
+    assert files.load(out / "internal" / "state.pt")["done"] == 3 - (rows - done)  # what a crash has lost stays spent
 
 
 def test_a_full_disk_is_one_line(public, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(folder, "append_row", on_second_call(folder.append_row, EXCEPTIONS[2]))
+    monkeypatch.setattr(files, "append_row", on_second_call(files.append_row, EXCEPTIONS[2]))
     with pytest.raises(SystemExit) as left:
-        folder.run_cli(lambda: train.main(command(tmp_path / "run", public, 3)))
+        run_folder.run_cli(lambda: train.main(command(tmp_path / "run", public, 3)))
     assert left.value.code == 2 and "No space left" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
@@ -240,8 +239,8 @@ def test_resume_refuses_changed_settings(stopped, setting, value, named, tmp_pat
     """The settings of the run folder are edited: the plan, which lies beside the ledger, does not fit any more."""
     out = tmp_path / "run"
     shutil.copytree(stopped, out)
-    settings = folder.read_json(out / "internal" / "settings.json")
-    folder.write_json({**settings, setting: value}, out / "internal" / "settings.json")
+    settings = files.read_json(out / "internal" / "settings.json")
+    files.write_json({**settings, setting: value}, out / "internal" / "settings.json")
     monkeypatch.setattr(train, "tune_privately", None)  # not even begun
     with pytest.raises(ValueError, match=f"cannot resume: '{named}'"):
         train.main(["--resume", "--out", str(out), *FREE])
@@ -251,12 +250,12 @@ def test_the_stored_plan_rules_when_another_machine_finds_other_last_digits(stop
     """Another CPU or numpy calibrates sigma a little differently; a new run instead would spend twice."""
     out, calibrate = tmp_path / "run", accountant.noise_multiplier
     shutil.copytree(stopped, out)
-    began = folder.read_json(out / "internal" / "plan.json")
+    began = files.read_json(out / "internal" / "plan.json")
     monkeypatch.setattr(accountant, "noise_multiplier", lambda *args: calibrate(*args) * (1 + 1e-12))
     train.main(["--resume", "--out", str(out), *FREE])
     rows = [json.loads(line) for line in ledger(out).splitlines()]
-    assert [row["sigma"] for row in rows] == 3 * [began["sigma"]] and folder.read_json(out / "internal" / "plan.json") == began
-    assert folder.read_json(out / "release" / "privacy.json")["epsilon"] == began["epsilon"]
+    assert [row["sigma"] for row in rows] == 3 * [began["sigma"]] and files.read_json(out / "internal" / "plan.json") == began
+    assert files.read_json(out / "release" / "privacy.json")["epsilon"] == began["epsilon"]
 
 
 @pytest.mark.parametrize("change", [{"sigma": 0.5}, {"sigma": 50.0}, {"epsilon": 9.9}, {"epsilon": 10.1}, {"q": 0.05},
@@ -265,8 +264,8 @@ def test_the_stored_plan_rules_when_another_machine_finds_other_last_digits(stop
 def test_a_stored_plan_that_does_not_cost_what_it_states_is_refused(stopped, change, tmp_path, monkeypatch):
     out = tmp_path / "run"
     shutil.copytree(stopped, out)
-    plan = folder.read_json(out / "internal" / "plan.json")
-    folder.write_json({**plan, **change}, out / "internal" / "plan.json")
+    plan = files.read_json(out / "internal" / "plan.json")
+    files.write_json({**plan, **change}, out / "internal" / "plan.json")
     monkeypatch.setattr(train, "tune_privately", None)  # not even begun
     with pytest.raises(ValueError) as refused:
         train.main(["--resume", "--out", str(out), *FREE])
@@ -285,7 +284,7 @@ def test_a_resumed_run_shows_its_epsilon_at_once(stopped, tmp_path, monkeypatch)
     shutil.copytree(stopped, out)
     monkeypatch.setattr(train, "tqdm", Watched)
     train.main(["--resume", "--out", str(out), *FREE])
-    plan = folder.read_json(out / "internal" / "plan.json")
+    plan = files.read_json(out / "internal" / "plan.json")
     spent = [accountant.epsilon(plan["q"], plan["sigma"], steps, 1e-5) for steps in range(4)]
     lost = len(ledger(stopped).splitlines())
     assert lost == 1 and shown[0] == (1, {"epsilon": accountant.round_up(spent[1])})
@@ -296,7 +295,7 @@ def test_the_epsilon_on_the_way_is_never_below_the_true_one(public, tmp_path):
     """It is computed a hundred times in a run, not at each of 250 steps; in between the later one is shown."""
     train.main([*TINY, *FREE, "--steps", "250", "--tune", "embedder", "--batch-size", "1", "--init", str(public), "--out",
                 str(tmp_path / "run")])
-    plan = folder.read_json(tmp_path / "run" / "internal" / "plan.json")
+    plan = files.read_json(tmp_path / "run" / "internal" / "plan.json")
     log = [json.loads(line) for line in (tmp_path / "run" / "internal" / "log.jsonl").read_text().splitlines()]
     assert len(log) == 250 and log[-1]["epsilon"] == plan["epsilon"] and len({row["epsilon"] for row in log}) == 125
     for step in range(0, 250, 7):
@@ -319,16 +318,16 @@ LEFT = {  # file: {form: what it tells of steps spent, None where it cannot be r
 
 def write_left(out, forms):
     """A run folder of T steps with these forms of its files."""
-    for part in folder.PARTS:
+    for part in run_folder.PARTS:
         (out / part).mkdir(parents=True)
     texts = {"begun": "".join(ROWS[:1]), "cut": "".join(ROWS[:2]), "torn": "".join(ROWS)[:-20], "whole": "".join(ROWS)}
     if forms["internal/ledger.jsonl"] != "absent":
         (out / "internal/ledger.jsonl").write_text(texts[forms["internal/ledger.jsonl"]])
     if forms["internal/state.pt"] in ("early", "whole"):
-        folder.save({"done": LEFT["internal/state.pt"][forms["internal/state.pt"]]}, out / "internal/state.pt")
+        files.save({"done": LEFT["internal/state.pt"][forms["internal/state.pt"]]}, out / "internal/state.pt")
     for name, value in (("internal/plan.json", PLAN), ("release/privacy.json", {"steps": T})):
         if forms[name] == "whole":
-            folder.write_json(value, out / name)
+            files.write_json(value, out / name)
     if forms["release/model.pt"] == "there":
         (out / "release/model.pt").write_bytes(b"x")
     for name, form in forms.items():
@@ -361,9 +360,9 @@ def test_resuming_never_loses_count_and_never_replaces_a_release_by_less(forms, 
     try:
         with pytest.MonkeyPatch.context() as patch:  # the numbers are slow, and not at stake
             patch.setattr(accountant, "epsilon", lambda *a: 1.0)
-            patch.setattr(budget, "privacy_numbers", lambda *a: {})
-            plan = budget.privacy_plan(s, 100)
-        folder.check_spent(out, plan)
+            patch.setattr(guarantee, "privacy_numbers", lambda *a: {})
+            plan = guarantee.privacy_plan(s, 100)
+        run_folder.check_spent(out, plan)
     except ValueError as refused:
         error = str(refused)
     assert (error is None) == may_go_on(*forms.values()), error
@@ -378,10 +377,10 @@ def test_resuming_never_loses_count_and_never_replaces_a_release_by_less(forms, 
 
 def test_the_log_too_knows_of_steps(tmp_path):
     write_left(tmp_path, dict.fromkeys(LEFT, "absent") | {"internal/plan.json": "whole"})
-    folder.check_spent(tmp_path, PLAN)
+    run_folder.check_spent(tmp_path, PLAN)
     (tmp_path / "internal" / "log.jsonl").write_text("{}\n{}\n")
     with pytest.raises(ValueError, match="internal/log.jsonl tells of 2 private steps; rows are missing"):
-        folder.check_spent(tmp_path, PLAN)
+        run_folder.check_spent(tmp_path, PLAN)
 
 
 def test_a_finished_release_survives_the_loss_of_its_checkpoint(stopped, tmp_path):
@@ -400,8 +399,8 @@ def test_a_finished_release_survives_the_loss_of_its_checkpoint(stopped, tmp_pat
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_two_processes_cannot_train_in_one_folder(tmp_path):
-    folder.prepare(tmp_path / "run", resume=False)  # and twice in one process is no conflict
-    folder.prepare(tmp_path / "run", resume=True)
+    run_folder.prepare(tmp_path / "run", resume=False)  # and twice in one process is no conflict
+    run_folder.prepare(tmp_path / "run", resume=True)
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     locked, hold = os.pipe(), os.pipe()
     pid = os.fork()
@@ -413,7 +412,7 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path):
         os._exit(0)
     os.read(locked[0], 1)
     with pytest.raises(ValueError, match="another process"):
-        folder.prepare(tmp_path / "other", resume=True)
+        run_folder.prepare(tmp_path / "other", resume=True)
     os.kill(pid, signal.SIGKILL)  # the lock dies with its holder, however that ends
     os.waitpid(pid, 0)
-    folder.prepare(tmp_path / "other", resume=True)
+    run_folder.prepare(tmp_path / "other", resume=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import settings
 from bench import tables
+from support import settings
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -17,7 +17,7 @@ import dp_sgd
 import unet
 from dp_sgd import CLIPPING
 from extensions import bookkeeping, lora
-from settings import GRADIENTS
+from support.settings import GRADIENTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap's fallback for fused attention
 METHODS = ("loop", "vmap", "bookkeeping")

@@ -8,11 +8,11 @@ import torch
 
 import datasets
 import evaluate
-import folder
 import sample
 import unet
 import vae
 from datasets import arrays
+from support import files
 
 RECIPE = {"kind": "small-cnn", "epochs": 1, "lr": 2e-3}
 TINY = {"n": 40, "steps": 2, "eta": 0.0,
@@ -45,7 +45,7 @@ def run(tmp_path, monkeypatch):
         "model": model.state_dict(), "scale": 1.0, "classes": arrays.DIGITS, "crop": 28,
         "data": {"public": "strokes", "public_classes": "digits", "private": "mnist10k", "private_split": "train"},
         "privacy": {"epsilon": 10.0, "delta": 1e-5, "statement": "(10, 1e-05)-differentially private"}}
-    folder.save(checkpoint, tmp_path / "run" / "release" / "model.pt")
+    files.save(checkpoint, tmp_path / "run" / "release" / "model.pt")
     (tmp_path / "run" / "internal").mkdir()
     monkeypatch.setitem(evaluate.PROTOCOLS, "quick", TINY)
     monkeypatch.setattr(evaluate, "FEATURES", RECIPE)
@@ -56,8 +56,8 @@ def run(tmp_path, monkeypatch):
 
 def change_release(run, **entries):
     path = run / "release" / "model.pt"
-    checkpoint = folder.load(path)
-    folder.save({**checkpoint, **entries}, path)
+    checkpoint = files.load(path)
+    files.save({**checkpoint, **entries}, path)
 
 
 def read_result(run):
@@ -291,7 +291,7 @@ def test_feature_network_is_kept_and_replaced_if_damaged(run, monkeypatch, capsy
     for damage in (content[:200], b"not a checkpoint"):
         path.write_bytes(damage)
         assert get() == (name, True)  # trained anew, from the same seed
-    folder.save({"settings": 0}, path)
+    files.save({"settings": 0}, path)
     assert get() == (name, True)
     monkeypatch.setattr(evaluate, "FEATURE_PICTURES", 36)
     assert get()[1] and get(size=32)[1]  # other settings

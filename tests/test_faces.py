@@ -12,16 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-import budget
 import datasets
 import evaluate
-import folder
 import sample
-import settings
 import train
 import unet
 import vae
 from datasets import arrays, photos
+from support import files, guarantee, presets, run_folder, settings
 
 ATTRIBUTES = ["Male", "Wearing_Hat", "Zebra"]  # not CelebA's forty
 N = 60
@@ -239,17 +237,17 @@ def test_the_cache_is_its_owners_alone(tmp_path, monkeypatch, no_umask):
 
 def test_internal_is_its_owners_alone(tmp_path, no_umask):
     out = tmp_path / "run"
-    folder.prepare(out, resume=False)
-    folder.append_row({"step": 0}, out / "internal" / "ledger.jsonl")
-    folder.write_json({}, out / "internal" / "plan.json")
-    folder.write_json({}, out / "release" / "privacy.json")
+    run_folder.prepare(out, resume=False)
+    files.append_row({"step": 0}, out / "internal" / "ledger.jsonl")
+    files.write_json({}, out / "internal" / "plan.json")
+    files.write_json({}, out / "release" / "privacy.json")
     assert f"{(out / 'internal').stat().st_mode & 0o777:o}" == "700" and modes(out / "internal") == {"600"}
     assert modes(out / "release") == {"666"} and f"{(out / '.lock').stat().st_mode & 0o777:o}" == "600"
     (out / "internal").chmod(0o755), (out / "internal" / "ledger.jsonl").chmod(0o644)  # of an older version
-    folder.prepare(out, resume=True)
+    run_folder.prepare(out, resume=True)
     assert f"{(out / 'internal').stat().st_mode & 0o777:o}" == "700" and modes(out / "internal") == {"600"}
     # A program that prepares nothing writes into a copy.
-    folder.write_json({}, tmp_path / "copied" / "internal" / "evaluation.json")
+    files.write_json({}, tmp_path / "copied" / "internal" / "evaluation.json")
     assert f"{(tmp_path / 'copied' / 'internal').stat().st_mode & 0o777:o}" == "700"
     assert modes(tmp_path / "copied" / "internal") == {"600"}
 
@@ -553,7 +551,7 @@ def test_memorisation_tells_copies_from_fresh_pictures():
 def test_own_sets_end_to_end_and_evaluated_from_the_run_folder(run, tmp_path, monkeypatch):
     write_pictures(tmp_path / "public", [f"{c}/{i}.png" for c in "ab" for i in range(15)])
     write_npz(tmp_path / "private.npz", 60, (32, 32, 3))
-    monkeypatch.setitem(settings.PRESETS, "faces", settings.PRESETS["faces"] | SMALL)
+    monkeypatch.setitem(presets.PRESETS, "faces", presets.PRESETS["faces"] | SMALL)
     out = tmp_path / "out"
     train.main(["--preset", "faces", *TINY, "--public", f"folder:{tmp_path / 'public'}", "--out", str(out), "--private",
                 f"npz:{tmp_path / 'private.npz'}", "--data-root", str(tmp_path / "none")])
@@ -572,11 +570,11 @@ def test_256_pixels_end_to_end(tmp_path, monkeypatch):
     """All stages at the size of the text preset, tiny networks: f = 8, 32x32x4 latents."""
     write_celeba(tmp_path, n=60)
     write_pictures(tmp_path / "public", [f"{i}.png" for i in range(12)])
-    tiny = settings.PRESETS["celeba256-text"] | dict(
+    tiny = presets.PRESETS["celeba256-text"] | dict(
         vae=vae.VAEConfig(3, 3, 4, (1, 1, 1, 1), 1, (), 256, 4, 4, 4), schedule=train.diffusion.Schedule("cosine", "v"),
         unet=replace(unet.PAPER["celeba256-text"], model_channels=16, channel_mult=(1, 1), num_res_blocks=1, num_heads=2,
                      attention_resolutions=(2,), context_dim=8, num_groups=4), text_width=16, text_layers=1)
-    monkeypatch.setitem(settings.PRESETS, "celeba256-text", tiny)
+    monkeypatch.setitem(presets.PRESETS, "celeba256-text", tiny)
     out = tmp_path / "out"
     train.main(["--preset", "celeba256-text", *TINY, "--vae-batch", "2", "--data-root", str(tmp_path), "--out", str(out),
                 "--public", f"folder:{tmp_path / 'public'}", "--public-n", "8"])
@@ -650,7 +648,7 @@ def test_the_second_orientation_is_the_latent_of_the_mirrored_picture():
 @pytest.mark.parametrize("preset", ["celeba64", "celeba32", "celeba256-text", "cifar10"])
 def test_dry_run_without_data_says_what_it_assumes(preset, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(budget.accountant, "noise_multiplier", lambda *a: 1.0)  # has tests of its own, and takes its time
+    monkeypatch.setattr(guarantee.accountant, "noise_multiplier", lambda *a: 1.0)  # has tests of its own, and takes its time
 
     def offline(*args, **kwargs):
         raise RuntimeError("no network")
@@ -684,7 +682,7 @@ def test_bad_flags_are_refused_before_any_work(run, flags, message, monkeypatch,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "fit", None)
     with pytest.raises(SystemExit) as left:
-        folder.run_cli(lambda: train.main(["--preset", "faces", "--data-root", str(run[1]), *TINY, *flags]))
+        run_folder.run_cli(lambda: train.main(["--preset", "faces", "--data-root", str(run[1]), *TINY, *flags]))
     error = capsys.readouterr().err.strip().splitlines()
     assert left.value.code == 2 and message in error[-1] and error[-1].startswith("error: ")
 

@@ -16,13 +16,12 @@ from PIL import Image
 import accountant
 import diffusion
 import dp_sgd
-import folder
 import sample
-import settings
 import train
 import unet
 import vae
 from datasets import arrays, photos
+from support import checkpoints, files, run_folder, settings
 
 TIMES = 20
 UNET = dict(in_channels=2, out_channels=2, model_channels=8, channel_mult=(1,), num_heads=1, context_dim=4, num_groups=4,
@@ -35,7 +34,7 @@ def contents():
     torch.manual_seed(0)
     autoencoder, embedder = vae.AutoencoderKL(vae.VAEConfig(**VAE)), {"kind": "class", "num_classes": 3, "dim": 4,
                                                                       "null_class": True}
-    model = unet.LatentModel(unet.UNet(unet.UNetConfig(**UNET)), sample.build_embedder(embedder))
+    model = unet.LatentModel(unet.UNet(unet.UNetConfig(**UNET)), checkpoints.build_embedder(embedder))
     first = {"config": VAE, "state": autoencoder.state_dict(), "scale": 1.5, "trained_on": "strokes", "steps": 2}
     second = {"unet": UNET, "embedder": embedder, "schedule": {"kind": "cosine", "prediction": "v"}, "model": model.state_dict()}
     release = {"format": sample.FORMAT, "vae": {k: first[k] for k in ("config", "state")}, "scale": 1.5, **second,
@@ -134,18 +133,18 @@ def damaged_value(value, rng, strange):
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_checkpoints(name, valid, tmp_path):
     path, rng = tmp_path / name, random.Random(name)
-    folder.save(valid[name], path)
+    files.save(valid[name], path)
     assert survives(CHECKPOINTS[name], path)
     raw, refused = path.read_bytes(), 0
     for _ in range(TIMES):
         path.write_bytes(damaged_bytes(raw, rng))
         refused += not survives(CHECKPOINTS[name], path)
     for _ in range(TIMES // 2):
-        folder.save(damaged_value(valid[name], rng, STRANGE), path)  # a whole file with strange content
+        files.save(damaged_value(valid[name], rng, STRANGE), path)  # a whole file with strange content
         refused += not survives(CHECKPOINTS[name], path)
     assert refused >= TIMES / 2
     for other in ([1, 2], torch.zeros(3), "text", {}):
-        folder.save(other, path)
+        files.save(other, path)
         assert not survives(CHECKPOINTS[name], path)
 
 
@@ -155,7 +154,7 @@ def test_moments_that_do_not_fit_their_parameter(damage, valid, tmp_path):
     """PyTorch would notice in the step after next, the ledger row already written, or never."""
     state = copy.deepcopy(valid["state.pt"])
     damage(state["optimizer"]["state"][0])
-    folder.save(state, tmp_path / "state.pt")
+    files.save(state, tmp_path / "state.pt")
     engine, average, optimizer = training()
     assert not survives(lambda path: train.resume(path, engine, average, optimizer), tmp_path / "state.pt")
 
@@ -166,7 +165,7 @@ def test_moments_that_do_not_fit_their_parameter(damage, valid, tmp_path):
 def test_sizes_that_would_take_terabytes_or_hours(where, key, value, valid, tmp_path):
     release = copy.deepcopy(valid["model.pt"])
     release[where][key] = value
-    folder.save(release, tmp_path / "model.pt")
+    files.save(release, tmp_path / "model.pt")
     assert not survives(sample.load_release, tmp_path / "model.pt")
 
 
@@ -176,7 +175,7 @@ def test_sizes_that_would_take_terabytes_or_hours(where, key, value, valid, tmp_
     {"schedule": {"kind": "linear", "beta_end": 2.0}}, {"schedule": {"T": 0}}, {"schedule": {"T": 2.5}},
     {"schedule": {"beta_end": float("nan")}}, {"scale": float("nan")}, {"data": None}, {"privacy": {}}])
 def test_releases_that_cannot_draw(change, valid, tmp_path):
-    folder.save({**valid["model.pt"], **change}, tmp_path / "model.pt")
+    files.save({**valid["model.pt"], **change}, tmp_path / "model.pt")
     assert not survives(sample.load_release, tmp_path / "model.pt")
 
 
@@ -188,9 +187,9 @@ def test_releases_that_cannot_draw(change, valid, tmp_path):
     ["--prompt", "a"], ["--out", "."]])
 def test_command_line_of_sample(arguments, valid, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    folder.save(valid["model.pt"], tmp_path / "model.pt")
+    files.save(valid["model.pt"], tmp_path / "model.pt")
     with pytest.raises(SystemExit) as left:
-        folder.run_cli(lambda: sample.main(["model.pt", *arguments]))
+        run_folder.run_cli(lambda: sample.main(["model.pt", *arguments]))
     assert left.value.code == 2 and capsys.readouterr().err.strip().splitlines()[-1].startswith("error: ")
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
@@ -202,11 +201,11 @@ def test_out_of_memory_is_one_line(error, capsys):
         raise error
 
     with pytest.raises(SystemExit) as left:
-        folder.run_cli(main)
+        run_folder.run_cli(main)
     lines = capsys.readouterr().err.splitlines()
     assert left.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: out of memory")
     with pytest.raises(RuntimeError, match="a mistake"):  # of the program: that one keeps its traceback
-        folder.run_cli(lambda: (_ for _ in ()).throw(RuntimeError("a mistake")))
+        run_folder.run_cli(lambda: (_ for _ in ()).throw(RuntimeError("a mistake")))
 
 
 def test_a_pickle_does_not_run(tmp_path):
@@ -238,28 +237,28 @@ PLAN = {"n": 100, "q": 0.1, "steps": 4, "sigma": 1.5, "delta": 1e-5, "epsilon": 
 LEDGER = [{"step": i, "q": 0.1, "sigma": 1.5, "clip_norm": 0.1, "batch_size": 10} for i in range(4)]
 
 
-def run_folder(place):
+def a_run_folder(place):
     """A run folder with small valid JSON files."""
-    for part in folder.PARTS:
+    for part in run_folder.PARTS:
         (place / part).mkdir(parents=True, exist_ok=True)
     chosen = vars(settings.parse(["--preset", "smoke", "--out", str(place)]))
-    folder.write_json(settings.plain(chosen), place / "internal" / "settings.json")
-    folder.write_json(PLAN, place / "internal" / "plan.json")
-    folder.write_json({**PLAN, "statement": "x", "epsilon": 3.0}, place / "release" / "privacy.json")
+    files.write_json(settings.plain(chosen), place / "internal" / "settings.json")
+    files.write_json(PLAN, place / "internal" / "plan.json")
+    files.write_json({**PLAN, "statement": "x", "epsilon": 3.0}, place / "release" / "privacy.json")
     (place / "internal" / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in LEDGER))
     return place
 
 
 def read_json_files(place):
     settings.parse(["--resume", "--out", str(place)])
-    folder.check_unchanged(PLAN, place / "internal" / "plan.json")
+    run_folder.check_unchanged(PLAN, place / "internal" / "plan.json")
     accountant._compare([place], None)
 
 
 def read_ledger(place):
     groups, _ = accountant.read_run(place)
     assert sum(count for _, count in groups) >= 1
-    rows = accountant.ledger_rows(folder.read_ledger(place / "internal" / "ledger.jsonl"), PLAN)
+    rows = accountant.ledger_rows(files.read_ledger(place / "internal" / "ledger.jsonl"), PLAN)
     counted = dict(groups)  # at least the rows; the statement may know of more steps
     assert all(counted[step] >= count for step, count in accountant._groups(rows))
 
@@ -267,9 +266,9 @@ def read_ledger(place):
 @pytest.mark.parametrize("name", ["internal/settings.json", "internal/plan.json", "release/privacy.json"])
 def test_json(name, tmp_path, monkeypatch):
     monkeypatch.setattr(accountant, "_line", lambda *a: f"{a[-1] or 0:.4g}")  # the numbers themselves are slow, and not at stake
-    place, rng = run_folder(tmp_path / "run"), random.Random(name)
+    place, rng = a_run_folder(tmp_path / "run"), random.Random(name)
     assert survives(read_json_files, place)
-    raw, value = (place / name).read_bytes(), folder.read_json(place / name)
+    raw, value = (place / name).read_bytes(), files.read_json(place / name)
     for _ in range(TIMES):
         (place / name).write_bytes(damaged_bytes(raw, rng))
         survives(read_json_files, place)
@@ -283,13 +282,13 @@ def test_json(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("key, value", [("private_n", "x"), ("sigma", [1]), ("steps", "4"), ("lr", None), ("flips", 1),
                                         ("unet", {"no": 1}), ("schedule", 3), ("seed", "x"), ("tune", 5), ("epsilon", {})])
 def test_settings_of_another_type(key, value, tmp_path):
-    path = run_folder(tmp_path / "run") / "internal" / "settings.json"
-    folder.write_json(folder.read_json(path) | {key: value}, path)
+    path = a_run_folder(tmp_path / "run") / "internal" / "settings.json"
+    files.write_json(files.read_json(path) | {key: value}, path)
     assert not survives(read_json_files, tmp_path / "run")
 
 
 def test_ledger(tmp_path):
-    place, rng = run_folder(tmp_path / "run"), random.Random(1)
+    place, rng = a_run_folder(tmp_path / "run"), random.Random(1)
     ledger = place / "internal" / "ledger.jsonl"
     raw = ledger.read_bytes()
     for _ in range(TIMES):

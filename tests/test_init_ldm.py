@@ -11,15 +11,12 @@ import math
 import pytest
 import torch
 
-import budget
 import diffusion
-import folder
-import sample
-import settings
 import train
 import unet
 import vae
 from extensions import original_weights
+from support import checkpoints, dry_run, files, presets, settings
 
 
 def affine(name, *shape):
@@ -261,7 +258,7 @@ def checkpoint(**changes):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setitem(settings.PRESETS, "smoke", settings.PRESETS["smoke"] | TINY)
+    monkeypatch.setitem(presets.PRESETS, "smoke", presets.PRESETS["smoke"] | TINY)
 
 
 FLAGS = ["--preset", "smoke", "--precision", "float32", "--accountant", "rdp", "--device", "cpu"]
@@ -280,11 +277,11 @@ def test_init_ldm_takes_the_place_of_the_public_stages(tmp_path, monkeypatch):
     torch.save(checkpoint(), tmp_path / "x.ckpt")
     monkeypatch.setattr(train, "fit", None)  # a TypeError if a public stage began
     train.main([*FLAGS, "--out", str(tmp_path / "r"), "--init-ldm", str(tmp_path / "x.ckpt")])
-    first, second = (folder.load(tmp_path / "r" / "public" / name) for name in ("vae.pt", "ldm.pt"))
+    first, second = (files.load(tmp_path / "r" / "public" / name) for name in ("vae.pt", "ldm.pt"))
     assert first["scale"] == pytest.approx(0.7) and second["schedule"] == {"kind": "linear", "prediction": "eps", "T": 1000,
                                                                             "beta_start": 0.0015, "beta_end": 0.0195}
     assert second["embedder"] == {"kind": "class", "num_classes": 26, "dim": 5, "null_class": False}
-    model, schedule = sample.build_model(second)
+    model, schedule = checkpoints.build_model(second)
     assert torch.equal(model.embedder.embedding.weight, wave((26, 5), 0.2))
     weights = checkpoint()["state_dict"]
     assert torch.equal(model.unet.input_blocks[1][1].proj_in.weight,
@@ -293,17 +290,17 @@ def test_init_ldm_takes_the_place_of_the_public_stages(tmp_path, monkeypatch):
     assert first["config"]["num_groups"] == second["unet"]["num_groups"] == 32  # the preset has 8
     assert torch.equal(first["state"]["encoder.conv_in.weight"],
                        original_weights.to_grey(weights)["first_stage_model.encoder.conv_in.weight"])
-    privacy = folder.read_json(tmp_path / "r" / "release" / "privacy.json")
+    privacy = files.read_json(tmp_path / "r" / "release" / "privacy.json")
     assert privacy["public_weights"] == ["x.ckpt"] and privacy["steps"] == 1 and 9 < privacy["epsilon"] <= 10
-    released = folder.load(tmp_path / "r" / "release" / "model.pt")
+    released = files.load(tmp_path / "r" / "release" / "model.pt")
     changed = {k for k, v in second["model"].items() if not torch.equal(v, released["model"][k])}
     assert changed == set(unet.select_trainable(model, "attention"))
     (tmp_path / "x.ckpt").unlink()
     train.main(["--resume", "--out", str(tmp_path / "r")])  # everything needed is in the run folder
-    assert folder.read_json(tmp_path / "r" / "release" / "privacy.json") == privacy
+    assert files.read_json(tmp_path / "r" / "release" / "privacy.json") == privacy
     train.main([*FLAGS, "--out", str(tmp_path / "again"), "--init", str(tmp_path / "r"), "--steps", "0"])
     train.main([*FLAGS, "--out", str(tmp_path / "third"), "--init", str(tmp_path / "again"), "--steps", "0"])
-    chain = folder.read_json(tmp_path / "third" / "release" / "privacy.json")
+    chain = files.read_json(tmp_path / "third" / "release" / "privacy.json")
     assert chain["public_weights"] == ["x.ckpt"]  # said of every run whose networks began with these weights
 
 
@@ -312,7 +309,7 @@ def test_what_the_checkpoint_does_not_hold(tmp_path):
     torch.save(checkpoint(**few), tmp_path / "x.ckpt")
     first, second = adopt("--init-ldm", tmp_path / "x.ckpt")  # too few classes: a fresh embedder; scale: the original's default
     assert first["scale"] == 1.0 and second["embedder"]["num_classes"] == 10
-    assert second["schedule"]["kind"] == settings.DIGITS["schedule"].kind
+    assert second["schedule"]["kind"] == presets.DIGITS["schedule"].kind
     first, _ = adopt("--init-ldm", tmp_path / "x.ckpt", "--init-scale", "0.18215")
     assert first["scale"] == 0.18215
 
@@ -338,10 +335,10 @@ def test_only_the_autoencoder_from_elsewhere(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train.main([*FLAGS, "--out", str(tmp_path / "r"), "--init-vae", str(tmp_path / "x.ckpt")])
     assert began == ["2/3 latent diffusion"]
-    first = folder.load(tmp_path / "r" / "public" / "vae.pt")
+    first = files.load(tmp_path / "r" / "public" / "vae.pt")
     public = train.datasets.load("strokes", size=32, public_classes="all", n=60, seed=0).images
     with torch.no_grad():
-        z = sample.build_vae(first).encode(train.pictures(public, "cpu")).mean * first["scale"]
+        z = checkpoints.build_vae(first).encode(train.pictures(public, "cpu")).mean * first["scale"]
     assert z.std().item() == pytest.approx(1.0, abs=1e-4)  # the scale is that of public latents
 
 
@@ -400,7 +397,7 @@ def convert(*flags):
 
 
 def both(run):
-    return [folder.load(run / "public" / name) for name in ("vae.pt", "ldm.pt")]
+    return [files.load(run / "public" / name) for name in ("vae.pt", "ldm.pt")]
 
 
 def same(a, b):
@@ -417,7 +414,7 @@ def test_the_program_makes_what_init_ldm_made_and_init_goes_on(tmp_path, monkeyp
                                           strict=True))
     monkeypatch.setattr(train, "fit", None)  # a TypeError if a public stage began
     train.main([*FLAGS, "--out", str(tmp_path / "r"), "--init", str(tmp_path / "original")])
-    privacy = folder.read_json(tmp_path / "r" / "release" / "privacy.json")
+    privacy = files.read_json(tmp_path / "r" / "release" / "privacy.json")
     assert privacy["public_weights"] == ["x.ckpt"] and privacy["steps"] == 1 and 9 < privacy["epsilon"] <= 10
     with pytest.raises(ValueError, match="already holds a run"):
         convert(tmp_path / "x.ckpt", "--out", tmp_path / "original")
@@ -440,10 +437,10 @@ def test_the_program_takes_an_autoencoder_alone_and_scales_by_public_images(tmp_
         convert("--out", tmp_path / "a")
     convert("--autoencoder", tmp_path / "x.ckpt", "--out", tmp_path / "a")
     assert [path.name for path in (tmp_path / "a" / "public").iterdir()] == ["vae.pt"]
-    first = folder.load(tmp_path / "a" / "public" / "vae.pt")
+    first = files.load(tmp_path / "a" / "public" / "vae.pt")
     public = train.data.load("strokes", size=32, public_classes="all", n=60, seed=0).images
     with torch.no_grad():
-        z = sample.build_vae(first).encode(train.pictures(public, "cpu")).mean * first["scale"]
+        z = checkpoints.build_vae(first).encode(train.pictures(public, "cpu")).mean * first["scale"]
     assert z.std().item() == pytest.approx(1.0, abs=1e-4)
 
 
@@ -469,15 +466,15 @@ def test_the_moving_average_is_named_or_used(tmp_path, capsys):
 
 def test_a_schedule_of_250_steps_runs_from_start_to_end(tmp_path, monkeypatch):
     """Every draw of the program asks for the schedule's T: more, and abar_t is read out of range."""
-    monkeypatch.setitem(settings.PRESETS, "smoke", settings.PRESETS["smoke"] | dict(
+    monkeypatch.setitem(presets.PRESETS, "smoke", presets.PRESETS["smoke"] | dict(
         schedule=diffusion.Schedule("cosine", "v", T=250), vae_steps=1, ldm_steps=1, ldm_batch=16, vae_batch=4, micro_batch=16))
     s = settings.parse(FLAGS)
     s.bf16 = False
     model = unet.LatentModel(unet.UNet(s.unet), unet.ClassEmbedder(10, 5))
-    assert budget.fastest_micro_batch(s, model, (3, 4, 4), sizes=(16,)) == 16
+    assert dry_run.fastest_micro_batch(s, model, (3, 4, 4), sizes=(16,)) == 16
     train.main([*FLAGS, "--dry-run"])
     train.main([*FLAGS, "--out", str(tmp_path / "r")])
-    assert folder.load(tmp_path / "r" / "release" / "model.pt")["schedule"]["T"] == 250
+    assert files.load(tmp_path / "r" / "release" / "model.pt")["schedule"]["T"] == 250
 
 
 def test_an_adopted_schedule_of_250_steps_rules_the_private_stage(tmp_path):
@@ -485,4 +482,4 @@ def test_an_adopted_schedule_of_250_steps_rules_the_private_stage(tmp_path):
     torch.save(checkpoint(betas=betas.float(), alphas_cumprod=(1 - betas).cumprod(0).float()), tmp_path / "x.ckpt")
     convert(tmp_path / "x.ckpt", "--out", tmp_path / "original")
     train.main([*FLAGS, "--out", str(tmp_path / "r"), "--init", str(tmp_path / "original")])
-    assert folder.load(tmp_path / "r" / "release" / "model.pt")["schedule"]["T"] == 250
+    assert files.load(tmp_path / "r" / "release" / "model.pt")["schedule"]["T"] == 250

@@ -6,11 +6,10 @@ import torch
 
 import diffusion
 import dp_sgd
-import folder
-import settings
 import train
 import unet
 from extensions.bookkeeping import bookkeeping
+from support import files, settings
 
 LOSS = partial(diffusion.loss, schedule=diffusion.PAPER)
 
@@ -78,7 +77,7 @@ def test_a_run_that_runs_out_of_memory_releases_the_same_model(tmp_path, monkeyp
     # The first micro-batch of 32 is halved until it fits; from then on pieces of 4, of the same draws.
     assert calls[:4] == [1, 1, 1, 3]  # the engine's check against the loop
     assert calls[4:8] == [32, 16, 8, 4] and max(calls[8:]) == 4
-    before, a, b = (folder.load(tmp_path / x)["model"] for x in ("whole/public/ldm.pt", "whole/release/model.pt",
+    before, a, b = (files.load(tmp_path / x)["model"] for x in ("whole/public/ldm.pt", "whole/release/model.pt",
                                                                   "pieces/release/model.pt"))
     moved = max((a[k] - before[k]).abs().max() for k in a)
     assert moved > 1e-3 and all(torch.allclose(a[k], b[k], atol=1e-3 * moved) for k in a)

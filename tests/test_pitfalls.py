@@ -12,18 +12,15 @@ import pytest
 import torch
 
 import accountant
-import budget
 import datasets
 import dp_sgd
 import evaluate
-import folder
-import release
 import sample
-import settings
 import train
 import unet
 import vae
 from datasets import arrays, pixels
+from support import files, guarantee, settings
 
 ROOT = Path(__file__).parent.parent
 N = 60  # private examples
@@ -47,7 +44,7 @@ def private_stage(out, *flags, model=None, latents=None):
     model = tiny_model() if model is None else model
     unet.select_trainable(model, s.tune, s.from_block)
     latents = torch.randn(N, 1, 4, 4, 4, generator=torch.Generator().manual_seed(1)) if latents is None else latents
-    plan = budget.privacy_plan(s, N)
+    plan = guarantee.privacy_plan(s, N)
     rows = train.tune_privately(s, model, latents, torch.arange(N) % 10, plan, SimpleNamespace(asked=False))
     return s, plan, model, rows
 
@@ -107,7 +104,7 @@ def test_noise_and_batches_come_from_the_secure_generator_unless_fast_and_are_st
         seen.clear()
         s, plan, _, rows = private_stage(tmp_path / str(secure), *flags)
         assert len(seen) == 8 and all(isinstance(g, dp_sgd.SecureGenerator) == secure for g in seen)
-        privacy = release.privacy_statement(s, plan, rows, 1)
+        privacy = guarantee.privacy_statement(s, plan, rows, 1)
         assert ("CSPRNG" in privacy["noise"]) == secure == (not privacy["fast_noise"])
         assert any("computes the noise" in text for text in privacy["does_not_cover"]) != secure
     with pytest.raises(ValueError, match="exclude each other"):
@@ -156,7 +153,7 @@ def test_the_last_average_is_released_and_nothing_is_chosen(tmp_path, monkeypatc
     monkeypatch.setattr(dp_sgd, "summary", lambda figures: honest(figures) | {"loss": next(losses)})
     monkeypatch.setattr(train, "fastest_micro_batch", None)
     _, _, model, _ = private_stage(tmp_path)
-    state = folder.load(tmp_path / "internal" / "state.pt")
+    state = files.load(tmp_path / "internal" / "state.pt")
     assert state["done"] == 4
     assert all(torch.equal(p, a) for p, a in zip(tuned(model), state["average"], strict=True))
     assert not any(torch.equal(p, a) for p, a in zip(state["tuned"].values(), state["average"], strict=True))
@@ -177,10 +174,10 @@ def test_the_average_holds_tuned_parameters_only_and_moves_once_per_step(tmp_pat
 def test_the_statement_carries_what_a_guarantee_needs(tmp_path):  # 20, 24, 25
     s = settings.parse(["--preset", "smoke", "--out", str(tmp_path), "--epsilon", "2"])
     with pytest.raises(ValueError, match="below 1/n"):
-        budget.privacy_plan(s, 100_000)
-    plan, s.trained_on, s.public_weights = budget.privacy_plan(s, 1000), ["strokes"], []
+        guarantee.privacy_plan(s, 100_000)
+    plan, s.trained_on, s.public_weights = guarantee.privacy_plan(s, 1000), ["strokes"], []
     rows = [{"q": plan["q"], "sigma": plan["sigma"]}] * 4
-    privacy = release.privacy_statement(s, plan, rows, (7, 0))
+    privacy = guarantee.privacy_statement(s, plan, rows, (7, 0))
     assert "(2, 1e-05)" in privacy["statement"] and privacy["delta"] == 1e-5 < 1 / privacy["n"]
     assert privacy["adjacency"] == "add or remove one picture" and privacy["sampling"] == "Poisson"
     assert privacy["unit"] == "one picture" and "one picture" in privacy["statement"]
@@ -189,10 +186,10 @@ def test_the_statement_carries_what_a_guarantee_needs(tmp_path):  # 20, 24, 25
     assert any("other runs" in text and "add up" in text for text in privacy["does_not_cover"])
     assert privacy["public_set"] == "strokes" and any("from a larger set" in text for text in privacy["does_not_cover"])
     s.private_n = None  # all of them: nothing was chosen
-    assert not any("from a larger set" in t for t in release.privacy_statement(s, plan, rows, (7, 0))["does_not_cover"])
+    assert not any("from a larger set" in t for t in guarantee.privacy_statement(s, plan, rows, (7, 0))["does_not_cover"])
     assert "partly by looking at results on private data" in privacy["hyper_parameters"]  # mnist10k's presets were
     s.private = "folder:mine"
-    assert "without results on these pictures" in release.privacy_statement(s, plan, rows, (7, 0))["hyper_parameters"]
+    assert "without results on these pictures" in guarantee.privacy_statement(s, plan, rows, (7, 0))["hyper_parameters"]
 
 
 def test_every_checkpoint_is_read_without_running_code():  # 21
@@ -229,7 +226,7 @@ def table():
 
 def test_the_table_has_all_pitfalls_and_every_function_and_test_it_names_exists():
     rows = table()
-    assert [int(row[0]) for row in rows] == list(range(1, 28)) and all(len(row) == 4 for row in rows)
+    assert [int(row[0]) for row in rows] == list(range(1, 31)) and all(len(row) == 4 for row in rows)
     for number, _, line, tests in rows:
         named = re.findall(r"`([a-z_/]+\.py)::(\w+)`", tests)
         assert named, f"row {number} names no test"

@@ -14,10 +14,9 @@ import torch.distributed as dist
 
 import accountant
 import dp_sgd
-import folder
-import processes
 import sample
 import train
+from support import files, run_folder, team
 
 TINY = ["--preset", "smoke", "--public-n", "40", "--private-n", "101", "--vae-steps", "2", "--ldm-steps", "2", "--vae-batch",
         "9", "--ldm-batch", "9", "--batch-size", "20", "--accountant", "rdp", "--sample-steps", "1"]
@@ -31,7 +30,7 @@ def worker(number, port, job, place):
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(place / f"{name}.{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     torch.set_num_threads(1)
-    folder.run_cli(partial(job, number, place))
+    run_folder.run_cli(partial(job, number, place))
 
 
 def two_processes(job, place):
@@ -74,21 +73,21 @@ DRAW = torch.tensor([0, 2, 3, 4, 6, 8, 10, 14, 21, 28, 29])  # three of them in 
 
 
 def engine_job(number, place):
-    processes.join()
+    team.join()
     engine = small_engine()
-    shard = processes.shard(EXAMPLES)
+    shard = team.shard(EXAMPLES)
     mine = [int(i) // 2 for i in DRAW if i % 2 == number]
     for part in torch.tensor(mine).split(2 if number == 0 else 5):  # four micro-batches here, one there
         engine.accumulate(loss_fn, shard[part])
-    processes.reduce_sums(engine)
+    team.reduce_sums(engine)
     sums = [a.clone() for a in engine.sums]
     figures = dp_sgd.summary(engine.metrics) if number == 0 else engine.last
     empty = small_engine(3.0)  # nothing drawn by anybody: noise only
     start = [p.detach().clone() for p in empty.parameters]
-    processes.reduce_sums(empty)
+    team.reduce_sums(empty)
     if number == 0:
         empty.step(torch.optim.SGD(empty.parameters, 1.0))
-    processes.broadcast(empty.parameters)
+    team.broadcast(empty.parameters)
     change = torch.cat([(p.detach() - a).flatten() for p, a in zip(empty.parameters, start, strict=True)])
     torch.save({"sums": sums, "figures": figures, "change": change}, place / f"result.{number}")
 
@@ -117,7 +116,7 @@ def run_job(flags, number, place):
     """train.main with plain gradient steps in place of Adam, so that the size of the noise can be seen."""
     seen = {"drawn": [], "noise": 0, "generators": [], "changes": [], "public": [], "drift": []}
     poisson_sample, privatise, fresh = dp_sgd.poisson_sample, dp_sgd.privatise, dp_sgd.fresh_generator
-    broadcast, fit, before = processes.broadcast, train.fit, {}
+    broadcast, fit, before = team.broadcast, train.fit, {}
 
     def watched_sample(n, q, generator):
         batch = poisson_sample(n, q, generator)
@@ -150,7 +149,7 @@ def run_job(flags, number, place):
         return torch.optim.SGD(parameters, lr)
 
     dp_sgd.poisson_sample, dp_sgd.privatise, dp_sgd.fresh_generator = watched_sample, watched_privatise, watched_generator
-    processes.broadcast, train.fit, torch.optim.Adam = watched_broadcast, watched_fit, sgd
+    team.broadcast, train.fit, torch.optim.Adam = watched_broadcast, watched_fit, sgd
     try:
         train.main([*TINY, *FREE, "--out", str(place / "run"), *flags])
     finally:
@@ -183,7 +182,7 @@ def test_a_run_by_two_processes(tmp_path):
     assert torch.equal(torch.stack(moved), torch.stack(first["changes"][1:])) and len(moved) == 3
     for change in moved:  # 337,000 numbers, the clipped sum is far below the noise; 1.41 if both added, 0.71 if halves
         assert float(change.std()) / (4 * 1e-3 / 20) == pytest.approx(1, abs=0.02)
-    privacy = folder.read_json(out / "release" / "privacy.json")
+    privacy = files.read_json(out / "release" / "privacy.json")
     assert privacy["n"] == 101 and privacy["steps"] == 3
     assert privacy["epsilon"] == accountant.epsilon(20 / 101, 4.0, 3, 1e-5)
     assert sample.generate(sample.load_release(out), [1], steps=1, progress=False).shape == (1, 1, 28, 28)
@@ -191,32 +190,32 @@ def test_a_run_by_two_processes(tmp_path):
 
 def stop_job(number, place):
     """A signal reaches both processes at different moments; rank 0's word counts, and all leave after the same step."""
-    append, stops = folder.append_row, []
-    init = folder.Stop.__init__
-    folder.Stop.__init__ = lambda self: (init(self), stops.append(self))[0]
+    append, stops = files.append_row, []
+    init = run_folder.Stop.__init__
+    run_folder.Stop.__init__ = lambda self: (init(self), stops.append(self))[0]
 
     def appended(row, path):
         append(row, path)
         if path.name == "ledger.jsonl" and row["step"] == number:  # rank 0 in step 0, rank 1 would be a step later
             stops[0].handle(2, None)
 
-    folder.append_row = appended
+    files.append_row = appended
     train.main([*TINY, *FREE, "--steps", "3", "--out", str(place / "run")])
 
 
 def test_stopped_by_two_processes_and_finished_by_one(tmp_path):
     codes, errors = two_processes(stop_job, tmp_path)
     assert codes == [130, 130] and errors == [[], []]
-    assert folder.load(tmp_path / "run" / "internal" / "state.pt")["done"] == 1
+    assert files.load(tmp_path / "run" / "internal" / "state.pt")["done"] == 1
     train.main(["--resume", *FREE, "--out", str(tmp_path / "run")])
-    assert folder.read_json(tmp_path / "run" / "release" / "privacy.json")["steps"] == 3
-    assert folder.load(tmp_path / "run" / "internal" / "state.pt")["done"] == 3
+    assert files.read_json(tmp_path / "run" / "release" / "privacy.json")["steps"] == 3
+    assert files.load(tmp_path / "run" / "internal" / "state.pt")["done"] == 3
 
 
 def end_job(victim, how, number, place):
     """The victim ends, or hangs, in the second step."""
     poisson_sample, calls = dp_sgd.poisson_sample, []
-    processes.PATIENCE = timedelta(seconds=8)  # a busy machine may let a healthy process wait for half of that
+    team.PATIENCE = timedelta(seconds=8)  # a busy machine may let a healthy process wait for half of that
 
     def watched(*args):
         calls.append(1)
@@ -241,7 +240,7 @@ def test_a_dead_process_ends_the_run_with_one_line(victim, how, within, tmp_path
     assert float((tmp_path / "left").read_text()) - float((tmp_path / "ended").read_text()) < within
     out = tmp_path / "run"
     assert len((out / "internal" / "ledger.jsonl").read_text().splitlines()) == 1  # the second step has spent nothing
-    assert folder.load(out / "internal" / "state.pt")["done"] == 1 and not (out / "release" / "model.pt").exists()
+    assert files.load(out / "internal" / "state.pt")["done"] == 1 and not (out / "release" / "model.pt").exists()
 
 
 def test_an_error_that_all_would_meet_is_told_once(tmp_path):
@@ -250,6 +249,6 @@ def test_an_error_that_all_would_meet_is_told_once(tmp_path):
 
 
 def test_alone_nothing_is_distributed(tmp_path):
-    assert (folder.rank(), processes.world(), processes.agreed("x"), processes.share(7)) == (0, 1, "x", 7)
+    assert (team.rank(), team.world(), team.agreed("x"), team.share(7)) == (0, 1, "x", 7)
     assert not dist.is_initialized()
-    assert torch.equal(processes.shard(torch.arange(5)), torch.arange(5))
+    assert torch.equal(team.shard(torch.arange(5)), torch.arange(5))

@@ -11,14 +11,13 @@ import torch
 from PIL import Image
 
 import datasets
-import folder
-import settings
 import train
 import unet
 import vae
 from datasets import arrays, photos
+from support import files, presets
 
-TINY = settings.PRESETS["faces"] | dict(
+TINY = presets.PRESETS["faces"] | dict(
     vae=vae.VAEConfig(3, 3, 4, (1, 1, 1), num_groups=4), unet=unet.UNetConfig(4, 4, 16, (1,), num_groups=4),
     flips=False, vae_steps=1, ldm_steps=1, batch_size=8, steps=1, micro_batch=8, sample_steps=1, delta=1e-3,
     sigma=2.0, accountant="rdp")
@@ -28,7 +27,7 @@ NOTHING = "nothing would be private"
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(settings.PRESETS, "faces", TINY)
+        patch.setitem(presets.PRESETS, "faces", TINY)
         patch.setattr(train, "fit", lambda *args: None)
         yield
 
@@ -59,21 +58,21 @@ def place(tmp_path_factory):
 
 
 def test_the_digests_of_public_images_travel_with_the_networks(place, tmp_path):
-    found = [folder.load(place / "run" / "public" / name) for name in ("vae.pt", "ldm.pt")]
+    found = [files.load(place / "run" / "public" / name) for name in ("vae.pt", "ldm.pt")]
     expected = datasets.digests(datasets.load(f"folder:{place / 'first'}").images)
     assert all(torch.equal(c["digests"], expected) for c in found) and len(expected) > 30
     second = f"folder:{place / 'second'}"
     out = run_tiny(tmp_path / "r", f"folder:{place / 'first'}", second, "--init", place / "run")
-    assert folder.read_json(out / "release" / "privacy.json")["steps"] == 1  # no image in common
-    assert torch.equal(folder.load(out / "public" / "ldm.pt")["digests"], expected)
+    assert files.read_json(out / "release" / "privacy.json")["steps"] == 1  # no image in common
+    assert torch.equal(files.load(out / "public" / "ldm.pt")["digests"], expected)
     assert b"digests" not in (out / "release" / "model.pt").read_bytes()
     for name in ("vae.pt", "ldm.pt"):  # the same holds when a run goes on
         path = out / "public" / name
-        checkpoint = folder.load(path)
-        folder.save({**checkpoint, "digests": datasets.digests(datasets.load(second).images[:1])}, path)
+        checkpoint = files.load(path)
+        files.save({**checkpoint, "digests": datasets.digests(datasets.load(second).images[:1])}, path)
         with pytest.raises(ValueError, match=f"1 of its images .* {NOTHING}"):
             train.main(["--resume", "--out", str(out)])
-        folder.save(checkpoint, path)
+        files.save(checkpoint, path)
     train.main(["--resume", "--out", str(out)])
 
 
@@ -145,9 +144,9 @@ def altered(place, there, change):
     shutil.copytree(place / "run", there / "altered")
     for name in ("vae.pt", "ldm.pt"):
         path = there / "altered" / "public" / name
-        checkpoint = folder.load(path)
+        checkpoint = files.load(path)
         change(checkpoint)
-        folder.save(checkpoint, path)
+        files.save(checkpoint, path)
     return there / "altered"
 
 
@@ -191,6 +190,6 @@ def test_private_classes_are_declared_on_the_command_line(place, tmp_path):
     with pytest.raises(ValueError, match="class_names.*--classes"):
         run_tiny(tmp_path / "r", *sets)
     out = run_tiny(tmp_path / "r", *sets, "--classes", "cat,dog")
-    assert folder.load(out / "release" / "model.pt")["classes"] == ["cat", "dog"]
+    assert files.load(out / "release" / "model.pt")["classes"] == ["cat", "dog"]
     with pytest.raises(ValueError, match="--resume.*classes"):
         train.main(["--resume", "--out", str(out), "--classes", "dog,cat"])

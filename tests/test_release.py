@@ -8,15 +8,11 @@ import torch
 import torchvision
 
 import accountant
-import budget
 import datasets
-import folder
-import release
-import sample
-import settings
 import train
 import vae
 from datasets import arrays, pixels
+from support import checkpoints, files, guarantee, release, settings
 
 TINY = ["--preset", "smoke", "--public-n", "40", "--private-n", "100", "--vae-steps", "2", "--ldm-steps", "2", "--vae-batch",
         "8", "--ldm-batch", "8", "--batch-size", "10", "--steps", "2", "--accountant", "rdp", "--sample-steps", "1",
@@ -65,9 +61,9 @@ def tiles(path, columns):
 
 def test_nothing_but_the_documented_files(run):
     assert {path.name for path in (run / "release").iterdir()} == FILES
-    model = folder.load(run / "release" / "model.pt")
+    model = files.load(run / "release" / "model.pt")
     assert model.keys() == MODEL_KEYS and model["vae"].keys() == {"config", "state"}
-    networks = sample.build_model(model)[0].state_dict(), sample.build_vae(model["vae"]).state_dict()
+    networks = checkpoints.build_model(model)[0].state_dict(), checkpoints.build_vae(model["vae"]).state_dict()
     assert (model["model"].keys(), model["vae"]["state"].keys()) == tuple(network.keys() for network in networks)
 
 
@@ -86,14 +82,15 @@ def test_no_private_picture_in_the_pictures(run):
 
 def test_no_pixel_row_and_no_latent_in_any_file(run):
     pictures = marked_pictures()
-    autoencoder, scale = sample.build_vae(folder.load(run / "public" / "vae.pt")), folder.load(run / "public" / "vae.pt")["scale"]
+    stage_1 = files.load(run / "public" / "vae.pt")
+    autoencoder, scale = checkpoints.build_vae(stage_1), stage_1["scale"]
     with torch.no_grad():
         latents = autoencoder.encode(pixels.to_float(pixels.pad(pictures, 32))).mean * scale  # (100, 4, 4, 4)
     for path in (run / "release").iterdir():
         raw = path.read_bytes()
         assert not any(picture[0, row].numpy().tobytes() in raw for picture in pictures for row in (0, 1)), path.name
         assert not any(latent.numpy().tobytes()[:16] in raw for latent in latents), path.name
-    for tensor in tensors(folder.load(run / "release" / "model.pt")):
+    for tensor in tensors(files.load(run / "release" / "model.pt")):
         for shape in (latents.shape, latents[0].shape, pictures.shape, pictures[0].shape):
             assert tensor.shape != shape
 
@@ -124,7 +121,7 @@ def test_png_files_hold_pixels_only(run):
 
 
 def test_the_privacy_statement_is_complete(run):
-    privacy = folder.read_json(run / "release" / "privacy.json")
+    privacy = files.read_json(run / "release" / "privacy.json")
     spent = (0.1, privacy["sigma"], 2)
     assert privacy["epsilon"] == privacy["epsilon_rdp"] == accountant.epsilon(*spent, 1e-5) <= 10
     assert privacy["epsilon_pld"] == accountant.epsilon(*spent, 1e-5, "pld") < privacy["epsilon_rdp"]
@@ -137,7 +134,7 @@ def test_the_privacy_statement_is_complete(run):
     text = " ".join(privacy["does_not_cover"])
     for word in ("number n", "hyper-parameters", "other runs", "add up", "internal/", "one person"):
         assert word in text
-    assert folder.load(run / "release" / "model.pt")["privacy"] == privacy
+    assert files.load(run / "release" / "model.pt")["privacy"] == privacy
 
 
 def test_no_printed_epsilon_is_below_the_true_one(run, capsys):
@@ -146,26 +143,26 @@ def test_no_printed_epsilon_is_below_the_true_one(run, capsys):
     s = SimpleNamespace(**vars(settings.parse([*TINY, "--sigma", "1"])), trained_on=["strokes"],
                         public_weights=[])
     plan = {"n": 100, "q": 0.1, "sigma": 1.0, "steps": 2, "epsilon": 2.00001, "delta": 1e-5,
-            "numbers": {"epsilon_rdp": 2.00001, "epsilon_pld": 2.00001, budget.GROUP: 30.00001, budget.ATTACKER: {
+            "numbers": {"epsilon_rdp": 2.00001, "epsilon_pld": 2.00001, guarantee.GROUP: 30.00001, guarantee.ATTACKER: {
                 "0.001": 0.2, "0.01": 0.3, "0.1": 0.4}}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(release, "privacy_numbers", lambda s, rows, delta: plan["numbers"])
-        privacy = release.privacy_statement(s, plan, [{}, {}], 7)
+        privacy = guarantee.privacy_statement(s, plan, [{}, {}], 7)
     assert privacy["statement"].startswith("(2.001, 1e-05)-")
     card = release.model_card(privacy, ["a", "b"], "run")
     assert "epsilon 2.001 at" in card and "30.01" in card
-    budget.print_plan(s, plan, sample.build_model(folder.load(run / "release" / "model.pt"))[0])
+    guarantee.print_plan(s, plan, checkpoints.build_model(files.load(run / "release" / "model.pt"))[0])
     assert "epsilon 2.001 at" in capsys.readouterr().out
 
 
 def test_the_statement_keeps_the_plans_numbers_and_never_lowers_one():
-    assert budget.settled(2.0, 2.0 + 1e-7) == 2.0 and budget.settled(2.0, 2.0 - 1e-7) == 2.0  # another machine's rounding
-    assert budget.settled(2.0, 2.1) == 2.1 and budget.settled(2.0, 1.9) == 2.0
-    assert budget.settled({"a": 1.0, "b": float("inf")}, {"a": 3.0, "b": float("inf")}) == {"a": 3.0, "b": float("inf")}
+    assert guarantee.settled(2.0, 2.0 + 1e-7) == 2.0 and guarantee.settled(2.0, 2.0 - 1e-7) == 2.0  # another machine's rounding
+    assert guarantee.settled(2.0, 2.1) == 2.1 and guarantee.settled(2.0, 1.9) == 2.0
+    assert guarantee.settled({"a": 1.0, "b": float("inf")}, {"a": 3.0, "b": float("inf")}) == {"a": 3.0, "b": float("inf")}
 
 
 def test_the_card_says_what_the_statement_says(run, monkeypatch):
-    card, privacy = (run / "release" / "MODEL_CARD.md").read_text(), folder.read_json(run / "release" / "privacy.json")
+    card, privacy = (run / "release" / "MODEL_CARD.md").read_text(), files.read_json(run / "release" / "privacy.json")
     assert "![samples](samples.png)" in card and privacy["statement"] in card and "at most" in card
     for item in (*privacy["does_not_cover"], privacy["adjacency"], privacy["unit"], accountant.round_up(privacy["epsilon"]),
                  accountant.round_up(float(privacy["epsilon_for_20_pictures_of_one_person"]))):
@@ -181,14 +178,14 @@ def test_the_card_says_what_the_statement_says(run, monkeypatch):
     ({"steps": 0, "n": 0}, "No private picture was read", "An attacker who"),
     ({"epsilon_for_20_pictures_of_one_person": "inf"}, "epsilon is\ninf", "Do not publish")])
 def test_the_card_of_other_runs(run, change, said, unsaid):
-    privacy = folder.read_json(run / "release" / "privacy.json") | change
+    privacy = files.read_json(run / "release" / "privacy.json") | change
     card = release.model_card(privacy, ["a", "b"], "run")
     assert said in card and unsaid not in card
 
 
 def test_public_files_do_not_depend_on_the_private_pictures(run, tmp_path):
     """The scale of the latents above all (pitfall 13): found on public pictures."""
-    first = folder.load(run / "public" / "vae.pt")
-    model = sample.build_vae(first)
+    first = files.load(run / "public" / "vae.pt")
+    model = checkpoints.build_vae(first)
     public = datasets.load("strokes", n=40, seed=0, size=32, channels=1, public_classes="all").images
     assert first["scale"] == pytest.approx(float(vae.latent_scale(model, pixels.to_float(public))), rel=1e-5)

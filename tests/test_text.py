@@ -13,14 +13,13 @@ import datasets
 import diffusion
 import dp_sgd
 import evaluate
-import folder
 import sample
-import settings
 import train
 import unet
 import vae
 from extensions import captions, lora, text
-from settings import GRADIENTS
+from support import checkpoints, files, presets, run_folder, settings
+from support.settings import GRADIENTS
 
 CELEBA = [
     "5_o_Clock_Shadow", "Arched_Eyebrows", "Attractive", "Bags_Under_Eyes", "Bald", "Bangs", "Big_Lips", "Big_Nose",
@@ -201,7 +200,7 @@ def test_the_text_is_encoded_once_per_example_and_everything_in_it_learns():
 
 # --------------------------------------------------------------------------------------------------------- whole runs
 
-TINY = {**settings.PRESETS["smoke"], "public_n": 80, "private_n": 80, "batch_size": 10, "steps": 2, "delta": 1e-3, "sigma": 1.0,
+TINY = {**presets.PRESETS["smoke"], "public_n": 80, "private_n": 80, "batch_size": 10, "steps": 2, "delta": 1e-3, "sigma": 1.0,
         "accountant": "rdp", "vae_steps": 2, "ldm_steps": 2, "sample_steps": 2, "text_width": 16,
         "vae": vae.VAEConfig(ch=8, ch_mult=(1, 1, 1, 1), num_res_blocks=1),
         "unet": unet.UNetConfig(4, 4, 16, (1, 1), attention_resolutions=(2,), context_dim=8, num_groups=8)}
@@ -211,7 +210,7 @@ SECRET = "Zebediah"
 @pytest.fixture(scope="module", autouse=True)
 def tiny_preset():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(settings.PRESETS, "tiny", TINY)
+        patch.setitem(presets.PRESETS, "tiny", TINY)
         yield
 
 
@@ -248,7 +247,7 @@ def run(tmp_path_factory):
 
 def command(module, *args):
     with pytest.raises(SystemExit) as left:
-        folder.run_cli(lambda: module.main([str(a) for a in args]))
+        run_folder.run_cli(lambda: module.main([str(a) for a in args]))
     return left.value.code
 
 
@@ -286,7 +285,7 @@ def test_a_text_run_from_start_to_end(run, tmp_path, capsys):
 
 
 def test_every_private_step_changes_the_text_encoder(run):
-    public, released = folder.load(run / "public" / "ldm.pt"), folder.load(run / "release" / "model.pt")
+    public, released = files.load(run / "public" / "ldm.pt"), files.load(run / "release" / "model.pt")
     assert public["embedder"] == released["embedder"] and public["embedder"]["kind"] == "text"
     names = [name for name in public["model"] if name.startswith("embedder.")]
     assert len(names) > 20 and not any(torch.equal(public["model"][name], released["model"][name]) for name in names)
@@ -299,7 +298,7 @@ def test_private_captions_never_enter_the_vocabulary(run, tmp_path, monkeypatch)
     run_tiny(tmp_path / "r", "--condition", "text", "--steps", "1")
     assert any(SECRET in prompt for prompt in seen)  # the captions were used
     for part in ("public", "release"):
-        words = folder.load(tmp_path / "r" / part / ("ldm.pt" if part == "public" else "model.pt"))["embedder"]["words"]
+        words = files.load(tmp_path / "r" / part / ("ldm.pt" if part == "public" else "model.pt"))["embedder"]["words"]
         assert SECRET.lower() not in words and "portrait" in words
         for file in (tmp_path / "r" / part).iterdir():
             assert SECRET.lower().encode() not in file.read_bytes().lower(), file
@@ -322,12 +321,12 @@ def test_the_caption_of_a_picture_does_not_depend_on_the_others():
 def test_init_reuses_the_text_encoder(run, tmp_path, monkeypatch):
     faces(monkeypatch)
     run_tiny(tmp_path / "r", "--condition", "text", "--init", str(run), "--steps", "1", "--text-length", "5")
-    old, new = (folder.load(r / "release" / "model.pt")["embedder"] for r in (run, tmp_path / "r"))
+    old, new = (files.load(r / "release" / "model.pt")["embedder"] for r in (run, tmp_path / "r"))
     assert old == new and new["length"] == 32  # the checkpoint says what it is
     run_tiny(tmp_path / "s", "--init", str(run), "--steps", "1")  # by class: a new diffusion model, the same autoencoder
-    old, new = (folder.load(r / "public" / "vae.pt")["state"] for r in (run, tmp_path / "s"))
+    old, new = (files.load(r / "public" / "vae.pt")["state"] for r in (run, tmp_path / "s"))
     assert all(torch.equal(old[key], new[key]) for key in old)
-    assert folder.load(tmp_path / "s" / "release" / "model.pt")["embedder"]["kind"] == "class"
+    assert files.load(tmp_path / "s" / "release" / "model.pt")["embedder"]["kind"] == "class"
 
 
 @pytest.fixture(scope="module", params=["none", "class"])
@@ -355,12 +354,12 @@ def test_runs_without_text(other, tmp_path, capsys):
         assert set(file) == ({"images"} if kind == "none" else {"images", "labels"})
     if kind == "none":  # nothing for a classifier to learn from
         assert command(evaluate, out, "--samples", tmp_path / "x.npz", "--no-distance") == 0
-        assert folder.read_json(out / "internal" / "evaluation.json")["accuracy"] == {}
+        assert files.read_json(out / "internal" / "evaluation.json")["accuracy"] == {}
 
 
 def test_checkpoints_of_classes_from_before_texts_are_read():
-    old = sample.build_embedder({"num_classes": 3, "dim": 5, "null_class": True})
-    assert isinstance(old, unet.ClassEmbedder) and old.num_classes == 3 and sample.build_embedder(None) is None
+    old = checkpoints.build_embedder({"num_classes": 3, "dim": 5, "null_class": True})
+    assert isinstance(old, unet.ClassEmbedder) and old.num_classes == 3 and checkpoints.build_embedder(None) is None
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -372,8 +371,8 @@ def test_impossible_settings_are_refused(flags, message):
 
 
 def test_an_unconditional_network_gets_cross_attention_for_a_condition(monkeypatch):
-    plain = replace(settings.PRESETS["tiny"]["unet"], use_spatial_transformer=False)
-    monkeypatch.setitem(settings.PRESETS["tiny"], "unet", plain)
+    plain = replace(presets.PRESETS["tiny"]["unet"], use_spatial_transformer=False)
+    monkeypatch.setitem(presets.PRESETS["tiny"], "unet", plain)
     given = settings.parse(["--preset", "tiny", "--condition", "text"]).unet
     assert given.use_spatial_transformer and given.context_dim
     assert settings.parse(["--preset", "tiny", "--condition", "none"]).unet.context_dim is None

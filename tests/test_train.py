@@ -9,14 +9,12 @@ import pytest
 import torch
 
 import accountant
-import budget
 import datasets
-import folder
 import sample
-import settings
 import train
 import vae
 from datasets import strokes
+from support import checkpoints, files, guarantee, run_folder, settings
 
 PRIVACY_KEYS = {"statement", "epsilon", "delta", "accountant", "adjacency", "unit", "sampling", "n", "q", "steps", "sigma",
                 "clip_norm", "noise_multiplicity", "expected_batch_size", "covers", "does_not_cover", "insecure_seed"}
@@ -38,14 +36,14 @@ def test_a_run_leaves_what_it_promises(run):
                  "release/samples.png", "release/comparison.png", "internal/ledger.jsonl", "internal/state.pt"):
         assert (run / name).stat().st_size > 100, name
     assert not list(run.rglob("*.tmp"))
-    privacy = folder.read_json(run / "release" / "privacy.json")
+    privacy = files.read_json(run / "release" / "privacy.json")
     assert privacy.keys() >= PRIVACY_KEYS
     assert 9.9 < privacy["epsilon"] <= 10.0 and privacy["delta"] == 1e-5 and privacy["n"] == 1000
     assert privacy["private"] and "(10, 1e-05)" in privacy["statement"]
 
 
 def test_the_ledger_has_one_row_per_logical_step_and_gives_the_epsilon(run):
-    rows, privacy = read_rows(run), folder.read_json(run / "release" / "privacy.json")
+    rows, privacy = read_rows(run), files.read_json(run / "release" / "privacy.json")
     assert len(rows) == privacy["steps"] == 4  # four logical steps of about three micro-batches each
     assert all(row["q"] == 100 / 1000 and row["sigma"] == privacy["sigma"] for row in rows)
     assert abs(accountant.epsilon(100 / 1000, privacy["sigma"], 4, 1e-5, privacy["accountant"]) - privacy["epsilon"]) < 1e-6
@@ -71,20 +69,20 @@ def test_a_plan_whose_noise_ends_too_early_is_refused(tmp_path):
     for flags, fine in ((["--sigma", "0.3"], True), (["--sigma", "0.3", "--fast-noise"], False), (["--sigma", "0.08"], False)):
         s = settings.parse(["--preset", "smoke", "--out", str(tmp_path), *flags])
         if fine:
-            assert budget.privacy_plan(s, 1000)["sigma"] == 0.3
+            assert guarantee.privacy_plan(s, 1000)["sigma"] == 0.3
         else:
             with pytest.raises(ValueError, match="so little noise"):
-                budget.privacy_plan(s, 1000)
+                guarantee.privacy_plan(s, 1000)
 
 
 def test_only_the_chosen_parameters_changed(run):
-    public, released = folder.load(run / "public" / "ldm.pt")["model"], folder.load(run / "release" / "model.pt")["model"]
+    public, released = files.load(run / "public" / "ldm.pt")["model"], files.load(run / "release" / "model.pt")["model"]
     changed = {k for k in public if not torch.equal(public[k], released[k])}
-    model, _ = sample.build_model(folder.load(run / "public" / "ldm.pt"))
+    model, _ = checkpoints.build_model(files.load(run / "public" / "ldm.pt"))
     import unet
     assert changed == set(unet.select_trainable(model, "attention"))  # each of them gets noise, used or not
-    assert torch.equal(folder.load(run / "public" / "vae.pt")["state"]["quant_conv.weight"],
-                       folder.load(run / "release" / "model.pt")["vae"]["state"]["quant_conv.weight"])
+    assert torch.equal(files.load(run / "public" / "vae.pt")["state"]["quant_conv.weight"],
+                       files.load(run / "release" / "model.pt")["vae"]["state"]["quant_conv.weight"])
 
 
 def test_public_networks_that_know_the_private_pictures_are_refused(run, tmp_path):
@@ -93,7 +91,7 @@ def test_public_networks_that_know_the_private_pictures_are_refused(run, tmp_pat
     shutil.copytree(run, tmp_path / "tainted")  # an earlier run's networks, made from digits that are private now
     for name in ("vae.pt", "ldm.pt"):
         path = tmp_path / "tainted" / "public" / name
-        folder.save({**folder.load(path), "trained_on": "mnist"}, path)
+        files.save({**files.load(path), "trained_on": "mnist"}, path)
     with pytest.raises(ValueError, match="public networks know these pictures.*mnist"):  # mnist10k is a part of mnist
         train.main(["--preset", "smoke", "--init", str(tmp_path / "tainted"), "--out", str(tmp_path / "r")])
     assert not (tmp_path / "r").exists()
@@ -101,8 +99,8 @@ def test_public_networks_that_know_the_private_pictures_are_refused(run, tmp_pat
 
 def test_a_network_shares_no_memory_with_the_checkpoint_it_is_built_from(run):
     """Else private tuning would change the public model that the comparison shows as "before"."""
-    checkpoint = folder.load(run / "public" / "ldm.pt")
-    model, _ = sample.build_model(checkpoint)
+    checkpoint = files.load(run / "public" / "ldm.pt")
+    model, _ = checkpoints.build_model(checkpoint)
     owned = {value.data_ptr() for value in checkpoint["model"].values()}
     assert not any(p.data_ptr() in owned for p in model.parameters())
 
@@ -126,24 +124,24 @@ def test_samples_come_from_the_release_alone(run, tmp_path):
 def test_resume_after_ctrl_c_ends_like_an_uninterrupted_run(run, tmp_path, monkeypatch):
     out = tmp_path / "r"
     again = ["--preset", "smoke", "--out", str(out), "--init", str(run)]
-    append, stops = folder.append_row, []
+    append, stops = files.append_row, []
 
     def interrupting(row, path):  # a real SIGINT's handler, called right after the ledger row of step 1
         append(row, path)
         if path.name == "ledger.jsonl" and row["step"] == 1:
             stops[0].handle(2, None)
 
-    monkeypatch.setattr(folder, "append_row", interrupting)
-    init = folder.Stop.__init__
-    monkeypatch.setattr(folder.Stop, "__init__", lambda self: (init(self), stops.append(self))[0])
+    monkeypatch.setattr(files, "append_row", interrupting)
+    init = run_folder.Stop.__init__
+    monkeypatch.setattr(run_folder.Stop, "__init__", lambda self: (init(self), stops.append(self))[0])
     with pytest.raises(SystemExit) as stopped:
         train.main(again)
     assert stopped.value.code == 130 and len(read_rows(out)) == 2
-    assert folder.load(out / "internal" / "state.pt")["done"] == 2
+    assert files.load(out / "internal" / "state.pt")["done"] == 2
     monkeypatch.undo()
     train.main(["--resume", "--out", str(out)])
     assert [r["step"] for r in read_rows(out)] == [0, 1, 2, 3]
-    whole, resumed = (folder.read_json(x / "release" / "privacy.json") for x in (run, out))
+    whole, resumed = (files.read_json(x / "release" / "privacy.json") for x in (run, out))
     assert whole == resumed
 
 
@@ -167,8 +165,8 @@ def test_a_step_lost_in_a_crash_stays_spent(run, tmp_path, monkeypatch):
     with open(out / "internal" / "ledger.jsonl", "a") as file:
         file.write('{"step": 3, "q": 0.0')  # and a torn row
     train.main(["--resume", "--out", str(out)])
-    assert folder.load(out / "internal" / "state.pt")["done"] == 2
-    privacy = folder.read_json(out / "release" / "privacy.json")
+    assert files.load(out / "internal" / "state.pt")["done"] == 2
+    privacy = files.read_json(out / "release" / "privacy.json")
     assert privacy["steps"] == 4 and privacy["epsilon"] <= 10.0
 
 
@@ -177,11 +175,11 @@ def test_resume_refuses_what_would_change_the_guarantee(run, tmp_path):
     shutil.copytree(run, out)
     with pytest.raises(ValueError, match="clip_norm"):
         train.main(["--resume", "--out", str(out), "--clip-norm", "0.7"])
-    plan = folder.read_json(out / "internal" / "plan.json")
-    folder.write_json(plan | {"private_pictures": "0"}, out / "internal" / "plan.json")
+    plan = files.read_json(out / "internal" / "plan.json")
+    files.write_json(plan | {"private_pictures": "0"}, out / "internal" / "plan.json")
     with pytest.raises(ValueError, match="private_pictures"):
         train.main(["--resume", "--out", str(out)])
-    folder.write_json(plan, out / "internal" / "plan.json")
+    files.write_json(plan, out / "internal" / "plan.json")
     (out / "internal" / "ledger.jsonl").write_text("")
     with pytest.raises(ValueError, match="rows are missing"):
         train.main(["--resume", "--out", str(out)])
@@ -196,12 +194,12 @@ def test_steps_zero_releases_the_public_model_without_reading_private_pictures(r
 
     monkeypatch.setattr(datasets, "load", watched)
     train.main(["--preset", "smoke", "--out", str(tmp_path / "r"), "--init", str(run), "--steps", "0"])
-    assert folder.read_json(tmp_path / "r" / "release" / "privacy.json")["epsilon"] == 0.0
+    assert files.read_json(tmp_path / "r" / "release" / "privacy.json")["epsilon"] == 0.0
 
 
 def test_no_noise_is_named_not_private(run, tmp_path, capsys):
     train.main(["--preset", "smoke", "--out", str(tmp_path / "r"), "--init", str(run), "--epsilon", "inf", "--steps", "1"])
-    privacy = folder.read_json(tmp_path / "r" / "release" / "privacy.json")
+    privacy = files.read_json(tmp_path / "r" / "release" / "privacy.json")
     assert privacy["epsilon"] == "inf" and not privacy["private"] and "NOT PRIVATE" in privacy["statement"]
     assert "NOT private" in capsys.readouterr().err
 
@@ -212,7 +210,7 @@ def test_no_noise_is_named_not_private(run, tmp_path, capsys):
 def test_ablations_are_flags(run, tmp_path, flags):
     train.main(["--preset", "smoke", "--out", str(tmp_path / "r"), "--init", str(run), "--steps", "1", *flags])
     assert sample.generate(sample.load_release(tmp_path / "r"), [1], steps=2, progress=False).shape == (1, 1, 28, 28)
-    privacy = folder.read_json(tmp_path / "r" / "release" / "privacy.json")
+    privacy = files.read_json(tmp_path / "r" / "release" / "privacy.json")
     assert privacy["private"] == ("--insecure-seed" not in flags) and privacy["epsilon"] <= 10
 
 
@@ -287,7 +285,7 @@ def test_bad_input_is_refused_before_any_work(flags, message, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "fit", None)  # would fail with a TypeError if training began
     with pytest.raises(SystemExit) as left:
-        folder.run_cli(lambda: train.main(["--preset", "smoke", *flags]))
+        run_folder.run_cli(lambda: train.main(["--preset", "smoke", *flags]))
     error = capsys.readouterr().err.strip().splitlines()
     assert not any(line.startswith("usage") for line in error)
     assert left.value.code == 2 and message in error[-1] and error[-1].startswith("error: ")
@@ -325,17 +323,17 @@ def test_a_run_is_refused_before_its_first_private_step_or_ends_with_a_release(r
     except ValueError as error:
         assert "\n" not in str(error) and not (out / "internal" / "ledger.jsonl").exists()
     else:
-        privacy, plan = (folder.read_json(out / name) for name in ("release/privacy.json", "internal/plan.json"))
+        privacy, plan = (files.read_json(out / name) for name in ("release/privacy.json", "internal/plan.json"))
         assert len(read_rows(out)) == 1 and plan["numbers"].items() <= privacy.items()
-        assert privacy["epsilon"] <= privacy["epsilon_rdp"] and float(privacy[budget.GROUP]) >= privacy["epsilon"]
+        assert privacy["epsilon"] <= privacy["epsilon_rdp"] and float(privacy[guarantee.GROUP]) >= privacy["epsilon"]
 
 
 def test_settings_of_sampling_are_checked_against_the_networks_of_init(run, tmp_path):
     """The preset's own settings would do; those of the networks that are reused decide."""
     shutil.copytree(run, tmp_path / "short")
     path = tmp_path / "short" / "public" / "ldm.pt"
-    checkpoint = folder.load(path)
-    folder.save({**checkpoint, "schedule": {**checkpoint["schedule"], "T": 50}}, path)
+    checkpoint = files.load(path)
+    files.save({**checkpoint, "schedule": {**checkpoint["schedule"], "T": 50}}, path)
     with pytest.raises(ValueError, match="--sample-steps must lie in 1..50"):
         train.main(["--preset", "smoke", "--out", str(tmp_path / "r"), "--init", str(tmp_path / "short"), "--sample-steps", "51"])
     assert not (tmp_path / "r").exists()
@@ -345,10 +343,10 @@ def test_diverged_public_networks_cost_no_private_step(run, tmp_path):
     for name, damage in (("vae.pt", {"scale": float("nan")}), ("ldm.pt", None)):
         shutil.copytree(run, tmp_path / name)
         path = tmp_path / name / "public" / name
-        checkpoint = folder.load(path)
+        checkpoint = files.load(path)
         if damage is None:
             next(iter(checkpoint["model"].values())).view(-1)[0] = float("inf")
-        folder.save({**checkpoint, **(damage or {})}, path)
+        files.save({**checkpoint, **(damage or {})}, path)
         with pytest.raises(ValueError, match="not finite"):
             train.main(["--preset", "smoke", "--out", str(tmp_path / f"r-{name}"), "--init", str(tmp_path / name)])
         assert not (tmp_path / f"r-{name}" / "internal" / "ledger.jsonl").exists()
@@ -389,15 +387,15 @@ def test_a_checkpoint_with_code_is_refused(tmp_path):
 
 
 def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
-    folder.save({"a": 1}, tmp_path / "x.pt")
+    files.save({"a": 1}, tmp_path / "x.pt")
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(folder.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        folder.save({"a": 2}, tmp_path / "x.pt")
-    assert folder.load(tmp_path / "x.pt") == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+        files.save({"a": 2}, tmp_path / "x.pt")
+    assert files.load(tmp_path / "x.pt") == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 
 
 def test_ema_formula():

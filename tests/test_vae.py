@@ -6,10 +6,10 @@ import torch
 import torchvision
 from torch.distributions import Normal, kl_divergence
 
-import settings
 import train
 import vae
 from extensions import original_weights, perceptual
+from support import settings
 
 COUNTS = {"mnist": 102_553_535, "cifar10": 14_639_807, "celeba64": 29_935_359, "celeba256-text": 83_653_863}
 

@@ -14,9 +14,13 @@ import torch
 import torch.distributed as dist
 
 import dp_sgd
-from folder import rank
 
 PATIENCE = timedelta(minutes=10)  # a dead process is noticed at once, by its closed connection; a hanging one after this
+
+
+def rank():
+    """This process's number among those of a torchrun, 0 when alone. Only rank 0 writes: for others the writers do nothing."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def join():

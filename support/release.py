@@ -10,64 +10,11 @@ from functools import partial
 import torch
 
 import datasets
-import folder
 import sample
 from accountant import round_up
-from budget import ATTACKER, GROUP, privacy_numbers, settled
 from datasets import pixels
 from extensions import lora
-from settings import plain
-
-# How the presets' hyper-parameters were chosen, where private results had a part in it (docs/privacy.md).
-SEEN = ("partly by looking at results on private data: batch size, steps and learning rate of the private stage{} were compared "
-        "by scores on held-out and on test digits of MNIST, and the public strokes were drawn while watching them; epsilon does "
-        "not cover that choice")
-LOOKED = {
-    "mnist10k": SEEN.format(""), "mnist": SEEN.format(", the size of the networks and the length of the public stages"),
-    "faces": ("partly by looking at results on private data: size of the latents and of the UNet and length of the public stages "
-              "were changed after seeing how the autoencoder draws held-out faces; epsilon does not cover that choice"),
-    "fashion": ("partly by looking at private data: photographs as a public set, and the shape and training of the autoencoder, "
-                "were chosen after measuring how others draw garments; epsilon does not cover that choice")}
-BEFOREHAND = ("taken as chosen without results on these pictures; if other runs on them were compared to choose, their epsilons "
-              "add up")
-
-
-def privacy_statement(s, plan, rows, trained):
-    """Content of release/privacy.json: all that is needed to judge the guarantee (pitfalls 20, 24, 25)."""
-    # Known before the first private step; a step that the plan did not foresee would raise them here.
-    numbers = settled(plan["numbers"], privacy_numbers(s, rows, s.delta))
-    epsilon = numbers[f"epsilon_{s.accountant}"]
-    private = s.insecure_seed is None and math.isfinite(epsilon)
-    return plain({
-        "statement": f"({round_up(epsilon)}, {round_up(s.delta)})-differentially private with respect to one "
-                     "picture" if private else "NOT PRIVATE: no noise, or a known noise seed",
-        "private": private, "epsilon": epsilon, "delta": s.delta, "accountant": s.accountant,
-        "epsilon_rdp": numbers["epsilon_rdp"], "epsilon_pld": numbers["epsilon_pld"],
-        GROUP: numbers[GROUP],  # of one person
-        ATTACKER: numbers[ATTACKER],  # what an optimal membership test can do at most, per picture
-        "adjacency": "add or remove one picture", "unit": "one picture", "sampling": "Poisson", "n": plan["n"], "q": plan["q"],
-        "expected_batch_size": s.batch_size, "steps": len(rows), "sigma": plan["sigma"], "clip_norm": s.clip_norm,
-        "clipping": s.clipping, "noise_multiplicity": s.noise_multiplicity, "tune": s.tune, "from_block": s.from_block,
-        "condition": s.condition, "trained_parameters": trained,
-        "public_set": " and ".join(s.trained_on), "private_set": datasets.kind_of(s.private),
-        "enlarged": datasets.enlarged(s.private, s.vae.resolution),
-        "hyper_parameters": LOOKED.get(datasets.kind_of(s.private), BEFOREHAND),
-        "public_weights": s.public_weights,
-        "insecure_seed": s.insecure_seed is not None, "fast_noise": s.fast_noise,
-        "noise": "float64 from torch's generator (--fast-noise): Mersenne twister (CPU) or Philox (CUDA), no cryptographic ones"
-                 if s.fast_noise or s.insecure_seed is not None else
-                 "float64 from the operating system's CSPRNG, four Box-Muller draws each (dp_sgd.SecureGenerator)",
-        "covers": "everything in release/ and whatever is made from it",
-        "does_not_cover": [
-            "the number n of private pictures and the names of their classes and attributes, which are treated as public",
-            "hyper-parameters, taken as chosen beforehand",
-            *(["the choice of these n pictures from a larger set: neighbours differ in a chosen picture"] if s.private_n else []),
-            "other runs on the same private pictures: their epsilons add up", "internal/ (losses, gradient norms)",
-            "several pictures of one person: the guarantee is for one picture",
-            "pictures that weights taken from elsewhere (public_weights) were trained on",
-            *(["an attacker who computes the noise from the release: its generator is not a cryptographic one (--fast-noise), "
-               "and epsilon is then infinite"] if s.fast_noise else []), "timing"],
-    })
+from support import checkpoints, files, guarantee
 
 
 def write_release(s, vae_checkpoint, ldm_checkpoint, model, classes, prompts, privacy, public):
@@ -81,8 +28,8 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, classes, prompts, pr
                "classes": classes, "crop": s.crop, "prompts": prompts,
                "data": {"public": datasets.kind_of(s.public), "public_classes": s.public_classes,
                         "private": datasets.kind_of(s.private), "label_attribute": s.label_attribute}, "privacy": privacy}
-    folder.save({**content, "model": model.state_dict()}, s.out / "release" / "model.pt")
-    folder.write_json(privacy, s.out / "release" / "privacy.json")
+    files.save({**content, "model": model.state_dict()}, s.out / "release" / "model.pt")
+    files.write_json(privacy, s.out / "release" / "privacy.json")
     lines = max(1, (6 if s.crop < 128 else 2) // len(classes))  # of ten pictures, for each class
     row_classes = [label for label in range(len(classes)) for _ in range(lines)]
     labels = torch.tensor(row_classes).repeat_interleave(10)
@@ -90,12 +37,12 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, classes, prompts, pr
         row_prompts = [prompt for options in prompts for prompt in options[:lines]]
         row_classes = [label for label, options in enumerate(prompts) for _ in options[:lines]]
         labels = [prompt for prompt in row_prompts for _ in range(10)]
-        with folder.replacing(s.out / "release" / "prompts.txt") as file:
+        with files.replacing(s.out / "release" / "prompts.txt") as file:
             file.write("".join(f"{prompt}\n" for prompt in row_prompts).encode())
     draw = partial(sample.generate, labels=labels, steps=s.sample_steps, eta=s.sample_eta, guidance=s.guidance, seed=s.seed)
     released = sample.load_release(s.out, s.device, s.bf16)
     after = draw(released)
-    public_model, _ = sample.build_model(ldm_checkpoint)
+    public_model, _ = checkpoints.build_model(ldm_checkpoint)
     before = draw(replace(released, model=public_model.eval().to(s.device)))
     pixels.save_grid(after, s.out / "release" / "samples.png", 10)
     rows, gap = [], torch.full((1, *after.shape[1:]), 96, dtype=torch.uint8)
@@ -106,7 +53,7 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, classes, prompts, pr
         first = slice(10 * i, 10 * i + 6)
         rows += [real, gap.expand(5 - len(real), -1, -1, -1), before[first], gap, after[first]]
     pixels.save_grid(torch.cat(rows), s.out / "release" / "comparison.png", 18)
-    with folder.replacing(s.out / "release" / "MODEL_CARD.md") as file:
+    with files.replacing(s.out / "release" / "MODEL_CARD.md") as file:
         file.write(model_card(privacy, classes, s.out.name).encode())
 
 
@@ -115,7 +62,7 @@ def model_card(privacy, classes, name):
     def at_most(rate):
         return f"{math.ceil(1e4 * float(rate)) / 100:g} %"  # rounded up: nothing is understated
 
-    p, rates = privacy, privacy[ATTACKER]
+    p, rates = privacy, privacy[guarantee.ATTACKER]
     epsilon = round_up(float(p["epsilon"]))
     table = "\n".join(f"| {float(fpr):.1%} | {at_most(rate)} |" for fpr, rate in rates.items())
     limits = "\n".join(f"- {item}" for item in p["does_not_cover"])
@@ -131,7 +78,7 @@ detects that picture's presence in at most {at_most(rates["0.01"])} of the cases
 In figures: epsilon {epsilon} at delta {round_up(p["delta"])}; neighbours: {p["adjacency"]};
 unit: {p["unit"]}.
 The unit is a picture, not a person: for someone who has 20 of the pictures, epsilon is
-{round_up(float(p[GROUP]))}."""
+{round_up(float(p[guarantee.GROUP]))}."""
     small = f"\nSharper than they are they cannot be: it was shown {p['enlarged']}." if p["enlarged"] else ""
     if not p["steps"]:
         tuned, promise = "", "No private picture was read: this is the public model."

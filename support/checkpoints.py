@@ -1,0 +1,62 @@
+"""Networks from the dicts that train.py writes, and back: what a checkpoint says is all that is needed to build them."""
+import torch
+
+import diffusion
+import unet
+import vae
+from extensions import text
+
+
+def condition_kind(entry):
+    """ "none", "class" or "text" from a checkpoint's entry `embedder`; the first checkpoints knew only classes."""
+    return entry.get("kind", "class") if entry else "none"
+
+
+def build_embedder(entry):
+    """Condition embedder from a checkpoint's entry: None, {"kind": "class", ...} or {"kind": "text", "words": ...}."""
+    kind, rest = condition_kind(entry), {k: v for k, v in (entry or {}).items() if k not in ("kind", "words")}
+    if kind == "text":
+        return text.TextEncoder(vocabulary_size=len(build_tokenizer(entry)), **rest)
+    return unet.ClassEmbedder(**rest) if kind == "class" else None
+
+
+def build_tokenizer(entry):
+    """Tokenizer of a text model from the same entry; None for the others."""
+    return text.Tokenizer(entry["words"], entry["length"]) if condition_kind(entry) == "text" else None
+
+
+def build_model(checkpoint):
+    """LatentModel and Schedule from the dict that train.py wrote (keys unet, embedder, schedule, model)."""
+    model = build(lambda: unet.LatentModel(unet.UNet(unet.UNetConfig(**checkpoint["unet"])),
+                                           build_embedder(checkpoint["embedder"])),
+                  checkpoint["model"], checkpoint["unet"], checkpoint["embedder"])
+    schedule = diffusion.Schedule(**checkpoint["schedule"])
+    check_schedule(schedule)
+    return model, schedule
+
+
+def check_schedule(schedule):
+    """Raises ValueError for a noise schedule with no steps, far too many, or a beta outside (0, 1)."""
+    steps = type(schedule.T) is int and 1 <= schedule.T <= 100_000
+    if not (steps and 0 < schedule.beta_start <= schedule.beta_end < 1):
+        raise ValueError(f"the noise schedule is out of range: {str(schedule):.120}")
+
+
+def build_vae(checkpoint):
+    """AutoencoderKL from the dict that train.py wrote (keys config, state)."""
+    config = vae.VAEConfig(**checkpoint["config"])
+    return build(lambda: vae.AutoencoderKL(config), checkpoint["state"], checkpoint["config"]).eval().requires_grad_(False)
+
+
+def build(make, state, *configs):
+    """make() with the weights `state`. Tried without memory first: sizes in a damaged or hostile file that do not fit its
+    weights are refused before they cost terabytes or hours. Raises whatever the networks do about them."""
+    for key, value in (item for config in configs for item in (config or {}).items()):
+        if key in ("num_res_blocks", "transformer_depth", "layers") and value > 100 or \
+                isinstance(value, (list, tuple)) and key != "words" and len(value) > 20:
+            raise ValueError(f"{key} = {value!r:.20} is out of range")
+    with torch.device("meta"):
+        make().load_state_dict(dict(state), assign=True)  # dict: a state_dict would remember `assign`, and share its memory below
+    model = make()
+    model.load_state_dict(state)
+    return model

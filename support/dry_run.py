@@ -1,0 +1,109 @@
+"""What a run will spend, known before its first private step: epsilon, memory, minutes; and how fast this machine is.
+
+`train.py --dry-run` prints all of it and stops. The privacy plan (q = B/n, T, sigma) is the one of Algorithm 1 of DP-LDM (Liu et
+al. 2024), sigma calibrated by accountant.py so that the whole run costs the epsilon asked for.
+"""
+from functools import partial
+
+import torch
+
+import diffusion
+import dp_sgd
+import unet
+import vae
+from extensions import lora, text
+from support import checkpoints, hardware
+from support.hardware import count, select
+from support.settings import GRADIENTS
+
+
+def print_memory(s, model, public, private):
+    """Print where the bytes go: weights with gradient, Adam and EMA, activations of one picture, pictures and latents.
+
+    Runs the networks on the meta device, which computes shapes only: no memory, no time, however large they are. All that
+    autograd keeps of one picture is counted; the private stage keeps about the same (bench/dp_step.py). Returns the GB of
+    the larger of the two public steps, batch included.
+    """
+    with torch.device("meta"):
+        autoencoder = vae.AutoencoderKL(s.vae)
+        x = torch.empty(1, s.vae.in_channels, s.vae.resolution, s.vae.resolution)
+        z, t = torch.empty(1, *autoencoder.latent_shape), torch.zeros(1, dtype=torch.int64)
+
+    def kept(network, f):
+        weights, seen = {p.untyped_storage()._cdata for p in network.parameters()}, {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda a: seen.update({a.untyped_storage()._cdata: a}) or a, lambda a: a):
+            out = f()  # keeps the graph, and with it the storages, until they are counted
+        return sum(a.untyped_storage().nbytes() for key, a in seen.items() if key not in weights) + 0 * len(out)
+
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.requires_grad_(True)
+    first = kept(autoencoder, lambda: autoencoder.decode(autoencoder.encode(x).mean))
+    second = kept(model, lambda: model(z, t, stand_in(model, 1, "meta")))
+    for name, p in model.named_parameters():
+        p.requires_grad_(wanted[name])
+    stored = (s.public_n or len(public)) + len(private)
+    stored *= x.numel() + 4 * (1 + s.flips) * z.numel()
+    # Weights, gradient, two moments, EMA; tuned ones: moments, EMA, clipped sum, a micro-batch's sum, noise.
+    trained, total, big = count(p for p in model.parameters() if p.requires_grad), count(model.parameters()), 1e9
+    print(f"memory, GB     autoencoder {20 * count(autoencoder.parameters()) / big:.2f} + {first / big:.3f} a picture, latent "
+          f"diffusion {20 * total / big:.2f} + {second / big:.3f}, private tuning {(4 * total + 24 * trained) / big:.2f} + "
+          f"{second / big:.3f}; pictures and latents {stored / big:.2f} in all")
+    return max(20 * count(autoencoder.parameters()) + s.vae_batch * first, 20 * total + s.ldm_batch * second) / big
+
+
+def estimate(s, plan, embedder, reused=()):
+    """Print the minutes of each stage, extrapolated from one step on random data; 0 for what is `reused`, "vae" and "ldm"."""
+    with torch.device(s.device):
+        autoencoder = vae.AutoencoderKL(s.vae)
+        model = unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(embedder))
+    autoencoder, model = hardware.laid_out(autoencoder, s.device), hardware.laid_out(model, s.device)
+    lora.tuned(model, s)
+    x = torch.rand(s.vae_batch, s.vae.in_channels, s.vae.resolution, s.vae.resolution, device=s.device)
+    z = torch.randn(s.ldm_batch, *autoencoder.latent_shape, device=s.device)
+    y = stand_in(model, s.ldm_batch, s.device)
+    loss_fn = partial(diffusion.loss, schedule=s.schedule)
+    engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, dp_sgd.CLIPPING[s.clipping], GRADIENTS[s.method])
+    size = s.micro_batch or fastest_micro_batch(s, model, z.shape[1:])
+    few = slice(0, min(size, len(z)))
+
+    def minutes(times, f):
+        f()
+        return 1.1 * times * hardware.seconds(s, f) / 60  # optimiser, data and checkpoints: about a tenth on top
+
+    private = minutes(plan["steps"] * s.batch_size / len(z[few]),
+                      lambda: engine.accumulate(loss_fn, *diffusion.draw(z[few], select(y, few), s.noise_multiplicity, None,
+                                                                       s.schedule)))
+    model.requires_grad_(True)
+    first = 0.0 if "vae" in reused else minutes(s.vae_steps, lambda: vae.loss(autoencoder, x)[0].backward())
+    second = 0.0 if "ldm" in reused else minutes(
+        s.ldm_steps, lambda: loss_fn(model, *diffusion.draw(z, y, 1, None, s.schedule)).mean().backward())
+    print(f"time           autoencoder {first:.1f}, latent diffusion {second:.1f}, private tuning {private:.1f} minutes "
+          f"({'bf16' if s.bf16 else 'float32'} on {s.device}, {torch.get_num_threads()} threads)")
+
+
+def fastest_micro_batch(s, model, shape, sizes=(32, 64, 128, 256, 512, 1024)):
+    """The micro-batch size with the most examples per second, tried on random latents of one example's `shape`.
+
+    The size changes memory and speed only, never the result: dp_sgd sums clipped gradients over micro-batches.
+    """
+    # a throw-away engine: nothing of it is released
+    engine = dp_sgd.DPSGD(model, s.clip_norm, 0.0, 1, dp_sgd.CLIPPING[s.clipping], GRADIENTS[s.method])
+    best, fastest = sizes[0], 0.0
+    loss_fn = partial(diffusion.loss, schedule=s.schedule)
+    for size in sizes if s.method != "loop" else ():
+        z, y = torch.randn(size, *shape, device=s.device), stand_in(model, size, s.device)
+        try:
+            rate = size / min(hardware.seconds(s, lambda z=z, y=y: engine.accumulate(
+                loss_fn, *diffusion.draw(z, y, s.noise_multiplicity, None, s.schedule))) for _ in range(2))
+        except torch.OutOfMemoryError:
+            break
+        if rate > 1.03 * fastest:
+            best, fastest = size, rate
+    return best
+
+
+def stand_in(model, n, device):
+    """n conditions of the model's kind for measuring times: None, label 0, or prompts of full length."""
+    if isinstance(model.embedder, text.TextEncoder):
+        return torch.full((n, model.embedder.length), text.BEGIN, device=device)
+    return None if model.embedder is None else torch.zeros(n, dtype=torch.int64, device=device)

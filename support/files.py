@@ -1,0 +1,128 @@
+"""How files are written: nothing torn, nothing lost, nothing executed on reading.
+
+DP-LDM's guarantee needs it: a private step that is not in the ledger is epsilon that nobody counts. Files are written
+beside their place and renamed. Ledger rows are on the disk before the noisy step is applied. Checkpoints are read with
+weights_only=True, so that a file from elsewhere cannot run code.
+"""
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from support.team import rank
+
+
+@contextlib.contextmanager
+def replacing(path, private=False):
+    """Open a file to write bytes; it takes the place of `path` when complete: a crash leaves the old or the new.
+
+    private: only its owner may read it, as all in internal/ (`opening`).
+    """
+    if rank():
+        with open(os.devnull, "wb") as file:
+            yield file
+        return
+    path = Path(path)
+    private = private or path.parent.name == "internal"
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if private else 0o777)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb", opener=opening(path, private)) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def opening(path, private=False):
+    """For open(): a new file that is private or in internal/ begins with mode 0600, whatever the umask."""
+    mode = 0o600 if private or Path(path).parent.name == "internal" else 0o666
+    return lambda name, flags: os.open(name, flags, mode)
+
+
+def only_owner(place, pattern="*"):
+    """Make a folder, or close an older one: only its owner may enter it (0700) and read its files (0600).
+
+    A folder with other things than `pattern` is somebody's own: only the files that match are closed there.
+    """
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = list(place.iterdir())
+    if all(path.match(pattern) for path in found):
+        place.chmod(0o700)
+    for path in found:
+        if path.match(pattern) and path.is_file() and not path.is_symlink():
+            path.chmod(0o600)
+
+
+def save(value, path):
+    """torch.save, all or nothing."""
+    with replacing(path) as file:
+        torch.save(value, file)
+
+
+@contextlib.contextmanager
+def understanding(path, kind="checkpoint"):
+    """Reading a file that may be missing, damaged or made to harm: whatever the readers raise -> ValueError, one line."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ValueError(f"there is no {path}; make it first: python train.py") from None
+    except Exception as error:  # unpicklers, unzippers and the networks' constructors raise two dozen types
+        reason = (str(error).splitlines() or [""])[0][:120] or type(error).__name__
+        raise ValueError(f"{path} is damaged or not a {kind} of this program ({reason})") from None
+
+
+def load(path):
+    """A dict by torch.load, on the CPU, without code execution (pitfall 21). ValueError, one line, if missing or damaged."""
+    with understanding(path):
+        value = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(value, dict):
+            raise ValueError(f"holds a {type(value).__name__}")
+        return value
+
+
+def refuse_release(checkpoint, path):
+    """A checkpoint with a privacy statement was tuned on private images: it is no public network."""
+    if "privacy" in checkpoint:
+        raise ValueError(f"{path} is a release with a privacy statement, no public network: it was tuned on "
+                         "private images; use public networks, e.g. those of that run (--init RUN)")
+
+
+def write_json(value, path):
+    with replacing(path) as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path):
+    """A JSON object as dict. Raises ValueError, one line, if missing or damaged."""
+    with understanding(path, "file"):
+        value = json.loads(Path(path).read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+        return value
+
+
+def append_row(row, path):
+    """One JSON line at the end of the file, on the disk before we go on."""
+    if rank():
+        return
+    with open(path, "a", opener=opening(path)) as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_ledger(path):
+    """Text of the ledger, "" if there is none, for accountant.ledger_rows. A torn line stays where it is, as a step that
+    was spent; only its line end is added, so that the next row stands on a line of its own."""
+    if not Path(path).exists():
+        return ""
+    text = Path(path).read_bytes().decode(errors="replace")
+    if text and not text.endswith("\n") and not rank():
+        with open(path, "a") as file:
+            file.write("\n")
+    return text

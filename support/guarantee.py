@@ -1,0 +1,180 @@
+"""The privacy plan before the first private step, and the privacy statement after the last one.
+
+Both come from the same numbers. The plan (q = B/n, T, sigma) is that of Algorithm 1 of DP-LDM (Liu et al. 2024), sigma
+calibrated so that the whole run costs the epsilon asked for. Nothing here reads a private image, a loss or a norm.
+"""
+import math
+import sys
+from collections import Counter
+
+import accountant
+import datasets
+import dp_sgd
+from accountant import round_up
+from support import files, run_folder
+from support.hardware import count
+from support.settings import plain
+from support.team import rank
+
+GROUP = "epsilon_for_20_pictures_of_one_person"
+ATTACKER = "attacker_true_positive_rates"
+FALSE_POSITIVES = (0.001, 0.01, 0.1)
+NEGLIGIBLE = 1e-3  # of delta: what the end of the noise may add to it
+SAME = 1e-6  # relative: numbers of two machines that differ by less are the same number
+
+
+def privacy_numbers(s, steps, delta):
+    """What the statement says about steps, ledger rows or [(q, sigma, T)]: both accountants, a group of 20, the attacker.
+
+    Never raises for a plan that `privacy_plan` lets through: what cannot be computed is replaced by what is never below
+    it. The group's epsilon is infinite as well where 20 images together reach beyond the largest noise.
+    """
+    found = accountant.statement_numbers(steps, delta, 20, FALSE_POSITIVES)
+    kinds = Counter()
+    for step in steps:
+        q, sigma, count = (step["q"], step["sigma"], 1) if isinstance(step, dict) else step
+        kinds[q, sigma] += count
+    beyond = sum(dp_sgd.beyond_the_noise(noise_of(s), *kind, count, 20) for kind, count in kinds.items())
+    return {"epsilon_rdp": found["epsilon_rdp"], "epsilon_pld": found["epsilon_pld"],
+            GROUP: math.inf if beyond > NEGLIGIBLE * delta else found["epsilon_for_group"],
+            ATTACKER: {str(rate): float(found["attacker"][rate]) for rate in FALSE_POSITIVES}}
+
+
+def noise_of(s):
+    """The generator whose largest normal counts."""
+    ordinary = s.fast_noise or s.insecure_seed is not None
+    return dp_sgd.fresh_generator() if ordinary else dp_sgd.SecureGenerator()
+
+
+def settled(planned, found):
+    """The planned number where the one found later is the same but for rounding, else the larger."""
+    if isinstance(found, dict):
+        return {key: settled(planned[key], found[key]) for key in found}
+    return planned if abs(found - planned) <= SAME * planned else max(found, planned)
+
+
+def privacy_plan(s, n):
+    """What will be spent and stated, known before the first private step.
+
+    A dict of n, q, steps, sigma, epsilon, delta and numbers, those of the statement. A resumed run keeps the plan
+    it began with. Raises ValueError for impossible plans.
+    """
+    if s.steps == 0:
+        return {"n": n, "q": 0.0, "steps": 0, "sigma": 0.0, "epsilon": 0.0, "delta": s.delta,
+                "numbers": privacy_numbers(s, [], s.delta)}
+    if s.batch_size > n:
+        raise ValueError(f"--batch-size {s.batch_size} exceeds the {n} private pictures: q = B/n must be at most 1")
+    if s.delta >= 1 / n:
+        raise ValueError(f"--delta {s.delta:g} is not below 1/n = {1 / n:.2g}: publishing one random picture in the clear would "
+                         "satisfy it; choose a smaller delta")
+    plan = {"n": n, "q": s.batch_size / n, "steps": s.steps, "delta": s.delta}
+    if s.resume and (path := s.out / "internal" / "plan.json").exists():
+        return stored_plan(s, plan, path)
+    sigma = 0.0 if s.sigma is None else s.sigma
+    if s.sigma is None and s.epsilon < math.inf:
+        sigma = accountant.noise_multiplier(s.epsilon, s.delta, plan["q"], s.steps, s.accountant)
+    return with_numbers(s, {**plan, "sigma": float(sigma)})
+
+
+def with_numbers(s, plan):
+    """The plan and what it costs: epsilon by the chosen accountant, and the other numbers of the statement."""
+    q, sigma, steps, delta = (plan[key] for key in ("q", "sigma", "steps", "delta"))
+    generator = noise_of(s)
+    if sigma and dp_sgd.beyond_the_noise(generator, q, sigma, steps) > NEGLIGIBLE * delta:
+        raise ValueError(f"sigma = {sigma:g} is so little noise that its largest value, {dp_sgd.largest_normal(generator):.1f} "
+                         "standard deviations, would give examples away; choose a smaller --epsilon or a larger --sigma")
+    epsilon = float(accountant.epsilon(q, sigma, steps, delta, s.accountant))
+    return {**plan, "epsilon": epsilon, "numbers": privacy_numbers(s, [(q, sigma, steps)], delta)}
+
+
+def stored_plan(s, asked, path):
+    """The plan in plan.json, which rules when a run is resumed: another CPU or numpy would calibrate sigma to
+    other last digits.
+
+    asked: what must be equal. ValueError, one line, if anything differs, or if epsilon is not what it says.
+    """
+    with files.understanding(path, "plan"):
+        stored = files.read_json(path)
+        plan = {**{key: stored[key] for key in asked}, "sigma": float(stored["sigma"])}
+        stated = float(stored["epsilon"])
+        if not (plan["sigma"] == 0 or 1e-3 <= plan["sigma"] <= 1e6):
+            raise ValueError("sigma is out of range")
+    for key, value in (asked if s.sigma is None else {**asked, "sigma": s.sigma}).items():
+        if plan[key] != value:
+            raise ValueError(f"cannot resume: '{key}' is not what this run began with; {run_folder.ADD_UP}")
+    plan = with_numbers(s, plan)
+    found = plan["epsilon"]
+    if found != stated and not -SAME * stated <= found - stated <= SAME * min(stated, 1.0):
+        raise ValueError(f"cannot resume: plan.json states epsilon {stated:.9g}, recomputed it is "
+                         f"{found:.9g}; resume "
+                         f"with the program and libraries that this run began with; {run_folder.ADD_UP}")
+    if s.sigma is None and stated > s.epsilon * (1 + SAME):
+        raise ValueError(f"cannot resume: 'epsilon' is not what this run began with; {run_folder.ADD_UP}")
+    with files.understanding(path, "plan"):  # the first programs did not write them
+        numbers = stored.get("numbers", plan["numbers"])
+        known = {key: {k: float(v) for k, v in value.items()} if key == ATTACKER else float(value)
+                 for key, value in numbers.items()}
+        return {**plan, "epsilon": stated, "numbers": settled(known, plan["numbers"])}
+
+
+def print_plan(s, plan, model):
+    trained, total = count(p for p in model.parameters() if p.requires_grad), count(model.parameters())
+    print(f"privacy plan   epsilon {round_up(plan['epsilon'])} at delta {round_up(plan['delta'])} ({s.accountant}); "
+          f"unit: one picture, added or removed\n               n {plan['n']}, Poisson sampling with q {plan['q']:.4g} "
+          f"(expected batch {s.batch_size}), T {plan['steps']} steps, sigma {plan['sigma']:.4g}, C {s.clip_norm:g} "
+          f"{s.clipping}, K {s.noise_multiplicity}\n"
+          f"tuned          {s.tune}: {trained:,} of {total:,} parameters ({trained / total:.1%})")
+    if plan["steps"] and (plan["sigma"] == 0 or s.insecure_seed is not None) and rank() == 0:
+        print("WARNING: no noise or a known noise seed: this run is NOT private", file=sys.stderr)
+
+
+# How the presets' hyper-parameters were chosen, where private results had a part in it (docs/privacy.md).
+SEEN = ("partly by looking at results on private data: batch size, steps and learning rate of the private stage{} were compared "
+        "by scores on held-out and on test digits of MNIST, and the public strokes were drawn while watching them; epsilon does "
+        "not cover that choice")
+LOOKED = {
+    "mnist10k": SEEN.format(""), "mnist": SEEN.format(", the size of the networks and the length of the public stages"),
+    "faces": ("partly by looking at results on private data: size of the latents and of the UNet and length of the public stages "
+              "were changed after seeing how the autoencoder draws held-out faces; epsilon does not cover that choice"),
+    "fashion": ("partly by looking at private data: photographs as a public set, and the shape and training of the autoencoder, "
+                "were chosen after measuring how others draw garments; epsilon does not cover that choice")}
+BEFOREHAND = ("taken as chosen without results on these pictures; if other runs on them were compared to choose, their epsilons "
+              "add up")
+
+
+def privacy_statement(s, plan, rows, trained):
+    """Content of release/privacy.json: all that is needed to judge the guarantee (pitfalls 20, 24, 25)."""
+    # Known before the first private step; a step that the plan did not foresee would raise them here.
+    numbers = settled(plan["numbers"], privacy_numbers(s, rows, s.delta))
+    epsilon = numbers[f"epsilon_{s.accountant}"]
+    private = s.insecure_seed is None and math.isfinite(epsilon)
+    return plain({
+        "statement": f"({round_up(epsilon)}, {round_up(s.delta)})-differentially private with respect to one "
+                     "picture" if private else "NOT PRIVATE: no noise, or a known noise seed",
+        "private": private, "epsilon": epsilon, "delta": s.delta, "accountant": s.accountant,
+        "epsilon_rdp": numbers["epsilon_rdp"], "epsilon_pld": numbers["epsilon_pld"],
+        GROUP: numbers[GROUP],  # of one person
+        ATTACKER: numbers[ATTACKER],  # what an optimal membership test can do at most, per picture
+        "adjacency": "add or remove one picture", "unit": "one picture", "sampling": "Poisson", "n": plan["n"], "q": plan["q"],
+        "expected_batch_size": s.batch_size, "steps": len(rows), "sigma": plan["sigma"], "clip_norm": s.clip_norm,
+        "clipping": s.clipping, "noise_multiplicity": s.noise_multiplicity, "tune": s.tune, "from_block": s.from_block,
+        "condition": s.condition, "trained_parameters": trained,
+        "public_set": " and ".join(s.trained_on), "private_set": datasets.kind_of(s.private),
+        "enlarged": datasets.enlarged(s.private, s.vae.resolution),
+        "hyper_parameters": LOOKED.get(datasets.kind_of(s.private), BEFOREHAND),
+        "public_weights": s.public_weights,
+        "insecure_seed": s.insecure_seed is not None, "fast_noise": s.fast_noise,
+        "noise": "float64 from torch's generator (--fast-noise): Mersenne twister (CPU) or Philox (CUDA), no cryptographic ones"
+                 if s.fast_noise or s.insecure_seed is not None else
+                 "float64 from the operating system's CSPRNG, four Box-Muller draws each (dp_sgd.SecureGenerator)",
+        "covers": "everything in release/ and whatever is made from it",
+        "does_not_cover": [
+            "the number n of private pictures and the names of their classes and attributes, which are treated as public",
+            "hyper-parameters, taken as chosen beforehand",
+            *(["the choice of these n pictures from a larger set: neighbours differ in a chosen picture"] if s.private_n else []),
+            "other runs on the same private pictures: their epsilons add up", "internal/ (losses, gradient norms)",
+            "several pictures of one person: the guarantee is for one picture",
+            "pictures that weights taken from elsewhere (public_weights) were trained on",
+            *(["an attacker who computes the noise from the release: its generator is not a cryptographic one (--fast-noise), "
+               "and epsilon is then infinite"] if s.fast_noise else []), "timing"],
+    })

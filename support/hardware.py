@@ -1,0 +1,64 @@
+"""Device, precision and memory layout: where and how fast, never what is computed."""
+import time
+
+import torch
+
+
+def laid_out(network, device):
+    """The network on the device, its images laid out in memory as suits: channels last for a GPU's tensor cores, contiguous on
+    a CPU, where group norm and bfloat16 convolutions prefer it (up to 1.6 times: `python -m bench.layout`)."""
+    return network.to(device, memory_format=torch.channels_last if "cuda" in str(device) else torch.contiguous_format)
+
+
+def choose_bf16(precision, device):
+    """What --precision auto, float32 or bf16 means on this device: do the networks run in bfloat16?"""
+    return precision == "bf16" or precision == "auto" and bf16_wins(device)
+
+
+def bf16_wins(device):
+    """Time a convolution and a matrix product of the UNet's size in both precisions: some CPUs only emulate bfloat16."""
+    def seconds(dtype):
+        x, w, a = (torch.randn(shape, device=device, dtype=dtype) for shape in ((256, 128, 4, 4), (128, 128, 3, 3), (1024, 512)))
+        times = []
+        for _ in range(4):
+            begin = time.perf_counter()
+            (torch.nn.functional.conv2d(x, w, padding=1).sum() + (a @ a.T).sum()).item()
+            times.append(time.perf_counter() - begin)
+        return min(times)
+    return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
+
+
+def check_device(device):
+    """Raises ValueError if torch cannot use `device` ("cpu", "cuda:1") on this machine."""
+    try:
+        if torch.device(device).type not in ("cpu", "cuda"):
+            raise RuntimeError("choose cpu, cuda or cuda:i")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} is not usable here ({str(error).splitlines()[0][:80]})") from None
+
+
+def seconds(s, f):
+    """Wall time of one call of f under the run's precision."""
+    with autocast(s):
+        if "cuda" in s.device:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        f()
+        if "cuda" in s.device:
+            torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def autocast(s):
+    """bfloat16 for forward and backward where it is faster (decided once); needs no loss scaling."""
+    return torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.bf16)
+
+
+def select(conditions, index):
+    """Rows of the conditions, None for none."""
+    return None if conditions is None else conditions[index]
+
+
+def count(parameters):
+    return sum(p.numel() for p in parameters)
