@@ -20,6 +20,7 @@ import text
 import unet
 import vae
 from accountant import round_up
+from extensions import pld
 from folder import rank
 from settings import GRADIENTS
 
@@ -36,13 +37,13 @@ def privacy_numbers(s, steps, delta):
     Never raises for a plan that `privacy_plan` lets through: what cannot be computed is replaced by what is never below
     it. The group's epsilon is infinite as well where 20 images together reach beyond the largest noise.
     """
-    found = accountant.statement_numbers(steps, delta, 20, FALSE_POSITIVES)
+    found = pld.statement_numbers(steps, delta, 20, FALSE_POSITIVES)
     kinds = Counter()
     for step in steps:
         q, sigma, count = (step["q"], step["sigma"], 1) if isinstance(step, dict) else step
         kinds[q, sigma] += count
     beyond = sum(dp_sgd.beyond_the_noise(noise_of(s), *kind, count, 20) for kind, count in kinds.items())
-    return {"epsilon_rdp": found["epsilon_rdp"], "epsilon_pld": found["epsilon_pld"],
+    return {**{f"epsilon_{name}": found[f"epsilon_{name}"] for name in accountant.ACCOUNTANTS},
             GROUP: math.inf if beyond > NEGLIGIBLE * delta else found["epsilon_for_group"],
             ATTACKER: {str(rate): float(found["attacker"][rate]) for rate in FALSE_POSITIVES}}
 

@@ -13,7 +13,7 @@ import data
 import folder
 import sample
 import unet
-from accountant import round_up
+from accountant import ACCOUNTANTS, round_up
 from budget import ATTACKER, GROUP, privacy_numbers, settled
 from settings import plain
 
@@ -41,7 +41,7 @@ def privacy_statement(s, plan, rows, trained):
         "statement": f"({round_up(epsilon)}, {round_up(s.delta)})-differentially private with respect to one picture"
                      if private else "NOT PRIVATE: no noise, or a known noise seed",
         "private": private, "epsilon": epsilon, "delta": s.delta, "accountant": s.accountant,
-        "epsilon_rdp": numbers["epsilon_rdp"], "epsilon_pld": numbers["epsilon_pld"],
+        **{f"epsilon_{name}": numbers[f"epsilon_{name}"] for name in ACCOUNTANTS},
         GROUP: numbers[GROUP],  # of one person
         ATTACKER: numbers[ATTACKER],  # what an optimal membership test can do at most, per picture
         "adjacency": "add or remove one picture", "unit": "one picture", "sampling": "Poisson", "n": plan["n"], "q": plan["q"],

@@ -11,9 +11,9 @@ from scipy.special import logit
 from scipy.stats import binom
 
 import accountant
-import audit
 import dp_sgd
 import folder
+from extensions import audit
 
 
 @pytest.fixture(autouse=True)
