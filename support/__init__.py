@@ -1,4 +1,5 @@
 """Plumbing: flags, run folders, checkpoints, hardware, processes, the privacy plan and statement, the release.
 
-Nobody needs it to understand the paper. The method belongs into the files above, images into datasets/.
+Nobody needs it to understand the paper. What the paper describes stands at the top level; ideas beyond the paper belong
+into extensions/, images into datasets/.
 """

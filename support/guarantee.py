@@ -11,6 +11,7 @@ import accountant
 import datasets
 import dp_sgd
 from accountant import round_up
+from extensions import pld
 from support import files, run_folder
 from support.hardware import count
 from support.settings import plain
@@ -29,13 +30,13 @@ def privacy_numbers(s, steps, delta):
     Never raises for a plan that `privacy_plan` lets through: what cannot be computed is replaced by what is never below
     it. The group's epsilon is infinite as well where 20 images together reach beyond the largest noise.
     """
-    found = accountant.statement_numbers(steps, delta, 20, FALSE_POSITIVES)
+    found = pld.statement_numbers(steps, delta, 20, FALSE_POSITIVES)
     kinds = Counter()
     for step in steps:
         q, sigma, count = (step["q"], step["sigma"], 1) if isinstance(step, dict) else step
         kinds[q, sigma] += count
     beyond = sum(dp_sgd.beyond_the_noise(noise_of(s), *kind, count, 20) for kind, count in kinds.items())
-    return {"epsilon_rdp": found["epsilon_rdp"], "epsilon_pld": found["epsilon_pld"],
+    return {**{f"epsilon_{name}": found[f"epsilon_{name}"] for name in accountant.ACCOUNTANTS},
             GROUP: math.inf if beyond > NEGLIGIBLE * delta else found["epsilon_for_group"],
             ATTACKER: {str(rate): float(found["attacker"][rate]) for rate in FALSE_POSITIVES}}
 
@@ -152,7 +153,7 @@ def privacy_statement(s, plan, rows, trained):
         "statement": f"({round_up(epsilon)}, {round_up(s.delta)})-differentially private with respect to one "
                      "picture" if private else "NOT PRIVATE: no noise, or a known noise seed",
         "private": private, "epsilon": epsilon, "delta": s.delta, "accountant": s.accountant,
-        "epsilon_rdp": numbers["epsilon_rdp"], "epsilon_pld": numbers["epsilon_pld"],
+        **{f"epsilon_{name}": numbers[f"epsilon_{name}"] for name in accountant.ACCOUNTANTS},
         GROUP: numbers[GROUP],  # of one person
         ATTACKER: numbers[ATTACKER],  # what an optimal membership test can do at most, per picture
         "adjacency": "add or remove one picture", "unit": "one picture", "sampling": "Poisson", "n": plan["n"], "q": plan["q"],

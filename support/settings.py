@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+import accountant
 import datasets
 import dp_sgd
 import unet
@@ -103,7 +104,7 @@ def parse(argv):
     flags("stage 3, privacy", ("epsilon", float, "privacy budget; inf: no noise, NOT private"),
           ("delta", float, "probability of failure, below 1/n"),
           ("sigma", float, "noise multiplier in units of the clip norm, instead of calibrating it to --epsilon"),
-          ("accountant", str, "calibrates sigma and gives the headline epsilon", ("rdp", "pld")),
+          ("accountant", str, "calibrates sigma and gives the headline epsilon", [*accountant.ACCOUNTANTS]),
           ("batch_size", int, "EXPECTED pictures per Poisson batch, B = q*n"),
           ("steps", int, "private steps; 0 releases the public model, private pictures unread"),
           ("clip_norm", float, "clip norm C of a per-example gradient"),

@@ -11,8 +11,8 @@ from scipy.special import logit
 from scipy.stats import binom
 
 import accountant
-import audit
 import dp_sgd
+from extensions import audit
 from support import files, run_folder
 
 

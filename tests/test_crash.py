@@ -27,7 +27,7 @@ import dp_sgd
 import sample
 import train
 from datasets import pixels
-from support import files, guarantee, run_folder
+from support import calculator, files, guarantee, run_folder
 
 TINY = ["--preset", "smoke", "--public-n", "40", "--private-n", "100", "--vae-steps", "2", "--ldm-steps", "2", "--vae-batch",
         "8", "--ldm-batch", "8", "--batch-size", "10", "--accountant", "rdp", "--sample-steps", "1"]
@@ -68,8 +68,8 @@ def check_whole(out, spent):
 
 def check_finished(out, steps):
     privacy = files.read_json(out / "release" / "privacy.json")
-    groups, _ = accountant.read_run(out)
-    assert sum(count for _, count in groups) == privacy["steps"] == steps
+    counted, _ = calculator.read_run(out)
+    assert sum(counted.values()) == privacy["steps"] == steps
     plan = files.read_json(out / "internal" / "plan.json")
     rows = accountant.ledger_rows(ledger(out).decode(), plan)
     assert accountant.epsilon_of_ledger(rows, 1e-5) <= privacy["epsilon"] <= plan["epsilon"] <= 10

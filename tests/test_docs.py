@@ -102,7 +102,7 @@ def test_every_file_function_and_module_that_a_page_names_exists(page):
         for function in functions.split(", "):
             found = re.search(rf"^ *(def|class) {function}\b|^{function}\b.* = ", source, flags=re.M)
             assert found, f"{name} has no {function}"
-    for module in re.findall(r"python -m ((?:bench|tests)\.\w+)", text):
+    for module in re.findall(r"python -m ((?:bench|tests|extensions)\.\w+)", text):
         assert module == "bench.NAME" or util.find_spec(module), module
 
 
@@ -113,8 +113,10 @@ def test_every_command_parses(page, tmp_path, monkeypatch):
     text = page.read_text()
     for words in commands(text, "train.py"):
         settings.parse([word for word in words if word != "--resume"])
-    for program in ("sample.py", "evaluate.py", "audit.py", "accountant.py"):
-        source = (ROOT / program).read_text()
+    sources = {"sample.py": "sample.py", "evaluate.py": "evaluate.py", "-m extensions.audit": "extensions/audit.py",
+               "accountant.py": "support/calculator.py"}
+    for program, source in sources.items():
+        source = (ROOT / source).read_text()
         for words in commands(text, program):
             assert all(f'"{word}"' in source for word in words if word.startswith("--")), words
     if page == README:

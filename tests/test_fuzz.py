@@ -21,7 +21,7 @@ import train
 import unet
 import vae
 from datasets import arrays, photos
-from support import checkpoints, files, run_folder, settings
+from support import calculator, checkpoints, files, run_folder, settings
 
 TIMES = 20
 UNET = dict(in_channels=2, out_channels=2, model_channels=8, channel_mult=(1,), num_heads=1, context_dim=4, num_groups=4,
@@ -252,20 +252,20 @@ def a_run_folder(place):
 def read_json_files(place):
     settings.parse(["--resume", "--out", str(place)])
     run_folder.check_unchanged(PLAN, place / "internal" / "plan.json")
-    accountant._compare([place], None)
+    calculator.compare([place], None)
 
 
 def read_ledger(place):
-    groups, _ = accountant.read_run(place)
-    assert sum(count for _, count in groups) >= 1
+    counted, _ = calculator.read_run(place)
+    assert sum(counted.values()) >= 1
     rows = accountant.ledger_rows(files.read_ledger(place / "internal" / "ledger.jsonl"), PLAN)
-    counted = dict(groups)  # at least the rows; the statement may know of more steps
-    assert all(counted[step] >= count for step, count in accountant._groups(rows))
+    # at least the rows; the statement may know of more steps
+    assert all(counted[step] >= count for step, count in accountant.count_steps(rows).items())
 
 
 @pytest.mark.parametrize("name", ["internal/settings.json", "internal/plan.json", "release/privacy.json"])
 def test_json(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(accountant, "_line", lambda *a: f"{a[-1] or 0:.4g}")  # the numbers themselves are slow, and not at stake
+    monkeypatch.setattr(calculator, "line", lambda *a: f"{a[-1] or 0:.4g}")  # the numbers themselves are slow, and not at stake
     place, rng = a_run_folder(tmp_path / "run"), random.Random(name)
     assert survives(read_json_files, place)
     raw, value = (place / name).read_bytes(), files.read_json(place / name)

@@ -20,6 +20,7 @@ import train
 import unet
 import vae
 from datasets import arrays, pixels
+from extensions import pld
 from support import files, guarantee, settings
 
 ROOT = Path(__file__).parent.parent
@@ -182,7 +183,7 @@ def test_the_statement_carries_what_a_guarantee_needs(tmp_path):  # 20, 24, 25
     assert privacy["adjacency"] == "add or remove one picture" and privacy["sampling"] == "Poisson"
     assert privacy["unit"] == "one picture" and "one picture" in privacy["statement"]
     group = privacy["epsilon_for_20_pictures_of_one_person"]
-    assert group == accountant.group_epsilon(20, plan["q"], plan["sigma"], 4, 1e-5) > 5 * privacy["epsilon"]
+    assert group == pld.group_epsilon(20, plan["q"], plan["sigma"], 4, 1e-5) > 5 * privacy["epsilon"]
     assert any("other runs" in text and "add up" in text for text in privacy["does_not_cover"])
     assert privacy["public_set"] == "strokes" and any("from a larger set" in text for text in privacy["does_not_cover"])
     s.private_n = None  # all of them: nothing was chosen
@@ -232,7 +233,7 @@ def test_the_table_has_all_pitfalls_and_every_function_and_test_it_names_exists(
         assert named, f"row {number} names no test"
         for file, name in named:
             assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.M), f"row {number}: {file} has no {name}"
-        for file, names in re.findall(r"`(\w+\.py): ([^`]+)`", line):
+        for file, names in re.findall(r"`([\w/]+\.py): ([^`]+)`", line):
             for name in names.split(", "):
                 found = re.search(rf"(def|class) {name}\b", (ROOT / file).read_text())
                 assert found, f"row {number}: {file} has no {name}"

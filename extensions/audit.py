@@ -11,8 +11,8 @@ sampler, clipping, sum and noise that train.py uses (dp_sgd.poisson_sample, DPSG
                differences   sum_t |y_t[j] - y_(t-1)[j]|: sees noise that is the same in every step
                regenerated   the sum, minus the noise which the same program draws when it is run again
 
-    python audit.py runs/digits                        q, sigma, T of that run's ledger (else of its privacy.json); the default
-    python audit.py --q 0.1 --sigma 1 --steps 300 --delta 1e-5
+    python -m extensions.audit runs/digits       q, sigma, T of that run's ledger and privacy.json; the default
+    python -m extensions.audit --q 0.1 --sigma 1 --steps 300 --delta 1e-5
 
 Two bounds at 95 % confidence
 -----------------------------
@@ -63,6 +63,7 @@ import accountant
 import dp_sgd
 from extensions.bookkeeping import bookkeeping
 from support import files, run_folder
+from support.calculator import read_run
 
 CONFIDENCE = 0.95
 LONGER = 10  # raw gradient of a canary, in units of C
@@ -246,10 +247,11 @@ def main(argv=None):
         raise ValueError("give either a run folder, or all of --q, --sigma and --steps")
     privacy, out = {}, args.out
     if args.run:
-        groups, _ = accountant.read_run(args.run)
+        counted, _ = read_run(args.run)
         statement = Path(args.run, "release", "privacy.json")
         privacy = files.read_json(statement) if statement.exists() else {}
-        schedule, out = [(q, sigma, steps) for (q, sigma, _), steps in groups], out or Path(args.run, "internal", "audit.png")
+        schedule = [(q, sigma, steps) for (q, sigma), steps in counted.items()]
+        out = out or Path(args.run, "internal", "audit.png")
         if privacy.get("insecure_seed"):
             raise ValueError(f"{args.run} ran with a known noise seed: it is not private, there is nothing to audit")
     else:

@@ -1,0 +1,526 @@
+"""The tight accountant: the distribution of the privacy loss, with certified bounds from both sides.
+
+Read accountant.py first.  For one step with and without the example, P and Q, the privacy loss of an output
+is L = log P/Q, and over T steps the losses add up to Y.  With the distribution of Y everything is known:
+
+    delta(eps) = E_P[(1 - e^{eps-Y})_+].
+
+The loss of one step is put on a grid h Z; T steps are a T-fold convolution, by FFT.  That needs no Renyi
+order and no inequality, so epsilon is 5 to 10 % smaller than by moments, and sigma 4 to 8 %.  The direction
+"removed" takes the loss log P/Q under P, "added" log Q/P under Q; both are computed, the larger counts.
+
+Every error is inside the bounds:
+ grid, up    Connect the dots (Doroshenko et al. 2022): the mass of a cell moves to its two ends so that its
+             P- and Q-mass stay.  The result dominates the true pair, and dominating pairs compose: no drift.
+ grid, down  The same move is a randomised rounding of Y to Y' = Y + D with |D| < h and mean in [0, h^2/8]
+             given Y.  Over T steps D is sub-Gaussian, variance tau^2 = T h^2/4 (Hoeffding), about a mean of
+             at most tau^2/2.  As (1 - e^{eps-y})_+ is concave but for its kink, rounding raises its mean only
+             there, by at most E[B(Y')] + eta tau, with
+                 B(y) = tau/(2E^2) (E^2 + tau^2 - (y-eps)^2)_+,  E = tau sqrt(2 log 1/eta).
+             Hence, with eps' = eps + tau^2/2,
+                 delta(eps) >= E[(1 - e^{eps'-Y'})_+ - B(Y')] - eta tau.
+             (The idea is that of Gopi et al. 2021, who shift eps by all of E; the kink costs only about
+             tau E.)
+ tails       A step's mass beyond `tail` counts as infinite loss (up), or not at all (down); mass that leaves
+             the circle of the FFT is bounded by Chernoff.
+ rounding    Masses are tilted by e^{theta l}, theta = best order - 1, which moves the tail of interest into
+             the middle: FFT noise (Higham 2002, Theorem 24.2) is then small beside delta.  Cell masses err
+             upwards by their own rounding error; downwards, `pushed` and `surplus` take it back.
+
+Beyond one epsilon for one image, the same distribution answers two questions that people ask: what k images
+of one person cost together (`group_epsilon`), and how often a membership attacker can be right
+(`attacker_tpr`).  Therefore a mechanism is `groups` inside this file, a tuple of ((q, sigma, k), T): k
+examples come and go together, usually 1, and P = sum_j Binomial(k, q)(j) N(j, sigma^2), a mixture of
+Gaussians.
+
+    from extensions import pld
+    pld.epsilon_of({(0.0333, 1.5): 6000}, 1e-5)           the accountant "pld" of accountant.py
+    pld.pld_epsilon(0.0333, 1.5, 6000, 1e-5)              (lower, upper)
+"""
+
+import math
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import brentq
+from scipy.special import comb, erfcx, gammainc, logsumexp, ndtr, ndtri
+
+import accountant
+from accountant import check, count_steps, delta_by_moments, epsilon_by_moments, one_kind
+
+FFT_NOISE = 1e-15  # per level of the FFT
+MASS_NOISE = 4e-15  # of a normal tail, relative
+LEAK = 1e-10  # mass outside the circle of the FFT
+# The certificate is tested inside these limits: smallest delta and q, largest sigma, most steps.
+PLD_DELTA, PLD_Q, PLD_SIGMA, PLD_STEPS = 1e-10, 1e-7, 1e3, 1e7
+# What is raised where float64, memory or those limits end.  Then a proven bound takes the place: Renyi's, or
+# that of full batches.
+BEYOND = (ArithmeticError, ValueError, MemoryError)
+
+
+def epsilon_of(steps, delta):
+    """The accountant "pld": epsilon of steps {(q, sigma): T} at delta, certified upper bound.
+
+    ValueError for a delta below 1e-10, which the certificate does not reach."""
+    _check_delta(delta)
+    return bounds(steps, delta)[1]
+
+
+def _check_delta(delta):
+    check(delta=delta)
+    if delta < PLD_DELTA:
+        raise ValueError(f"delta = {delta}: below 1e-10 the pld certificate drowns in float64 rounding; use "
+                         "the method rdp (train.py: --accountant rdp)")
+
+
+def _groups(steps, k=1):
+    """Steps {(q, sigma): T} as groups of k examples that come and go together."""
+    return tuple(((q, sigma, int(k)), T) for (q, sigma), T in steps.items()) if k else ()
+
+
+def _silent(groups):
+    return any(sigma == 0 for (_, sigma, _), _ in groups)
+
+
+def _subsampled(groups):
+    return any(q < 1 for (q, _, _), _ in groups)
+
+
+# ---- one step: losses and their masses on a grid -------------------------------------------------
+
+
+def _weights(q, k):
+    """How many of the k examples are in the batch: shifts 0..k and their binomial weights."""
+    j = np.arange(k + 1)
+    return j, comb(k, j) * q**j * (1 - q) ** (k - j)
+
+
+def _ratio(x, q, sigma, k=1):
+    """accountant.ratio for k examples: at outputs x (n,) u = P/Q - 1 and the loss L = log P/Q."""
+    j, b = (v[1:] for v in _weights(q, k))
+    if len(x) > 1 and len(x) * k > 1 << 23:  # the table (n, k) of a large group would not fit into memory
+        halves = [_ratio(half, q, sigma, k) for half in np.array_split(x, 2)]
+        return tuple(map(np.concatenate, zip(*halves, strict=True)))
+    w = (np.outer(x, j) - j * j / 2) / sigma**2  # (n, k), log N(j, sigma^2) / N(0, sigma^2)
+    u = np.maximum(np.expm1(np.minimum(w, 600.0)) @ b, -1.0)
+    with np.errstate(divide="ignore"):
+        loss = np.log1p(u)
+    big = w.max(axis=1) > 600
+    if big.any():
+        loss[big] = logsumexp(w[big], axis=1, b=b)
+    return u, loss
+
+
+@lru_cache(maxsize=1 << 14)
+def _log_moment(q, sigma, alpha, k):
+    """log E_Q[(P/Q)^alpha] of one step: for k = 1 that of accountant.py."""
+    if k == 1:
+        return accountant.log_moment(q, sigma, alpha)
+    if q == 1:
+        return alpha * (alpha - 1) * (k / sigma) ** 2 / 2
+    return accountant.moment_by_integral(q, sigma, alpha, partial(_ratio, k=k), k)
+
+
+def _composed(groups):
+    """alpha -> sum of log moments.  Its best order tells how to tilt, its epsilon where to look."""
+    return lambda alpha: sum(T * _log_moment(q, sigma, alpha, k) for (q, sigma, k), T in groups)
+
+
+class Part(NamedTuple):
+    """T steps of one kind on the grid, seen in one direction."""
+
+    loss: np.ndarray  # (n,) points of the grid
+    log_pmf: np.ndarray  # (n,) log of their masses
+    surplus: np.ndarray  # (n,) what the masses may be too large
+    pushed: float  # P[a loss moved up because of rounding]
+    infinite: float  # mass of infinite loss
+    steps: int
+
+
+def _span(q, sigma, k, tail):
+    """What matters of one step: outputs (x_low, x_high) with mass <= tail on either side, their losses."""
+    j, b = _weights(q, k)
+    x_low = sigma * float(ndtri(tail))
+    x_high = brentq(lambda x: ndtr((j - x) / sigma) @ b - tail, 0.0, k - 2 * x_low) + 1e-9
+    if (k - x_low) / sigma > 36:
+        raise OverflowError("the privacy losses of one step leave the range of float64")
+    return x_low, x_high, *_ratio(np.array([x_low, x_high]), q, sigma, k)[1]
+
+
+def _masses(tails, sign):
+    """From the smaller tail at each edge: (masses between, rounding errors, mass before, mass after)."""
+    left, right = tails[:-1], tails[1:]
+    both_right = np.where(sign[:-1] < 0, left - right, 1 - left - right)
+    mass = np.where(sign[1:] > 0, right - left, both_right)
+    return np.maximum(mass, 0.0), MASS_NOISE * np.maximum(left, right), tails[0], tails[-1]
+
+
+def _cells(q, sigma, k, h, span):
+    """One step cut at grid losses (n+1,): (losses, masses of P, of Q, slack: how far cuts miss the grid)."""
+    j, b = _weights(q, k)
+    x_low, x_high, first, last = span
+    loss = h * np.arange(math.floor(first / h), math.ceil(last / h) + 1)
+    with np.errstate(all="ignore"):  # x(loss), the inverse of _ratio
+        if k == 1:
+            far = loss - math.log(q) + np.log1p((q - 1) * np.exp(-loss))
+            x = sigma**2 * np.where(loss < 30, np.log1p(np.expm1(np.minimum(loss, 30)) / q), far) + 0.5
+        else:  # table, then one Newton step
+            table = np.linspace(x_low * 1.1 - 1, x_high * 1.1 + 1, 1 << 15)
+            known, keep = np.unique(_ratio(table, q, sigma, k)[1], return_index=True)
+            x, slope = np.interp(loss, known, table[keep]), np.gradient(table[keep], known)
+            newton = (loss - _ratio(x, q, sigma, k)[1]) * np.interp(loss, known, slope)
+            x = np.maximum.accumulate(x + np.where(np.abs(newton) < 0.1, newton, 0.0))
+    if q < 1:
+        x[loss <= k * math.log1p(-q)] = -np.inf  # the loss never falls that low
+    finite = np.isfinite(x)
+    miss = np.zeros(len(x))
+    miss[finite] = _ratio(x[finite], q, sigma, k)[1] - loss[finite]
+    slack = max(np.abs(miss[1:-1]).max(initial=0.0), -miss[0], miss[-1]) + 1e-15 * (1 + np.abs(loss).max())
+    sign = np.where(x < 0, 1.0, -1.0)
+    tails = ndtr(sign[:, None] * (x[:, None] - j) / sigma)  # (n+1, k+1)
+    return loss, _masses(tails @ b, sign), _masses(tails[:, 0], sign), slack
+
+
+def _connect_dots(loss, p, p_error, q, q_error, before, infinite, slack, steps):
+    """Cell masses (n,) of the two distributions -> Part with n+1 points."""
+    cell, scale = -np.expm1(loss[0] - loss[1]), np.exp(loss[:-1])
+    safety = (p_error + scale * q_error) / cell + 3 * slack / cell * (p + p_error)
+    up = np.minimum(np.clip((p - scale * q) / cell, 0.0, p) + safety, p + p_error)
+    pmf, surplus = np.append(p + p_error - up, 0.0), np.append(2 * p_error, 0.0)
+    pmf[1:] += up
+    pmf[1] += before
+    with np.errstate(divide="ignore"):
+        return Part(loss, np.log(pmf), surplus, 2 * safety.sum(), infinite, steps)
+
+
+# ---- T steps: the convolution --------------------------------------------------------------------
+
+
+def _cgf(parts, s):
+    """log E[e^{s Y'}]."""
+    exponents = [(part.log_pmf + s * part.loss, part.steps) for part in parts]
+    return sum(t * (e.max() + math.log(np.exp(e - e.max()).sum())) for e, t in exponents)
+
+
+def _tilt(parts, theta):
+    """Masses times e^{theta l}, normalised: (list of them, mean of their sum, variance, surplus)."""
+    middle, variance, surplus, tilted = 0.0, 0.0, 0.0, []
+    for part in parts:
+        exponent = part.log_pmf + theta * part.loss
+        p = np.exp(exponent - exponent.max())
+        surplus += part.steps * (part.surplus @ np.exp(theta * part.loss - exponent.max())) / p.sum()
+        tilted.append(p / p.sum())
+        mean = tilted[-1] @ part.loss
+        middle += part.steps * mean
+        variance += part.steps * (tilted[-1] @ (part.loss - mean) ** 2)
+    return tilted, middle, variance, surplus
+
+
+def _edge(parts, theta, base, variance, sign):
+    """Where the circle may be cut: tilted mass beyond it <= LEAK."""
+    # Chernoff.  Any rate s is valid; walk to a good one.
+    reach = lru_cache(lambda s: (_cgf(parts, theta + sign * s) - base - math.log(LEAK)) / s)
+    s = math.sqrt(-2 * math.log(LEAK) / variance)
+    factor = 2.0 if reach(2 * s) < reach(s) else 0.5
+    while reach(factor * s) < reach(s):
+        s *= factor
+    return sign * reach(s)
+
+
+def _convolve(parts, tilted, h, low, high):
+    """(grid (size,), tilted P[Y' = grid]) on the circle from low to high."""
+    size = 1 << max(4, math.ceil(math.log2((high - low) / h + 2)))
+    if size > 1 << 21:
+        raise MemoryError("the grid is too fine")
+    spectrum = np.ones(size // 2 + 1, complex)
+    for part, p in zip(parts, tilted, strict=True):
+        f = np.fft.rfft(np.bincount(np.rint(part.loss / h).astype(np.int64) % size, p, size))
+        with np.errstate(divide="ignore"):
+            alive = part.steps * np.log(np.abs(f)) > -75  # the others vanish in float64
+        f[alive] = np.exp(part.steps * np.log(f[alive]))
+        spectrum *= np.where(alive, f, 0.0)
+    shift = math.floor(low / h)
+    bell = np.maximum(np.roll(np.fft.irfft(spectrum, size), -(shift % size)), 0.0)
+    return h * (shift + np.arange(size)), bell
+
+
+def _compose(parts, h, theta, eta, tail):
+    """T-fold convolution: (upper, lower, grid), the first two functions eps -> bound on delta(eps).
+
+    parts: a Part per kind of step; theta: the tilt; eta: what the lower bound may neglect."""
+    steps = sum(part.steps for part in parts)
+    base = _cgf(parts, theta)
+    tilted, middle, variance, surplus = _tilt(parts, theta)
+    low, high = (_edge(parts, theta, base, variance, sign) for sign in (-1, 1))
+    grid, bell = _convolve(parts, tilted, h, low, high)
+    size = len(grid)
+    # the 2-norm of the noise of the FFT
+    noise = 1.1 * (steps + 1) * FFT_NOISE * (1 + math.log2(size)) * max(math.sqrt(p @ p) for p in tilted)
+    # 2-norm on the grid of e^{-theta y} (1 - e^-y), y > 0: turns the noise of the bell into an error of delta
+    width = math.sqrt(min(size, 1 + 1 / (h * theta * (2 * theta + 1) * (2 * theta + 2) + 1e-99)))
+
+    log_scale = base - theta * middle  # P[Y' = grid] = weight * e^log_scale
+    with np.errstate(over="ignore", invalid="ignore"):
+        weight = bell * np.exp(-theta * (grid - middle))
+        weights = (weight, weight * np.exp(middle - grid))
+        tail0, tail1 = (np.append(np.cumsum(w[::-1])[::-1], 0.0) for w in weights)
+
+    def sharp(eps):
+        """E[(1 - e^{eps-Y'})_+] on the grid; how far FFT, circle and summation may be off; Markov's bound."""
+        i = np.searchsorted(grid, eps, side="right")
+        markov = np.exp(log_scale - theta * (eps - middle))
+        value = math.exp(log_scale) * (tail0[i] - np.exp(np.minimum(eps - middle, 700.0)) * tail1[i])
+        error = markov * (2 * LEAK + noise * width) + 3e-16 * size * math.exp(log_scale) * tail0[i]
+        return value, error, markov
+
+    def upper(eps):
+        with np.errstate(over="ignore", invalid="ignore"):
+            value, error, _ = sharp(eps)
+        known = (eps >= grid[0]) & np.isfinite(value)  # not where e^(y - middle) has left float64
+        value = (np.maximum(value, 0.0) + error) * math.exp(1e-14 * steps)
+        value = value + sum(part.steps * part.infinite for part in parts)
+        return np.where(known, np.fmin(value, 1.0), 1.0)
+
+    tau = h * math.sqrt(steps) / 2
+    reach = tau * math.sqrt(-2 * math.log(eta))
+    jumps, rate = 0, sum(part.steps * part.pushed for part in parts)
+    while gammainc(jumps + 1, rate) > eta:  # P[Poisson(rate) > jumps] steps were pushed up by rounding
+        jumps += 1 + jumps // 8
+
+    def lower(eps):
+        eps, outer = eps + tau**2 / 2 + jumps * h, math.hypot(reach, tau)
+        i, j = np.searchsorted(grid, [eps - outer, eps + outer])
+        if i == 0:
+            return 0.0
+        value, error, markov = sharp(eps)
+        kink = tau / (2 * reach**2) * (outer**2 - (grid[i:j] - eps) ** 2)  # B
+        cost = math.exp(log_scale) * weight[i:j] @ kink
+        error += markov * (surplus + noise * math.exp(theta * outer) * tau * math.sqrt(j - i))
+        return (value - error - cost) * math.exp(-1e-14 * steps) - eta * (2 + tau) - steps * tail
+
+    return upper, lower, grid
+
+
+def _curves(groups, theta, eps, small):
+    """[(upper, lower, grid)] for example removed, added; on a grid that makes the gap about 2e-4 of eps."""
+    steps = sum(t for _, t in groups)
+    if steps > PLD_STEPS or any(q < PLD_Q or sigma > PLD_SIGMA for (q, sigma, _), _ in groups):
+        raise OverflowError("outside what the certificate is tested for")
+    # the standard deviation of the loss, about
+    spread = math.sqrt(sum(t * _log_moment(q, sigma, 1.5, k) / 0.375 for (q, sigma, k), t in groups))
+    tail = 1e-6 * small / steps
+    spans = [_span(*mechanism, tail) for mechanism, _ in groups]
+    h = math.sqrt(1.5e-4 * max(1, steps / 1e6) * max(eps, spread) / ((1 + max(theta, 1 / spread)) * steps))
+    h = max(h, *((s[3] - s[2]) * (k + 1) / 2**21 for s, ((_, _, k), _) in zip(spans, groups, strict=True)))
+    while True:
+        removed, added = [], []
+        for (mechanism, t), span in zip(groups, spans, strict=True):
+            loss, (p, dp, p_low, p_high), (q, dq, q_low, q_high), slack = _cells(*mechanism, h, span)
+            removed.append(_connect_dots(loss, p, dp, q, dq, p_low, p_high, slack, t))
+            # the other direction: P and Q change places, and losses their sign
+            p, dp, q, dq = (cells[::-1] for cells in (p, dp, q, dq))
+            added.append(_connect_dots(-loss[::-1], q, dq, p, dp, q_high, q_low, slack, t))
+        try:
+            return [_compose(parts, h, theta, 1e-6 * small, tail) for parts in (removed, added)]
+        except MemoryError:
+            h *= 2
+
+
+# ---- full batches: one Gaussian mechanism --------------------------------------------------------
+
+
+def _full_batches(groups):
+    """mu of the one Gaussian mechanism that these steps would be with full batches (q = 1).
+
+    It dominates them, also for groups of k: by convexity the mixture costs at most its worst part."""
+    return math.sqrt(sum(t * (k / sigma) ** 2 for (_, sigma, k), t in groups))
+
+
+def _gaussian_delta(mu, eps):
+    """(lower, upper) of delta = Phi(-y) - e^eps Phi(-y-mu) with y = eps/mu - mu/2 (Balle, Wang 2018, Thm. 8).
+
+    e^eps Phi(-y-mu) = phi(y) Phi(-y-mu) / phi(y+mu): nothing overflows, and rounding is inside the bounds."""
+    y, off = eps / mu - mu / 2, 4e-16 * (eps / mu + mu)
+
+    def at(y):  # delta, its rounding error
+        tail = float(ndtr(-y))
+        return tail - math.exp(-y * y / 2) * float(erfcx(max(0.0, y + mu) / math.sqrt(2))) / 2, 1e-12 * tail
+
+    (low, low_error), (high, high_error) = at(y + off), at(y - off)
+    return max(0.0, low - low_error), min(1.0, high + high_error)
+
+
+def _gaussian_epsilon(mu, delta):
+    """(lower, upper) of epsilon.  Phi(-y) <= delta is enough: that gives the end to search from."""
+    end = max(0.0, mu * (mu / 2 - float(ndtri(delta)))) * (1 + 1e-9)
+    low = _halve(lambda e: _gaussian_delta(mu, e)[0] <= delta, 0.0, end)[0]
+    if _gaussian_delta(mu, 0.0)[1] <= delta:
+        return low, 0.0
+    return low, _halve(lambda e: _gaussian_delta(mu, e)[1] <= delta, 0.0, end)[1]
+
+
+def _halve(holds, lo, hi):
+    """Narrow bracket of the switch of `holds` from False at lo to True at hi."""
+    while hi - lo > 1e-9 * abs(hi) + 1e-12:
+        mid = (lo + hi) / 2
+        lo, hi = (lo, mid) if holds(mid) else (mid, hi)
+    return lo, hi
+
+
+# ---- epsilon and delta ---------------------------------------------------------------------------
+
+
+def _invert(upper, lower, grid, delta):
+    """(lower, upper) bound of the epsilon that belongs to delta."""
+    start, end = max(0.0, float(grid[0])), float(grid[-1])
+    if upper(end) > delta:
+        return 0.0, math.inf
+    up = start if upper(start) <= delta else _halve(lambda e: upper(e) <= delta, start, end)[1]
+    gap = 1e-4 * up
+    while gap < up - start and lower(up - gap) < delta:
+        gap *= 2
+    low = max(start, up - gap)  # lower(e) >= delta proves that e is needed; 0 needs no proof
+    return (_halve(lambda e: lower(e) < delta, low, up)[0] if lower(low) >= delta else 0.0), up
+
+
+@lru_cache(maxsize=256)
+@np.errstate(all="ignore")
+def _pld_epsilon(groups, delta):
+    """(lower, upper).  Where nothing can be certified, upper is the smallest bound known otherwise."""
+    if not groups or _silent(groups):
+        return (math.inf, math.inf) if groups else (0.0, 0.0)
+    rdp_eps, order = epsilon_by_moments(_composed(groups), delta)
+    full_batches = _gaussian_epsilon(_full_batches(groups), delta)
+    if not _subsampled(groups):
+        return full_batches
+    proven = full_batches[1]
+    if all(k == 1 for (_, _, k), _ in groups):  # with k > 1, rdp covers "removed" only
+        proven = min(rdp_eps, proven)
+    elif proven > 700:
+        proven = math.inf  # e^epsilon leaves float64: as good as no promise
+    if delta < PLD_DELTA or proven == 0 or not rdp_eps < math.inf:
+        return 0.0, proven
+    guess = max(rdp_eps, 1e-12)
+    try:
+        for _ in range(3):  # usually once; again where RDP is far off and its order a poor tilt
+            brackets = [_invert(*curve, delta) for curve in _curves(groups, order - 1, guess, delta)]
+            lowest, highest = (max(side) for side in zip(*brackets, strict=True))
+            if not 0 < highest < 0.7 * guess:
+                break
+            guess, order = highest, delta_by_moments(_composed(groups), highest)[1]
+    except BEYOND:
+        return 0.0, proven
+    return lowest, highest if highest < proven else proven
+
+
+@np.errstate(all="ignore")
+def _pld_delta(groups, eps):
+    """(lower, upper)."""
+    if not groups or _silent(groups):
+        return (1.0, 1.0) if groups else (0.0, 0.0)
+    if not _subsampled(groups):
+        return _gaussian_delta(_full_batches(groups), eps)
+    rdp_delta, order = delta_by_moments(_composed(groups), eps)
+    try:
+        curves = _curves(groups, order - 1, eps, min(0.1, max(rdp_delta, 1e-10)))
+        lowest, highest = (max(float(c[side](eps)) for c in curves) for side in (1, 0))
+    except BEYOND:
+        return 0.0, rdp_delta
+    return max(0.0, lowest), highest if highest < rdp_delta else rdp_delta
+
+
+def bounds(steps, delta, k=1):
+    """(lower, upper) bound on epsilon of steps {(q, sigma): T}; k: of so many images of one person together.
+
+    Where nothing can be certified, for any delta in (0, 1), lower is 0 and upper is proven otherwise."""
+    return _pld_epsilon(_groups(count_steps(steps), k), delta)
+
+
+def pld_epsilon(q, sigma, steps, delta):
+    """(lower, upper): certified bounds of the exact epsilon; the upper one is what `epsilon_of` gives."""
+    check(q, sigma, steps)
+    _check_delta(delta)
+    return bounds(one_kind(q, sigma, steps), delta)
+
+
+def pld_delta(q, sigma, steps, epsilon):
+    """(lower, upper): certified bounds of the exact delta at epsilon >= 0."""
+    check(q, sigma, steps)
+    if not 0 <= epsilon <= 1e308:
+        raise ValueError(f"epsilon = {epsilon}: must be >= 0 and finite")
+    return _pld_delta(_groups(one_kind(q, sigma, steps)), epsilon)
+
+
+# ---- one person's images, and the attacker -------------------------------------------------------
+
+
+def group_epsilon(k, q, sigma, steps, delta):
+    """epsilon of k images that are added or removed together (one person), certified upper bound.
+
+    Not k times epsilon: recomputed with Binomial(k, q) of the images in a batch.  The mixture of Gaussians
+    P = sum_j Bin(j) N(j, sigma^2) dominates any k clipped gradients (Ganesh 2024).
+    inf where float64 ends."""
+    check(q, sigma, steps)
+    _check_delta(delta)
+    if not 0 <= k <= 1000 or k != int(k):
+        raise ValueError(f"k = {k}: the group size is a whole number from 0 to 1000")
+    return bounds(one_kind(q, sigma, steps), delta, k)[1]
+
+
+def attacker_tpr(q, sigma, steps, fprs=(0.001, 0.01, 0.1)):
+    """Best true-positive rate of ANY membership attacker at each false-positive rate: array shaped like fprs.
+
+    Neyman-Pearson for the composed loss distribution, so tight, not the looser line of one (eps, delta): the
+    minimum over all eps of e^eps FPR + delta(eps), with the certified upper delta of the direction "example
+    removed"."""
+    check(q, sigma, steps)
+    return rates(one_kind(q, sigma, steps), fprs)
+
+
+@np.errstate(all="ignore")
+def rates(steps, fprs):
+    """attacker_tpr of steps {(q, sigma): T}."""
+    groups, fprs = _groups(count_steps(steps)), np.asarray(fprs)
+    if not ((fprs > 0) & (fprs < 1)).all():
+        raise ValueError("fprs: false-positive rates must lie strictly between 0 and 1")
+    fprs = fprs.astype(float)
+    if not groups or _silent(groups):
+        return np.ones(fprs.shape) if groups else fprs.copy()
+    proven = ndtr(ndtri(fprs) + _full_batches(groups))
+    if not _subsampled(groups):
+        return proven
+    try:
+        upper, _, grid = _curves(groups, 0.0, 0.0, float(fprs.min()))[0]
+    except BEYOND:
+        return proven
+    deltas, slopes = upper(grid), np.exp(grid)
+    best = np.array([min(1.0, np.nanmin(slopes * f + deltas)) for f in fprs.ravel()])
+    return np.minimum(best.reshape(fprs.shape), proven)
+
+
+def statement_numbers(steps, delta, group=20, fprs=(0.001, 0.01, 0.1)):
+    """All that a privacy statement says of `steps`: rows of a ledger, or a plan [(q, sigma, T), ...].
+
+    A dict of upper bounds, for any q in [0, 1], sigma >= 0, number of steps and delta in (0, 1):
+    epsilon_rdp        by Renyi moments; and so on, one for each name in accountant.ACCOUNTANTS
+    epsilon_pld        tight; Renyi's (or that of full batches, if smaller) where that cannot be certified:
+                       delta below 1e-10, q below 1e-7, sigma above 1e3 or below about 1/35 (of groups: more)
+    epsilon_for_group  `group` examples added or removed together, tight; there that of full batches; inf
+                       beyond 700
+    attacker           {fpr: best true-positive rate of any membership attacker}, tight; there that of full
+                       batches
+    """
+    check(delta=delta)
+    steps, numbers = count_steps(steps), {}
+    for name in accountant.ACCOUNTANTS:
+        try:
+            numbers[f"epsilon_{name}"] = accountant.epsilon_of_ledger(steps, delta, name)
+        except ValueError:  # it refuses, as pld does a small delta: a statement takes what is proven there
+            numbers[f"epsilon_{name}"] = float(bounds(steps, delta)[1])
+    attacker = rates(steps, fprs).tolist()
+    return {
+        **numbers,
+        "epsilon_for_group": float(bounds(steps, delta, group)[1]),
+        "attacker": dict(zip(map(float, fprs), attacker, strict=True)),
+    }

@@ -1,0 +1,211 @@
+"""The calculator behind `python accountant.py`: its flags, what runs have spent, and its table.
+
+    python accountant.py --n 60000 --batch 2000 --epochs 200 --delta 1e-5 --sigma 1.47     (or --epsilon 10)
+    python accountant.py runs/a runs/b                                        (recompute, alone and composed)
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+import accountant
+from accountant import check, count_steps, ledger_rows, one_kind, renyi, round_up
+from extensions import pld
+
+STATED = ("q", "sigma", "steps", "delta", "epsilon")  # numbers of a privacy.json
+
+# ---- what a run has spent -------------------------------------------------------------------------
+
+
+def read_run(path):
+    """(steps {(q, sigma): T} that the run counts as, what its privacy.json states).
+
+    Ledger and statement are both believed: of each kind of step the larger number counts, so that neither a
+    truncated ledger nor a statement made before a later resume hides a step.  A run that is not private (no
+    noise, or a seed that is known) counts as steps without noise.  What it states: the numbers q, sigma,
+    steps, delta, epsilon as far as they are there, and "notes", a list of remarks for the reader.
+    ValueError, one line, names the run."""
+    try:
+        return _read_run(Path(path))
+    except KeyError as error:
+        raise ValueError(f"{path}: privacy.json lacks {error}") from None
+    except (TypeError, AttributeError, ValueError, OverflowError, RecursionError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read_run(path):
+    ledger, internal = path / "internal" / "ledger.jsonl", path / "internal"
+    files = (path / "release" / "privacy.json", internal / "plan.json", internal / "settings.json")
+    stated, planned, chosen = (json.loads(file.read_bytes()) if file.exists() else {} for file in files)
+    privacy = {key: float(stated[key]) for key in STATED if key in stated}
+    if not ledger.exists() and not stated:
+        raise ValueError("neither internal/ledger.jsonl nor release/privacy.json is there")
+    notes, counts = [], Counter()
+    if ledger.exists():
+        rows = ledger_rows(ledger.read_bytes().decode(errors="replace"), planned)
+        counts = Counter(count_steps(rows))
+    if stated:
+        check(privacy["q"], privacy["sigma"], privacy["steps"], privacy.get("delta", 0.5))
+        if not privacy.get("epsilon", 0.0) >= 0:
+            raise ValueError(f"privacy.json states epsilon {privacy['epsilon']}")
+        by_statement = Counter(one_kind(privacy["q"], privacy["sigma"], privacy["steps"]))
+        if ledger.exists() and counts != by_statement:
+            notes.append(_difference(counts, by_statement))
+        counts |= by_statement  # the larger of each kind
+    else:
+        notes.append("a run without a statement yet: the steps of its ledger")
+    steps = dict(sorted(counts.items()))
+    known_seed = stated.get("insecure_seed", False) is not False or chosen.get("insecure_seed") is not None
+    if known_seed or stated.get("private", True) is not True:
+        steps = count_steps([(q, 0.0, T) for (q, _), T in steps.items()]) or one_kind(1.0, 0.0, 1)
+        notes.append("NOT PRIVATE: counts as without noise")
+    return steps, {**privacy, "notes": notes}
+
+
+def _difference(counts, by_statement):
+    """The remark for a reader where ledger and statement count differently."""
+    if counts.keys() <= by_statement.keys() or by_statement.keys() <= counts.keys():
+        spent, said = sum(counts.values()), sum(by_statement.values())
+        return f"{spent} steps in the ledger and {said} in the statement: the larger counts"
+    return "ledger and statement differ in q or sigma; the steps of both count"
+
+
+# ---- the table --------------------------------------------------------------------------------------
+
+HEADER = (f"{'':<20} {'sigma':>8} {'steps':>8} {'RDP eps':>9} {'order':>7} {'PLD eps':>9} {'gap':>8}"
+          "   attacker's rates*")
+FOOTNOTE = ("* best true-positive % of any membership attacker at false-positive rates 0.1, 1 and 10 % "
+            "(pld, tight)")
+
+
+def line(name, steps, delta, least=0.0, stated=None):
+    """One row: epsilons are at least `least`; gap is PLD's upper minus lower bound.
+
+    Epsilons and rates are rounded up; sigma is shown where all steps share it."""
+    sigmas, total = {sigma for _, sigma in steps}, sum(steps.values())
+    (eps, order), (lower, upper) = renyi(steps, delta), pld.bounds(steps, delta)
+    gap = upper - lower if upper < math.inf else 0.0
+    sigma = f"{sigmas.pop():.5g}" if len(sigmas) == 1 else "mixed" if sigmas else "-"
+    eps, upper = (round_up(max(least, e), 6) for e in (eps, upper))
+    rates = " ".join(f"{round_up(100 * rate):>7}" for rate in pld.rates(steps, np.array([0.001, 0.01, 0.1])))
+    order = f"{order:.2f}" if order == order else "-"
+    row = f"{name:<20} {sigma:>8} {total:>8} {eps:>9} {order:>7} {upper:>9} {gap:>8.1e} {rates}"
+    return row if stated is None else f"{row}   (stated: {round_up(stated)})"
+
+
+def compare(paths, delta):
+    """Lines of the table: each run by itself, and all of them together."""
+    runs = [(Path(path).name[-20:], *read_run(path)) for path in paths]
+    if delta is None:
+        delta = max((privacy["delta"] for *_, privacy in runs if "delta" in privacy), default=None)
+    if delta is None:
+        raise ValueError("no run states a delta: give --delta")
+    check(delta=delta)
+    lines, total = [], Counter()
+    for name, steps, privacy in runs:
+        total.update(steps)
+        notes, least, stated = privacy["notes"], 0.0, privacy.get("epsilon")
+        at = privacy.get("delta", delta)
+        # A statement is rounded up to four digits.  What exceeds that was not computed from these steps.
+        if stated is not None and stated > 1.002 * renyi(steps, at)[0] + 1e-9:
+            least = stated if at <= delta else math.inf  # (epsilon, delta) says nothing at a smaller delta
+            total[1.0, 0.0] += 1
+            notes.append("it states more than its q, sigma and steps cost: that counts, and as inf in a sum")
+        lines.append("; ".join([line(name, steps, delta, least, stated), *notes]))
+    if len(runs) > 1:
+        lines.append(line("all runs together", dict(sorted(total.items())), delta))
+    return [f"recomputed at delta {round_up(delta)}", HEADER, *lines, FOOTNOTE]
+
+
+def accepts(method, delta):
+    """Whether the accountant has an answer at this delta; "pld" has none below 1e-10."""
+    try:
+        return accountant.epsilon(1.0, 1.0, 1, delta, method) >= 0
+    except ValueError:
+        return False
+
+
+def plan(q, steps, sigma, epsilon, delta, group):
+    """Lines of the table for a plan: of steps, sigma and epsilon, each accountant finds the missing one."""
+    check(q, 1.0 if sigma is None else sigma, 0 if steps is None else steps, delta)
+    if [steps, sigma, epsilon].count(None) != 1:
+        raise ValueError("give two of --steps (or --epochs), --sigma, --epsilon: the third is computed")
+    methods = [method for method in accountant.ACCOUNTANTS if accepts(method, delta)]
+    plans = {"given": (sigma, steps)} if epsilon is None else {}
+    for method in methods if epsilon is not None else ():
+        if steps is None:
+            plans[f"by {method}"] = sigma, accountant.max_steps(epsilon, delta, q, sigma, method)
+        else:  # rounded up, so that the line is about the sigma that it shows
+            exact = accountant.noise_multiplier(epsilon, delta, q, steps, method)
+            plans[f"by {method}"] = float(round_up(exact, 5)), steps
+    lines = [f"q {q:.6g}   delta {round_up(delta)}   Poisson sampling, one example added or removed", HEADER]
+    for name, (s, t) in plans.items():
+        if t == math.inf:
+            raise ValueError("q = 0 costs nothing: any number of steps fits")
+        lines.append(line(name, one_kind(q, s, t), delta))
+        bound = round_up(pld.bounds(one_kind(q, s, t), delta, group)[1])
+        lines.append(f"{'':<20} {group} images of one person: epsilon <= {bound}")
+    return [*lines, FOOTNOTE]
+
+
+# ---- command line -----------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+
+def parse(argv):
+    """The arguments, with q, steps and delta filled in for a plan.  ValueError for what cannot be."""
+    parser = _Parser(description="epsilon of DP-SGD (Poisson sampling, one example added or removed)")
+    add = parser.add_argument
+    add("runs", nargs="*", help="run directories: recompute epsilon from the ledger, else from privacy.json")
+    add("--n", type=int, help="number of private examples")
+    add("--batch", type=float, help="expected batch size; q = batch / n")
+    add("--q", type=float, help="sampling probability, instead of --n and --batch")
+    add("--steps", type=int, help="logical steps (noise additions)")
+    add("--epochs", type=float, help="passes over the data, instead of --steps; rounded up to whole steps")
+    add("--delta", type=float, help="failure probability, below 1 / n (1e-5; of runs: the largest stated)")
+    add("--sigma", type=float, help="noise multiplier: noise std / clip norm")
+    add("--epsilon", type=float, help="target: computes the smallest sigma or, with --sigma, the most steps")
+    add("--group", type=int, default=20, help="images of one person, for the group line (default 20)")
+    args = parser.parse_args(argv)
+    if args.runs:
+        return args
+    if args.q is None and (args.n is None or args.batch is None):
+        raise ValueError("give run directories, or --n and --batch, or --q")
+    if args.n is not None and not 1 <= args.n <= 1e18:
+        raise ValueError("--n, the number of private examples, must be from 1 to 1e18")
+    if not 1 <= args.group <= 1000:
+        raise ValueError(f"--group must be from 1 to 1000 images, got {args.group}")
+    if args.epochs is not None and not 0 <= args.epochs < math.inf:
+        raise ValueError(f"--epochs must be >= 0 and finite, got {args.epochs}")
+    args.q = args.batch / args.n if args.q is None else args.q
+    check(args.q)
+    if args.steps is None and args.epochs is not None and args.q > 0:
+        args.steps = math.ceil(min(args.epochs / args.q, 1e18) - 1e-6)
+    args.delta = 1e-5 if args.delta is None else args.delta
+    return args
+
+
+def main(argv=None):
+    try:
+        args = parse(argv)
+        if args.runs:
+            lines = compare(args.runs, args.delta)
+        else:
+            lines = plan(args.q, args.steps, args.sigma, args.epsilon, args.delta, args.group)
+            if args.n is not None and args.delta >= 1 / args.n:
+                print(f"note: delta {round_up(args.delta)} is not below 1/n = {1 / args.n:.3g}: publishing "
+                      "one random example in the clear would satisfy it", file=sys.stderr)
+    except ValueError as error:
+        print(f"accountant.py: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    return 0
