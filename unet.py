@@ -1,23 +1,27 @@
 """The latent UNet of latent diffusion, its class embedder, and the choice of what is tuned privately.
 
-Implements the denoiser epsilon_theta(z_t, t, c) of *High-Resolution Image Synthesis with Latent Diffusion Models*
-(Rombach et al. 2022, section 3.2-3.3) as used by *Differentially Private Latent Diffusion Models* (Liu et al. 2024,
-section 3 and Algorithm 1). The file stands alone: it imports nothing of the project.
+Implements the denoiser epsilon_theta(z_t, t, c) of *High-Resolution Image Synthesis with Latent Diffusion
+Models* (Rombach et al. 2022, section 3.2-3.3) as used by *Differentially Private Latent Diffusion Models*
+(Liu et al. 2024, section 3 and Algorithm 1). The file stands alone: it imports nothing of the project.
 
-Symbols: z_t noisy latent (N, C, H, W) · t timestep (N,) · c condition, embedded as context (N, L, D) · theta weights.
+Symbols: z_t noisy latent (N, C, H, W) · t timestep (N,) · c condition, embedded as context (N, L, D) · theta
+weights.
 
 The picture of the network (MNIST configuration: 64 channels, multipliers 1 and 2, attention at every level)::
 
-    z_t -> conv -> [Res + ST] -> Res-down -> [Res + ST] -> middle: Res, ST, Res -> 2x[Res + ST], Res-up -> 2x[Res + ST] -> conv
-              |        |             |            |                                      ^                      ^
-              +--------+-------------+------------+----------- skip connections ---------+----------------------+
+    z_t -> conv -> [Res + ST] -> Res-down -> [Res + ST] -> middle: Res, ST, Res
+              |        |             |            |                   |
+              |        |             |            v                   v
+              +--------+-------------+-----> skip connections -> 2x[Res + ST], Res-up -> 2x[Res + ST] -> conv
 
-Res  = ResBlock: knows the timestep, mixes neighbouring pixels, never sees the condition.
-ST   = SpatialTransformer: self-attention over the pixels, then cross-attention to the condition. The ONLY place where
-       the condition enters, and with the embedder the only thing DP-LDM tunes on private data (`select_trainable`).
+Res = ResBlock: knows the timestep, mixes neighbouring pixels, never sees the condition. ST =
+SpatialTransformer: self-attention over the pixels, then cross-attention to the condition. It is the ONLY
+place where the condition enters, and with the embedder the only thing DP-LDM tunes on private data
+(`select_trainable`).
 
-All weights live in Linear, Conv2d, GroupNorm, LayerNorm and Embedding layers, since those are the layers for which
-`dp_sgd.py` knows the per-example gradient; hence no nn.MultiheadAttention, whose weights belong to no layer.
+All weights live in Linear, Conv2d, GroupNorm, LayerNorm and Embedding layers, since those are the layers for
+which `dp_sgd.py` knows the per-example gradient; hence no nn.MultiheadAttention, whose weights belong to no
+layer.
 
 Look at a network from the shell: `python unet.py` prints the parameter counts of the paper's configurations.
 """
@@ -32,13 +36,14 @@ from torch import nn
 
 @dataclass
 class UNetConfig:
-    """Shape of a UNet; the field names are those of the original latent-diffusion code. Defaults: the paper's MNIST row.
+    """Shape of a UNet, with the field names of the original code. Defaults: the paper's MNIST row.
 
-    attention_resolutions lists the *downsampling factors* (1, 2, 4, ...) at which blocks have attention. context_dim is
-    D of the context (N, L, D), None for a network without cross-attention to a condition. use_spatial_transformer=False
-    gives plain self-attention (`AttentionBlock`), the paper's unconditional CelebA networks. num_head_channels, if given,
-    fixes the width of a head instead of their number (num_heads is then not used). num_groups is that of every GroupNorm: 32
-    in the paper's networks, fewer where a network is so narrow that groups of one channel would wipe out its mean.
+    attention_resolutions lists the *downsampling factors* (1, 2, 4, ...) at which blocks have attention.
+    context_dim is D of the context (N, L, D), None for a network without cross-attention to a condition.
+    use_spatial_transformer=False gives plain self-attention (`AttentionBlock`), the paper's unconditional
+    CelebA networks. num_head_channels, if given, fixes the width of a head instead of their number (num_heads
+    is then not used). num_groups is that of every GroupNorm: 32 in the paper's networks, fewer where a
+    network is so narrow that groups of one channel would wipe out its mean.
     """
     in_channels: int = 3
     out_channels: int = 3
@@ -57,21 +62,22 @@ class UNetConfig:
 
 
 def timestep_embedding(t, dim):
-    """Sinusoids [cos, sin] of t * 10000^(-i/half): (N,) -> (N, dim) float32 (Vaswani et al. 2017; DDPM, appendix B)."""
+    """Sinusoids [cos, sin] of t * 10000^(-i/half): (N,) -> (N, dim) float32 (Vaswani et al. 2017)."""
     half = dim // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    i = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(-math.log(10000) * i / half)
     angles = t[:, None].float() * frequencies  # (N, half)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 def zero_init(layer):
-    """Zero the layer's weights: every residual branch starts as the identity, which keeps deep training stable."""
+    """Zero the layer's weights: a residual branch then starts as the identity; training is stable."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-# ------------------------------------------------------------------------------------------------ convolutional blocks
+# --------------------------------------------------------------------------------------- convolutional blocks
 
 
 class Downsample(nn.Module):
@@ -97,9 +103,10 @@ class Upsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions around a residual, modulated by the timestep; optionally halves or doubles the size.
+    """Two 3x3 convolutions around a residual, modulated by the timestep; may halve or double the size.
 
-    With scale-shift norm the timestep sets scale and shift of the second GroupNorm (FiLM); without, it is added.
+    With scale-shift norm the timestep sets scale and shift of the second GroupNorm (FiLM); without, it is
+    added.
     """
 
     def __init__(self, channels, time_dim, out_channels, scale_shift, groups, resample=None):
@@ -117,7 +124,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x, time):
         """x (N, C, H, W), time (N, time_dim) -> (N, out_channels, H', W')."""
-        # Both branches are resampled before their first weights, so no convolution runs at the larger size for nothing.
+        # Both branches are resampled before their first weights, so no convolution runs at the larger size
+        # for nothing.
         h = self.conv1(self.resample(F.silu(self.norm1(x))))
         time = self.time_proj(F.silu(time))[:, :, None, None]  # (N, out or 2*out, 1, 1)
         if self.scale_shift:
@@ -128,11 +136,11 @@ class ResBlock(nn.Module):
         return self.skip(self.resample(x)) + self.conv2(F.silu(h))
 
 
-# ---------------------------------------------------------------------------------------------------- attention blocks
+# ------------------------------------------------------------------------------------------- attention blocks
 
 
 class Attention(nn.Module):
-    """Multi-head attention softmax(Q K^T / sqrt(d)) V (Rombach et al. 2022, Eq. for cross-attention in section 3.3)."""
+    """Multi-head attention softmax(Q K^T / sqrt(d)) V (Rombach et al. 2022, section 3.3)."""
 
     def __init__(self, dim, context_dim, num_heads):
         super().__init__()
@@ -143,21 +151,26 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(dim, dim)
 
     def forward(self, x, context, mask=None):
-        """x (N, T, C) asks, context (N, L, D) answers where mask (N, L) is True (None: everywhere) -> (N, T, C)."""
+        """x (N, T, C) asks, context (N, L, D) answers where mask (N, L) is True or None -> (N, T, C)."""
         if context.shape[1] == 1:
-            # A softmax over one token is 1 whatever Q and K are, so the answer is V for every pixel: (N, 1, C)
-            # broadcasts. Exact, and it shows that with a class as condition Q and K of the cross-attention (and the
-            # LayerNorm before them) get no gradient at all: under DP-SGD they receive noise only, without any effect.
+            # A softmax over one token is 1 whatever Q and K are, so the answer is V for every pixel: (N, 1,
+            # C) broadcasts. Exact, and it shows that with a class as condition Q and K of the cross-attention
+            # (and the LayerNorm before them) get no gradient at all: under DP-SGD they receive noise only,
+            # without any effect.
             return self.to_out(self.to_v(context))
-        q, k, v = (split_heads(y, self.num_heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        mask = None if mask is None else mask[:, None, None]  # (N, 1, 1, L): the same for every head and pixel
+        q = split_heads(self.to_q(x), self.num_heads)  # (N, heads, T, d)
+        k = split_heads(self.to_k(context), self.num_heads)  # (N, heads, L, d)
+        v = split_heads(self.to_v(context), self.num_heads)
+        if mask is not None:
+            mask = mask[:, None, None]  # (N, 1, 1, L): the same for every head and pixel
         return self.to_out(merge_heads(attend(q, k, v, mask)))
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(d)) v: q (N, heads, T, d), k and v (N, heads, L, d), mask (N, 1, 1, L) bool or None -> like q.
+    """softmax(q k^T / sqrt(d)) v: q (N, heads, T, d), k, v (N, heads, L, d), mask (N, 1, 1, L) -> like q.
 
-    The library's fused kernel, except in bfloat16 on a CPU, where writing the formula out is up to five times as fast.
+    The library's fused kernel, except in bfloat16 on a CPU, where writing the formula out is up to five times
+    as fast.
     """
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -203,13 +216,14 @@ class TransformerBlock(nn.Module):
     def forward(self, x, context, mask=None):
         y = self.norm1(x)
         x = x + self.attn1(y, y)
-        y = self.norm2(x) if context is None or context.shape[1] > 1 else x  # one token: the question is not looked at
+        # With a context of one token the answer does not depend on who asks (`Attention`): no norm is needed.
+        y = self.norm2(x) if context is None or context.shape[1] > 1 else x
         x = x + (self.attn2(y, y) if context is None else self.attn2(y, context, mask))
         return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
-    """Pixels become tokens, a transformer that looks at the condition runs over them, and the result is added back."""
+    """Pixels become tokens; a transformer that sees the condition runs over them; its output is added."""
 
     def __init__(self, channels, num_heads, depth, context_dim, groups):
         super().__init__()
@@ -244,7 +258,7 @@ class AttentionBlock(nn.Module):
         return x + self.proj_out(y).transpose(1, 2).reshape(x.shape)
 
 
-# ---------------------------------------------------------------------------------------------------------- the network
+# ------------------------------------------------------------------------------------------------ the network
 
 
 class UNet(nn.Module):
@@ -261,8 +275,9 @@ class UNet(nn.Module):
         c, width = config, config.model_channels
         widths = [width * mult for mult in c.channel_mult]
         if any(w % c.num_groups or w % (c.num_head_channels or c.num_heads) for w in widths):
-            raise ValueError(f"UNet: every level's width {widths} must be divisible by num_groups ({c.num_groups}) and by "
-                             f"num_heads or num_head_channels ({c.num_head_channels or c.num_heads})")
+            raise ValueError(f"UNet: every level's width {widths} must be divisible by num_groups "
+                             f"({c.num_groups}) and by num_heads or num_head_channels "
+                             f"({c.num_head_channels or c.num_heads})")
         time_dim = 4 * width
         self.time_embed = nn.Sequential(nn.Linear(width, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
 
@@ -275,10 +290,11 @@ class UNet(nn.Module):
                 return SpatialTransformer(w, heads, c.transformer_depth, c.context_dim, c.num_groups)
             return AttentionBlock(w, heads, c.num_groups)
 
-        # Every element of the block lists is one stop of the forward pass: its output is a skip connection (input
-        # side), or it consumes one (output side). Names and order are those of the original code (see load_ldm).
+        # Every element of the block lists is one stop of the forward pass: its output is a skip connection
+        # (input side), or it consumes one (output side). Names and order are those of the original code.
         self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(c.in_channels, width, 3, padding=1)])])
-        skips, w, factor = [width], width, 1  # widths of the skips; current width; current downsampling factor
+        skips = [width]  # widths of the skip connections
+        w, factor = width, 1  # current width and downsampling factor
         for level, level_width in enumerate(widths):
             for _ in range(c.num_res_blocks):
                 stop = [res(w, level_width)]
@@ -288,7 +304,8 @@ class UNet(nn.Module):
                 self.input_blocks.append(nn.ModuleList(stop))
                 skips.append(w)
             if level < len(widths) - 1:
-                self.input_blocks.append(nn.ModuleList([res(w, w, "down") if c.resblock_updown else Downsample(w)]))
+                down = res(w, w, "down") if c.resblock_updown else Downsample(w)
+                self.input_blocks.append(nn.ModuleList([down]))
                 skips.append(w)
                 factor *= 2
         self.middle_block = nn.ModuleList([res(w, w), attention(w), res(w, w)])
@@ -307,7 +324,8 @@ class UNet(nn.Module):
                                  zero_init(nn.Conv2d(w, c.out_channels, 3, padding=1)))
 
     def forward(self, x, t, context=None, mask=None):
-        time = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))  # (N, 4 * width)
+        time = timestep_embedding(t, self.config.model_channels).to(x.dtype)  # (N, width)
+        time = self.time_embed(time)  # (N, 4 * width)
         skips = []
         for stop in self.input_blocks:
             x = run(stop, x, time, context, mask)
@@ -333,8 +351,8 @@ def run(layers, x, time, context, mask):
 class ClassEmbedder(nn.Module):
     """Class label -> one context token: labels (N,) in 0..num_classes-1 -> (N, 1, dim).
 
-    With null_class=True a further row, label `num_classes`, means "no condition": it is what classifier-free guidance
-    (Ho and Salimans 2022) pushes away from.
+    With null_class=True a further row, label `num_classes`, means "no condition": it is what classifier-free
+    guidance (Ho and Salimans 2022) pushes away from.
     """
 
     def __init__(self, num_classes, dim, null_class=False):
@@ -348,8 +366,9 @@ class ClassEmbedder(nn.Module):
     def null(self, labels):
         """Labels of the same shape that all mean "no condition". Raises ValueError without a null row."""
         if not self.null_class:
-            raise ValueError("this model has no null class, so guidance other than 1 and condition dropping are not "
-                             "possible; train with a null class (--cond-drop above 0) or use guidance 1")
+            raise ValueError("this model has no null class, so guidance other than 1 and condition dropping "
+                             "are not possible; train with a null class (--cond-drop above 0) or use "
+                             "guidance 1")
         return torch.full_like(labels, self.num_classes)
 
 
@@ -357,8 +376,9 @@ class LatentModel(nn.Module):
     """The one root module of the public and the private stage: condition embedder and UNet together.
 
     LatentModel(unet, embedder)(z_t, t, cond): z_t (N*K, C, H, W), t (N*K,), cond N conditions (or None). Each
-    condition is embedded once and repeated K times, rows n*K .. n*K + K-1 of z_t belonging to example n, so that noise
-    multiplicity K costs no K-fold embedding. An embedder of several tokens says by `mask(cond)` which are padding.
+    condition is embedded once and repeated K times, rows n*K .. n*K + K-1 of z_t belonging to example n, so
+    that noise multiplicity K costs no K-fold embedding. An embedder of several tokens says by `mask(cond)`
+    which are padding.
     """
 
     def __init__(self, unet, embedder=None):
@@ -377,18 +397,19 @@ class LatentModel(nn.Module):
         return self.unet(z_t, t, context, mask)
 
 
-# ------------------------------------------------------------------------------------- what is tuned on private data
+# ------------------------------------------------------------------------------ what is tuned on private data
 
 
 def attention_modules(model, from_block=0):
-    """The SpatialTransformer and AttentionBlock modules as (name, module) in forward order, but the first from_block.
+    """Attention as (name, module) in forward order, without the first from_block: the SpatialTransformers and
+    AttentionBlocks.
 
     The authors' `ablation_blocks` is from_block + 1. Raises ValueError for a from_block that leaves nothing.
     """
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, (SpatialTransformer, AttentionBlock))]
     if not 0 <= from_block < max(len(found), 1):
-        raise ValueError(f"from_block must lie in 0..{len(found) - 1} (the network has {len(found)} attention "
-                         f"modules), got {from_block}")
+        raise ValueError(f"from_block must lie in 0..{len(found) - 1} (the network has {len(found)} "
+                         f"attention modules), got {from_block}")
     return found[from_block:]
 
 
@@ -406,8 +427,8 @@ def of_type(model, *types):
     return [m for m in model.modules() if isinstance(m, types)]
 
 
-# What DP-SGD may train: name -> function(model) -> modules, all of whose parameters are tuned. A new choice is a new
-# line; `--tune NAME` knows it. (`--tune lora:RANK` inserts layers first: extensions/lora.py.)
+# What DP-SGD may train: name -> function(model) -> modules, all of whose parameters are tuned. A new choice
+# is a new line; `--tune NAME` knows it. (`--tune lora:RANK` inserts layers first: extensions/lora.py.)
 TUNE = {
     "attention": lambda model: attention_of(model) + embedder_of(model),  # the paper, section 3
     "attention-only": attention_of,
@@ -421,9 +442,9 @@ TUNE = {
 def select_trainable(model, tune="attention", from_block=0):
     """Choose by a name of TUNE what DP-SGD trains, and freeze the rest -> names of the trainable parameters.
 
-    model: a LatentModel, or a bare UNet (then there is no embedder). from_block leaves out the first attention
-    modules in forward order. Raises ValueError for an unknown name, a from_block that leaves no attention or does
-    not apply, and an empty selection.
+    model: a LatentModel, or a bare UNet (then there is no embedder). from_block leaves out the first
+    attention modules in forward order. Raises ValueError for an unknown name, a from_block that leaves no
+    attention or does not apply, and an empty selection.
     """
     if tune not in TUNE:
         raise ValueError(f"unknown tune={tune!r}; choose one of {', '.join(TUNE)}, lora:RANK")
@@ -438,10 +459,10 @@ def select_trainable(model, tune="attention", from_block=0):
 
 
 def train_only(model, modules):
-    """Set requires_grad on every parameter of the model: True inside `modules` -> names of the trainable ones.
+    """Make the parameters inside `modules` trainable and freeze the others -> names of the trainable ones.
 
-    Weights that cannot get a gradient (`without_gradient`) are never among them: they would train on pure noise,
-    and a release would show it. Raises ValueError if nothing is left.
+    Weights that cannot get a gradient (`without_gradient`) are never among them: they would train on pure
+    noise, and a release would show it. Raises ValueError if nothing is left.
     """
     chosen = {id(p) for module in modules for p in module.parameters()}
     silent = set(without_gradient(model))
@@ -449,15 +470,15 @@ def train_only(model, modules):
         p.requires_grad_(id(p) in chosen and name not in silent)
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     if not names:
-        raise ValueError("this choice of --tune selects no parameter of the model (does it have an embedder?)")
+        raise ValueError("this choice selects no parameter of the model (does it have an embedder?)")
     return names
 
 
 def without_gradient(model):
-    """Names of the parameters that no loss can reach where the context is one token: a class, or a prompt of one word.
+    """Names of the parameters that no loss can reach if the context is one token: a class, or one word.
 
-    They are Q and K of the cross-attention and the norm before them. A softmax over one token is 1 whatever query
-    and key are.
+    They are Q and K of the cross-attention and the norm before them. A softmax over one token is 1 whatever
+    query and key are.
     """
     embedder = getattr(model, "embedder", None)
     if not isinstance(embedder, ClassEmbedder) and getattr(embedder, "length", None) != 1:
@@ -466,7 +487,7 @@ def without_gradient(model):
 
 
 def paper_count(model, from_block=0):
-    """Number of parameters that the paper says it tunes: attention and embedder, those `without_gradient` included."""
+    """Number of parameters that the paper says it tunes; it counts those `without_gradient` as well."""
     modules = [m for _, m in attention_modules(model, from_block)] + embedder_of(model)
     return sum(p.numel() for module in modules for p in module.parameters())
 

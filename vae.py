@@ -1,15 +1,16 @@
-"""The KL-regularised autoencoder of latent diffusion: pictures x to latents z and back.
+"""The KL-regularised autoencoder of latent diffusion: images x to latents z and back.
 
-Implements the first stage of *High-Resolution Image Synthesis with Latent Diffusion Models* (Rombach et al. 2022,
-section 3.1 and appendix G): a convolutional encoder gives a Gaussian posterior q(z|x), a decoder gives x back, trained by
-reconstruction + a very small KL term. In DP-LDM (Liu et al. 2024, section 3, step 1) it is trained on PUBLIC pictures
-only and frozen afterwards, so it costs no privacy. The file stands alone: it imports nothing of the project.
+Implements the first stage of *High-Resolution Image Synthesis with Latent Diffusion Models* (Rombach et al.
+2022, section 3.1 and appendix G): a convolutional encoder gives a Gaussian posterior q(z|x), a decoder gives
+x back, trained by reconstruction + a very small KL term. In DP-LDM (Liu et al. 2024, section 3, step 1) it is
+trained on PUBLIC images only and frozen afterwards, so it costs no privacy. The file stands alone: it
+imports nothing of the project.
 
-Symbols: x picture (N, C, H, W) in [-1, 1] · z latent (N, embed_dim, H/f, W/f) with f = 2^(levels-1) · mu, sigma^2 mean
-and variance of q(z|x).
+Symbols: x image (N, C, H, W) in [-1, 1] · z latent (N, embed_dim, H/f, W/f) with f = 2^(levels-1) · mu,
+sigma^2 mean and variance of q(z|x).
 
-The diffusion model does not see z but z * scale, scale = 1/std of the *public* latents (`latent_scale`): its noise
-schedule assumes unit variance, and a statistic of private data would cost privacy.
+The diffusion model does not see z but z * scale, scale = 1/std of the *public* latents (`latent_scale`): its
+noise schedule assumes unit variance, and a statistic of private data would cost privacy.
 
 Look at a network from the shell: `python vae.py` prints the parameter counts of the paper's configurations.
 """
@@ -25,8 +26,9 @@ from torch import nn
 class VAEConfig:
     """Shape of an autoencoder; field names of the original code. Defaults: the small one for 32x32 digits.
 
-    ch_mult has one entry per level, each level halves the picture: f = 2^(len - 1). attn_resolutions lists picture
-    sizes (in pixels) with self-attention. num_groups is that of GroupNorm: 32 in the paper's networks.
+    ch_mult has one entry per level, each level halves the image: f = 2^(len - 1). attn_resolutions lists
+    image sizes (in pixels) with self-attention. num_groups is that of GroupNorm: 32 in the paper's
+    networks.
     """
     in_channels: int = 1
     out_ch: int = 1
@@ -49,8 +51,9 @@ class Posterior:
 
     def sample(self, generator=None):
         """z = mu + sigma * noise, noise ~ N(0, I): the reparametrisation of Kingma and Welling (2014)."""
-        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
-        return self.mean + torch.exp(0.5 * self.logvar) * noise
+        mean = self.mean
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return mean + torch.exp(0.5 * self.logvar) * noise
 
     def kl(self):
         """KL(q(z|x) || N(0, I)) per example, in nats, summed over the latent: (N,)."""
@@ -91,7 +94,7 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width; the padding (0, 1, 0, 1), right and bottom only, is that of the original weights."""
+    """Halve height and width; padded right and bottom only, (0, 1, 0, 1), as the original weights expect."""
 
     def __init__(self, channels):
         super().__init__()
@@ -124,13 +127,15 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, each followed by attention where asked, then the change of resolution."""
+    """One resolution: residual blocks, each with attention behind it where asked, then the change of size."""
 
     def __init__(self, in_channels, out_channels, num_blocks, attention, groups):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
-        self.attn = nn.ModuleList(AttnBlock(out_channels, groups) for _ in range(num_blocks if attention else 0))
+        self.block = nn.ModuleList(
+            ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
+        self.attn = nn.ModuleList(
+            AttnBlock(out_channels, groups) for _ in range(num_blocks if attention else 0))
 
     def forward(self, h):
         for i, block in enumerate(self.block):
@@ -144,7 +149,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """x (N, in_channels, H, W) -> (N, 2 * z_channels, H/f, W/f): mean and log-variance before `quant_conv`."""
+    """x (N, in_channels, H, W) -> (N, 2 * z_channels, H/f, W/f); `quant_conv` makes the posterior of it."""
 
     def __init__(self, c):
         super().__init__()
@@ -168,7 +173,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z (N, z_channels, H/f, W/f) -> x (N, out_ch, H, W); one residual block per level more than the encoder."""
+    """z (N, z_channels, H/f, W/f) -> x (N, out_ch, H, W); a level has one block more than in the encoder."""
 
     def __init__(self, c):
         super().__init__()
@@ -178,12 +183,14 @@ class Decoder(nn.Module):
         self.mid = Middle(widths[-1], c.num_groups)
         levels, width = [], widths[-1]
         for level in reversed(range(len(widths))):
-            levels.append(Level(width, widths[level], c.num_res_blocks + 1, size in c.attn_resolutions, c.num_groups))
+            attention = size in c.attn_resolutions
+            levels.append(Level(width, widths[level], c.num_res_blocks + 1, attention, c.num_groups))
             width = widths[level]
             if level > 0:
                 levels[-1].upsample = Upsample(width)
                 size *= 2
-        self.up = nn.ModuleList(reversed(levels))  # stored fine to coarse, as the original names go; run backwards
+        # Stored fine to coarse, as the original names go; `forward` runs them backwards.
+        self.up = nn.ModuleList(reversed(levels))
         self.norm_out = nn.GroupNorm(c.num_groups, width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, c.out_ch, 3, padding=1)
 
@@ -195,19 +202,21 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Encoder, decoder and the 1x1 convolutions between them. Raises ValueError for an impossible configuration."""
+    """Encoder, decoder and the 1x1 convolutions between them. ValueError for an impossible configuration."""
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        if c.resolution % 2 ** (len(c.ch_mult) - 1) or any(c.ch * m % c.num_groups for m in c.ch_mult):
-            raise ValueError(f"VAE: resolution {c.resolution} must be divisible by {2 ** (len(c.ch_mult) - 1)} and every "
-                             f"width {[c.ch * m for m in c.ch_mult]} by num_groups {c.num_groups}")
+        widths, factor = [c.ch * mult for mult in c.ch_mult], 2 ** (len(c.ch_mult) - 1)
+        if c.resolution % factor or any(width % c.num_groups for width in widths):
+            raise ValueError(f"VAE: resolution {c.resolution} must be divisible by {factor} and every width "
+                             f"{widths} by num_groups {c.num_groups}")
         self.encoder, self.decoder = Encoder(c), Decoder(c)
         self.quant_conv = nn.Conv2d(2 * c.z_channels, 2 * c.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(c.embed_dim, c.z_channels, 1)
-        # Start almost deterministic (posterior deviation e^-3): at the usual start, deviation 1 around means near 0, the
-        # decoder sees mostly noise for the first hundreds of steps. Not in the original; matters for short runs.
+        # Start almost deterministic (posterior deviation e^-3): at the usual start, deviation 1 around means
+        # near 0, the decoder sees mostly noise for the first hundreds of steps. Not in the original; matters
+        # for short runs.
         with torch.no_grad():
             self.quant_conv.bias[c.embed_dim:] -= 6.0
 
@@ -228,17 +237,18 @@ class AutoencoderKL(nn.Module):
 
 
 def loss(model, x, kl_weight=1e-6, generator=None, perceptual=None, perceptual_weight=1.0, adversary=None):
-    """Training loss of the first stage (Rombach et al. 2022, appendix G); the last two terms are for large pictures.
+    """Training loss of the first stage (Rombach et al. 2022, appendix G).
 
-    Per picture: sum over pixels of |x - decode(z)| + perceptual_weight * distance, z ~ q(z|x), + kl_weight * KL; then the
-    mean over the batch. perceptual: distance(x, y) -> (N,) of `perceptual_distance`; adversary: an `Adversary`.
-    Returns (loss, mean absolute error per pixel, mean KL in nats), three scalars; only the first carries a gradient.
+    Per image: sum over pixels of |x - decode(z)|, z ~ q(z|x), plus kl_weight * KL; then the mean over the
+    batch. Two further terms for large images come from extensions/perceptual.py: perceptual, a distance(x, y)
+    -> (N,), and adversary, a discriminator. Returns three scalars: loss, mean absolute error per pixel, mean
+    KL in nats. Only the first carries a gradient.
     """
     posterior = model.encode(x)
     y = model.decode(posterior.sample(generator))
     error, kl = (x - y).abs(), posterior.kl().mean()
     reconstruction = error.sum(dim=(1, 2, 3)).mean()
-    if perceptual is not None:  # one number per picture, counted at every pixel, as in the original
+    if perceptual is not None:  # one number per image, counted at every pixel, as in the original
         reconstruction = reconstruction + perceptual_weight * x[0].numel() * perceptual(x, y).mean()
     total = reconstruction + kl_weight * kl
     if adversary is not None:
@@ -248,7 +258,7 @@ def loss(model, x, kl_weight=1e-6, generator=None, perceptual=None, perceptual_w
 
 @torch.no_grad()
 def latent_scale(model, x, batch=256):
-    """1 / standard deviation of the latents of PUBLIC pictures x, over everything at once: a float (pitfall 13)."""
+    """1 / standard deviation of the latents of PUBLIC images x, over all numbers at once (pitfall 13)."""
     z = torch.cat([model.encode(part).mean for part in x.split(batch)])
     return 1.0 / z.double().std().item()
 

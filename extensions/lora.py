@@ -1,9 +1,9 @@
-"""LoRA (Hu et al. 2021): tune a product of two thin matrices beside each projection instead of the projection itself.
+"""LoRA (Hu et al. 2021): tune a product of two thin matrices beside each projection, not itself.
 
     y = W x + b + B A x        A (rank, d) random · B (p, rank) zero, so the network starts as it was
 
-Not in the paper; `train.py --tune lora:4` uses it. DP-SGD adds noise to every tuned parameter, so fewer of them could
-mean less noise. docs/results.md shows how far that carries.
+Not in the paper; `train.py --tune lora:4` uses it. DP-SGD adds noise to every tuned parameter, so fewer of
+them could mean less noise. docs/results.md shows how far that carries.
 """
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ class LoRALinear(nn.Module):
 
 
 def insert(model, rank, from_block=0):
-    """Put a pair beside every attention projection but those of the first from_block modules -> the new layers.
+    """Put a pair beside every attention projection, not in the first from_block modules -> the new layers.
 
     Raises ValueError if the model has pairs already, or for a from_block that leaves nothing.
     """
@@ -49,7 +49,7 @@ def insert(model, rank, from_block=0):
 
 
 def merge(model):
-    """Fold every pair into its base layer, W + B A, in place: the released network has the original layers."""
+    """Fold every pair into its base layer, W + B A, in place: the release has the original layers."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRALinear):
@@ -59,10 +59,10 @@ def merge(model):
 
 
 def tuned(model, s):
-    """Prepare the model for what the settings tune, s.tune and s.from_block -> names of the parameters to train.
+    """Choose what is trained by the settings s.tune and s.from_block, freeze the rest -> names of parameters.
 
-    "lora:RANK" inserts the pairs and selects them with the embedder; the rest is `unet.select_trainable`. Raises
-    ValueError for what cannot be selected.
+    "lora:RANK" inserts the pairs and selects them with the embedder; the rest is `unet.select_trainable`.
+    Raises ValueError for what cannot be selected.
     """
     kind, colon, rank = s.tune.partition(":")
     if kind != "lora" or not colon:

@@ -1,14 +1,15 @@
 """Checkpoints of the original latent-diffusion code (CompVis) as the public stages of a run.
 
-DP-LDM's authors began with such networks (Liu et al. 2024, appendix). This program turns a checkpoint into a run
-folder with public/vae.pt and public/ldm.pt, and the private stage goes on from there:
+DP-LDM's authors began with such networks (Liu et al. 2024, appendix). This program turns a checkpoint into a
+run folder with public/vae.pt and public/ldm.pt, and the private stage goes on from there:
 
     python -m extensions.original_weights model.ckpt --preset celeba64 --out runs/original
     python train.py --preset celeba64 --init runs/original --out runs/celeba64
 
-The preset says what the networks look like; --size, --condition and the like change it as in train.py. Our networks
-have the original's layers under other names, with 1x1 convolutions as Linear layers, so nothing is approximated.
-The original classes have 32 groups in every GroupNorm. Another number fits every shape and makes every output wrong.
+The preset says what the networks look like; --size, --condition and the like change it as in train.py. Our
+networks have the original's layers under other names, with 1x1 convolutions as Linear layers, so nothing is
+approximated. The original classes have 32 groups in every GroupNorm. Another number fits every shape and
+makes every output wrong.
 """
 import re
 from dataclasses import asdict, replace
@@ -16,17 +17,17 @@ from pathlib import Path
 
 import torch
 
-import datasets
 import diffusion
 import sample
 import unet
 import vae
 from datasets import pixels
 from extensions import text
-from support import checkpoints, files, presets, run_folder, settings, team
+from support import checkpoints, files, run_folder, settings, team
 
 GROUPS = 32  # in every GroupNorm of the original code
-UNET, AUTOENCODER, AVERAGE = "model.diffusion_model.", "first_stage_model.", "model_ema."  # prefixes of the names
+# Prefixes of the names in a checkpoint.
+UNET, AUTOENCODER, AVERAGE = "model.diffusion_model.", "first_stage_model.", "model_ema."
 
 LDM_NAMES = [  # original name -> ours, applied in order
     (r"in_layers\.0\.", "norm1."), (r"in_layers\.2\.", "conv1."), (r"emb_layers\.1\.", "time_proj."),
@@ -35,14 +36,14 @@ LDM_NAMES = [  # original name -> ours, applied in order
     (r"ff\.net\.2\.", "ff.proj_out."),
 ]
 
-# ---------------------------------------------------------------------------------------------- one network at a time
+# -------------------------------------------------------------------------------------- one network at a time
 
 
 def load_unet(network, state_dict):
     """Read the original UNetModel's weights into our UNet, in place and strictly.
 
-    state_dict: tensors under the original names, or a whole checkpoint that holds them under "state_dict". Tensors of
-    other networks are passed over (`part`). Raises ValueError as `load_strictly`.
+    state_dict: tensors under the original names, or a whole checkpoint that holds them under "state_dict".
+    Tensors of other networks are passed over (`part`). Raises ValueError as `load_strictly`.
     """
     ours, theirs = network.state_dict(), {}
     for key, value in part(state_dict, UNET).items():
@@ -72,13 +73,13 @@ def part(state_dict, prefix):
 
 
 def load_strictly(network, theirs, what):
-    """Load tensors under our names; ValueError, one line, if anything is missing, left over or of another shape.
+    """Load tensors under our names; ValueError, one line, if any is missing, left over or of another shape.
 
     Also for a network without the original's 32 groups. The network is then unchanged.
     """
     if (groups := network.config.num_groups) != GROUPS:
-        raise ValueError(f"original weights need num_groups = {GROUPS}, this {what} has num_groups = {groups}: every "
-                         "output would be wrong; convert them with python -m extensions.original_weights")
+        raise ValueError(f"original weights need num_groups = {GROUPS}, this {what} has num_groups = {groups}"
+                         ", and every output would be wrong: python -m extensions.original_weights sets it")
     ours = network.state_dict()
     wrong = [f"missing {k}" for k in ours if k not in theirs]
     wrong += [f"unexpected {k}" for k in theirs if k not in ours]
@@ -93,8 +94,9 @@ def load_strictly(network, theirs, what):
 def to_grey(state_dict):
     """Original weights for colour images -> for grey ones (one channel), under the same names.
 
-    The encoder's first weights are summed over the colours: the same latent as for the grey image three times. The
-    decoder's last layer is averaged over them: the mean of the three colours it would have painted.
+    The encoder's first weights are summed over the colours: the same latent as for the grey image three
+    times. The decoder's last layer is averaged over them: the mean of the three colours it would have
+    painted.
     """
     def grey(name, value):
         if name.endswith("encoder.conv_in.weight"):
@@ -104,14 +106,14 @@ def to_grey(state_dict):
     return {k: grey(k, v) for k, v in state_dict.get("state_dict", state_dict).items()}
 
 
-# ------------------------------------------------------------------------------------------------- a whole checkpoint
+# ----------------------------------------------------------------------------------------- a whole checkpoint
 
 
 def read(path, average=False):
     """Tensors of a checkpoint file of the original code, by name.
 
-    average: the UNet's weights are their moving average (`averaged`). ValueError, one line, if the file cannot be read
-    without running code, is a release, or holds numbers that are not finite.
+    average: the UNet's weights are their moving average (`averaged`). ValueError, one line, if the file
+    cannot be read without running code, is a release, or holds numbers that are not finite.
     """
     if not path.is_file():
         raise ValueError(f"there is no {path}")
@@ -120,26 +122,29 @@ def read(path, average=False):
         weights = checkpoint.get("state_dict", checkpoint)
         tensors = {k: v for k, v in weights.items() if isinstance(v, torch.Tensor)}
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: no tensors that can be read without running code ({str(error)[:120]}); if you trust "
-                         "the file, convert it once: python -c \"import torch; torch.save(torch.load("
-                         f"'{path}', map_location='cpu', weights_only=False)['state_dict'], '{path}.pt')\"") from None
+        raise ValueError(f"{path}: no tensors that can be read without running code ({str(error)[:120]}); if "
+                         "you trust the file, convert it once: python -c \"import torch; torch.save("
+                         f"torch.load('{path}', map_location='cpu', weights_only=False)['state_dict'], "
+                         f"'{path}.pt')\"") from None
     files.refuse_release(checkpoint, path)
-    kept = [k for k in tensors if k.startswith(AVERAGE) and k.removeprefix(AVERAGE) not in ("decay", "num_updates")]
+    counters = (AVERAGE + "decay", AVERAGE + "num_updates")
+    kept = [k for k in tensors if k.startswith(AVERAGE) and k not in counters]
     if average:
         tensors = averaged(tensors, path)
     elif kept and team.rank() == 0:
         print(f"note: {path.name} also holds a moving average of the UNet's weights, which is not used; "
               "python -m extensions.original_weights --average takes it")
-    tensors = {k: v for k, v in tensors.items() if not k.startswith((AVERAGE, AUTOENCODER + "loss.", "loss."))}
+    unread = (AVERAGE, AUTOENCODER + "loss.", "loss.")
+    tensors = {k: v for k, v in tensors.items() if not k.startswith(unread)}
     for name, value in tensors.items():
         if not value.isfinite().all():
-            raise ValueError(f"{path}: {name} holds numbers that are not finite (NaN or infinity); the training that "
-                             "wrote it had diverged, take an earlier checkpoint")
+            raise ValueError(f"{path}: {name} holds numbers that are not finite (NaN or infinity); the "
+                             "training that wrote it had diverged, take an earlier checkpoint")
     return tensors
 
 
 def averaged(tensors, path):
-    """The tensors with the UNet's weights replaced by their moving average, which the original keeps without dots.
+    """The tensors with the UNet's weights replaced by their moving average, whose names have no dots.
 
     "model.diffusion_model.out.2.weight" is there as "model_ema.diffusion_modelout2weight".
     """
@@ -152,11 +157,12 @@ def averaged(tensors, path):
 def convert(s, unet_file, vae_file, scale, images, digests, embedder, num_classes, average=False):
     """Checkpoint files -> contents of public/vae.pt and public/ldm.pt; the second is None without a UNet.
 
-    unet_file, vae_file: paths; None if the UNet is trained here, or if one file holds both. images (N, C, H, W) uint8:
-    PUBLIC images, for the latent scale where only the autoencoder is given, with their digests. Otherwise the UNet
-    was trained with one scale, the buffer `scale_factor`, or `scale` where the file has none (None: 1, the original's
-    default). embedder, num_classes: see `ldm_checkpoint`. Sets num_groups and the noise schedule of the settings s to
-    the original's. Raises ValueError, one line, for weights that do not fit.
+    unet_file, vae_file: paths; None if the UNet is trained here, or if one file holds both. images (N, C, H,
+    W) uint8: PUBLIC images, for the latent scale where only the autoencoder is given, with their digests.
+    Otherwise the UNet was trained with one scale, the buffer `scale_factor`, or `scale` where the file has
+    none (None: 1, the original's default). embedder, num_classes: see `ldm_checkpoint`. Sets num_groups and
+    the noise schedule of the settings s to the original's. Raises ValueError, one line, for weights that do
+    not fit.
     """
     unet_weights = read(unet_file, average) if unet_file else {}
     vae_weights = read(vae_file) if vae_file else unet_weights
@@ -173,22 +179,23 @@ def convert(s, unet_file, vae_file, scale, images, digests, embedder, num_classe
     else:
         scale = vae.latent_scale(autoencoder.to(s.device), pixels.to_float(images[:4000].to(s.device)))
     vae_checkpoint = {"config": asdict(s.vae), "state": autoencoder.cpu().state_dict(), "scale": scale,
-                      "trained_on": f"weights of {name}", "public_weights": [name], "steps": 0, "digests": digests}
+                      "trained_on": f"weights of {name}", "public_weights": [name], "steps": 0,
+                      "digests": digests}
     if not unet_file:
         return vae_checkpoint, None
     checkpoint = ldm_checkpoint(s, unet_weights, unet_file, digests, embedder, num_classes)
     if team.rank() == 0:
-        print(f"weights        {unet_file.name}: UNet, autoencoder{'' if vae_file is None else ' of ' + name}; "
-              f"scale {scale:.5g}")
+        source = unet_file.name if vae_file is None else f"{unet_file.name}, autoencoder of {name}"
+        print(f"weights        {source}; scale {scale:.5g}")
     return vae_checkpoint, checkpoint
 
 
 def ldm_checkpoint(s, weights, path, digests, embedder, num_classes):
     """The UNet's tensors -> content of public/ldm.pt.
 
-    embedder: the entry of the condition embedder (`sample.build_embedder`). The file's classes are read if they are at
-    least num_classes, the private set's, and of the right width. Otherwise the embedder starts afresh, as our text
-    encoder always does; num_classes None: ValueError then.
+    embedder: the entry of the condition embedder (`sample.build_embedder`). The file's classes are read if
+    they are at least num_classes, the private set's, and of the right width. Otherwise the embedder starts
+    afresh, as our text encoder always does; num_classes None: ValueError then.
     """
     s.unet = replace(s.unet, num_groups=GROUPS)
     if "betas" in weights:
@@ -199,8 +206,8 @@ def ldm_checkpoint(s, weights, path, digests, embedder, num_classes):
             rows = len(table) - embedder["null_class"]
             fits = table.shape[1:] == (embedder["dim"],) and rows >= (num_classes or 1)
         if not fits and num_classes is None:
-            raise ValueError(f"{path}: it has no class embedder of width {embedder['dim']}; say how many classes a "
-                             "fresh one shall have (--num-classes N), or --condition none")
+            raise ValueError(f"{path}: it has no class embedder of width {embedder['dim']}; say how many "
+                             "classes a fresh one shall have (--classes N), or --condition none")
         embedder = {**embedder, "num_classes": rows if fits else embedder["num_classes"]}
     torch.manual_seed(s.seed)
     model = unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(embedder))
@@ -210,12 +217,13 @@ def ldm_checkpoint(s, weights, path, digests, embedder, num_classes):
     if team.rank() == 0:
         kind = "class embedder" if fits else "a fresh embedder" if embedder else "no condition"
         print(f"condition      {path.name}: {kind}")
-    return {"unet": asdict(s.unet), "embedder": embedder, "schedule": asdict(s.schedule), "model": model.state_dict(),
-            "trained_on": f"weights of {path.name}", "public_weights": [path.name], "steps": 0, "digests": digests}
+    return {"unet": asdict(s.unet), "embedder": embedder, "schedule": asdict(s.schedule),
+            "model": model.state_dict(), "trained_on": f"weights of {path.name}",
+            "public_weights": [path.name], "steps": 0, "digests": digests}
 
 
 def schedule_of(weights, path):
-    """The noise schedule of the buffers `betas` and `alphas_cumprod`; ValueError if it is not linear in sqrt(beta)."""
+    """The noise schedule of `betas` and `alphas_cumprod`; ValueError if it is not linear in sqrt(beta)."""
     begin, end = (float(f"{b:.6g}") for b in weights["betas"][[0, -1]].tolist())  # float32 in the file
     schedule = diffusion.Schedule("linear", "eps", len(weights["betas"]), begin, end)
     stored = weights.get("alphas_cumprod")
@@ -225,16 +233,17 @@ def schedule_of(weights, path):
     return schedule
 
 
-# ------------------------------------------------------------------------------------------------------- the program
+# ------------------------------------------------------------------------------------------------ the program
 
-# Flags of train.py that say what the networks and the public set are. Any flag could be passed on, but argparse would
-# then take the value of one that it does not know for CHECKPOINT.
+# Flags of train.py that say what the networks and the public set are. Any flag could be passed on, but
+# argparse would then take the value of one that it does not know for CHECKPOINT.
 PASSED_ON = ("size", "factor", "latent-channels", "width", "depth", "condition", "cond-drop", "text-length",
-             "text-width", "text-layers", "public", "public-classes", "public-n", "data-root", "cache", "seed", "device")
+             "text-width", "text-layers", "public", "public-classes", "public-n", "data-root",
+             "cache", "seed", "device")
 
 
 def fresh_entry(s, num_classes):
-    """The entry of a condition embedder as the settings ask. The words of a text model are those of the grammar."""
+    """The entry of a condition embedder as the settings ask; the words of a text model are the grammar's."""
     if s.condition == "none":
         return None
     entry = {"kind": s.condition, "dim": s.unet.context_dim, "null_class": s.cond_drop > 0}
@@ -245,42 +254,44 @@ def fresh_entry(s, num_classes):
 
 
 def public_images(s):
-    """The public set of the settings: images (N, C, H, W) uint8 and their digests, none where a program drew them."""
-    drawn = datasets.REGISTRY[datasets.kind_of(s.public)].drawn
-    found = datasets.load(s.public, "train", s.data_root, s.vae.resolution, channels=s.vae.in_channels, cache=s.cache,
-                      public_classes=s.public_classes if drawn else None, n=s.public_n, seed=s.seed)
-    return found.images, datasets.digests(found.images[:0] if drawn else found.images)
+    """The settings' public set: images (N, C, H, W) uint8, and their digests unless a program drew them."""
+    drawn = data.kind_of(s.public) in data.DRAWN
+    found = data.load(s.public, "train", s.data_root, s.vae.resolution, channels=s.vae.in_channels,
+                      cache=s.cache, public_classes=s.public_classes if drawn else None,
+                      n=s.public_n, seed=s.seed)
+    return found.images, data.digests(found.images[:0] if drawn else found.images)
 
 
 def main(argv=None):
-    parser = run_folder.Parser(description="Make the public stages of a run out of a latent-diffusion checkpoint.")
-    parser.add_argument("checkpoint", type=Path, nargs="?", help="file of the original code with a UNet; without it "
-                        "only the autoencoder is converted, and its latent scale is that of the preset's public images")
-    parser.add_argument("--preset", required=True, choices=presets.PRESETS, help="what the networks look like")
-    parser.add_argument("--out", type=Path, required=True, help="run folder to make")
-    parser.add_argument("--autoencoder", type=Path, default=None, help="its file, if CHECKPOINT does not hold it")
-    parser.add_argument("--scale", type=float, default=None, help="scale_factor of the original configuration, if the "
-                        "checkpoint has no such buffer [1, the original code's default]")
-    parser.add_argument("--num-classes", type=int, default=None, help="classes of a fresh embedder, if the checkpoint "
-                        "has none that fits")
-    parser.add_argument("--average", action="store_true", help="the moving average of the UNet's weights (model_ema)")
+    parser = folder.Parser(description="Make the public stages of a run from a latent-diffusion checkpoint.")
+    add = parser.add_argument
+    add("checkpoint", type=Path, nargs="?", help="file of the original code with a UNet; without it only the "
+        "autoencoder is converted, and its latent scale is that of the preset's public images")
+    add("--preset", required=True, choices=settings.PRESETS, help="what the networks look like")
+    add("--out", type=Path, required=True, help="run folder to make")
+    add("--autoencoder", type=Path, default=None, help="its file, if CHECKPOINT does not hold it")
+    add("--scale", type=float, default=None, help="scale_factor of the original configuration, if the "
+        "checkpoint has no such buffer [1, the original code's default]")
+    add("--classes", type=int, default=None, help="classes of a fresh embedder, if none in the file fits")
+    add("--average", action="store_true", help="take the moving average of the UNet's weights (model_ema)")
     for key in PASSED_ON:
-        parser.add_argument("--" + key, default=None, help="as of train.py")
+        add("--" + key, default=None, help="as of train.py")
     args = parser.parse_args(argv)
-    sample.check_numbers(args, scale=(1e-6, 1e6), num_classes=(1, 10 ** 6))
+    sample.check_numbers(args, scale=(1e-6, 1e6), classes=(1, 10 ** 6))
     given = {key: getattr(args, key.replace("-", "_")) for key in PASSED_ON}
     s = settings.parse(["--preset", args.preset, *(f"--{k}={v}" for k, v in given.items() if v is not None)])
     if args.checkpoint is None and args.autoencoder is None:
         raise ValueError("name a checkpoint that holds a UNet, or an autoencoder's by --autoencoder")
     images, digests = (None, torch.empty(0, dtype=torch.int64)) if args.checkpoint else public_images(s)
     stages = convert(s, args.checkpoint, args.autoencoder, args.scale, images, digests,
-                     fresh_entry(s, args.num_classes), args.num_classes, args.average)
-    run_folder.prepare(args.out, resume=False)
+                     fresh_entry(s, args.classes), args.classes, args.average)
+    folder.prepare(args.out, resume=False)
     for name, checkpoint in zip(("vae.pt", "ldm.pt"), stages, strict=True):
         if checkpoint:
             files.save(checkpoint, args.out / "public" / name)
             print(f"{args.out / 'public' / name}")
-    print(f"go on with: python train.py --preset {args.preset} --init {args.out} --out runs/NAME")
+    if args.checkpoint:
+        print(f"go on with: python train.py --preset {args.preset} --init {args.out} --out runs/NAME")
 
 
 if __name__ == "__main__":

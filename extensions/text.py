@@ -1,16 +1,16 @@
-"""Text as condition: a caption grammar over attributes, a word-level tokenizer, a small transformer encoder.
+"""Text as condition: a word-level tokenizer and a small transformer encoder.
 
-The condition embedder tau(y) of text-to-image latent diffusion (Rombach et al. 2022, section 3.3) as *Differentially
-Private Latent Diffusion Models* (Liu et al. 2024, text-to-image experiment: CelebA-HQ with captions made from its 40
-attributes) uses it: a transformer over word tokens, trained from scratch on public captions and tuned privately with the
-attention. The file stands alone: it imports nothing of the project. Run it alone: `python text.py` prints captions.
+The condition embedder tau(y) of text-to-image latent diffusion (Rombach et al. 2022, section 3.3) as
+*Differentially Private Latent Diffusion Models* (Liu et al. 2024, text-to-image experiment) uses it: a
+transformer over word tokens, trained from scratch on public captions and tuned privately with the attention.
+Captions come from extensions/captions.py or from the data set.
 
-    {"Male": False, "Smiling": True, ...} -> caption -> "a smiling young woman with black hair and eyeglasses"
-        -> Tokenizer.encode -> tokens (N, L) -> TextEncoder -> context (N, L, D) + mask (N, L) -> unet.Attention
+    caption -> Tokenizer.encode -> tokens (N, L) -> TextEncoder -> context (N, L, D) + mask (N, L) ->
+    unet.Attention
 
-Privacy. The list of words (`vocabulary`) is published with the model, so it is made from the grammar and the schema (names of
-attributes and classes) and never from private captions: a rare word there, a person's name say, would stand in the
-release in the clear. Words that are not in the list become <unk>.
+Privacy. The list of words (`vocabulary`) is published with the model, so it is made from the grammar and the
+schema (names of attributes and classes) and never from private captions: a rare word there, a person's name
+say, would stand in the release in the clear. Words that are not in the list become <unk>.
 
 Symbols: N prompts · L tokens of a prompt, padded · D width of the context · V words and special tokens.
 """
@@ -35,26 +35,27 @@ def split(prompt):
 def vocabulary(attribute_names, class_names):
     """Sorted list of all words that the grammar can say about these attributes and classes.
 
-    Made from names only (the schema, treated as public), never from captions or pictures. All words of the face
-    grammar are in it whatever the names, so that a public model can be tuned on faces later.
+    Made from names only (the schema, treated as public), never from captions or pictures. All words of the
+    face grammar are in it whatever the names, so that a public model can be tuned on faces later.
     """
-    phrases = [phrase for options in [*NOUNS.values(), *(p for _, p in PHRASES.values())] for phrase in options]
-    return sorted({word for part in [GLUE, *FRAMES, *phrases, *attribute_names, *class_names] for word in split(part)})
+    options = [*NOUNS.values(), *(phrases for _, phrases in PHRASES.values())]
+    grammar = [GLUE, *FRAMES, *(phrase for phrases in options for phrase in phrases)]
+    return sorted({word for part in [*grammar, *attribute_names, *class_names] for word in split(part)})
 
 
-# ------------------------------------------------------------------------------------------------------ the tokenizer
+# ---------------------------------------------------------------------------------------------- the tokenizer
 
 
 class Tokenizer:
-    """Words to numbers: 0 padding, 1 begin, 2 unknown, then the given words. `length` is L, tokens of a prompt with begin.
+    """Words to numbers: 0 padding, 1 begin, 2 unknown, then the given words. `length` is L, begin included.
 
     Raises ValueError for a word that `split` would not give, a word twice, or a length below 1.
     """
 
     def __init__(self, words, length):
         if length < 1 or len(set(words)) != len(words) or any(split(word) != [word] for word in words):
-            raise ValueError("a tokenizer needs a length of at least 1 and distinct words in lower case, as text.vocabulary "
-                             "gives them")
+            raise ValueError("a tokenizer needs a length of at least 1 and distinct words in lower case, as "
+                             "text.vocabulary gives them")
         self.words, self.length = list(words), length
         self.index = {word: SPECIAL + i for i, word in enumerate(words)}
 
@@ -63,7 +64,7 @@ class Tokenizer:
         return SPECIAL + len(self.words)
 
     def encode(self, prompts):
-        """list of N str -> tokens (N, L) int64: begin, words, padding. Words beyond the length are cut off."""
+        """List of N str -> tokens (N, L) int64: begin, words, padding. Words beyond it are cut off."""
         tokens = torch.full((len(prompts), self.length), PAD)
         for row, prompt in zip(tokens, prompts, strict=True):
             numbers = [BEGIN] + [self.index.get(word, UNKNOWN) for word in split(prompt)]
@@ -80,53 +81,58 @@ class Tokenizer:
         return [word for word in dict.fromkeys(split(prompt)) if word not in self.index]
 
 
-# -------------------------------------------------------------------------------------------------------- the encoder
+# ------------------------------------------------------------------------------------------------ the encoder
 
 
 class TextEncoder(nn.Module):
-    """Tokens (N, L) -> context (N, L, dim): word embedding plus sinusoidal position, `layers` transformer blocks.
+    """Tokens (N, L) -> context (N, L, dim): word embedding plus sinusoidal position, then transformer blocks.
 
-    Made of Linear, LayerNorm and Embedding layers, those for which dp_sgd.py knows the per-example gradient, and
-    without dropout. Padding is masked inside, and by `mask` wherever the context is attended to, so that a longer padding
-    changes nothing. With null_class the empty prompt means "no condition" (classifier-free guidance).
+    Made of Linear, LayerNorm and Embedding layers, those for which dp_sgd.py knows the per-example gradient,
+    and without dropout. Padding is masked inside, and by `mask` wherever the context is attended to, so that
+    a longer padding changes nothing. With null_class the empty prompt means "no condition" (classifier-free
+    guidance).
     """
 
     def __init__(self, vocabulary_size, dim, length, width=64, layers=2, heads=4, null_class=True):
         super().__init__()
         if width % (2 * heads):
-            raise ValueError(f"the text encoder's width {width} must be even and divisible by its {heads} heads")
+            raise ValueError(f"the text encoder's width {width} must be even and divisible by its {heads} "
+                             "heads")
         self.dim, self.length, self.null_class = dim, length, null_class
         self.embedding = nn.Embedding(vocabulary_size, width)
-        angles = torch.arange(length)[:, None] * torch.exp(-math.log(10000) * torch.arange(0, width, 2) / width)
-        self.register_buffer("positions", torch.cat([angles.sin(), angles.cos()], 1), persistent=False)  # (length, width)
+        frequencies = torch.exp(-math.log(10000) * torch.arange(0, width, 2) / width)
+        angles = torch.arange(length)[:, None] * frequencies  # (length, width / 2)
+        positions = torch.cat([angles.sin(), angles.cos()], 1)  # (length, width)
+        self.register_buffer("positions", positions, persistent=False)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, dim)
 
     def forward(self, tokens):
         if tokens.shape[1] > self.length:
-            raise ValueError(f"prompts of {tokens.shape[1]} tokens, but this encoder knows {self.length} positions")
+            raise ValueError(f"prompts of {tokens.shape[1]} tokens, but this encoder knows {self.length} "
+                             "positions")
         x = self.embedding(tokens) + self.positions[:tokens.shape[1]]  # (N, L, width)
-        mask = self.mask(tokens)[:, None, None]  # (N, 1, 1, L): the same for every head and every asking token
+        mask = self.mask(tokens)[:, None, None]  # (N, 1, 1, L): the same for all heads and tokens
         for block in self.blocks:
             x = block(x, mask)
         return self.out(self.norm(x))
 
     def mask(self, tokens):
-        """(N, L) bool: True where there is a token to attend to. Never all False: every prompt has its begin."""
+        """(N, L) bool: True where there is a token. Never all False: every prompt has its begin."""
         return tokens != PAD
 
     def null(self, tokens):
-        """Empty prompts in the shape of tokens. Raises ValueError if the model was not trained with dropped conditions."""
+        """Empty prompts in the shape of tokens. ValueError if the model has never seen dropped conditions."""
         if not self.null_class:
-            raise ValueError("this model has not seen empty prompts, so guidance other than 1 and condition dropping are not "
-                             "possible; train with --cond-drop above 0 or use guidance 1")
+            raise ValueError("this model has not seen empty prompts, so guidance other than 1 and condition "
+                             "dropping are not possible; train with --cond-drop above 0 or use guidance 1")
         empty = torch.full_like(tokens, PAD)
         empty[:, 0] = BEGIN
         return empty
 
 
 class Block(nn.Module):
-    """Self-attention and a feed-forward net, each behind a LayerNorm and around a residual (Vaswani et al. 2017)."""
+    """Self-attention and a feed-forward net, behind LayerNorms, around residuals (Vaswani et al. 2017)."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -137,7 +143,9 @@ class Block(nn.Module):
 
     def forward(self, x, mask):
         """x (N, L, width), mask (N, 1, 1, L) -> (N, L, width)."""
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in self.qkv(self.norm1(x)).chunk(3, dim=-1))
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (N, heads, L, d)
+                   for y in self.qkv(self.norm1(x)).chunk(3, dim=-1))
         scores = ((q * q.shape[-1] ** -0.5) @ k.mT).masked_fill(~mask, float("-inf"))  # (N, heads, L, L)
-        x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))  # prompts are short: no fused kernel is needed
+        # Prompts are short: no fused kernel is needed.
+        x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))

@@ -227,6 +227,12 @@ MUTATIONS = [Mutation(*m) for m in (
      (('("the release", stated)', '("the release", 0)'),),
      f"{CRASH}::test_resuming_never_loses_count_and_never_replaces_a_release_by_less"),
     # Row 0: not of the table; the audit's theorem and the secure generator.
+    (0, "original weights in a network with another number of groups", "extensions/original_weights.py",
+     (("    if (groups := network.config.num_groups) != GROUPS:", "    if groups := 0:"),),
+     "tests/test_init_ldm.py::test_other_groups_than_the_original_s_are_refused"),
+    (0, "original weights that are not numbers", "extensions/original_weights.py",
+     (("        if not value.isfinite().all():", "        if False:"),),
+     "tests/test_init_ldm.py::test_bad_checkpoints_are_refused_in_one_line"),
     (0, "printed bounds are rounded down", "accountant.py",
      (("rounding=ROUND_CEILING)", "rounding='ROUND_FLOOR')"),), "tests/test_accountant.py::test_printed_bounds_are_rounded_up"),
     (0, "an accountant that gives nan passes every target", "accountant.py",

@@ -422,10 +422,10 @@ def test_the_program_makes_what_init_ldm_made_and_init_goes_on(tmp_path, monkeyp
 
 def test_the_program_says_what_the_file_does_not_hold(tmp_path):
     torch.save(checkpoint(**{"cond_stage_model.embedding.weight": None, "scale_factor": None}), tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match="--num-classes"):
+    with pytest.raises(ValueError, match="--classes"):
         convert(tmp_path / "x.ckpt", "--out", tmp_path / "a")
     assert not (tmp_path / "a").exists()
-    convert(tmp_path / "x.ckpt", "--out", tmp_path / "a", "--num-classes", 12, "--scale", 0.5)
+    convert(tmp_path / "x.ckpt", "--out", tmp_path / "a", "--classes", 12, "--scale", 0.5)
     first, second = both(tmp_path / "a")
     assert first["scale"] == 0.5 and second["embedder"]["num_classes"] == 12
 

@@ -79,5 +79,6 @@ def test_a_run_that_runs_out_of_memory_releases_the_same_model(tmp_path, monkeyp
     assert calls[4:8] == [32, 16, 8, 4] and max(calls[8:]) == 4
     before, a, b = (files.load(tmp_path / x)["model"] for x in ("whole/public/ldm.pt", "whole/release/model.pt",
                                                                   "pieces/release/model.pt"))
-    moved = max((a[k] - before[k]).abs().max() for k in a)
+    # The released embedder has the private classes' rows only: it is left out of the scale, not of the comparison.
+    moved = max((a[k] - before[k]).abs().max() for k in a if a[k].shape == before[k].shape)
     assert moved > 1e-3 and all(torch.allclose(a[k], b[k], atol=1e-3 * moved) for k in a)
