@@ -255,15 +255,15 @@ def fresh_entry(s, num_classes):
 
 def public_images(s):
     """The settings' public set: images (N, C, H, W) uint8, and their digests unless a program drew them."""
-    drawn = data.kind_of(s.public) in data.DRAWN
-    found = data.load(s.public, "train", s.data_root, s.vae.resolution, channels=s.vae.in_channels,
+    drawn = datasets.REGISTRY[datasets.kind_of(s.public)].drawn
+    found = datasets.load(s.public, "train", s.data_root, s.vae.resolution, channels=s.vae.in_channels,
                       cache=s.cache, public_classes=s.public_classes if drawn else None,
                       n=s.public_n, seed=s.seed)
-    return found.images, data.digests(found.images[:0] if drawn else found.images)
+    return found.images, datasets.digests(found.images[:0] if drawn else found.images)
 
 
 def main(argv=None):
-    parser = folder.Parser(description="Make the public stages of a run from a latent-diffusion checkpoint.")
+    parser = run_folder.Parser(description="Make the public stages of a run from a latent-diffusion checkpoint.")
     add = parser.add_argument
     add("checkpoint", type=Path, nargs="?", help="file of the original code with a UNet; without it only the "
         "autoencoder is converted, and its latent scale is that of the preset's public images")
@@ -285,7 +285,7 @@ def main(argv=None):
     images, digests = (None, torch.empty(0, dtype=torch.int64)) if args.checkpoint else public_images(s)
     stages = convert(s, args.checkpoint, args.autoencoder, args.scale, images, digests,
                      fresh_entry(s, args.classes), args.classes, args.average)
-    folder.prepare(args.out, resume=False)
+    run_folder.prepare(args.out, resume=False)
     for name, checkpoint in zip(("vae.pt", "ldm.pt"), stages, strict=True):
         if checkpoint:
             files.save(checkpoint, args.out / "public" / name)
