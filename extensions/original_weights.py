@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+import datasets
 import diffusion
 import sample
 import unet
