@@ -9,7 +9,7 @@ from torch import nn
 
 import accountant
 import dp_sgd
-from support.settings import DIGITS, PRESETS
+from support.presets import DIGITS, PRESETS
 
 FLOAT32_LIMIT = math.sqrt(48 * math.log(2))  # 5.768: torch's float32 normals on a CPU, from uniforms of 24 bits
 
