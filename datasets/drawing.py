@@ -132,14 +132,14 @@ def frame(dice, low, high, turn=0.03, wave=0.02):
     return x * scale + centre[:, :1], y * scale + centre[:, 1:], scale / s
 
 
-def texture(dice, x, y, **weights):
+def texture(dice, x, y, dark=2.0, **weights):
     """Cloth: tones (N,P) in about 0..1 of a base tone and a pattern in a second one.
 
     weights: how often each pattern comes: plain, melange, rows (horizontal stripes), columns, checks, dots, patches,
     flowers. x, y (N,P): the cloth's coordinates, in which the garment is about 1 long.
     """
     kind = dice.pick(**weights)
-    level = dice.pick(dark=2, middle=4, bright=5)
+    level = dice.pick(dark=dark, middle=4, bright=6)
     base = (level["dark"] * dice.between(0.06, 0.3) + level["middle"] * dice.between(0.4, 0.72)
             + level["bright"] * dice.between(0.72, 0.98))
     other = dice.between(0.0, 1.0)
@@ -163,14 +163,14 @@ def texture(dice, x, y, **weights):
         pattern = pattern + kind["flowers"] * ((fine - dice.between(-0.5, 0.5)) * 3).sigmoid()
     strength = dice.between(0.25, 1)
     tone = over(base, other, pattern * strength)
-    rough = 0.015 + 0.12 * kind.get("melange", 0) * dice.between(0.3, 1)
-    return tone + rough * dice.field(dice.size, dice.size) + 0.05 * dice.between(0, 1) * coarse
+    rough = 0.012 + 0.05 * kind.get("melange", 0) * dice.between(0.3, 1)
+    return tone + rough * dice.field(dice.size, dice.size) + 0.02 * dice.between(0, 1) * coarse
 
 
 def finish(dice, tone, mask):
     """Tones (N,P) under coverage mask (N,P), sharpened as a photograph that was made small -> (N,1,S,S) uint8."""
     image = (tone.clamp(0.03, 1) * mask).view(-1, 1, dice.size, dice.size)
     soft = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    image = image + dice.between(0.1, 0.7)[..., None, None] * (image - soft)
+    image = image + dice.between(0.3, 1.0)[..., None, None] * (image - soft)
     image = image * (mask > 0.02).view_as(image)  # sharpening leaves the background alone
     return (255 * image.clamp(0, 1)).round().to(torch.uint8)

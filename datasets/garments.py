@@ -24,32 +24,32 @@ FAR = 9.0  # added to the distance of a part that an image does not have
 # angles in radians from hanging straight down; sleeves, necks, fronts and cloth: how often each kind comes.
 TOPS = {
     "T-shirt": dict(
-        shoulder=(0.23, 0.30), waist=(0.21, 0.28), hem=(0.22, 0.30), angle=(0.3, 0.8), neck=(0.07, 0.13),
+        reach=(0.9, 1.1),        shoulder=(0.23, 0.30), waist=(0.21, 0.28), hem=(0.22, 0.30), angle=(0.3, 0.8), neck=(0.07, 0.13),
         sleeves=dict(none=7, short=80, half=7, long=6), necks=dict(round=75, vee=17, collar=8),
         fronts=dict(closed=94, buttons=0, zip=0, placket=6, open=0), printed=0.35,
-        cloth=dict(plain=50, melange=20, rows=12, columns=1, checks=1, dots=2, patches=6, flowers=8)),
+        cloth=dict(plain=66, melange=12, rows=9, columns=1, checks=1, dots=1, patches=4, flowers=6)),
     "pullover": dict(
-        shoulder=(0.22, 0.29), waist=(0.22, 0.30), hem=(0.22, 0.30), angle=(0.10, 0.30), neck=(0.07, 0.12),
+        reach=(0.95, 1.2),        shoulder=(0.27, 0.34), waist=(0.23, 0.30), hem=(0.23, 0.30), angle=(0.10, 0.30), neck=(0.07, 0.12),
         sleeves=dict(none=1, short=1, half=4, long=94), necks=dict(round=63, vee=14, roll=13, hood=10),
         fronts=dict(closed=96, buttons=1, zip=1, placket=2, open=0), printed=0.25,
-        cloth=dict(plain=42, melange=26, rows=15, columns=3, checks=3, dots=2, patches=5, flowers=4)),
+        cloth=dict(plain=60, melange=17, rows=11, columns=2, checks=2, dots=2, patches=3, flowers=3)),
     "coat": dict(
-        shoulder=(0.19, 0.28), waist=(0.19, 0.28), hem=(0.20, 0.30), angle=(0.06, 0.26), neck=(0.06, 0.11),
+        reach=(0.84, 1.14),        shoulder=(0.24, 0.34), waist=(0.21, 0.30), hem=(0.22, 0.33), angle=(0.06, 0.26), neck=(0.06, 0.11),
         sleeves=dict(none=2, short=0, half=4, long=94), necks=dict(round=12, vee=8, collar=38, roll=22, hood=20),
         fronts=dict(closed=6, buttons=30, zip=46, placket=0, open=18), printed=0.0,
-        cloth=dict(plain=55, melange=26, rows=3, columns=2, checks=6, dots=1, patches=4, flowers=3)),
+        cloth=dict(plain=66, melange=18, rows=2, columns=1, checks=4, dots=1, patches=4, flowers=4)),
     "shirt": dict(
-        shoulder=(0.20, 0.28), waist=(0.19, 0.28), hem=(0.21, 0.32), angle=(0.10, 0.5), neck=(0.06, 0.12),
-        sleeves=dict(none=12, short=24, half=14, long=50), necks=dict(round=34, vee=20, collar=43, roll=3),
-        fronts=dict(closed=38, buttons=42, zip=1, placket=14, open=5), printed=0.03,
-        cloth=dict(plain=34, melange=14, rows=6, columns=5, checks=15, dots=6, patches=6, flowers=14)),
+        reach=(0.84, 1.14),        shoulder=(0.24, 0.32), waist=(0.20, 0.29), hem=(0.22, 0.33), angle=(0.10, 0.6), neck=(0.06, 0.12),
+        sleeves=dict(none=10, short=25, half=15, long=50), necks=dict(round=30, vee=20, collar=48, roll=2),
+        fronts=dict(closed=36, buttons=45, zip=1, placket=14, open=4), printed=0.03,
+        cloth=dict(plain=52, melange=10, rows=3, columns=4, checks=10, dots=4, patches=5, flowers=12)),
     "dress": dict(
-        shoulder=(0.10, 0.17), waist=(0.08, 0.15), hem=(0.10, 0.30), angle=(0.08, 0.5), neck=(0.04, 0.09),
-        sleeves=dict(none=52, short=18, half=12, long=18), necks=dict(round=62, vee=30, collar=5, roll=3),
+        reach=(0.85, 1.1),        shoulder=(0.13, 0.20), waist=(0.105, 0.18), hem=(0.13, 0.28), angle=(0.08, 0.6), neck=(0.04, 0.10),
+        sleeves=dict(none=40, short=22, half=14, long=24), necks=dict(round=62, vee=30, collar=5, roll=3),
         fronts=dict(closed=92, buttons=5, zip=1, placket=1, open=1), printed=0.0,
-        cloth=dict(plain=48, melange=14, rows=6, columns=2, checks=4, dots=5, patches=9, flowers=12)),
+        cloth=dict(plain=60, melange=10, rows=5, columns=1, checks=3, dots=3, patches=8, flowers=10)),
 }
-PLAIN = dict(plain=60, melange=20, rows=2, columns=2, checks=2, dots=2, patches=6, flowers=4)
+PLAIN = dict(plain=72, melange=16, rows=1, columns=1, checks=1, dots=2, patches=3, flowers=4)
 
 
 def top(dice, name):
@@ -64,32 +64,36 @@ def top(dice, name):
     shoulder, waist, hem = roll(*known["shoulder"]), roll(*known["waist"]), roll(*known["hem"])
     neck_x = roll(*known["neck"])
     shoulder = over(shoulder, torch.minimum(shoulder, neck_x + roll(0.02, 0.09) * unit), bare)
-    drop = roll(0.02, 0.07) * unit
-    chest, chest_y = roll(0.92, 1.06) * torch.maximum(waist, shoulder * (1 - bare)), roll(0.2, 0.28) * unit
+    drop = roll(0.03, 0.08) * unit
+    chest, chest_y = over(shoulder, waist, 0.5) * roll(0.95, 1.05), roll(0.22, 0.3) * unit
+    chest = over(chest, roll(0.95, 1.1) * waist, bare)
     waist_y = over(roll(0.45, 0.65), roll(0.33, 0.45), torch.tensor(dress))
     flare = roll(0.0, 1.0) ** 2 * dress * chance(0.5) * 0.12
-    hem_curve = roll(-0.04, 0.03) * chance(0.6)
+    hem_curve = roll(-0.05, 0.03) * chance(0.5)
     body = dice.points(
-        (-0.2, roll(0.0, 0.03)), (neck_x * 0.6, 0.012), (neck_x, 0.0), (shoulder, drop), (shoulder - 0.005, drop + 0.06),
-        (over(shoulder, chest, 0.7), chest_y * 0.85), (chest, chest_y), (waist, waist_y),
-        (over(waist, hem, 0.6), roll(0.68, 0.8)), (hem + flare, 1 + hem_curve), (hem + flare - 0.03, 1.0),
-        (-0.2, 1 + hem_curve.clamp(min=0) * 0.5), miss=0.004)
+        (-0.2, roll(0.0, 0.03)), (neck_x * 0.6, 0.012), (neck_x, 0.0), (shoulder, drop),
+        (over(shoulder, chest, 0.6 + 0.2 * bare), chest_y * 0.7), (chest, chest_y), (waist, waist_y),
+        (over(waist, hem, 0.6), roll(0.68, 0.8)), (hem + flare, 1 + hem_curve), (-0.2, 1.0), miss=0.004)
 
     # sleeve: a centre line from the shoulder to the cuff, with an elbow, and its width on the way
-    length = sleeve["short"] * roll(0.19, 0.31) + sleeve["half"] * roll(0.36, 0.52) + sleeve["long"] * roll(0.68, 0.86)
-    length = length * (1 - dress * 0.38)
-    angle = over(roll(*known["angle"]), roll(0.06, 0.27), sleeve["long"])
-    sine, cosine = angle.sin(), angle.cos()
-    arm_x, arm_y = shoulder - 0.055 * unit, drop + 0.055 * unit
-    elbow_x, elbow_y = arm_x + 0.5 * length * sine + roll(0, 0.04), arm_y + 0.5 * length * cosine
-    cuff_x, cuff_y = arm_x + length * (angle + roll(-0.12, 0.05)).sin(), arm_y + length * cosine
-    broad = roll(0.075, 0.105) * (1 - 0.3 * dress)
-    narrow = broad * over(roll(0.75, 1.25), roll(0.4, 0.75), sleeve["long"])
+    thin, thick = roll(0.036, 0.052), roll(0.055, 0.075)
+    broad = over(roll(0.075, 0.105), thick, sleeve["long"]) * (1 - 0.35 * dress)
+    narrow = over(broad * roll(0.75, 1.25), thin * (1 - 0.35 * dress), sleeve["long"])
+    arm_x, arm_y = shoulder - broad * 0.75, drop + broad * 0.9
+    reach = (roll(*known["reach"]) - arm_y) * (1 - dress * roll(0.25, 0.55))  # long sleeves may pass the hem
+    length = sleeve["short"] * roll(0.19, 0.31) + sleeve["half"] * roll(0.36, 0.52)
+    length = length * (1 - dress * 0.38) + sleeve["long"] * reach
+    angle = over(roll(*known["angle"]), roll(0.03, 0.2), sleeve["long"])
+    elbow_x, elbow_y = arm_x + 0.45 * length * (angle + roll(0, 0.12)).sin(), arm_y + 0.45 * length
+    bent = angle + roll(-0.1, 0.1)
+    cuff_x, cuff_y = arm_x + length * bent.sin(), arm_y + length * bent.cos()
+    sine, cosine = bent.sin(), bent.cos()
+    middle = over(broad, narrow, 0.45)
     sleeves = dice.points(
-        (arm_x - 0.05, arm_y - 0.05), (shoulder - 0.01, drop - 0.005), (shoulder + 0.02 * unit, drop + 0.04),
-        (elbow_x + broad * cosine, elbow_y - broad * sine), (cuff_x + narrow * cosine, cuff_y - narrow * sine),
-        (cuff_x - narrow * cosine, cuff_y + narrow * sine), (elbow_x - broad * cosine, elbow_y + broad * sine),
-        (arm_x - 0.06, arm_y + 0.14 * unit), miss=0.004)
+        (arm_x - 0.04, arm_y - broad), (shoulder - 0.02 * unit, drop - 0.008), (shoulder + 0.022 * unit, drop + 0.05 * unit),
+        (elbow_x + middle * cosine, elbow_y - middle * sine), (cuff_x + narrow * cosine, cuff_y - narrow * sine),
+        (cuff_x - narrow * cosine, cuff_y + narrow * sine), (elbow_x - middle * cosine, elbow_y + middle * sine),
+        (arm_x - broad, over(arm_y + 0.13 * unit, chest_y, 0.6)), miss=0.004)
 
     # what stands above the shoulders: roll neck, stand-up collar, hood, straps
     above = 0.004 + neck.get("roll", 0) * roll(0.03, 0.08) + neck.get("collar", 0) * 0.02
@@ -102,8 +106,8 @@ def top(dice, name):
     side = x  # with its sign, for what is not mirrored
     x = x.abs()
 
-    d_body = polygon(rounded(body), x, y)
-    d_sleeve = polygon(rounded(sleeves), x, y) + FAR * bare
+    d_body = polygon(body, x, y)
+    d_sleeve = polygon(sleeves, x, y) + FAR * bare
     stand = union(ellipse(x, y + above * 0.3, neck_x + 0.03, above + 0.05) + FAR * (1 - neck.get("hood", torch.zeros(1))),
                   torch.maximum(x - neck_x * 0.95 + 0.1 * y, (y + above * 0.5 - 0.02).abs() - above * 0.5 - 0.02))
     stand = stand + FAR * (above < 0.012)
@@ -126,10 +130,10 @@ def top(dice, name):
     logo = ellipse(side - 0.1, y - 0.25, 0.03, 0.025)
     tone = over(tone, roll(0, 1), chance(0.1) * cover(logo, pixel))
     # the crease between sleeve and body, as dark or bright as folds are
-    deep = roll(-0.2, 0.9) * chance(0.85)
-    crease = (-(d_sleeve / (0.014 + 0.5 * pixel)) ** 2).exp() * (d_body < 0) * (y > drop + 0.05)
+    deep = roll(-0.25, 0.6) * chance(0.7)
+    crease = (-(d_sleeve / (0.55 * pixel)) ** 2).exp() * (d_body < 0) * (y > drop + 0.05)
     tone = tone * (1 - deep * crease)
-    folds = dice.field(5, 9) * roll(0, 0.08) + dice.field(3, 14) * roll(0, 0.09) * chance(0.4 + 0.3 * dress)
+    folds = dice.field(7, 10) * roll(0, 0.04) + dice.field(3, 16) * roll(0, 0.06) * chance(0.5 + 0.3 * dress)
     tone = tone + folds * (0.4 + tone)
 
     # neck: round, or a vee; the inside of the back shows, or the black behind
@@ -159,7 +163,7 @@ def top(dice, name):
     offset = roll(-0.02, 0.02)
     line = (-((side - offset) / (roll(0.005, 0.014) + 0.35 * pixel)) ** 2).exp() * down
     closed = front["closed"] * (1 - chance(0.03))
-    tone = tone * (1 - (1 - closed) * roll(-0.35, 0.85) * line)
+    tone = over(tone, roll(0, 1), (1 - closed) * roll(0.05, 0.8) * line)
     band = roll(0.02, 0.04)
     edges = (-(((side - offset).abs() - band) / (0.5 * pixel)) ** 2).exp() * down
     tone = tone * (1 - (1 - closed) * chance(0.5) * roll(-0.2, 0.5) * edges)
@@ -177,9 +181,10 @@ def top(dice, name):
     tone = tone * (1 - roll(-0.3, 0.7) * pocket)
     belt = chance({"dress": 0.25, "coat": 0.12}.get(name, 0.01)) * cover((y - waist_y).abs() - roll(0.008, 0.03), pixel)
     tone = over(tone, over(tone, roll(0, 1), chance(0.5)) * roll(0.6, 1.1), belt * cover(d_body, pixel))
-    # light: the sides turn away
-    reach, much = roll(0.02, 0.09), roll(-0.15, 0.5)
-    tone = tone * (1 - much * (distance / reach).exp()) + roll(-0.15, 0.15) * (y - 0.5) + roll(-0.15, 0.15) * side
+    # light: the sides turn away, sleeves more so; on the inverted photograph that is brighter
+    tone = tone + (0.95 - tone) * roll(-0.1, 0.5) * cover(d_sleeve, pixel) * chance(0.7)
+    tone = tone + (0.95 - tone) * roll(-0.15, 0.6) * (distance / roll(0.015, 0.06)).exp()
+    tone = tone + roll(-0.12, 0.12) * (y - 0.5) + roll(-0.1, 0.1) * side
     return finish(dice, tone, cover(distance, pixel) * (1 - hole.clamp(0, 1)) * (1 - gap))
 
 
@@ -191,7 +196,6 @@ def trouser(dice, _):
     leg = roll(0.055, 0.085) + 0.06 * chance(0.2) * roll(0, 1)
     out = torch.maximum(out, leg + 0.02)
     inner = (out - leg).clamp(min=0.004)
-    shorts = chance(0.04)
     half = dice.points(
         (-0.1, roll(-0.01, 0.02)), (waist, 0.0), (waist + hip, 0.2), (over(waist + hip, out, 0.55), knee), (out, 1.0),
         (inner, 1.0), (spread * 0.8 + 0.2 * inner, knee), (spread * 0.4, crotch), (-0.1, crotch - 0.01), miss=0.004)
@@ -200,10 +204,10 @@ def trouser(dice, _):
     x, y, pixel = frame(dice, torch.cat([-wide, zero], 1), torch.cat([wide, zero + 1], 1), 0.015, 0.015)
     side, x = x, (x + roll(-0.02, 0.02) * y).abs()
     distance = polygon(rounded(half), x, y)
-    tone = texture(dice, side, y, **{**PLAIN, "plain": 70, "columns": 4, "flowers": 5, "patches": 5})
+    tone = texture(dice, side, y, **PLAIN)
     middle = over(waist * 0.5, (inner + out) / 2, y)
     tone = tone * (1 + roll(-0.3, 0.45) * (-((x - middle) / roll(0.02, 0.05)) ** 2).exp() * (1 - roll(0, 1) * y))
-    tone = tone + (dice.field(14, 5) * roll(0, 0.08) + dice.field(4, 4) * roll(0, 0.08)) * (0.4 + tone)
+    tone = tone + (dice.field(16, 8) * roll(0, 0.05) + dice.field(5, 5) * roll(0, 0.03)) * (0.4 + tone)
     ink = roll(-0.4, 0.8)
     seam = (-(side / (0.5 * pixel)) ** 2).exp() * cover(y - crotch - 0.02, pixel) * cover(0.02 - y, pixel)
     tone = tone * (1 - ink * seam * chance(0.6))
@@ -211,8 +215,7 @@ def trouser(dice, _):
     pocket = path(dice.points((waist * 0.5, 0.05), (waist + hip, roll(0.1, 0.16))), x, y) - 0.005
     tone = tone * (1 - roll(-0.4, 0.6) * chance(0.5) * cover(pocket, pixel))
     tone = tone * (1 - roll(0, 0.6) * chance(0.3) * cover(1 - roll(0.03, 0.1) - y, pixel))
-    tone = tone * (1 - roll(-0.2, 0.6) * (distance / roll(0.01, 0.04)).exp()) + roll(-0.2, 0.2) * (y - 0.5)
-    del shorts
+    tone = tone + (0.95 - tone) * roll(-0.15, 0.7) * (distance / roll(0.015, 0.05)).exp() + roll(-0.15, 0.15) * (y - 0.5)
     return finish(dice, tone, cover(distance, pixel))
 
 
@@ -225,8 +228,8 @@ def bag(dice, _):
     sag = form["hobo"] * roll(0.05, 0.2) + 0.03 * roll(-1, 1)
     lower = 0.5 - form["trapeze"] * roll(0, 0.1)
     round_ = roll(0.01, 0.12)
-    half = dice.points((-0.1, sag), (upper - round_, sag * 0.3), (upper, round_), (over(upper, lower, 0.5) + roll(-0.02, 0.03),
-                       height * 0.5), (lower, height - round_), (lower - round_, height), (-0.1, height + roll(0, 0.02)), miss=0.006)
+    half = dice.points((-0.45, sag), (upper - round_, sag * 0.3), (upper, round_), (over(upper, lower, 0.5) + roll(-0.02, 0.03),
+                       height * 0.5), (lower, height - round_), (lower - round_, height), (-0.45, height + roll(0, 0.02)), miss=0.006)
     handle = dice.pick(none=25, arc=50, two=12, strap=13)
     handle = {**handle, "none": handle["none"] * 1.0}
     carried = 1 - torch.maximum(handle["none"], form["clutch"] * chance(0.6))
@@ -242,7 +245,7 @@ def bag(dice, _):
     ring = torch.maximum(ring, y - 0.06) + FAR * (1 - carried)
     second = torch.maximum(ellipse(side - 0.04, y - 0.03, span * 0.95, rise * 0.8).abs() - thick * 0.7, y - 0.06)
     ring = union(ring, second + FAR * (1 - handle["two"] * carried))
-    tone = texture(dice, side, y, **{**PLAIN, "plain": 60, "patches": 9, "flowers": 6, "checks": 4})
+    tone = texture(dice, side, y, **{**PLAIN, "patches": 6, "checks": 3})
     cloth = tone
     flap = over(torch.maximum(y - height * roll(0.3, 0.7), -d_body * 0 - 1), ellipse(x, y, 0.5, height * roll(0.4, 0.8)), chance(0.5))
     flapped = chance(0.35)
@@ -257,7 +260,7 @@ def bag(dice, _):
     clasp = torch.maximum(x - roll(0.015, 0.07), (y - height * roll(0.2, 0.6)).abs() - roll(0.015, 0.06))
     tone = over(tone, roll(0, 1), chance(0.45) * cover(clasp, pixel))
     tone = tone + dice.field(6, 6) * roll(0, 0.07) * (0.4 + tone)
-    tone = tone * (1 - roll(-0.25, 0.6) * (d_body / roll(0.015, 0.07)).exp()) + roll(-0.2, 0.2) * (y - 0.5)
+    tone = tone + (0.95 - tone) * roll(-0.3, 0.6) * (d_body / roll(0.015, 0.06)).exp() + roll(-0.15, 0.15) * (y - 0.5)
     tone = over(cloth * roll(0.5, 1.2), tone, cover(d_body, pixel))
     return finish(dice, tone, cover(union(d_body, ring), pixel))
 
@@ -269,7 +272,7 @@ def shoe(dice, name):
     if boot:
         raised = chance(0.3)
         lift = over(roll(0.0, 0.06), roll(0.12, 0.3), raised)
-        tall = over(roll(0.5, 0.85), roll(0.75, 1.15), chance(0.3))
+        tall = over(roll(0.5, 0.78), roll(0.75, 1.05), chance(0.3))
         toe, throat, front = roll(0.1, 0.19), roll(0.38, 0.52), roll(0.42, 0.56)
         back = roll(0.88, 0.99)
         upper = dice.points(
@@ -278,12 +281,12 @@ def shoe(dice, name):
             (over(front, back, 0.5), -tall + roll(-0.02, 0.03)), (back, -tall + roll(-0.04, 0.03)), (back - roll(0, 0.04), -over(0.2, tall, 0.4)),
             (0.97, -0.16), (0.97, -0.05), (0.95, 0.0), miss=0.006)
     else:
-        high = chance(0.13)
+        high = chance(0.2)
         lift = roll(0.0, 0.03)
         tall = over(roll(0.3, 0.44), roll(0.5, 0.68), high)
-        toe, throat, front = roll(0.1, 0.18), roll(0.38, 0.48), roll(0.5, 0.6)
+        toe, throat, front = roll(0.09, 0.16), roll(0.36, 0.46), roll(0.5, 0.62)
         upper = dice.points(
-            (0.02, 0.0), (0.0, -toe * 0.45), (0.06, -toe), (0.2, -toe - roll(0.02, 0.05)), (throat - 0.05, -over(toe, tall, 0.55)),
+            (0.02, 0.0), (0.0, -toe * 0.45), (0.06, -toe), (0.2, -toe - roll(0.03, 0.06)), (throat - 0.05, -over(toe, tall, 0.5)),
             (throat + 0.06, -over(toe, tall, 0.9)), (front, -tall), (front + 0.08, -tall * roll(0.9, 0.98)),
             (0.78, -tall * over(roll(0.68, 0.88), 1.0, high)), (0.93, -tall * over(roll(0.8, 1.0), 1.0, high)), (0.97, -tall * 0.75),
             (0.95, -0.16), (0.99, -0.06), (0.98, 0.0), miss=0.006)
@@ -300,7 +303,7 @@ def shoe(dice, name):
     heel = torch.maximum((x - 0.965 - lean * 0.3).clamp(min=-9), over(rear, torch.full((1,), 0.86), thin) - x + lean)
     heel = torch.maximum(torch.maximum(heel, y), -v - 0.03) + FAR * (lift < 0.02)
     distance = union(d_upper, heel)
-    tone = texture(dice, x, v, **(PLAIN if boot else {**PLAIN, "plain": 50, "patches": 12, "flowers": 10}))
+    tone = texture(dice, x, v, **(PLAIN if boot else {**PLAIN, "flowers": 7}))
     cloth = tone
     leather = roll(0, 1)
 
@@ -316,16 +319,16 @@ def shoe(dice, name):
     vamp = dice.points((slope_a - 0.05, -over(toe, tall, 0.25) if not boot else -0.25), (front + 0.0, -tall * 0.93))
     d_vamp = path(vamp, x, v)
     t = (x - slope_a) / (slope_b - slope_a)
-    part(x - roll(0.1, 0.24) - 0.3 * v, 1.0, 0.35 if not boot else 0.15)  # toe cap
-    part(roll(0.78, 0.9) - x + roll(-0.3, 0.3) * v, 1.0, 0.4 if not boot else 0.2)  # heel counter
-    part(torch.maximum(v + tall * roll(0.4, 0.7), 0.5 - x), 1.0, 0.2)
+    part(x - roll(0.1, 0.24) - 0.3 * v, roll(0.2, 1), 0.35 if not boot else 0.1)  # toe cap
+    part(roll(0.78, 0.9) - x + roll(-0.3, 0.3) * v, roll(0.2, 1), 0.4 if not boot else 0.12)  # heel counter
+    part(torch.maximum(v + tall * roll(0.4, 0.7), 0.5 - x), roll(0.1, 0.7), 0.2)
     stitch(x - roll(0.25, 0.4) - roll(-0.6, 0.3) * v, 0.4)
     stitch(x - roll(0.55, 0.8) - roll(-0.6, 0.6) * v, 0.4)
     stitch(v + roll(0.12, 0.24) - roll(-0.2, 0.2) * x, 0.3)
     if boot:
-        part(torch.maximum((x - over(front, 0.93, 0.5)).abs() - roll(0.05, 0.1), v + tall * 0.35), 1.0, 0.2)  # elastic
+        part(torch.maximum((x - over(front, 0.93, 0.5)).abs() - roll(0.05, 0.1), v + tall * 0.35), roll(0.2, 1), 0.2)  # elastic
         stitch(torch.maximum(v + tall * roll(0.45, 0.9), -1 + 0 * v).abs() - 0.01, 0.35)  # strap
-        part((v + tall * roll(0.4, 0.8) + 0.1 * (x - 0.7)).abs() - roll(0.015, 0.05), 1.0, 0.25)
+        part((v + tall * roll(0.4, 0.8) + 0.1 * (x - 0.7)).abs() - roll(0.015, 0.04), roll(0.1, 1), 0.2)
         part(v + tall - roll(0.04, 0.14), 1.0, 0.2)  # fur, fold
     else:
         swing = dice.points((roll(0.35, 0.5), -roll(0.08, 0.14)), (roll(0.45, 0.6), -roll(0.09, 0.16)), (roll(0.65, 0.9), -tall * roll(0.5, 0.8)))
@@ -337,8 +340,8 @@ def shoe(dice, name):
     laced = chance(0.4 if boot else 0.75)
     laces = ((t * roll(14, 26) + v * roll(-5, 5)).sin() * 3).sigmoid()
     tone = over(tone, over(tone * roll(0.3, 1.6), roll(0, 1), chance(0.5)), laced * laces * cover(d_vamp - roll(0.03, 0.07), pixel))
-    tone = tone + (dice.field(7, 7) * roll(0, 0.09) + dice.field(12, 12) * roll(0, 0.08)) * (0.4 + tone)
-    tone = tone * (1 - roll(-0.2, 0.6) * (d_upper / roll(0.015, 0.06)).exp()) + roll(-0.25, 0.25) * (x - 0.5)
+    tone = tone + (dice.field(8, 8) * roll(0, 0.05) + dice.field(14, 14) * roll(0, 0.04)) * (0.4 + tone)
+    tone = tone + (0.95 - tone) * roll(-0.2, 0.6) * (d_upper / roll(0.015, 0.05)).exp() + roll(-0.2, 0.2) * (x - 0.5)
     # sole: often of another tone, white rubber is black here
     thick = roll(0.02, 0.05) if boot else roll(0.03, 0.1)
     sole = cover(-v - thick - roll(-0.03, 0.06) * x, pixel)
@@ -371,7 +374,6 @@ def sandal(dice, _):
     wedge = torch.maximum(base, roll(0.3, 0.45) - x)
     d_sole = union(union(d_sole, plate), union(stake + FAR * (1 - kind["high"]), wedge + FAR * (1 - kind["wedge"])))
     straps = torch.full_like(x, FAR)
-    filled = torch.full_like(x, FAR)
     for i in range(4):  # over the toes and instep: arches that lean
         wide, high_, at = roll(0.05, 0.2), front * roll(0.5, 1.1), roll(0.08, 0.5)
         arch = ellipse(x - at + roll(-0.4, 0.8) * v, v, wide, high_)
@@ -386,11 +388,19 @@ def sandal(dice, _):
     for p in (0.5, 0.35):
         link = dice.points((roll(0.2, 0.45), -front * roll(0.3, 0.9)), (roll(0.6, 0.75), -shaft * 0.6 - 0.02), (0.92, -shaft * roll(0.6, 1) - 0.02))
         straps = union(straps, path(link, x, v) - roll(0.01, 0.028) + FAR * (1 - chance(p)))
-    side_panel = torch.maximum(torch.maximum(roll(0.5, 0.75) - x, v), -v - shaft * roll(0.4, 0.9))
-    straps = union(straps, torch.maximum(side_panel, x - 0.97) + FAR * (1 - chance(0.25) * has))
-    del filled
-    tone = texture(dice, x, v, **{**PLAIN, "patches": 8, "flowers": 8})
-    tone = tone + dice.field(14, 14) * roll(0, 0.2) * (0.4 + tone)
+    # a cage: the form of a shoe, cut into bands
+    ankle = torch.maximum(shaft, roll(0.15, 0.4)) * over(torch.ones(1), top_ - lift, kind["high"] * 0.0)
+    ankle = torch.minimum(ankle, (top_ - lift).clamp(min=0.1))
+    form = dice.points((0.03, 0.0), (0.06, -front * 0.8), (0.25, -front), (roll(0.4, 0.55), -front * roll(0.6, 1.1)),
+                       (roll(0.58, 0.75), -ankle), (0.93, -ankle * roll(0.8, 1.05)), (0.96, 0.0), miss=0.01)
+    bands = ((x + v * roll(-1.2, 1.5)) * roll(14, 34) + roll(0, 6)).sin() - roll(-0.5, 0.6)
+    across = ((v + x * roll(-0.5, 0.5)) * roll(14, 36) + roll(0, 6)).sin() - roll(-0.2, 0.7)
+    bands = torch.maximum(bands, across - 2 * (1 - chance(0.6)))
+    cage = torch.maximum(polygon(form, x, v), -bands * 0.04)
+    caged = chance(over(torch.full((1,), 0.5), torch.full((1,), 0.3), kind["high"]))
+    straps = union(straps + FAR * caged * chance(0.5), cage + FAR * (1 - caged))
+    tone = texture(dice, x, v, dark=1.0, **PLAIN)
+    tone = tone + dice.field(16, 16) * roll(0, 0.15) * (0.4 + tone)
     tone = tone * (1 - roll(-0.3, 0.6) * (straps / 0.02).clamp(max=0).exp())
     sole_tone = over(tone * roll(0.5, 1.2), roll(0.1, 1), chance(0.5)) + dice.field(9, 9) * roll(0, 0.08)
     tone = over(sole_tone, tone, cover(straps, pixel))
