@@ -1,9 +1,9 @@
 """What drawn images share: dice for a batch, outlines and their signed distances, cloth, framing, a canvas.
 
-A batch of N images of S x S pixels is drawn at once. A random choice is a tensor (N,1), one value per image; a picture
-in the making is (N,P) with P = S * S pixels. Shapes are signed distances, negative inside (Quilez, "2D distance
-functions"): the union of two is their minimum, an outline is where the distance is 0, and coverage is its ramp.
-Coordinates belong to the thing drawn, x to the right and y down; `frame` lays them over the pixels.
+A batch of N images of S x S pixels is drawn at once. A random choice is a tensor (N,1), one value per image; a
+picture in the making is (N,P) with P = S * S pixels. Shapes are signed distances, negative inside (Quilez, "2D
+distance functions"): the union of two is their minimum, an outline is where the distance is 0, and coverage is its
+ramp. Coordinates belong to the thing drawn, x to the right and y down; `frame` lays them over the pixels.
 """
 
 import math
@@ -33,7 +33,7 @@ class Dice:
         return torch.randn(self.n, *shape, generator=self.generator)
 
     def pick(self, names, weights):
-        """One of the names (a string, blanks between) per image, as often as the weights say -> name: (N,1) of 0, 1."""
+        """One of the names (blanks between) per image, as often as the weights say -> name: (N,1) of 0 and 1."""
         weights = torch.tensor(weights, dtype=torch.float)
         chosen = torch.multinomial(weights, self.n, replacement=True, generator=self.generator)[:, None]
         return {name: (chosen == i).float() for i, name in enumerate(names.split())}
@@ -46,7 +46,7 @@ class Dice:
         return F.interpolate(knots, (self.size, self.size), mode="bicubic", align_corners=True).flatten(1)
 
     def points(self, *pairs, miss=0.005):
-        """Pairs (x, y) of numbers or (N,1) -> (N,K,2); every point misses its place by a deviation of `miss`."""
+        """Pairs (x, y) of numbers or (N,1) -> (N,K,2); each misses its place by a deviation of `miss`."""
         flat = [torch.as_tensor(v, dtype=torch.float).expand(self.n, 1) for pair in pairs for v in pair]
         return torch.cat(flat, 1).view(self.n, -1, 2) + miss * self.normal(len(pairs), 2)
 
@@ -58,7 +58,7 @@ def rounded(points):
 
 
 def to_segment(x, y, start, end):
-    """Squared distance of every pixel (N,P) to one segment per image, ends (N,2); and the side on which it lies."""
+    """Squared distance of every pixel (N,P) to one segment per image, ends (N,2); and on which side it lies."""
     (ax, ay), (ex, ey) = start.split(1, 1), (end - start).split(1, 1)
     wx, wy = x - ax, y - ay
     along = (wx * ex).addcmul_(wy, ey).div_(ex * ex + ey * ey + 1e-9).clamp_(0, 1)
@@ -69,7 +69,7 @@ def to_segment(x, y, start, end):
 
 
 def polygon(points, x, y):
-    """Signed distance of every pixel to closed outlines: points (N,K,2); x, y (N,P) -> (N,P), negative inside."""
+    """Signed distance of every pixel to closed outlines: points (N,K,2); x, y (N,P) -> (N,P), < 0 inside."""
     nearest = torch.full_like(x, 1e9)
     inside = torch.zeros_like(x, dtype=torch.bool)  # odd number of crossings of a ray to the side
     start = points[:, -1]
@@ -84,7 +84,7 @@ def polygon(points, x, y):
 
 
 def path(points, x, y):
-    """Distance of every pixel to open lines: points (N,K,2); x, y (N,P) -> (N,P); less a radius it is a stroke."""
+    """Distance of every pixel to open lines: points (N,K,2); x, y (N,P) -> (N,P); less a radius, a stroke."""
     nearest = torch.full_like(x, 1e9)
     for start, end in zip(points.unbind(1)[:-1], points.unbind(1)[1:], strict=True):
         torch.minimum(nearest, to_segment(x, y, start, end)[0], out=nearest)
@@ -123,8 +123,9 @@ def over(tone, value, share):
 def frame(dice, low, high, turn=0.02, wave=0.012):
     """Lay a box over the image: its longer side touches two borders, its shorter is centred.
 
-    low, high: corners of the box, each a pair of (N,1). turn: deviation of a rotation in radians; wave: of a smooth
-    warp, in shares of the image. Returns x, y (N,P) of every pixel and the width of a pixel (N,1) in the box's units.
+    low, high: corners of the box, each a pair of (N,1). turn: deviation of a rotation in radians; wave: of a
+    smooth warp, in shares of the image. Returns x, y (N,P) of every pixel and the width of a pixel (N,1) in the
+    box's units.
     """
     axis = (torch.arange(dice.size) + 0.5) / dice.size - 0.5
     x, y = axis.repeat(dice.size)[None], axis.repeat_interleave(dice.size)[None]
@@ -141,12 +142,13 @@ def frame(dice, low, high, turn=0.02, wave=0.012):
 def texture(dice, x, y, weights, dark=2.0):
     """Cloth: tones (N,P) in about 0..1 of a base tone and a pattern in a second one.
 
-    weights: how often each of PATTERNS comes, rows and columns being stripes; dark: how often the base is dark,
-    against 4 of middle and 6 of bright tones. x, y (N,P): the cloth's coordinates, a garment is about 1 long.
+    weights: how often each of PATTERNS comes, rows and columns being stripes; dark: how often the base is
+    dark, against 4 of middle and 6 of bright tones. x, y (N,P): coordinates in which a garment is about 1 long.
     """
     roll, kind = dice.roll, dice.pick(PATTERNS, weights)
     level = dice.pick("dark middle bright", (dark, 4, 6))
-    base = level["dark"] * roll(0.06, 0.3) + level["middle"] * roll(0.4, 0.72) + level["bright"] * roll(0.72, 0.98)
+    base = level["dark"] * roll(0.06, 0.3) + level["middle"] * roll(0.4, 0.72)
+    base = base + level["bright"] * roll(0.72, 0.98)
     other = roll(0.0, 1.0)
     other = other + 0.3 * (other - base).sign() * ((other - base).abs() < 0.2)  # a pattern that can be seen
 
@@ -182,12 +184,14 @@ class Canvas:
         self.paint(distance, self.tone * self.dice.roll(low, high), share)
 
     def seam(self, distance, share=1.0, low=-0.3, high=0.7):
-        """A line of about a pixel where distance is 0, darker by a share in low..high (negative: brighter)."""
-        self.tone = self.tone * (1 - share * self.dice.roll(low, high) * (-((distance / self.pixel) ** 2) * 3).exp())
+        """A line of about a pixel where distance is 0, darker by low..high (negative: brighter)."""
+        line = (-3 * (distance / self.pixel) ** 2).exp()
+        self.tone = self.tone * (1 - share * self.dice.roll(low, high) * line)
 
     def light(self, distance, low, high, reach):
-        """Brighter by low..high of the way to white at the edge, within about reach of it (negative: darker)."""
-        self.tone = self.tone + (0.95 - self.tone) * self.dice.roll(low, high) * (distance / reach).clamp(max=0).exp()
+        """By low..high of the way to white at the edge, less so inwards over about reach (negative: darker)."""
+        near = (distance / reach).clamp(max=0).exp()
+        self.tone = over(self.tone, 0.95, self.dice.roll(low, high) * near)
 
     def finish(self, mask):
         """What mask (N,P) covers, sharpened as a photograph is when made small -> (N,1,S,S) uint8."""
