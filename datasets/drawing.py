@@ -162,7 +162,7 @@ def texture(dice, x, y, weights, dark=2.0):
                + kind["patches"] * ((coarse - roll(-0.3, 0.8)) * 5).sigmoid()
                + kind["flowers"] * ((dice.field(16, 16) - roll(-0.5, 0.5)) * 3).sigmoid())
     tone = over(base, other, pattern * roll(0.25, 1))
-    grain = 0.012 + 0.05 * kind["melange"] * roll(0.3, 1)
+    grain = 0.012 + 0.04 * kind["melange"] * roll(0.3, 1)
     return tone + grain * dice.field(dice.size, dice.size) + 0.02 * roll(0, 1) * coarse
 
 

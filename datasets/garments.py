@@ -40,8 +40,8 @@ SLEEVES, NECKS, FRONTS = "none short half long", "round vee collar roll hood", "
 TOPS = {
     "T-shirt": dict(
         shoulder=(0.23, 0.30), waist=(0.21, 0.28), hem=(0.22, 0.30), neck=(0.07, 0.13), angle=(0.3, 0.8),
-        reach=(0.90, 1.10), arm=(0.050, 0.070), sleeves=(6, 82, 6, 6), necks=(75, 17, 8, 0, 0),
-        fronts=(94, 0, 0, 6, 0), cloth=(66, 12, 9, 1, 1, 1, 4, 6), dark=2.5, printed=0.35, ribbed=0.1, curved=0.2,
+        reach=(0.90, 1.10), arm=(0.050, 0.070), sleeves=(6, 82, 6, 6), necks=(71, 16, 13, 0, 0),
+        fronts=(90, 0, 0, 10, 0), cloth=(62, 13, 9, 1, 1, 1, 5, 8), dark=2.5, printed=0.35, ribbed=0.1, curved=0.2,
         slits=0.01, pockets=0.01, belt=0.01),
     "pullover": dict(
         shoulder=(0.27, 0.34), waist=(0.23, 0.30), hem=(0.23, 0.30), neck=(0.07, 0.12), angle=(0.1, 0.3),
@@ -54,12 +54,12 @@ TOPS = {
         fronts=(6, 24, 52, 0, 18), cloth=(66, 18, 2, 1, 4, 1, 4, 4), dark=1.5, printed=0.0, ribbed=0.25,
         curved=0.15, slits=0.45, pockets=0.1, belt=0.1),
     "shirt": dict(
-        shoulder=(0.23, 0.31), waist=(0.19, 0.28), hem=(0.21, 0.31), neck=(0.06, 0.12), angle=(0.1, 0.6),
-        reach=(0.84, 1.14), arm=(0.042, 0.063), sleeves=(10, 25, 15, 50), necks=(30, 20, 48, 2, 0),
+        shoulder=(0.25, 0.32), waist=(0.20, 0.28), hem=(0.21, 0.31), neck=(0.06, 0.12), angle=(0.1, 0.6),
+        reach=(0.84, 1.14), arm=(0.042, 0.063), sleeves=(8, 22, 15, 55), necks=(30, 20, 48, 2, 0),
         fronts=(36, 45, 1, 14, 4), cloth=(52, 10, 3, 4, 10, 4, 5, 12), dark=2.5, printed=0.03, ribbed=0.1, curved=0.5,
         slits=0.01, pockets=0.2, belt=0.01),
     "dress": dict(
-        shoulder=(0.13, 0.20), waist=(0.105, 0.18), hem=(0.13, 0.28), neck=(0.04, 0.10), angle=(0.08, 0.6),
+        shoulder=(0.13, 0.22), waist=(0.11, 0.20), hem=(0.14, 0.30), neck=(0.04, 0.10), angle=(0.08, 0.6),
         reach=(0.85, 1.10), arm=(0.050, 0.080), sleeves=(40, 22, 14, 24), necks=(62, 30, 5, 3, 0),
         fronts=(92, 5, 1, 1, 1), cloth=(60, 10, 5, 1, 3, 3, 8, 10), dark=2.5, printed=0.0, ribbed=0.1, curved=0.2,
         slits=0.01, pockets=0.01, belt=0.25),
@@ -153,7 +153,7 @@ def top(dice, name):
 
     # front: zip or edge of the closed front, a band beside it, buttons; or open on what is worn beneath
     down = canvas.cover(common(depth * 0.9 - y, y - over(2.0, depth + roll(0.1, 0.2), front["placket"])))
-    middle, closed = (side - roll(-0.02, 0.02)).abs(), 1 - front["closed"] * (1 - chance(0.03))
+    middle, closed = (side - roll(-0.02, 0.02)).abs(), 1 - front["closed"] * (1 - chance(0.015))
     canvas.paint(middle - roll(0.002, 0.01), roll(0, 1), closed * down * roll(0.05, 0.8))
     canvas.seam(middle - roll(0.02, 0.04), closed * down * chance(0.5), -0.2, 0.5)
     rank = (middle - 0.06 * chance(0.2 * (name == "coat"))).abs() - 0.012  # some coats have two ranks of buttons
@@ -165,7 +165,8 @@ def top(dice, name):
     # pockets, belt
     slit = path(dice.points((0.09, roll(0.62, 0.7)), (0.17, roll(0.58, 0.78))), x, y) - 0.008
     canvas.shade(slit, 0.4, 1.3, chance(known["slits"]))
-    canvas.seam(box(x - 0.12, y - 0.32, 0.05, 0.05), chance(known["pockets"]))
+    patch = box(over(side, x, chance(0.5)) - 0.12, y - 0.32, 0.05, 0.05)
+    canvas.seam(patch, roll(0.2, 1) * chance(known["pockets"]))
     belt = common((y - waist_y).abs() - roll(0.008, 0.03), d_body)
     canvas.paint(belt, over(canvas.tone, roll(0, 1), chance(0.5)) * roll(0.6, 1.1), chance(known["belt"]))
     # light: sleeves and sides turn away; photographs of clothes on white were inverted, so that is brighter
@@ -255,16 +256,16 @@ def shoe(dice, name):
     """Sneaker or ankle boot from the side, toe to the left, x from 0 to 1, y = 0 on the ground."""
     roll, chance, boot = dice.roll, dice.chance, name == "ankle boot"
     if boot:
-        lift = over(roll(0, 0.06), roll(0.12, 0.3), chance(0.3))
+        lift = over(roll(0.01, 0.1), roll(0.12, 0.3), chance(0.25))
         tall = over(roll(0.5, 0.8), roll(0.75, 1.05), chance(0.3))
-        toe, throat, front, back = roll(0.1, 0.19), roll(0.38, 0.52), roll(0.42, 0.56), roll(0.88, 0.99)
-        rest = [(throat - 0.06, -roll(0.26, 0.36)), (throat + 0.02, -roll(0.38, 0.46)),
-                (front - 0.02, -over(0.45, tall, 0.5)), (front + roll(-0.05, 0.01), -tall),
+        toe, throat, front, back = roll(0.09, 0.18), roll(0.4, 0.55), roll(0.44, 0.62), roll(0.9, 1.0)
+        rest = [(throat - 0.1, -over(toe, tall, roll(0.15, 0.35))), (throat, -over(toe, tall, roll(0.4, 0.6))),
+                (front - 0.01, -over(toe, tall, 0.75)), (front + roll(-0.05, 0.01), -tall),
                 (over(front, back, 0.5), -tall + roll(-0.02, 0.03)), (back, -tall + roll(-0.04, 0.03)),
                 (back - roll(0, 0.04), -over(0.2, tall, 0.4)), (0.97, -0.16), (0.97, -0.05), (0.95, 0)]
     else:
-        high = chance(0.25)
-        lift, tall = roll(0, 0.03), over(roll(0.33, 0.48), roll(0.5, 0.7), high)
+        high = chance(0.12)
+        lift, tall = roll(0, 0.03), over(roll(0.33, 0.48), roll(0.5, 0.64), high)
         toe, throat, front = roll(0.09, 0.16), roll(0.38, 0.5), over(roll(0.56, 0.68), roll(0.5, 0.6), high)
         dip, tab = over(roll(0.7, 0.95), roll(0.85, 1), high), over(roll(0.68, 0.98), roll(0.85, 1.05), high)
         rest = [(throat - 0.05, -over(toe, tall, roll(0.35, 0.5))), (over(throat, front, 0.6), -over(toe, tall, 0.8)),
