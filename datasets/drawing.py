@@ -1,9 +1,10 @@
 """What drawn images share: dice for a batch, outlines and their signed distances, cloth, framing, a canvas.
 
-A batch of N images of S x S pixels is drawn at once. A random choice is a tensor (N,1), one value per image; a
-picture in the making is (N,P) with P = S * S pixels. Shapes are signed distances, negative inside (Quilez, "2D
-distance functions"): the union of two is their minimum, an outline is where the distance is 0, and coverage is its
-ramp. Coordinates belong to the thing drawn, x to the right and y down; `frame` lays them over the pixels.
+A batch of N images of S x S pixels is drawn at once. A random choice is a tensor (N,1), one value per image;
+a picture in the making is (N,P) with P = S * S pixels. Shapes are signed distances, negative inside (Quilez,
+"2D distance functions"): the union of two is their minimum, an outline is where the distance is 0, and
+coverage is its ramp. Coordinates belong to the thing drawn, x to the right and y down; `frame` lays them over
+the pixels.
 """
 
 import math
@@ -33,7 +34,7 @@ class Dice:
         return torch.randn(self.n, *shape, generator=self.generator)
 
     def pick(self, names, weights):
-        """One of the names (blanks between) per image, as often as the weights say -> name: (N,1) of 0 and 1."""
+        """One of the names (blanks between) per image, as the weights say -> name: (N,1) of 0 and 1."""
         weights = torch.tensor(weights, dtype=torch.float)
         chosen = torch.multinomial(weights, self.n, replacement=True, generator=self.generator)[:, None]
         return {name: (chosen == i).float() for i, name in enumerate(names.split())}
@@ -58,7 +59,7 @@ def rounded(points):
 
 
 def to_segment(x, y, start, end):
-    """Squared distance of every pixel (N,P) to one segment per image, ends (N,2); and on which side it lies."""
+    """Squared distance of every pixel (N,P) to one segment per image, ends (N,2); and its side."""
     (ax, ay), (ex, ey) = start.split(1, 1), (end - start).split(1, 1)
     wx, wy = x - ax, y - ay
     along = (wx * ex).addcmul_(wy, ey).div_(ex * ex + ey * ey + 1e-9).clamp_(0, 1)
@@ -124,8 +125,8 @@ def frame(dice, low, high, turn=0.02, wave=0.012):
     """Lay a box over the image: its longer side touches two borders, its shorter is centred.
 
     low, high: corners of the box, each a pair of (N,1). turn: deviation of a rotation in radians; wave: of a
-    smooth warp, in shares of the image. Returns x, y (N,P) of every pixel and the width of a pixel (N,1) in the
-    box's units.
+    smooth warp, in shares of the image. Returns x, y (N,P) of every pixel and the width of a pixel (N,1) in
+    the box's units.
     """
     axis = (torch.arange(dice.size) + 0.5) / dice.size - 0.5
     x, y = axis.repeat(dice.size)[None], axis.repeat_interleave(dice.size)[None]
@@ -189,7 +190,7 @@ class Canvas:
         self.tone = self.tone * (1 - share * self.dice.roll(low, high) * line)
 
     def light(self, distance, low, high, reach):
-        """By low..high of the way to white at the edge, less so inwards over about reach (negative: darker)."""
+        """By low..high of the way to white at the edge, less so inwards (negative: darker)."""
         near = (distance / reach).clamp(max=0).exp()
         self.tone = over(self.tone, 0.95, self.dice.roll(low, high) * near)
 

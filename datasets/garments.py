@@ -1,12 +1,13 @@
 """Garments: the public data for Fashion-MNIST, drawn by a program; no picture went into it.
 
 Ten kinds in the order of Fashion-MNIST's labels, 28 pixels, bright on black, the longer side touching two
-borders. A kind is an outline whose points are rolled with dice, parts on it (sleeves, collars, soles, straps), and
-cloth. The numbers below are judgement about clothes, and none was computed from a picture. While choosing them the
-author looked at about 900 Fashion-MNIST test images beside the drawings, some of them because they had been
-mistaken, and watched one figure from real data: accuracy and confusions, on the 10,000 test images, of a small CNN
-that had learned nothing but drawings. The 60,000 training images were never used. `draw_shapes` is the honest analogue, as
-letters are for digits: mirror-symmetric textured silhouettes that know no garment.
+borders. A kind is an outline whose points are rolled with dice, parts on it (sleeves, collars, soles,
+straps), and cloth. The numbers below are judgement about clothes, and none was computed from a picture. While
+choosing them the author looked at about 900 Fashion-MNIST test images beside the drawings, some of them
+because they had been mistaken, and watched one figure from real data: accuracy and confusions, on the 10,000
+test images, of a small CNN that had learned nothing but drawings. The 60,000 training images were never used.
+`draw_shapes` is the honest analogue, as letters are for digits: mirror-symmetric textured silhouettes that
+know no garment.
 
 Alone:  python -m datasets.garments     writes garments.png and shapes.png, twenty images of every class.
 """
@@ -29,40 +30,42 @@ from datasets.drawing import (
     union,
 )
 
-CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+CLASSES = (
+    "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 SHAPES = tuple(f"shape {letter}" for letter in "ABCDEFGHIJ")
 
-# What tells the garments with shoulders apart. Lengths in body lengths from shoulder to hem, widths from the middle,
-# angles in radians from hanging straight down. neck: its width. reach: where long sleeves end; arm: how thick they
-# are. sleeves, necks, fronts, cloth: how often each of SLEEVES, NECKS, FRONTS and drawing.PATTERNS comes; dark: how
-# often dark cloth does, against 10. The rest are probabilities.
-SLEEVES, NECKS, FRONTS = "none short half long", "round vee collar roll hood", "closed buttons zip placket open"
+# What tells the garments with shoulders apart. Lengths in body lengths from shoulder to hem, widths from the
+# middle, angles in radians from hanging straight down. neck: its width. reach: where long sleeves end; arm:
+# how thick they are. sleeves, necks, fronts, cloth: how often each of SLEEVES, NECKS, FRONTS and
+# drawing.PATTERNS comes; dark: how often dark cloth does, against 10. The rest are probabilities.
+SLEEVES, NECKS = "none short half long", "round vee collar roll hood"
+FRONTS = "closed buttons zip placket open"
 TOPS = {
     "T-shirt": dict(
         shoulder=(0.23, 0.30), waist=(0.21, 0.28), hem=(0.22, 0.30), neck=(0.07, 0.13), angle=(0.3, 0.8),
         reach=(0.90, 1.10), arm=(0.050, 0.070), sleeves=(6, 82, 6, 6), necks=(71, 16, 13, 0, 0),
-        fronts=(90, 0, 0, 10, 0), cloth=(62, 13, 9, 1, 1, 1, 5, 8), dark=2.5, printed=0.35, ribbed=0.1, curved=0.2,
-        slits=0.01, pockets=0.01, belt=0.01),
+        fronts=(90, 0, 0, 10, 0), cloth=(62, 13, 9, 1, 1, 1, 5, 8), dark=2.5, printed=0.35,
+        ribbed=0.1, curved=0.2, slits=0.01, pockets=0.01, belt=0.01),
     "pullover": dict(
         shoulder=(0.27, 0.34), waist=(0.23, 0.30), hem=(0.23, 0.30), neck=(0.07, 0.12), angle=(0.1, 0.3),
         reach=(0.92, 1.18), arm=(0.050, 0.075), sleeves=(1, 1, 4, 94), necks=(63, 14, 0, 13, 10),
-        fronts=(96, 1, 1, 2, 0), cloth=(60, 17, 11, 2, 2, 2, 3, 3), dark=2, printed=0.25, ribbed=0.5, curved=0.15,
-        slits=0.06, pockets=0.01, belt=0.01),
+        fronts=(96, 1, 1, 2, 0), cloth=(60, 17, 11, 2, 2, 2, 3, 3), dark=2, printed=0.25,
+        ribbed=0.5, curved=0.15, slits=0.06, pockets=0.01, belt=0.01),
     "coat": dict(
         shoulder=(0.26, 0.34), waist=(0.23, 0.31), hem=(0.24, 0.34), neck=(0.06, 0.11), angle=(0.06, 0.26),
         reach=(0.86, 1.14), arm=(0.060, 0.085), sleeves=(1, 0, 3, 96), necks=(12, 8, 38, 22, 20),
-        fronts=(6, 24, 52, 0, 18), cloth=(66, 18, 2, 1, 4, 1, 4, 4), dark=1.5, printed=0.0, ribbed=0.25,
-        curved=0.15, slits=0.45, pockets=0.1, belt=0.1),
+        fronts=(6, 24, 52, 0, 18), cloth=(66, 18, 2, 1, 4, 1, 4, 4), dark=1.5, printed=0.0,
+        ribbed=0.25, curved=0.15, slits=0.45, pockets=0.1, belt=0.1),
     "shirt": dict(
         shoulder=(0.25, 0.32), waist=(0.20, 0.28), hem=(0.21, 0.31), neck=(0.06, 0.12), angle=(0.1, 0.6),
         reach=(0.84, 1.14), arm=(0.042, 0.063), sleeves=(8, 22, 15, 55), necks=(30, 20, 48, 2, 0),
-        fronts=(36, 45, 1, 14, 4), cloth=(52, 10, 3, 4, 10, 4, 5, 12), dark=2.5, printed=0.03, ribbed=0.1, curved=0.5,
-        slits=0.01, pockets=0.2, belt=0.01),
+        fronts=(36, 45, 1, 14, 4), cloth=(52, 10, 3, 4, 10, 4, 5, 12), dark=2.5, printed=0.03,
+        ribbed=0.1, curved=0.5, slits=0.01, pockets=0.2, belt=0.01),
     "dress": dict(
         shoulder=(0.13, 0.22), waist=(0.11, 0.20), hem=(0.14, 0.30), neck=(0.04, 0.10), angle=(0.08, 0.6),
         reach=(0.85, 1.10), arm=(0.050, 0.080), sleeves=(40, 22, 14, 24), necks=(62, 30, 5, 3, 0),
-        fronts=(92, 5, 1, 1, 1), cloth=(60, 10, 5, 1, 3, 3, 8, 10), dark=2.5, printed=0.0, ribbed=0.1, curved=0.2,
-        slits=0.01, pockets=0.01, belt=0.25),
+        fronts=(92, 5, 1, 1, 1), cloth=(60, 10, 5, 1, 3, 3, 8, 10), dark=2.5, printed=0.0,
+        ribbed=0.1, curved=0.2, slits=0.01, pockets=0.01, belt=0.25),
 }
 PLAIN = (72, 16, 1, 1, 1, 2, 3, 4)  # cloth of all that has no shoulders
 
@@ -86,8 +89,8 @@ def top(dice, name):
     body = dice.points(
         (-0.2, roll(0.0, 0.03)), (neck_x * 0.6, 0.012), (neck_x, 0.0), (shoulder, drop),
         (over(shoulder, chest, 0.6 + 0.2 * bare), chest_y * 0.7), (chest, chest_y), (waist, waist_y),
-        (over(waist, hem, 0.6), roll(0.68, 0.8)), (hem + flare, 1 + roll(-0.09, 0.02) * chance(known["curved"])),
-        (-0.2, 1.0))
+        (over(waist, hem, 0.6), roll(0.68, 0.8)),
+        (hem + flare, 1 + roll(-0.09, 0.02) * chance(known["curved"])), (-0.2, 1.0))
 
     # sleeve: along a line from the shoulder by the elbow to the cuff, wide at the shoulder
     broad = over(roll(0.075, 0.105), roll(*known["arm"]), long) * (1 - 0.35 * dress)
@@ -103,19 +106,22 @@ def top(dice, name):
     arm = dice.points(
         (arm_x - 0.04, arm_y - broad), (shoulder - 0.02 * unit, drop - 0.008),
         (shoulder + 0.022 * unit, drop + 0.05 * unit), (elbow_x + middle * cosine, elbow_y - middle * sine),
-        (cuff_x + narrow * cosine, cuff_y - narrow * sine), (cuff_x - narrow * cosine, cuff_y + narrow * sine),
+        (cuff_x + narrow * cosine, cuff_y - narrow * sine),
+        (cuff_x - narrow * cosine, cuff_y + narrow * sine),
         (elbow_x - middle * cosine, elbow_y + middle * sine),
         (arm_x - broad, over(arm_y + 0.13 * unit, chest_y, 0.6)))
 
     # the frame: what stands above the shoulders, the widest and the lowest point
-    above = (0.004 + neck["roll"] * roll(0.03, 0.08) + neck["collar"] * 0.02 + neck["hood"] * roll(0.05, 0.12)) * unit
+    above = neck["roll"] * roll(0.03, 0.08) + neck["collar"] * 0.02 + neck["hood"] * roll(0.05, 0.12)
+    above = (0.004 + above) * unit
     ends = torch.cat([body, arm * (1 - bare[..., None])], 1).amax(1)  # (N,2)
     x, y, pixel = frame(dice, (-ends[:, :1], -above), (ends[:, :1], ends[:, 1:]), turn=0.015)
     side, x = x, x.abs()  # with its sign for what is not mirrored
 
     d_body, d_arm = polygon(body, x, y), polygon(arm, x, y) + FAR * bare
     hood = ellipse(x, y + above * 0.3, neck_x + 0.03, above + 0.05) + FAR * (1 - neck["hood"])
-    stand = box(x + 0.1 * y, y + above * 0.5 - 0.02, neck_x * 0.95, above * 0.5 + 0.02) + FAR * (above < 0.012)
+    stand = box(x + 0.1 * y, y + above * 0.5 - 0.02, neck_x * 0.95, above * 0.5 + 0.02)
+    stand = stand + FAR * (above < 0.012)
     distance = union(d_body, d_arm, hood, stand)
     cloth = texture(dice, side, y, known["cloth"], known["dark"])
     canvas = Canvas(dice, cloth, pixel)
@@ -138,11 +144,13 @@ def top(dice, name):
     # neck: in it the inside of the back shows, or the black behind
     depth = (roll(0.03, 0.11) + bare * roll(0, 0.12) + neck["vee"] * roll(0.04, 0.16)) * unit
     vee = (x / neck_x + y / depth - 1) * torch.minimum(neck_x, depth) * 0.75
-    opening = over(ellipse(x, y, neck_x * 0.95, depth), vee, neck["vee"] + neck["collar"]) + FAR * neck["roll"]
+    opening = over(ellipse(x, y, neck_x * 0.95, depth), vee, neck["vee"] + neck["collar"])
+    opening = opening + FAR * neck["roll"]
     rim = roll(0.007, 0.02)
     canvas.shade((opening - rim).abs() - rim, 0.5, 1.3, chance(0.5))
     canvas.shade(opening, 0.2, 1.15)
-    hole = canvas.cover(common(opening, 0.02 * (1 - bare) - y)) * torch.maximum(chance(0.35), chance(0.7) * bare)
+    hole = torch.maximum(chance(0.35), chance(0.7) * bare)
+    hole = hole * canvas.cover(common(opening, 0.02 * (1 - bare) - y))
     canvas.seam(common((y - 0.015).abs(), x - neck_x), neck["roll"] * chance(0.7))
     # collar: two leaves beside the opening
     leaf = dice.points((0, depth * 0.9), (neck_x * 0.7, -above), (neck_x + 0.03, 0.01),
@@ -156,7 +164,8 @@ def top(dice, name):
     middle, closed = (side - roll(-0.02, 0.02)).abs(), 1 - front["closed"] * (1 - chance(0.015))
     canvas.paint(middle - roll(0.002, 0.01), roll(0, 1), closed * down * roll(0.05, 0.8))
     canvas.seam(middle - roll(0.02, 0.04), closed * down * chance(0.5), -0.2, 0.5)
-    rank = (middle - 0.06 * chance(0.2 * (name == "coat"))).abs() - 0.012  # some coats have two ranks of buttons
+    two = chance(0.2 * (name == "coat"))  # ranks of buttons
+    rank = (middle - 0.06 * two).abs() - 0.012
     rows = ((y * roll(35, 75) + roll(0, 6)).sin() - 0.3).clamp(min=0) * 1.6
     canvas.paint(rank, roll(0, 1), (front["buttons"] + front["placket"]) * chance(0.7) * rows * down)
     beneath = common(middle - roll(0.005, 0.04) - roll(0, 0.12) * y, -y)
@@ -184,13 +193,15 @@ def trouser(dice, _):
     inner = out - leg
     half = dice.points(
         (-0.1, roll(-0.01, 0.02)), (waist, 0.0), (waist + hip, 0.2), (over(waist + hip, out, 0.55), knee),
-        (out, 1.0), (inner, 1.0), (spread * 0.8 + 0.2 * inner, knee), (spread * 0.4, crotch), (-0.1, crotch - 0.01))
+        (out, 1.0), (inner, 1.0), (spread * 0.8 + 0.2 * inner, knee), (spread * 0.4, crotch),
+        (-0.1, crotch - 0.01))
     wide = half[..., 0].amax(1, keepdim=True)
     x, y, pixel = frame(dice, (-wide, roll(0, 0)), (wide, roll(1, 1)), turn=0.015, wave=0.015)
     side, x = x, (x + roll(-0.02, 0.02) * y).abs()
     distance = polygon(rounded(half), x, y)
     canvas = Canvas(dice, texture(dice, side, y, PLAIN), pixel)
-    crease = (-(((x - over(waist * 0.5, (inner + out) / 2, y)) / roll(0.02, 0.05)) ** 2)).exp()  # worn or ironed
+    crease = (x - over(waist * 0.5, (inner + out) / 2, y)) / roll(0.02, 0.05)  # down the leg, worn or ironed
+    crease = (-(crease**2)).exp()
     canvas.tone = canvas.tone * (1 + roll(-0.3, 0.45) * crease * (1 - roll(0, 1) * y))
     folds = dice.field(16, 8) * roll(0, 0.05) + dice.field(5, 5) * roll(0, 0.03)
     canvas.tone = canvas.tone + folds * (0.4 + canvas.tone)
@@ -207,14 +218,16 @@ def trouser(dice, _):
 def bag(dice, _):
     roll, chance = dice.roll, dice.chance
     form = dice.pick("case trapeze clutch hobo tall", (4, 3, 2, 2, 1.2))
-    height = (form["case"] * roll(0.5, 0.85) + form["trapeze"] * roll(0.5, 0.8) + form["clutch"] * roll(0.4, 0.7)
-              + form["hobo"] * roll(0.5, 0.9) + form["tall"] * roll(0.9, 1.3))  # of a width of 1
+    height = (form["case"] * roll(0.5, 0.85) + form["trapeze"] * roll(0.5, 0.8)  # of a width of 1
+              + form["clutch"] * roll(0.4, 0.7) + form["hobo"] * roll(0.5, 0.9)
+              + form["tall"] * roll(0.9, 1.3))
     upper = 0.5 - form["trapeze"] * roll(-0.08, 0.14) - form["hobo"] * roll(0.08, 0.2)
     lower, bend = 0.5 - form["trapeze"] * roll(0, 0.1), roll(0.01, 0.12)
     sag = form["hobo"] * roll(0.05, 0.2) + roll(-0.03, 0.03)
     half = dice.points(
         (-0.45, sag), (upper - bend, sag * 0.3), (upper, bend),
-        (over(upper, lower, 0.5) + roll(-0.02, 0.03), height * 0.5), (lower, height - bend), (lower - bend, height), (-0.45, height + roll(0, 0.02)))
+        (over(upper, lower, 0.5) + roll(-0.02, 0.03), height * 0.5), (lower, height - bend),
+        (lower - bend, height), (-0.45, height + roll(0, 0.02)))
     handle = dice.pick("none arc two strap", (25, 50, 12, 13))
     carried = (1 - handle["none"]) * (1 - form["clutch"] * chance(0.6))
     span = over(roll(0.12, 0.36), roll(0.36, 0.48), handle["strap"])
@@ -223,7 +236,8 @@ def bag(dice, _):
     x, y, pixel = frame(dice, (-wide, -rise * carried - 0.02), (wide, height + 0.01), turn=0.04, wave=0.015)
     side, x = x, (x + roll(-0.02, 0.02)).abs()
     d_body, thick = polygon(rounded(half), x, y), roll(0.012, 0.045)
-    second = ellipse(side - 0.04, y - 0.03, span * 0.95, rise * 0.8).abs() - thick * 0.7 + FAR * (1 - handle["two"])
+    second = ellipse(side - 0.04, y - 0.03, span * 0.95, rise * 0.8).abs() - thick * 0.7
+    second = second + FAR * (1 - handle["two"])
     ring = union(ellipse(x, y - 0.03, span, rise).abs() - thick, second)
     ring = common(ring, y - 0.06) + FAR * (1 - carried)
 
@@ -236,7 +250,8 @@ def bag(dice, _):
     canvas.shade((y - height * roll(0.06, 0.3)).abs() - 0.008, 0.3, 1.3, chance(0.5))  # zip
     pocket = box(x, y - height * roll(0.55, 0.7), roll(0.2, 0.4), height * roll(0.15, 0.3))
     canvas.seam(pocket, chance(0.3), -0.4, 0.7)
-    canvas.paint((x - roll(0.15, 0.35)).abs() - roll(0.01, 0.03), cloth * roll(0.4, 1.5), chance(0.2))  # straps
+    strap = (x - roll(0.15, 0.35)).abs() - roll(0.01, 0.03)
+    canvas.paint(strap, cloth * roll(0.4, 1.5), chance(0.2))
     clasp = box(x, y - height * roll(0.2, 0.6), roll(0.015, 0.07), roll(0.015, 0.06))
     canvas.paint(clasp, roll(0, 1), chance(0.45))
     canvas.tone = canvas.tone + dice.field(8, 8) * roll(0, 0.05) * (0.4 + canvas.tone)
@@ -247,7 +262,7 @@ def bag(dice, _):
 
 
 def heeled(x, y, lift, start, length):
-    """Height over a sole that rises by lift towards the heel: y (negative upwards from the ground) above the sole."""
+    """y, negative upwards from the ground, as counted from a sole that rises by lift towards the heel."""
     ramp = ((x - start) / length).clamp(0, 1)
     return y + lift * ramp * ramp * (3 - 2 * ramp)
 
@@ -259,7 +274,8 @@ def shoe(dice, name):
         lift = over(roll(0.01, 0.1), roll(0.12, 0.3), chance(0.25))
         tall = over(roll(0.5, 0.8), roll(0.75, 1.05), chance(0.3))
         toe, throat, front, back = roll(0.09, 0.18), roll(0.4, 0.55), roll(0.44, 0.62), roll(0.9, 1.0)
-        rest = [(throat - 0.1, -over(toe, tall, roll(0.15, 0.35))), (throat, -over(toe, tall, roll(0.4, 0.6))),
+        rest = [(throat - 0.1, -over(toe, tall, roll(0.15, 0.35))),
+                (throat, -over(toe, tall, roll(0.4, 0.6))),
                 (front - 0.01, -over(toe, tall, 0.75)), (front + roll(-0.05, 0.01), -tall),
                 (over(front, back, 0.5), -tall + roll(-0.02, 0.03)), (back, -tall + roll(-0.04, 0.03)),
                 (back - roll(0, 0.04), -over(0.2, tall, 0.4)), (0.97, -0.16), (0.97, -0.05), (0.95, 0)]
@@ -268,13 +284,15 @@ def shoe(dice, name):
         lift, tall = roll(0, 0.03), over(roll(0.33, 0.48), roll(0.5, 0.64), high)
         toe, throat, front = roll(0.09, 0.16), roll(0.38, 0.5), over(roll(0.56, 0.68), roll(0.5, 0.6), high)
         dip, tab = over(roll(0.7, 0.95), roll(0.85, 1), high), over(roll(0.68, 0.98), roll(0.85, 1.05), high)
-        rest = [(throat - 0.05, -over(toe, tall, roll(0.35, 0.5))), (over(throat, front, 0.6), -over(toe, tall, 0.8)),
-                (front, -tall), (front + 0.06, -tall * roll(0.93, 1)), (0.8, -tall * dip), (0.95, -tall * tab),
+        rest = [(throat - 0.05, -over(toe, tall, roll(0.35, 0.5))),
+                (over(throat, front, 0.6), -over(toe, tall, 0.8)), (front, -tall),
+                (front + 0.06, -tall * roll(0.93, 1)), (0.8, -tall * dip), (0.95, -tall * tab),
                 (0.98, -tall * tab * 0.9), (0.95, -0.16), (0.99, -0.06), (0.98, 0)]
     upper = dice.points((0.02, 0), (0, -toe * 0.5), (0.06, -toe), (0.21, -toe - roll(0.02, 0.06)), *rest)
     peak = upper[..., 1].amin(1, keepdim=True) - lift
     x, y, pixel = frame(dice, (roll(0, 0), peak), (roll(1, 1), roll(0, 0)), wave=0.01)
-    v = heeled(x, y, lift, 0.35, 0.4) + roll(0, 0.9) * (0.22 - x).clamp(min=0) ** 1.5  # the toe leaves the ground
+    spring = roll(0, 0.9) * (0.22 - x).clamp(min=0) ** 1.5  # the toe leaves the ground
+    v = heeled(x, y, lift, 0.35, 0.4) + spring
     d_upper, lean = polygon(rounded(upper), x, v), roll(0, 0.2) * y
     rear = over(roll(0.6, 0.78), 0.86, chance(0.3) * boot)  # where the heel begins
     heel = common(x - 0.965 - lean * 0.3, rear - x + lean, y, -v - 0.03) + FAR * (lift < 0.02)
@@ -288,7 +306,7 @@ def shoe(dice, name):
     part(x - roll(0.1, 0.24) - 0.3 * v, 0.1 if boot else 0.35)  # toe cap
     part(roll(0.78, 0.9) - x + roll(-0.3, 0.3) * v, 0.12 if boot else 0.4)  # heel counter
     part(common(v + tall * roll(0.4, 0.7), 0.5 - x), 0.2, 0.1)  # shaft
-    for low, high_, p in ((0.2, 0.45, 0.5), (0.5, 0.7, 0.5), (0.6, 0.9, 0.4)):  # seams, upright but on one half only
+    for low, high_, p in ((0.2, 0.45, 0.5), (0.5, 0.7, 0.5), (0.6, 0.9, 0.4)):  # upright seams, half-way up
         half = roll(0.1, 0.9) * tall
         stop = over(v + half, -half - v, chance(0.5))
         canvas.seam(common((x - roll(low, high_) - roll(-0.6, 0.6) * v).abs(), stop), chance(p))
@@ -305,7 +323,8 @@ def shoe(dice, name):
         canvas.paint(box(x - 0.52, v + 0.18, 0.13, 0.09), leather, chance(0.2) * bars)
         canvas.shade(ellipse(x - 0.75, v + tall, 0.18, roll(0.04, 0.12)), 0.2, 0.9, chance(0.4))  # the inside
     vamp = dice.points((throat - 0.11, -0.25 if boot else -over(toe, tall, 0.25)), (front, -tall * 0.93))
-    laces = (((x - throat) * roll(80, 200) + v * roll(-5, 5)).sin() * 3).sigmoid() * chance(0.4 if boot else 0.75)
+    laces = (((x - throat) * roll(80, 200) + v * roll(-5, 5)).sin() * 3).sigmoid()
+    laces = laces * chance(0.4 if boot else 0.75)
     lace = over(canvas.tone * roll(0.3, 1.6), roll(0, 1), chance(0.5))
     canvas.paint(path(vamp, x, v) - roll(0.03, 0.07), lace, laces)
     wear = dice.field(8, 8) * roll(0, 0.03) + dice.field(14, 14) * roll(0, 0.04)
@@ -322,22 +341,24 @@ def shoe(dice, name):
 
 
 def sandal(dice, _):
-    """A sole, flat, on a wedge or on a heel, and straps over it: arches, a loop at the ankle, or a cage of bands."""
+    """A sole, flat, on a wedge or a heel; over it straps: arches, a loop at the ankle, a cage of bands."""
     roll, chance = dice.roll, dice.chance
     kind = dice.pick("flat wedge high", (50, 18, 32))
     lift = kind["flat"] * roll(0, 0.06) + kind["wedge"] * roll(0.12, 0.4) + kind["high"] * roll(0.28, 0.55)
     platform = roll(0.03, 0.07) + roll(0, 0.08) * chance(0.3)
-    shaft = torch.maximum(chance(0.6) * roll(0.12, 0.4), kind["high"] * roll(0.22, 0.5))  # height of the ankle strap
     instep = roll(0.1, 0.26)
+    # how high the ankle strap sits, and the cage reaches
+    shaft = torch.maximum(chance(0.6) * roll(0.12, 0.4), kind["high"] * roll(0.22, 0.5))
     ankle = torch.maximum(shaft, chance(0.5) * roll(0.15, 0.4))
     height = torch.maximum(lift + ankle, instep) + platform + 0.02
     x, y, pixel = frame(dice, (roll(0, 0), -height), (roll(1, 1), roll(0, 0)))
     v = heeled(x, y, lift, 0.28, 0.55) + platform
     ends, lean = common(-x, x - 0.98), roll(0, 0.12) * y
     below = common(-v, y, ends)  # all between sole and ground
-    heel = common(below, over(roll(0.7, 0.82), roll(0.88, 0.93), chance(0.6)) - x - lean, x - 0.97 - lean * 0.5)
-    sole = union(common(box(x, v, 9, 0.012), ends), common(-v, v - platform, ends),
-                 heel + FAR * (1 - kind["high"]), common(below, roll(0.3, 0.45) - x) + FAR * (1 - kind["wedge"]))
+    rear = over(roll(0.7, 0.82), roll(0.88, 0.93), chance(0.6))  # block heel or stiletto
+    heel = common(below, rear - x - lean, x - 0.97 - lean * 0.5) + FAR * (1 - kind["high"])
+    wedge = common(below, roll(0.3, 0.45) - x) + FAR * (1 - kind["wedge"])
+    sole = union(common(box(x, v, 9, 0.012), ends), common(-v, v - platform, ends), heel, wedge)
 
     straps = torch.full_like(x, FAR)
     for p in (0.95, 0.7, 0.5, 0.3):  # arches over toes and instep, which lean; some are closed
@@ -349,12 +370,13 @@ def sandal(dice, _):
     counter = common((x - 0.95 - 0.1 * v).abs() - roll(0.012, 0.06), v, -v - shaft)
     straps = union(straps, union(loop, counter) + FAR * (shaft < 0.05))
     for p in (0.5, 0.35):  # from the instep to the heel
-        link = dice.points((roll(0.2, 0.45), -instep * roll(0.3, 0.9)), (roll(0.6, 0.75), -shaft * 0.6 - 0.02),
-                           (0.92, -shaft * roll(0.6, 1) - 0.02))
+        link = dice.points((roll(0.2, 0.45), -instep * roll(0.3, 0.9)),
+                           (roll(0.6, 0.75), -shaft * 0.6 - 0.02), (0.92, -shaft * roll(0.6, 1) - 0.02))
         straps = union(straps, path(link, x, v) - roll(0.01, 0.028) + FAR * (1 - chance(p)))
     # a cage: the form of a shoe, cut into bands
-    form = dice.points((0.03, 0), (0.06, -instep * 0.8), (0.25, -instep), (roll(0.4, 0.55), -instep * roll(0.6, 1.1)),
-                       (roll(0.58, 0.75), -ankle - 0.08), (0.93, (-ankle - 0.08) * roll(0.8, 1.05)), (0.96, 0))
+    form = dice.points((0.03, 0), (0.06, -instep * 0.8), (0.25, -instep),
+                       (roll(0.4, 0.55), -instep * roll(0.6, 1.1)), (roll(0.58, 0.75), -ankle - 0.08),
+                       (0.93, (-ankle - 0.08) * roll(0.8, 1.05)), (0.96, 0))
     bands = ((x + v * roll(-1.2, 1.5)) * roll(14, 34) + roll(0, 6)).sin() - roll(-0.5, 0.6)
     more = ((v + x * roll(-0.5, 0.5)) * roll(14, 36) + roll(0, 6)).sin() - roll(-0.2, 0.7)
     bands, caged = torch.maximum(bands, more - 2 * (1 - chance(0.6))), chance(0.45)
@@ -371,13 +393,12 @@ def sandal(dice, _):
 
 
 def shape(dice, name):
-    """A star-shaped outline, mirrored at x = 0; each class has its own radii, which every image misses a little."""
+    """A star-shaped outline, mirrored at x = 0: each class has its radii, every image misses them a little."""
     steps = 9
     own = torch.Generator().manual_seed(SHAPES.index(name))
-    radius = 0.15 + 0.85 * torch.rand(steps, generator=own) * (0.8 + 0.4 * dice.roll(0, 1)) + 0.06 * dice.normal(steps)
-    angle = torch.linspace(0, torch.pi, steps)
-    radius = radius.clamp(min=0.1)
-    half = torch.stack([radius * angle.sin(), -radius * angle.cos()], -1)  # (N,steps,2), from the top to the bottom
+    radius = 0.15 + 0.85 * torch.rand(steps, generator=own) * dice.roll(0.8, 1.2) + 0.06 * dice.normal(steps)
+    radius, angle = radius.clamp(min=0.1), torch.linspace(0, torch.pi, steps)
+    half = torch.stack([radius * angle.sin(), -radius * angle.cos()], -1)  # (N,steps,2), from top to bottom
     half[:, [0, -1], 0] = -0.1
     wide, low, high = half[..., :1].amax(1), half[..., 1:].amin(1), half[..., 1:].amax(1)
     x, y, pixel = frame(dice, (-wide, low), (wide, high))
@@ -393,7 +414,7 @@ KINDS.update(dict.fromkeys(TOPS, top))
 
 
 def draw(labels, generator=None, size=28):
-    """One garment per label: labels (N,) integers in 0..9 (index into CLASSES) -> (N,1,size,size) uint8, 0 around it.
+    """One garment per label: labels (N,) in 0..9, index into CLASSES -> (N,1,size,size) uint8, 0 around it.
 
     Deterministic for a given CPU generator. ValueError for labels out of range.
     """
