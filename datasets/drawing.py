@@ -144,7 +144,7 @@ def texture(dice, x, y, weights, dark=2.0):
     """Cloth: tones (N,P) in about 0..1 of a base tone and a pattern in a second one.
 
     weights: how often each of PATTERNS comes, rows and columns being stripes; dark: how often the base is
-    dark, against 4 of middle and 6 of bright tones. x, y (N,P): coordinates in which a garment is about 1 long.
+    dark, against 4 of middle and 6 of bright tones. x, y (N,P): coordinates; a garment is about 1 long.
     """
     roll, kind = dice.roll, dice.pick(PATTERNS, weights)
     level = dice.pick("dark middle bright", (dark, 4, 6))

@@ -42,10 +42,10 @@ SLEEVES, NECKS = "none short half long", "round vee collar roll hood"
 FRONTS = "closed buttons zip placket open"
 TOPS = {
     "T-shirt": dict(
-        shoulder=(0.23, 0.30), waist=(0.21, 0.28), hem=(0.22, 0.30), neck=(0.07, 0.13), angle=(0.3, 0.8),
+        shoulder=(0.23, 0.31), waist=(0.21, 0.28), hem=(0.22, 0.30), neck=(0.07, 0.13), angle=(0.15, 0.8),
         reach=(0.90, 1.10), arm=(0.050, 0.070), sleeves=(6, 82, 6, 6), necks=(71, 16, 13, 0, 0),
         fronts=(90, 0, 0, 10, 0), cloth=(62, 13, 9, 1, 1, 1, 5, 8), dark=2.5, printed=0.35,
-        ribbed=0.1, curved=0.2, slits=0.01, pockets=0.01, belt=0.01),
+        ribbed=0.1, curved=0.3, slits=0.01, pockets=0.01, belt=0.01),
     "pullover": dict(
         shoulder=(0.27, 0.34), waist=(0.23, 0.30), hem=(0.23, 0.30), neck=(0.07, 0.12), angle=(0.1, 0.3),
         reach=(0.92, 1.18), arm=(0.050, 0.075), sleeves=(1, 1, 4, 94), necks=(63, 14, 0, 13, 10),
@@ -280,8 +280,8 @@ def shoe(dice, name):
                 (over(front, back, 0.5), -tall + roll(-0.02, 0.03)), (back, -tall + roll(-0.04, 0.03)),
                 (back - roll(0, 0.04), -over(0.2, tall, 0.4)), (0.97, -0.16), (0.97, -0.05), (0.95, 0)]
     else:
-        high = chance(0.12)
-        lift, tall = roll(0, 0.03), over(roll(0.33, 0.48), roll(0.5, 0.64), high)
+        high = chance(0.08)
+        lift, tall = roll(0, 0.03), over(roll(0.32, 0.46), roll(0.5, 0.64), high)
         toe, throat, front = roll(0.09, 0.16), roll(0.38, 0.5), over(roll(0.56, 0.68), roll(0.5, 0.6), high)
         dip, tab = over(roll(0.7, 0.95), roll(0.85, 1), high), over(roll(0.68, 0.98), roll(0.85, 1.05), high)
         rest = [(throat - 0.05, -over(toe, tall, roll(0.35, 0.5))),
@@ -393,7 +393,7 @@ def sandal(dice, _):
 
 
 def shape(dice, name):
-    """A star-shaped outline, mirrored at x = 0: each class has its radii, every image misses them a little."""
+    """A star-shaped outline, mirrored at x = 0: each class has its radii, each image misses them a little."""
     steps = 9
     own = torch.Generator().manual_seed(SHAPES.index(name))
     radius = 0.15 + 0.85 * torch.rand(steps, generator=own) * dice.roll(0.8, 1.2) + 0.06 * dice.normal(steps)

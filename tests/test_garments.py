@@ -75,6 +75,23 @@ def test_every_label_gets_its_own_kind(drawn):
     assert distance.min() > 100
 
 
+def test_the_label_names_what_is_drawn():
+    """By what everybody knows: trousers, dresses are long and narrow, shoes lie flat, boots reach higher."""
+    used = garments.draw(LABELS, torch.Generator().manual_seed(0))[:, 0] > 0
+    high, wide = used.any(2).sum(1).float(), used.any(1).sum(1).float()
+    high, wide = ({name: of[label == LABELS].mean().item() for label, name in enumerate(garments.CLASSES)}
+                  for of in (high, wide))
+    for name in ("trouser", "dress"):
+        assert high[name] > 26 and wide[name] < 20, name
+    for name in ("T-shirt", "pullover", "coat", "shirt"):
+        assert high[name] > 26 and wide[name] > 20, name
+    for name in ("sandal", "sneaker", "ankle boot", "bag"):
+        assert wide[name] > 24, name
+    assert high["sneaker"] < 16 < 19 < high["ankle boot"]
+    sleeves = used[..., 20:, :].any(1).sum(1).float()  # low down, only long sleeves are wider than the body
+    assert sleeves[LABELS == 2].mean() > 1.2 * sleeves[LABELS == 0].mean(), "pullovers have long sleeves"
+
+
 def test_shapes_are_mirrored_and_garments_share_no_class_with_them():
     shapes = garments.draw_shapes(LABELS, torch.Generator().manual_seed(0)).float()
     mean = shapes.mean(0)
