@@ -199,7 +199,7 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
         model = network(FEATURES["kind"], channels, size, saved["classes"])
         model.load_state_dict(saved["state"])
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError):
-        n = FEATURE_PICTURES if kind == "strokes" else None
+        n = FEATURE_PICTURES if datasets.REGISTRY[kind].drawn else None
         pictures = datasets.load(public, "train", root, size, n=n, channels=channels)
         if len(pictures.classes) < 2:
             raise datasets.DataError(f"the public set {kind} has one class only, a feature network needs two") from None

@@ -519,7 +519,7 @@ def main(argv=None):
             raise ValueError(f"{flag} {getattr(s, key)}: the network of {s.init} has {value}; leave out {flag}, or --init")
     # Both sets are read before the first long loop: nobody waits an hour to learn that a file is missing.
     # With --steps 0 no private picture is read at all.
-    drawn = s.public == "strokes"
+    drawn = datasets.REGISTRY[datasets.kind_of(s.public)].drawn
     declared = s.classes and datasets.class_list(s.classes)
     if s.steps:
         find_private = partial(find_set, s, s.private, n=s.private_n, label_attribute=s.label_attribute, private=True,
@@ -527,7 +527,7 @@ def main(argv=None):
     else:  # names of classes and attributes only
         find_private = partial(datasets.describe, s.private, s.data_root, s.vae.resolution, s.vae.in_channels,
                                s.label_attribute, declared)
-    find_public = partial(find_set, s, s.public, public_classes=s.public_classes if drawn else None,
+    find_public = partial(find_set, s, s.public, public_classes=s.public_classes if s.public == "strokes" else None,
                           n=200 if drawn and s.dry_run else s.public_n, seed=s.seed)
     if world() > 1:  # one process downloads what is missing, and tells what is wrong with it
         once(lambda: (find_private(), None)[1])

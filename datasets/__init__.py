@@ -6,7 +6,8 @@ train.py, and the Poisson sampler of the private stage lives in dp_sgd.py.
 
     registry.py   what a data set is; a new one is a decorated loader
     arrays.py     idx and npz files          photos.py    folders of image files, CelebA's layout
-    strokes.py    handwriting, drawn         pixels.py    padding, sizes, ranges, grids
+    strokes.py    handwriting, drawn         garments.py  garments and shapes, drawn
+    drawing.py    what drawers share         pixels.py    padding, sizes, ranges, grids
 
 An own set (folder:PATH, npz:PATH) is split by a checksum of each image's name (npz: of its pixels): about one in ten is
 "test". No image's side depends on the others, so adding or removing one changes nothing else: the neighbouring relation
@@ -27,7 +28,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from . import arrays, photos, pixels, strokes  # noqa: F401 (their loaders enter the registry)
+from . import arrays, garments, photos, pixels, strokes  # noqa: F401 (their loaders enter the registry)
 from .registry import REGISTRY, DataError, ImageSet, Request, kind_of
 
 __all__ = ["REGISTRY", "DataError", "ImageSet", "kind_of", "load", "describe", "digests", "same_images", "enlarged",
@@ -59,8 +60,8 @@ def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, ca
     entry = REGISTRY[kind_of(name)]
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
-    if request.get("public_classes") is not None and not entry.drawn:
-        raise ValueError(f"public_classes only applies to drawn sets (strokes), not to {name!r}")
+    if request.get("public_classes") is not None and entry.name != "strokes":
+        raise ValueError(f"public_classes only applies to strokes, not to {name!r}")
     if n is not None and n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
     root, classes = data_root(root), request.get("classes")

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from scipy.interpolate import CubicSpline
 
-from .registry import ImageSet, dataset
+from .drawing import drawn_set
+from .registry import dataset
 
 CLASSES = "0123456789abcdefghijklmnopqrstuvwxyz"
 
@@ -248,10 +249,7 @@ GROUPS = {"digits": CLASSES[:10], "letters": CLASSES[10:], "all": CLASSES}  # --
 
 @dataset("strokes", "handwriting drawn by a program, nothing stored", role="public", n=60_000, classes=CLASSES, drawn=True)
 def load_strokes(ask):
-    """ask.n images, every class equally often (to within one), in random order."""
     if ask.public_classes not in GROUPS:
         raise ValueError(f"public_classes must be one of {', '.join(GROUPS)}, not {ask.public_classes!r}")
     classes = GROUPS[ask.public_classes]
-    generator = torch.Generator().manual_seed(ask.seed)
-    labels = (torch.arange(ask.n) % len(classes))[torch.randperm(ask.n, generator=generator)]
-    return ImageSet(draw(labels + CLASSES.index(classes[0]), generator), labels, list(classes))
+    return drawn_set(ask, draw, classes, CLASSES.index(classes[0]))

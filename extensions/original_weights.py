@@ -258,7 +258,7 @@ def public_images(s):
     """The settings' public set: images (N, C, H, W) uint8, and their digests unless a program drew them."""
     drawn = datasets.REGISTRY[datasets.kind_of(s.public)].drawn
     found = datasets.load(s.public, "train", s.data_root, s.vae.resolution, channels=s.vae.in_channels,
-                      cache=s.cache, public_classes=s.public_classes if drawn else None,
+                      cache=s.cache, public_classes=s.public_classes if s.public == "strokes" else None,
                       n=s.public_n, seed=s.seed)
     return found.images, datasets.digests(found.images[:0] if drawn else found.images)
 
