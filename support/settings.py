@@ -184,7 +184,8 @@ def check(s):
     demand("init_scale", lambda v: 1e-6 <= v <= 1e6, "lie in 1e-6..1e6")
     # The noise has deviation sigma C in float32, and Adam squares sigma C / B: between these bounds both stay
     # finite and above zero, for every sigma that is allowed and B up to a million.
-    demand("clip_norm", lambda v: 1e-12 <= v <= 1e12, "lie in 1e-12..1e12")
+    low, high = dp_sgd.SMALLEST_CLIP_NORM, dp_sgd.LARGEST_CLIP_NORM
+    demand("clip_norm", lambda v: low <= v <= high, f"lie in {low:g}..{high:g}")
     demand("sigma", lambda v: v == 0 or 1e-3 <= v <= 1e6, "be 0 (NOT private) or lie in 1e-3..1e6")
     demand("kl_weight perceptual_weight adversarial_weight", lambda v: 0 <= v <= 1e6, "lie in 0..1e6")
     demand("epsilon", lambda v: 0 < v <= 1e5 or v == math.inf, "be positive, up to 1e5, or inf (no privacy)")
