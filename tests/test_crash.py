@@ -355,7 +355,8 @@ def test_resuming_never_loses_count_and_never_replaces_a_release_by_less(forms, 
     out = tmp_path / "run"
     write_left(out, forms)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    s = argparse.Namespace(resume=True, out=out, steps=T, batch_size=10, delta=1e-5, sigma=2.0, epsilon=10.0, accountant="rdp")
+    s = argparse.Namespace(resume=True, out=out, steps=T, batch_size=10, delta=1e-5, sigma=2.0, epsilon=10.0, accountant="rdp",
+                           fast_noise=False, insecure_seed=None)
     error = None
     try:
         with pytest.MonkeyPatch.context() as patch:  # the numbers are slow, and not at stake
