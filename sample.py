@@ -212,9 +212,9 @@ def main(argv=None):
     images = generate(release, labels, args.steps, args.eta, args.guidance, args.seed, args.batch)
     if args.npz:
         with files.replacing(args.npz) as file:
-            pixels = images.permute(0, 2, 3, 1)  # (N, H, W, C)
+            last = images.permute(0, 2, 3, 1)  # (N, H, W, C)
             kind = {"prompts": np.array(labels)} if prompts else {"labels": np.array(labels, dtype=np.uint8)}
-            np.savez_compressed(file, images=(pixels[..., 0] if pixels.shape[3] == 1 else pixels).numpy(), **(
+            np.savez_compressed(file, images=(last[..., 0] if last.shape[3] == 1 else last).numpy(), **(
                 kind if release.model.embedder is not None else {}))
         print(f"{args.npz}: {len(images)} pictures, {release.privacy['statement']}")
     if args.out or not args.npz:

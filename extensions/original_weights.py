@@ -24,7 +24,7 @@ import unet
 import vae
 from datasets import pixels
 from extensions import text
-from support import checkpoints, files, run_folder, settings, team
+from support import checkpoints, files, presets, run_folder, settings, team
 
 GROUPS = 32  # in every GroupNorm of the original code
 # Prefixes of the names in a checkpoint.
@@ -268,7 +268,7 @@ def main(argv=None):
     add = parser.add_argument
     add("checkpoint", type=Path, nargs="?", help="file of the original code with a UNet; without it only the "
         "autoencoder is converted, and its latent scale is that of the preset's public images")
-    add("--preset", required=True, choices=settings.PRESETS, help="what the networks look like")
+    add("--preset", required=True, choices=presets.PRESETS, help="what the networks look like")
     add("--out", type=Path, required=True, help="run folder to make")
     add("--autoencoder", type=Path, default=None, help="its file, if CHECKPOINT does not hold it")
     add("--scale", type=float, default=None, help="scale_factor of the original configuration, if the "

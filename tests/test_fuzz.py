@@ -229,7 +229,7 @@ def test_only_one_place_loads_checkpoints_and_arrays_are_never_pickles():
         for call in re.findall(r"(?<!')\b(?:torch\.load|np\.load)\([^\n]*", text):
             if call.startswith("torch.load('"):
                 continue  # a command shown to the user in an error message
-            assert "allow_pickle=False" in call or (path.name == "folder.py" and "weights_only=True" in call), (path.name, call)
+            assert "allow_pickle=False" in call or (path.name == "files.py" and "weights_only=True" in call), (path.name, call)
         assert not re.search(r"^(import|from) (pickle|marshal|shelve|dill)\b|\bexec\(", text, re.MULTILINE), path
 
 

@@ -270,7 +270,7 @@ def adopt(*flags):
     s = settings.parse([*FLAGS, *map(str, flags)])
     embedder = {"kind": "class", "dim": s.unet.context_dim, "null_class": s.cond_drop > 0, "num_classes": 10}
     return original_weights.convert(s, s.init_ldm, s.init_vae, s.init_scale, IMAGES,
-                                    train.data.digests(IMAGES), embedder, 10)
+                                    train.datasets.digests(IMAGES), embedder, 10)
 
 
 def test_init_ldm_takes_the_place_of_the_public_stages(tmp_path, monkeypatch):
@@ -438,7 +438,7 @@ def test_the_program_takes_an_autoencoder_alone_and_scales_by_public_images(tmp_
     convert("--autoencoder", tmp_path / "x.ckpt", "--out", tmp_path / "a")
     assert [path.name for path in (tmp_path / "a" / "public").iterdir()] == ["vae.pt"]
     first = files.load(tmp_path / "a" / "public" / "vae.pt")
-    public = train.data.load("strokes", size=32, public_classes="all", n=60, seed=0).images
+    public = train.datasets.load("strokes", size=32, public_classes="all", n=60, seed=0).images
     with torch.no_grad():
         z = checkpoints.build_vae(first).encode(train.pictures(public, "cpu")).mean * first["scale"]
     assert z.std().item() == pytest.approx(1.0, abs=1e-4)
