@@ -190,13 +190,17 @@ def per_layer(norms, clip_norm):
 CLIPPING = {"flat": flat, "automatic": automatic, "per-layer": per_layer}
 
 
+def finite_examples(norms, losses):
+    """(N,) bool: which examples have a finite norm over all layers, and a finite loss."""
+    return norms.square().sum(0).isfinite() & losses.isfinite()
+
+
 def usable(factors, norms, losses):
     """Factors (L, N), with 0 for the examples that must not contribute: non-finite norm or loss.
 
     0 as well for a factor that float32 cannot hold at full precision: rounded up, it might let through more than C.
     """
-    finite = norms.square().sum(0).isfinite() & losses.isfinite()  # (N,)
-    return torch.where(finite & (factors > torch.finfo(torch.float32).tiny), factors, 0.0)
+    return torch.where(finite_examples(norms, losses) & (factors > torch.finfo(torch.float32).tiny), factors, 0.0)
 
 
 # --------------------------------------------------------------------------------------------- per-example gradients
@@ -442,8 +446,7 @@ def check_against_loop(engine, loss_fn, *batch):
 
 def measure(norms, losses, factors):
     """Rows (4, N) float64 for `summary`: norm, loss, is it clipped, is it finite."""
-    finite = norms.square().sum(0).isfinite() & losses.isfinite()
-    parts = (norms.square().sum(0).sqrt(), losses, (factors < 1).any(0), finite)
+    parts = (norms.square().sum(0).sqrt(), losses, (factors < 1).any(0), finite_examples(norms, losses))
     return torch.stack([part.double() for part in parts])
 
 
