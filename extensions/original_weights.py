@@ -23,8 +23,7 @@ import sample
 import unet
 import vae
 from datasets import pixels
-from extensions import text
-from support import checkpoints, files, presets, run_folder, settings, team
+from support import checkpoints, conditions, files, presets, run_folder, settings, start, team
 
 GROUPS = 32  # in every GroupNorm of the original code
 # Prefixes of the names in a checkpoint.
@@ -155,13 +154,13 @@ def averaged(tensors, path):
     return tensors | {k: tensors[name] for k, name in names.items()}
 
 
-def convert(s, unet_file, vae_file, scale, images, digests, embedder, num_classes, average=False):
+def convert(s, unet_file, vae_file, scale, images, digests, embedder, average=False):
     """Checkpoint files -> contents of public/vae.pt and public/ldm.pt; the second is None without a UNet.
 
     unet_file, vae_file: paths; None if the UNet is trained here, or if one file holds both. images (N, C, H,
     W) uint8: PUBLIC images, for the latent scale where only the autoencoder is given, with their digests.
     Otherwise the UNet was trained with one scale, the buffer `scale_factor`, or `scale` where the file has
-    none (None: 1, the original's default). embedder, num_classes: see `ldm_checkpoint`. Sets num_groups and
+    none (None: 1, the original's default). embedder: see `ldm_checkpoint`. Sets num_groups and
     the noise schedule of the settings s to the original's. Raises ValueError, one line, for weights that do
     not fit.
     """
@@ -184,19 +183,19 @@ def convert(s, unet_file, vae_file, scale, images, digests, embedder, num_classe
                       "digests": digests}
     if not unet_file:
         return vae_checkpoint, None
-    checkpoint = ldm_checkpoint(s, unet_weights, unet_file, digests, embedder, num_classes)
+    checkpoint = ldm_checkpoint(s, unet_weights, unet_file, digests, embedder)
     if team.rank() == 0:
         source = unet_file.name if vae_file is None else f"{unet_file.name}, autoencoder of {name}"
         print(f"weights        {source}; scale {scale:.5g}")
     return vae_checkpoint, checkpoint
 
 
-def ldm_checkpoint(s, weights, path, digests, embedder, num_classes):
+def ldm_checkpoint(s, weights, path, digests, embedder):
     """The UNet's tensors -> content of public/ldm.pt.
 
-    embedder: the entry of the condition embedder (`sample.build_embedder`). The file's classes are read if
-    they are at least num_classes, the private set's, and of the right width. Otherwise the embedder starts
-    afresh, as our text encoder always does; num_classes None: ValueError then.
+    embedder: the entry of the condition embedder that the private set needs (`conditions.embedder_entry`). The
+    file's class embedder is taken if it has the right width and at least as many classes. Otherwise the
+    embedder starts afresh, as our text encoder always does.
     """
     s.unet = replace(s.unet, num_groups=GROUPS)
     if "betas" in weights:
@@ -205,10 +204,7 @@ def ldm_checkpoint(s, weights, path, digests, embedder, num_classes):
     if checkpoints.condition_kind(embedder) == "class":
         if table is not None:
             rows = len(table) - embedder["null_class"]
-            fits = table.shape[1:] == (embedder["dim"],) and rows >= (num_classes or 1)
-        if not fits and num_classes is None:
-            raise ValueError(f"{path}: it has no class embedder of width {embedder['dim']}; say how many "
-                             "classes a fresh one shall have (--classes N), or --condition none")
+            fits = table.shape[1:] == (embedder["dim"],) and rows >= embedder["num_classes"]
         embedder = {**embedder, "num_classes": rows if fits else embedder["num_classes"]}
     torch.manual_seed(s.seed)
     model = unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(embedder))
@@ -239,28 +235,8 @@ def schedule_of(weights, path):
 # Flags of train.py that say what the networks and the public set are. Any flag could be passed on, but
 # argparse would then take the value of one that it does not know for CHECKPOINT.
 PASSED_ON = ("size", "factor", "latent-channels", "width", "depth", "condition", "cond-drop", "text-length",
-             "text-width", "text-layers", "public", "public-classes", "public-n", "data-root",
-             "cache", "seed", "device")
-
-
-def fresh_entry(s, num_classes):
-    """The entry of a condition embedder as the settings ask; the words of a text model are the grammar's."""
-    if s.condition == "none":
-        return None
-    entry = {"kind": s.condition, "dim": s.unet.context_dim, "null_class": s.cond_drop > 0}
-    if s.condition == "class":
-        return {**entry, "num_classes": num_classes}
-    return {**entry, "words": text.vocabulary([], []), "length": s.text_length, "width": s.text_width,
-            "layers": s.text_layers}
-
-
-def public_images(s):
-    """The settings' public set: images (N, C, H, W) uint8, and their digests unless a program drew them."""
-    drawn = datasets.REGISTRY[datasets.kind_of(s.public)].drawn
-    found = datasets.load(s.public, "train", s.data_root, s.vae.resolution, channels=s.vae.in_channels,
-                      cache=s.cache, public_classes=s.public_classes if s.public == "strokes" else None,
-                      n=s.public_n, seed=s.seed)
-    return found.images, datasets.digests(found.images[:0] if drawn else found.images)
+             "text-width", "text-layers", "public", "public-classes", "public-n", "private", "classes",
+             "label-attribute", "data-root", "cache", "seed", "device")
 
 
 def main(argv=None):
@@ -273,26 +249,30 @@ def main(argv=None):
     add("--autoencoder", type=Path, default=None, help="its file, if CHECKPOINT does not hold it")
     add("--scale", type=float, default=None, help="scale_factor of the original configuration, if the "
         "checkpoint has no such buffer [1, the original code's default]")
-    add("--classes", type=int, default=None, help="classes of a fresh embedder, if none in the file fits")
     add("--average", action="store_true", help="take the moving average of the UNet's weights (model_ema)")
     for key in PASSED_ON:
         add("--" + key, default=None, help="as of train.py")
     args = parser.parse_args(argv)
-    sample.check_numbers(args, scale=(1e-6, 1e6), classes=(1, 10 ** 6))
+    sample.check_numbers(args, scale=(1e-6, 1e6))
     given = {key: getattr(args, key.replace("-", "_")) for key in PASSED_ON}
     s = settings.parse(["--preset", args.preset, *(f"--{k}={v}" for k, v in given.items() if v is not None)])
     if args.checkpoint is None and args.autoencoder is None:
         raise ValueError("name a checkpoint that holds a UNet, or an autoencoder's by --autoencoder")
-    images, digests = (None, torch.empty(0, dtype=torch.int64)) if args.checkpoint else public_images(s)
+    images, digests = None, torch.empty(0, dtype=torch.int64)
+    if not args.checkpoint:
+        only = s.public_classes if s.public == "strokes" else None
+        images = start.find_set(s, s.public, public_classes=only, n=s.public_n, seed=s.seed).images
+        digests = start.public_digests(s, images)
+    declared = s.classes and datasets.class_list(s.classes)
+    private = datasets.describe(s.private, s.data_root, s.vae.resolution, s.vae.in_channels, s.label_attribute, declared)
     stages = convert(s, args.checkpoint, args.autoencoder, args.scale, images, digests,
-                     fresh_entry(s, args.classes), args.classes, args.average)
+                     conditions.embedder_entry(s, private, private), args.average)
     run_folder.prepare(args.out, resume=False)
     for name, checkpoint in zip(("vae.pt", "ldm.pt"), stages, strict=True):
         if checkpoint:
             files.save(checkpoint, args.out / "public" / name)
             print(f"{args.out / 'public' / name}")
-    if args.checkpoint:
-        print(f"go on with: python train.py --preset {args.preset} --init {args.out} --out runs/NAME")
+    print(f"go on with: python train.py --preset {args.preset} --init {args.out} --out runs/NAME")
 
 
 if __name__ == "__main__":

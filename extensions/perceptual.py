@@ -5,6 +5,8 @@ Rombach et al. (2022, appendix G) train their first stage with both, as Esser et
 is blurred. `vae.loss` takes both as arguments; train.py's flags are --perceptual-weight and
 --adversarial-weight.
 """
+import sys
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -95,3 +97,19 @@ class Adversary(nn.Module):
     def set_extra_state(self, state):
         self.step = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def terms(s):
+    """What the settings ask for: (name of the distance or "", distance or None, Adversary or None).
+
+    A note says so where VGG16's weights cannot be had.
+    """
+    name, distance, adversary = "", None, None
+    if s.perceptual_weight:
+        name, distance = perceptual_distance(s.device)
+        if name != "vgg16":
+            print(f"note: VGG16's weights cannot be had here; the perceptual term compares {name} instead",
+                  file=sys.stderr)
+    if s.adversarial_weight:
+        adversary = Adversary(s.vae.out_ch, s.adversarial_weight, s.adversarial_start).to(s.device)
+    return name, distance, adversary

@@ -5,6 +5,7 @@ import diffusion
 import unet
 import vae
 from extensions import text
+from support import files
 
 
 def condition_kind(entry):
@@ -60,3 +61,25 @@ def build(make, state, *configs):
     model = make()
     model.load_state_dict(state)
     return model
+
+
+def load_public(path):
+    """A checkpoint of stage 1 or 2, known to hold a network. ValueError, one line, if missing or damaged."""
+    checkpoint = files.load(path)
+    files.refuse_release(checkpoint, path)
+    with files.understanding(path):
+        if path.name == "vae.pt":
+            build_vae(checkpoint)
+            float(checkpoint["scale"])
+        else:
+            build_model(checkpoint)
+    return checkpoint
+
+
+def check_finite(title, checkpoint):
+    """Refuse a public network whose training has diverged; nothing is spent on it yet. ValueError, one line."""
+    weights = checkpoint.get("state", checkpoint.get("model"))
+    numbers = [*weights.values(), torch.tensor(float(checkpoint.get("scale", 1.0)))]
+    if not all(bool(a.isfinite().all()) for a in numbers):
+        raise ValueError(f"the public {title} holds numbers that are not finite: its training has diverged; "
+                         "train it anew with a smaller learning rate")

@@ -1,8 +1,5 @@
-"""What a run will spend, known before its first private step: epsilon, memory, minutes; and how fast this machine is.
-
-`train.py --dry-run` prints all of it and stops. The privacy plan (q = B/n, T, sigma) is the one of Algorithm 1 of DP-LDM (Liu et
-al. 2024), sigma calibrated by accountant.py so that the whole run costs the epsilon asked for.
-"""
+"""What a run will spend, known before it begins: epsilon, memory, minutes. `train.py --dry-run` prints it and stops."""
+import os
 from functools import partial
 
 import torch
@@ -11,10 +8,27 @@ import diffusion
 import dp_sgd
 import unet
 import vae
-from extensions import lora, text
-from support import checkpoints, hardware
+from extensions import lora
+from support import checkpoints, guarantee, hardware
 from support.hardware import count, select
 from support.settings import GRADIENTS
+
+
+def report(s, plan, embedder, public, private, known):
+    """Print the privacy plan, the memory and the minutes. known: public networks that exist already, by file name."""
+    with torch.device("meta"):  # shapes only
+        model = unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(embedder))
+        lora.tuned(model, s)
+        size = count(model.parameters()) + count(vae.AutoencoderKL(s.vae).parameters())
+    guarantee.print_plan(s, plan, model)
+    needed = print_memory(s, model, public, private)
+    if size > 5e7 and s.device == "cpu":
+        return print("time           not measured: networks of this size are for a GPU; run --dry-run there")
+    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    if s.device == "cpu" and needed > have:
+        return print(f"time           not measured: a public step needs {needed:.0f} GB, this machine has {have:.0f}; choose "
+                     "a smaller --vae-batch or --ldm-batch, or a larger --factor")
+    return estimate(s, plan, embedder, known)
 
 
 def print_memory(s, model, public, private):
@@ -38,7 +52,7 @@ def print_memory(s, model, public, private):
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(True)
     first = kept(autoencoder, lambda: autoencoder.decode(autoencoder.encode(x).mean))
-    second = kept(model, lambda: model(z, t, stand_in(model, 1, "meta")))
+    second = kept(model, lambda: model(z, t, hardware.stand_in(model, 1, "meta")))
     for name, p in model.named_parameters():
         p.requires_grad_(wanted[name])
     stored = (s.public_n or len(public)) + len(private)
@@ -51,8 +65,8 @@ def print_memory(s, model, public, private):
     return max(20 * count(autoencoder.parameters()) + s.vae_batch * first, 20 * total + s.ldm_batch * second) / big
 
 
-def estimate(s, plan, embedder, reused=()):
-    """Print the minutes of each stage, extrapolated from one step on random data; 0 for what is `reused`, "vae" and "ldm"."""
+def estimate(s, plan, embedder, known=()):
+    """Print the minutes of each stage, extrapolated from one step on random data; 0 for networks that are `known`."""
     with torch.device(s.device):
         autoencoder = vae.AutoencoderKL(s.vae)
         model = unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(embedder))
@@ -60,10 +74,10 @@ def estimate(s, plan, embedder, reused=()):
     lora.tuned(model, s)
     x = torch.rand(s.vae_batch, s.vae.in_channels, s.vae.resolution, s.vae.resolution, device=s.device)
     z = torch.randn(s.ldm_batch, *autoencoder.latent_shape, device=s.device)
-    y = stand_in(model, s.ldm_batch, s.device)
+    y = hardware.stand_in(model, s.ldm_batch, s.device)
     loss_fn = partial(diffusion.loss, schedule=s.schedule)
     engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, dp_sgd.CLIPPING[s.clipping], GRADIENTS[s.method])
-    size = s.micro_batch or fastest_micro_batch(s, model, z.shape[1:])
+    size = s.micro_batch
     few = slice(0, min(size, len(z)))
 
     def minutes(times, f):
@@ -74,36 +88,8 @@ def estimate(s, plan, embedder, reused=()):
                       lambda: engine.accumulate(loss_fn, *diffusion.draw(z[few], select(y, few), s.noise_multiplicity, None,
                                                                        s.schedule)))
     model.requires_grad_(True)
-    first = 0.0 if "vae" in reused else minutes(s.vae_steps, lambda: vae.loss(autoencoder, x)[0].backward())
-    second = 0.0 if "ldm" in reused else minutes(
+    first = 0.0 if "vae.pt" in known else minutes(s.vae_steps, lambda: vae.loss(autoencoder, x)[0].backward())
+    second = 0.0 if "ldm.pt" in known else minutes(
         s.ldm_steps, lambda: loss_fn(model, *diffusion.draw(z, y, 1, None, s.schedule)).mean().backward())
     print(f"time           autoencoder {first:.1f}, latent diffusion {second:.1f}, private tuning {private:.1f} minutes "
           f"({'bf16' if s.bf16 else 'float32'} on {s.device}, {torch.get_num_threads()} threads)")
-
-
-def fastest_micro_batch(s, model, shape, sizes=(32, 64, 128, 256, 512, 1024)):
-    """The micro-batch size with the most examples per second, tried on random latents of one example's `shape`.
-
-    The size changes memory and speed only, never the result: dp_sgd sums clipped gradients over micro-batches.
-    """
-    # a throw-away engine: nothing of it is released
-    engine = dp_sgd.DPSGD(model, s.clip_norm, 0.0, 1, dp_sgd.CLIPPING[s.clipping], GRADIENTS[s.method])
-    best, fastest = sizes[0], 0.0
-    loss_fn = partial(diffusion.loss, schedule=s.schedule)
-    for size in sizes if s.method != "loop" else ():
-        z, y = torch.randn(size, *shape, device=s.device), stand_in(model, size, s.device)
-        try:
-            rate = size / min(hardware.seconds(s, lambda z=z, y=y: engine.accumulate(
-                loss_fn, *diffusion.draw(z, y, s.noise_multiplicity, None, s.schedule))) for _ in range(2))
-        except torch.OutOfMemoryError:
-            break
-        if rate > 1.03 * fastest:
-            best, fastest = size, rate
-    return best
-
-
-def stand_in(model, n, device):
-    """n conditions of the model's kind for measuring times: None, label 0, or prompts of full length."""
-    if isinstance(model.embedder, text.TextEncoder):
-        return torch.full((n, model.embedder.length), text.BEGIN, device=device)
-    return None if model.embedder is None else torch.zeros(n, dtype=torch.int64, device=device)

@@ -6,7 +6,9 @@ weights_only=True, so that a file from elsewhere cannot run code.
 """
 import contextlib
 import json
+import math
 import os
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 import torch
@@ -126,3 +128,16 @@ def read_ledger(path):
         with open(path, "a") as file:
             file.write("\n")
     return text
+
+
+def plain(value):
+    """A value as JSON gives it back: dataclasses as dicts, tuples as lists, numpy numbers as floats, infinity as text."""
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(float(value))
+    if is_dataclass(value):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value

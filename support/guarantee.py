@@ -13,8 +13,8 @@ import dp_sgd
 from accountant import round_up
 from extensions import pld
 from support import files, run_folder
+from support.files import plain
 from support.hardware import count
-from support.settings import plain
 from support.team import rank
 
 GROUP = "epsilon_for_20_pictures_of_one_person"
@@ -119,6 +119,7 @@ def stored_plan(s, asked, path):
 
 
 def print_plan(s, plan, model):
+    """Print plan and share of tuned parameters -> number of tuned parameters."""
     trained, total = count(p for p in model.parameters() if p.requires_grad), count(model.parameters())
     print(f"privacy plan   epsilon {round_up(plan['epsilon'])} at delta {round_up(plan['delta'])} ({s.accountant}); "
           f"unit: one picture, added or removed\n               n {plan['n']}, Poisson sampling with q {plan['q']:.4g} "
@@ -127,6 +128,7 @@ def print_plan(s, plan, model):
           f"tuned          {s.tune}: {trained:,} of {total:,} parameters ({trained / total:.1%})")
     if plan["steps"] and (plan["sigma"] == 0 or s.insecure_seed is not None) and rank() == 0:
         print("WARNING: no noise or a known noise seed: this run is NOT private", file=sys.stderr)
+    return trained
 
 
 # How the presets' hyper-parameters were chosen, where private results had a part in it (docs/privacy.md).
@@ -144,8 +146,13 @@ BEFOREHAND = ("taken as chosen without results on these pictures; if other runs 
               "add up")
 
 
-def privacy_statement(s, plan, rows, trained):
-    """Content of release/privacy.json: all that is needed to judge the guarantee (pitfalls 20, 24, 25)."""
+def privacy_statement(s, plan, rows, trained, stages=()):
+    """Content of release/privacy.json: all that is needed to judge the guarantee (pitfalls 20, 24, 25).
+
+    trained: number of tuned parameters; stages: the public checkpoints, which say what they were trained on.
+    """
+    trained_on = sorted({stage["trained_on"] for stage in stages})
+    weights = sorted({name for stage in stages for name in stage.get("public_weights", ())})
     # Known before the first private step; a step that the plan did not foresee would raise them here.
     numbers = settled(plan["numbers"], privacy_numbers(s, rows, s.delta))
     epsilon = numbers[f"epsilon_{s.accountant}"]
@@ -161,10 +168,10 @@ def privacy_statement(s, plan, rows, trained):
         "expected_batch_size": s.batch_size, "steps": len(rows), "sigma": plan["sigma"], "clip_norm": s.clip_norm,
         "clipping": s.clipping, "noise_multiplicity": s.noise_multiplicity, "tune": s.tune, "from_block": s.from_block,
         "condition": s.condition, "trained_parameters": trained,
-        "public_set": " and ".join(s.trained_on), "private_set": datasets.kind_of(s.private),
+        "public_set": " and ".join(trained_on), "private_set": datasets.kind_of(s.private),
         "enlarged": datasets.enlarged(s.private, s.vae.resolution),
         "hyper_parameters": LOOKED.get(datasets.kind_of(s.private), BEFOREHAND),
-        "public_weights": s.public_weights,
+        "public_weights": weights,
         "insecure_seed": s.insecure_seed is not None, "fast_noise": s.fast_noise,
         "noise": "float64 from torch's generator (--fast-noise): Mersenne twister (CPU) or Philox (CUDA), no cryptographic ones"
                  if s.fast_noise or s.insecure_seed is not None else

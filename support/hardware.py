@@ -3,6 +3,8 @@ import time
 
 import torch
 
+from extensions import text
+
 
 def laid_out(network, device):
     """The network on the device, its images laid out in memory as suits: channels last for a GPU's tensor cores, contiguous on
@@ -62,3 +64,10 @@ def select(conditions, index):
 
 def count(parameters):
     return sum(p.numel() for p in parameters)
+
+
+def stand_in(model, n, device):
+    """n conditions of the model's kind for measuring times: None, label 0, or prompts of full length."""
+    if isinstance(model.embedder, text.TextEncoder):
+        return torch.full((n, model.embedder.length), text.BEGIN, device=device)
+    return None if model.embedder is None else torch.zeros(n, dtype=torch.int64, device=device)

@@ -18,7 +18,7 @@ DIGITS = dict(  # every key is a flag or a network; a preset overrides some of t
     factor=None, latent_channels=None, width=None, depth=None, prediction=None,
     ldm_steps=1600, ldm_batch=256, ldm_lr=2e-3, cond_drop=0.1,
     epsilon=10.0, delta=1e-5, sigma=None, accountant="pld", batch_size=4000, steps=30, clip_norm=0.1, clipping="flat",
-    noise_multiplicity=1, tune="attention", from_block=0, lr=5e-3, ema=0.9, method="bookkeeping", micro_batch=None,
+    noise_multiplicity=1, tune="attention", from_block=0, lr=5e-3, ema=0.9, method="bookkeeping", micro_batch=256,
     sample_steps=30, sample_eta=0.0, guidance=1.0,
 )
 LARGE = dict(  # for 60,000 private pictures: the noise allows more steps, and the public model is what limits
@@ -28,7 +28,7 @@ WIDE = LARGE | dict(  # the same, larger still: 98.2 instead of 97.8 % (docs/res
     unet=replace(DIGITS["unet"], model_channels=64), vae_steps=2500, ldm_steps=5000, ldm_lr=1.2e-3, batch_size=10_000)
 CELEBA = dict(  # the authors' settings for faces; large, for GPUs
     public="folder:imagenet/train", public_n=None, private="celeba", delta=1e-6, clip_norm=5e-4, ema=0.9999, cond_drop=0.0,
-    schedule=diffusion.Schedule(beta_end=0.0195), vae_steps=200_000, vae_batch=16, vae_lr=1.6e-5,
+    schedule=diffusion.Schedule(beta_end=0.0195), micro_batch=64, vae_steps=200_000, vae_batch=16, vae_lr=1.6e-5,
     perceptual_weight=1.0, adversarial_weight=0.5, adversarial_start=50_000, ldm_steps=500_000,
     sample_steps=200, sample_eta=1.0)
 PRESETS = {  # epochs are turned into steps: epochs * n / batch, with n = 50,000 (CIFAR-10) and 162,770 (CelebA)

@@ -14,15 +14,16 @@ import sample
 from accountant import round_up
 from datasets import pixels
 from extensions import lora
-from support import checkpoints, files, guarantee
+from support import checkpoints, conditions, files, guarantee
 
 
-def write_release(s, vae_checkpoint, ldm_checkpoint, model, classes, prompts, privacy, public):
+def write_release(s, vae_checkpoint, ldm_checkpoint, model, private, privacy, public):
     """release/: model.pt, privacy.json, samples.png, comparison.png (real public | before | after tuning).
 
-    One row of pictures per class; with prompts (a list per class, None for models without text) per prompt: prompts.txt.
+    One row of images per class; of a text model per prompt: prompts.txt. private: only its schema is used.
     """
     lora.merge(model)
+    classes, prompts = private.classes, conditions.class_prompts(s, private)
     content = {"format": sample.FORMAT, "vae": {k: vae_checkpoint[k] for k in ("config", "state")},
                "scale": vae_checkpoint["scale"], **{k: ldm_checkpoint[k] for k in ("unet", "embedder", "schedule")},
                "classes": classes, "crop": s.crop, "prompts": prompts,

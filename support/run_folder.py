@@ -5,9 +5,14 @@
     runs/NAME/internal/   ledger, state for resume, losses and gradient norms: NOT covered, never publish
 """
 import argparse
+import atexit
 import contextlib
-import fcntl
+import errno
+import functools
+import hashlib
 import os
+import shlex
+import shutil
 import signal
 import sys
 import time
@@ -15,31 +20,116 @@ import time
 import torch
 
 import accountant
-from support import files
-from support.team import rank
+from support import checkpoints, files
+from support.files import plain
+from support.team import agreed, once, rank
 
 PARTS = ("public", "release", "internal")
+# What a scheduler may send before it takes the machine away is a wish to stop, as Ctrl-C is.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 ADD_UP = "a new run on the same pictures would add its epsilon to what this one has spent"
+
+
+class RunFolder:
+    """The folder of one run, locked until the process ends.
+
+    known: public checkpoints {"vae.pt": ..., "ldm.pt": ...} of --init, which are copied into it. `stop` says whether
+    Ctrl-C was pressed. Raises ValueError, one line, where a new run would be mixed into an old one, and where a resumed
+    run's files contradict each other.
+    """
+
+    def __init__(self, s, plan, known):
+        self.s, self.stop = s, Stop()
+        once(prepare, s.out, s.resume)
+        once(check_spent, s.out, plan)
+        if not s.resume:
+            for name, checkpoint in known.items():
+                files.save(checkpoint, s.out / "public" / name)
+            if rank() == 0 and s.init and (s.init / "public" / "features.pt").exists():  # evaluate.py's: judged alike
+                shutil.copy(s.init / "public" / "features.pt", s.out / "public")
+            files.write_json({key: plain(value) for key, value in vars(s).items()}, s.out / "internal" / "settings.json")
+        agreed(None)  # nobody looks before all is written
+
+    def cached(self, name, make):
+        """A public checkpoint: read from public/NAME where that exists, else made by make() and written there."""
+        path = self.s.out / "public" / name
+        there = path.exists()
+        checkpoint = checkpoints.load_public(path) if there else make()
+        if not there:
+            files.save(checkpoint, path)
+        checkpoints.check_finite({"vae.pt": "autoencoder", "ldm.pt": "diffusion model"}[name], checkpoint)
+        return checkpoint
+
+    def check_unchanged(self, plan, names, private):
+        """Write down what the guarantee depends on; when the run is resumed, refuse if any of it differs."""
+        facts = {**plan, "clip_norm": self.s.clip_norm, "clipping": self.s.clipping, "tuned": names,
+                 "private_pictures": hashlib.sha256(private.images.numpy()).hexdigest()}
+        once(check_unchanged, plain(facts), self.s.out / "internal" / "plan.json")
 
 
 def prepare(out, resume):
     """Make the run folder, lock it until this process ends, clear up after a crash. Raises ValueError where a new run would
     be mixed into an old one, or while another process trains there: two of them would each spend the whole budget."""
-    used = [part for part in PARTS if (out / part).exists() and any((out / part).iterdir())]
-    if used and not resume:
-        raise ValueError(f"{out} already holds a run; go on with it (--resume --out {out}), or choose "
-                         f"another --out; {ADD_UP}")
+    if not resume:
+        refuse_used(out)
     for part in PARTS:
         (out / part).mkdir(parents=True, exist_ok=True, mode=0o700 if part == "internal" else 0o777)
     files.only_owner(out / "internal")
-    lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o600)  # stays open: closed, the lock is lost
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ValueError(f"another process is at work in {out}; wait for it, or choose another --out") from None
+    lock(out)
     for part in PARTS:
         for unfinished in (out / part).glob(".*.tmp"):
             unfinished.unlink()
+
+
+def refuse_used(out):
+    """ValueError where `out` holds a run already."""
+    if any((out / part).exists() and any((out / part).iterdir()) for part in PARTS):
+        raise ValueError(f"{out} already holds a run; go on with it (--resume --out {quoted(out)}), or choose another "
+                         f"--out; {ADD_UP}")
+
+
+def lock(out):
+    """Lock the folder until this process ends. ValueError while another process holds it, or where nothing can be locked.
+
+    Some file systems have no locks. There a file, made only if there is none, takes its place; it is removed at the end,
+    but not after a crash.
+    """
+    import fcntl  # here: sampling and evaluation, which need no lock, also run where there is none
+    busy = f"another process is at work in {out}; wait for it, or choose another --out"
+    handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o600)  # stays open: closed, the lock is lost
+    try:
+        return fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(busy) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+    held = out / ".lock.held"
+    try:
+        os.close(os.open(held, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        raise ValueError(f"{busy}. The file system of {out} has no locks; if no process is at work there, remove "
+                         f"{held}, which a crash has left") from None
+    atexit.register(held.unlink, missing_ok=True)
+
+
+def quoted(path):
+    """A path as a shell takes it."""
+    return shlex.quote(str(path))
+
+
+def handlers_restored(main):
+    """Decorator: the handlers of signals are afterwards what they were before, for whoever calls main() in a program."""
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        try:
+            return main(*args, **kwargs)
+        finally:
+            with contextlib.suppress(ValueError):  # only a main thread may set handlers
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+    return wrapped
 
 
 def check_unchanged(facts, path):
@@ -85,21 +175,21 @@ def check_spent(out, plan):
                          f"{ADD_UP}")
     if stated and not done:
         raise ValueError("cannot resume: internal/state.pt is missing, and the untuned public model would "
-                         f"replace the release, which is finished: draw from it with python sample.py {out}")
+                         f"replace the release, which is finished: draw from it with python sample.py {quoted(out)}")
     if spent and spent >= plan["steps"] and not done:
         raise ValueError(f"cannot resume: all {spent} private steps are spent, and internal/state.pt, their "
                          f"result, is missing. Bring it back from a copy, or this run is lost; {ADD_UP}")
 
 
 class Stop:
-    """First Ctrl-C (or SIGTERM): finish the step, files.save, leave with code 130. Second one: leave at once.
+    """First Ctrl-C (or SIGTERM, SIGUSR1): finish the step, save, leave with code 130. Second one: leave at once.
 
     Signals within a second of the first are taken as the same one: torchrun passes on what the terminal has sent already.
     """
 
     def __init__(self):
         self.asked, self.since = False, 0.0
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             with contextlib.suppress(ValueError):  # only a main thread may set handlers
                 signal.signal(number, self.handle)
 
@@ -114,7 +204,7 @@ class Stop:
 
     def leave(self, out):
         if not rank():
-            print(f"stopped, nothing is lost; go on with: python train.py --resume --out {out}", file=sys.stderr)
+            print(f"stopped, nothing is lost; go on with: python train.py --resume --out {quoted(out)}", file=sys.stderr)
         raise SystemExit(130)
 
 

@@ -5,7 +5,7 @@ One flat namespace: a preset overrides the defaults of `digits`, a flag override
 """
 import argparse
 import math
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ import dp_sgd
 import unet
 from extensions.bookkeeping import bookkeeping
 from support import checkpoints, files, hardware, presets, run_folder
+from support.files import plain
 
 GRADIENTS = {"bookkeeping": bookkeeping, "loop": dp_sgd.loop, "vmap": dp_sgd.vmap}  # --method
 # These may differ when a run is resumed: they change where and how fast, not what is computed or guaranteed.
@@ -48,14 +49,11 @@ def parse(argv):
     g = p.add_argument_group("run")
     g.add_argument("--preset", choices=presets.PRESETS, default="digits", help="data sets, networks and defaults [digits]")
     g.add_argument("--out", type=Path, help="run folder to write [runs/PRESET]")
-    g.add_argument("--init", type=Path, default=None, help="run folder whose public stages are reused; with another "
-                   "--condition only its autoencoder [train them]")
-    g.add_argument("--init-ldm", type=Path, default=None, help="UNet, autoencoder and class embedder from a checkpoint of the "
-                   "original latent-diffusion code, instead of stages 1 and 2 [train them]")
-    g.add_argument("--init-vae", type=Path, default=None, help="autoencoder from such a checkpoint [--init-ldm's, or train it]")
-    g.add_argument("--init-scale", type=float, default=None, help="scale_factor of --init-ldm's configuration, if the "
-                   "checkpoint has no such buffer [1, the original code's default]")
-    g.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out")
+    g.add_argument("--init", type=Path, default=None, help="run folder whose public networks are reused; where it has no "
+                   "diffusion model, or one with another --condition, only its autoencoder [train them]")
+    g.add_argument("--resume", nargs="?", const="yes", choices=("yes", "auto"), default=False,
+                   help="go on with the run in --out; auto: begin it if it never began (for a scheduler that restarts "
+                   "one command) [off]")
     g.add_argument("--dry-run", action="store_true", default=False, help="print plan, sizes and times, then stop")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cpu, cuda or cuda:i [cuda where present]")
@@ -114,7 +112,7 @@ def parse(argv):
           ("from_block", int, "leave out the first attention modules in forward order"),
           ("lr", float, "learning rate of Adam"), ("ema", float, "decay of the average of the tuned parameters, per step"),
           ("method", str, "how per-example gradients are found, same result", [*GRADIENTS]),
-          ("micro_batch", int, "pictures at a time, memory and speed only; None: the fastest, by a short measurement"))
+          ("micro_batch", int, "images at a time: memory and speed only"))
     flags("pictures at the end", ("sample_steps", int, "DDIM steps"), ("sample_eta", float, "DDIM eta, 0..1"),
           ("guidance", float, "guidance weight, 1: none"))
     defaults = {a.dest: a.default for a in p._actions if a.default is not argparse.SUPPRESS}
@@ -129,6 +127,8 @@ def parse(argv):
                      in_channels=s.latent_channels or s.unet.in_channels, out_channels=s.latent_channels or s.unet.out_channels)
     s.schedule = replace(s.schedule, prediction=s.prediction or s.schedule.prediction)
     s.given = sorted(given)
+    if s.resume == "auto" and not (s.out / "internal" / "settings.json").exists():
+        s.resume = False
     if s.resume:
         adopt_settings(s, given)
     if s.condition == "none":  # cross-attention then asks the pixels themselves
@@ -181,7 +181,6 @@ def check(s):
             ("seed insecure_seed", 0, 2 ** 62)):
         demand(keys, lambda v, low=low, high=high: low <= v <= high, f"lie in {low}..{high}")
     demand("vae_lr ldm_lr lr", lambda v: 0 < v <= 1000, "be positive and at most 1000")
-    demand("init_scale", lambda v: 1e-6 <= v <= 1e6, "lie in 1e-6..1e6")
     # The noise has deviation sigma C in float32, and Adam squares sigma C / B: between these bounds both stay
     # finite and above zero, for every sigma that is allowed and B up to a million.
     low, high = dp_sgd.SMALLEST_CLIP_NORM, dp_sgd.LARGEST_CLIP_NORM
@@ -204,13 +203,8 @@ def check(s):
     rank = s.tune.removeprefix("lora:")
     if rank != s.tune and rank.isdecimal() and (len(rank) > 9 or int(rank) > LARGEST_RANK):
         raise ValueError(f"--tune lora:RANK: the rank must be at most {LARGEST_RANK}, got {rank[:20]}")
-    if s.init and (s.init_ldm or s.init_vae):
-        raise ValueError("--init takes both public stages from a run; it cannot be combined with --init-ldm or --init-vae")
     if {"epsilon", "sigma"} <= {*s.given} and s.sigma is not None:
         raise ValueError("--sigma sets the noise instead of --epsilon: give one of the two")
-    for flag, path in (("--init-ldm", s.init_ldm), ("--init-vae", s.init_vae)):
-        if path and not s.resume and not path.is_file():
-            raise ValueError(f"{flag}: there is no {path}")
     if s.fast_noise and s.insecure_seed is not None:
         raise ValueError("--fast-noise and --insecure-seed exclude each other")
     checkpoints.check_schedule(s.schedule)
@@ -227,16 +221,3 @@ def check_sampling(s):
         raise ValueError("--guidance other than 1 needs a condition, --condition class or text")
     if s.guidance != 1 and s.cond_drop == 0:
         raise ValueError("--guidance other than 1 needs --cond-drop above 0, here or in the run of --init")
-
-
-def plain(value):
-    """A value as JSON gives it back: dataclasses as dicts, tuples as lists, numpy numbers as floats, infinity as text."""
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else str(float(value))
-    if is_dataclass(value):
-        value = asdict(value)
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    return str(value) if isinstance(value, Path) else value

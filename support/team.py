@@ -25,7 +25,7 @@ def rank():
 
 def join():
     """Under torchrun: meet the other processes (gloo for tensors on the CPU, NCCL on CUDA). Only rank 0 prints and writes."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not dist.is_initialized():
         dist.init_process_group(timeout=PATIENCE)
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
@@ -104,6 +104,13 @@ def collective(operation, tensors):
             a.copy_(part.view_as(a))
 
 
+def mean_gradients(parameters, also=None):
+    """The mean of all processes' gradients, in place; and of the weights of `also`, a module that trains by itself."""
+    if world() > 1:
+        together = [p.grad for p in parameters if p.grad is not None] + list(() if also is None else also.parameters())
+        collective(lambda flat: dist.all_reduce(flat.div_(world())), together)
+
+
 def reduce_sums(engine):
     """Called by every process between accumulate and step: the sums of all ranks -> their total on rank 0, zeros elsewhere.
 
@@ -112,6 +119,8 @@ def reduce_sums(engine):
     by `broadcast`. A share of the noise on each rank would be smaller than it looks: a rank knows, and can subtract, its
     own. Not DistributedDataParallel, which waits for as many backward passes on every rank: numbers of micro-batches differ.
     """
+    if world() == 1:
+        return
     metrics = torch.cat(engine.metrics, 1).cpu() if engine.metrics else torch.zeros(4, 0, dtype=torch.float64)
     gathered = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     collective(partial(dist.reduce, dst=0), engine.sums)
@@ -123,4 +132,15 @@ def reduce_sums(engine):
 
 def broadcast(tensors):
     """Rank 0's values, into everybody's tensors."""
-    collective(partial(dist.broadcast, src=0), tensors)
+    if world() > 1:
+        collective(partial(dist.broadcast, src=0), tensors)
+
+
+def dismissed():
+    """True for the processes that may go home: the release is written by one. Called by all, once."""
+    if world() == 1:
+        return False
+    going = rank() > 0
+    agreed(None)
+    dist.destroy_process_group()
+    return going

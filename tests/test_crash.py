@@ -27,7 +27,7 @@ import dp_sgd
 import sample
 import train
 from datasets import pixels
-from support import calculator, files, guarantee, run_folder
+from support import calculator, files, guarantee, progress, run_folder
 
 TINY = ["--preset", "smoke", "--public-n", "40", "--private-n", "100", "--vae-steps", "2", "--ldm-steps", "2", "--vae-batch",
         "8", "--ldm-batch", "8", "--batch-size", "10", "--accountant", "rdp", "--sample-steps", "1"]
@@ -274,7 +274,7 @@ def test_a_stored_plan_that_does_not_cost_what_it_states_is_refused(stopped, cha
 
 
 def test_a_resumed_run_shows_its_epsilon_at_once(stopped, tmp_path, monkeypatch):
-    out, shown, bar = tmp_path / "run", [], train.tqdm
+    out, shown, bar = tmp_path / "run", [], progress.tqdm
 
     class Watched(bar):
         def set_postfix(self, values=None, **rest):
@@ -282,7 +282,7 @@ def test_a_resumed_run_shows_its_epsilon_at_once(stopped, tmp_path, monkeypatch)
             super().set_postfix(values, **rest)
 
     shutil.copytree(stopped, out)
-    monkeypatch.setattr(train, "tqdm", Watched)
+    monkeypatch.setattr(progress, "tqdm", Watched)
     train.main(["--resume", "--out", str(out), *FREE])
     plan = files.read_json(out / "internal" / "plan.json")
     spent = [accountant.epsilon(plan["q"], plan["sigma"], steps, 1e-5) for steps in range(4)]

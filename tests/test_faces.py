@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import datasets
+import diffusion
 import evaluate
 import sample
 import train
@@ -571,7 +572,7 @@ def test_256_pixels_end_to_end(tmp_path, monkeypatch):
     write_celeba(tmp_path, n=60)
     write_pictures(tmp_path / "public", [f"{i}.png" for i in range(12)])
     tiny = presets.PRESETS["celeba256-text"] | dict(
-        vae=vae.VAEConfig(3, 3, 4, (1, 1, 1, 1), 1, (), 256, 4, 4, 4), schedule=train.diffusion.Schedule("cosine", "v"),
+        vae=vae.VAEConfig(3, 3, 4, (1, 1, 1, 1), 1, (), 256, 4, 4, 4), schedule=diffusion.Schedule("cosine", "v"),
         unet=replace(unet.PAPER["celeba256-text"], model_channels=16, channel_mult=(1, 1), num_res_blocks=1, num_heads=2,
                      attention_resolutions=(2,), context_dim=8, num_groups=4), text_width=16, text_layers=1)
     monkeypatch.setitem(presets.PRESETS, "celeba256-text", tiny)

@@ -21,7 +21,7 @@ import train
 import unet
 import vae
 from datasets import arrays, photos
-from support import calculator, checkpoints, files, run_folder, settings
+from support import calculator, checkpoints, files, progress, run_folder, settings
 
 TIMES = 20
 UNET = dict(in_channels=2, out_channels=2, model_channels=8, channel_mult=(1,), num_heads=1, context_dim=4, num_groups=4,
@@ -57,7 +57,7 @@ def training(model=None):
 
 def read_state(path):
     engine, average, optimizer = training()
-    train.resume(path, engine, average, optimizer)
+    progress.resume(path, engine, average, optimizer)
     engine.step(optimizer)
 
 
@@ -65,7 +65,8 @@ def read_release(path):
     sample.generate(sample.load_release(path), [0], steps=1, progress=False)
 
 
-CHECKPOINTS = {"vae.pt": train.load_public, "ldm.pt": train.load_public, "model.pt": read_release, "state.pt": read_state}
+CHECKPOINTS = {"vae.pt": checkpoints.load_public,
+               "ldm.pt": checkpoints.load_public, "model.pt": read_release, "state.pt": read_state}
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,7 @@ def test_moments_that_do_not_fit_their_parameter(damage, valid, tmp_path):
     damage(state["optimizer"]["state"][0])
     files.save(state, tmp_path / "state.pt")
     engine, average, optimizer = training()
-    assert not survives(lambda path: train.resume(path, engine, average, optimizer), tmp_path / "state.pt")
+    assert not survives(lambda path: progress.resume(path, engine, average, optimizer), tmp_path / "state.pt")
 
 
 @pytest.mark.parametrize("where, key, value", [("unet", "model_channels", 2 ** 24), ("unet", "num_res_blocks", 10 ** 9),

@@ -40,7 +40,7 @@ def private_stage(out, *flags, model=None, latents=None):
     """
     s = settings.parse(["--preset", "smoke", "--out", str(out), "--batch-size", "6", "--micro-batch", "2", "--accountant",
                      "rdp", "--tune", "embedder", *flags])
-    s.bf16, s.trained_on, s.public_weights = False, ["strokes"], []
+    s.bf16 = False
     (out / "internal").mkdir(parents=True)
     model = tiny_model() if model is None else model
     unet.select_trainable(model, s.tune, s.from_block)
@@ -120,7 +120,7 @@ def test_public_stages_see_public_pictures_only(tmp_path, monkeypatch):  # 13
                                 torch.zeros(1000, dtype=torch.int64), arrays.DIGITS, name=name)
             for name, grey in (("strokes", 50), ("mnist10k", 200))}
 
-    def first_stage(s, images, stop):
+    def first_stage(s, images, facts, stop):
         assert images is sets["strokes"].images
         raise Enough
 
@@ -152,7 +152,6 @@ def test_the_last_average_is_released_and_nothing_is_chosen(tmp_path, monkeypatc
     losses = iter([0.1, 5.0, 5.0, 5.0])
     honest = dp_sgd.summary
     monkeypatch.setattr(dp_sgd, "summary", lambda figures: honest(figures) | {"loss": next(losses)})
-    monkeypatch.setattr(train, "fastest_micro_batch", None)
     _, _, model, _ = private_stage(tmp_path)
     state = files.load(tmp_path / "internal" / "state.pt")
     assert state["done"] == 4
@@ -176,9 +175,9 @@ def test_the_statement_carries_what_a_guarantee_needs(tmp_path):  # 20, 24, 25
     s = settings.parse(["--preset", "smoke", "--out", str(tmp_path), "--epsilon", "2"])
     with pytest.raises(ValueError, match="below 1/n"):
         guarantee.privacy_plan(s, 100_000)
-    plan, s.trained_on, s.public_weights = guarantee.privacy_plan(s, 1000), ["strokes"], []
+    plan, stages = guarantee.privacy_plan(s, 1000), [{"trained_on": "strokes"}]
     rows = [{"q": plan["q"], "sigma": plan["sigma"]}] * 4
-    privacy = guarantee.privacy_statement(s, plan, rows, (7, 0))
+    privacy = guarantee.privacy_statement(s, plan, rows, 7, stages)
     assert "(2, 1e-05)" in privacy["statement"] and privacy["delta"] == 1e-5 < 1 / privacy["n"]
     assert privacy["adjacency"] == "add or remove one picture" and privacy["sampling"] == "Poisson"
     assert privacy["unit"] == "one picture" and "one picture" in privacy["statement"]
@@ -187,10 +186,10 @@ def test_the_statement_carries_what_a_guarantee_needs(tmp_path):  # 20, 24, 25
     assert any("other runs" in text and "add up" in text for text in privacy["does_not_cover"])
     assert privacy["public_set"] == "strokes" and any("from a larger set" in text for text in privacy["does_not_cover"])
     s.private_n = None  # all of them: nothing was chosen
-    assert not any("from a larger set" in t for t in guarantee.privacy_statement(s, plan, rows, (7, 0))["does_not_cover"])
+    assert not any("from a larger set" in t for t in guarantee.privacy_statement(s, plan, rows, 7, stages)["does_not_cover"])
     assert "partly by looking at results on private data" in privacy["hyper_parameters"]  # mnist10k's presets were
     s.private = "folder:mine"
-    assert "without results on these pictures" in guarantee.privacy_statement(s, plan, rows, (7, 0))["hyper_parameters"]
+    assert "without results on these pictures" in guarantee.privacy_statement(s, plan, rows, 7, stages)["hyper_parameters"]
 
 
 def test_every_checkpoint_is_read_without_running_code():  # 21

@@ -15,7 +15,7 @@ import train
 import unet
 import vae
 from datasets import arrays, photos
-from support import files, presets
+from support import dry_run, files, presets
 
 TINY = presets.PRESETS["faces"] | dict(
     vae=vae.VAEConfig(3, 3, 4, (1, 1, 1), num_groups=4), unet=unet.UNetConfig(4, 4, 16, (1,), num_groups=4),
@@ -168,7 +168,7 @@ def test_a_release_is_no_public_network(place, tmp_path):
     shutil.copytree(place / "run", tmp_path / "altered")
     shutil.copy(release, tmp_path / "altered" / "public" / "ldm.pt")
     sets = (f"folder:{place / 'first'}", f"folder:{place / 'second'}")
-    for flags in (["--init", tmp_path / "altered"], ["--init-ldm", release], ["--init-vae", release]):
+    for flags in (["--init", tmp_path / "altered"],):
         with pytest.raises(ValueError, match=message) as caught:
             run_tiny(tmp_path / "r", *sets, *flags)
         assert "\n" not in str(caught.value) and str(Path(flags[1])) in str(caught.value)
@@ -176,7 +176,7 @@ def test_a_release_is_no_public_network(place, tmp_path):
 
 def test_a_dry_run_decodes_nothing_but_looks_where_the_sets_lie(place, tmp_path, monkeypatch):
     monkeypatch.setattr(photos, "decode", None)
-    monkeypatch.setattr(train, "estimate", lambda *args: None)
+    monkeypatch.setattr(dry_run, "estimate", lambda *args: None)
     first, second = f"folder:{place / 'first'}", f"folder:{place / 'second'}"
     run_tiny(tmp_path / "r", first, second, "--init", place / "run", "--dry-run")
     with pytest.raises(ValueError, match=NOTHING):

@@ -18,7 +18,7 @@ import train
 import unet
 import vae
 from extensions import captions, lora, text
-from support import checkpoints, files, presets, run_folder, settings
+from support import checkpoints, conditions, files, presets, run_folder, settings
 from support.settings import GRADIENTS
 
 CELEBA = [
@@ -310,12 +310,12 @@ def test_the_caption_of_a_picture_does_not_depend_on_the_others():
     pictures = datasets.ImageSet(images, torch.zeros(30).long(), ["x"],
                              attributes={name: torch.rand(30, generator=g) < 0.4 for name in CELEBA})
     s = settings.parse(["--condition", "text", "--device", "cpu"])
-    entry = train.embedder_entry(s, pictures, pictures)
-    tokens = train.find_conditions(s, pictures, entry)
+    entry = conditions.embedder_entry(s, pictures, pictures)
+    tokens = conditions.of(s, pictures, entry)
     assert len(tokens.unique(dim=0)) > 25
     rest = datasets.ImageSet(pictures.images[1:], pictures.labels[1:], ["x"],
                          attributes={name: value[1:] for name, value in pictures.attributes.items()})
-    assert torch.equal(train.find_conditions(s, rest, entry), tokens[1:])
+    assert torch.equal(conditions.of(s, rest, entry), tokens[1:])
 
 
 def test_init_reuses_the_text_encoder(run, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import sample
 import train
 import vae
 from datasets import strokes
-from support import checkpoints, files, guarantee, run_folder, settings
+from support import checkpoints, conditions, dry_run, files, guarantee, run_folder, settings
 
 PRIVACY_KEYS = {"statement", "epsilon", "delta", "accountant", "adjacency", "unit", "sampling", "n", "q", "steps", "sigma",
                 "clip_norm", "noise_multiplicity", "expected_batch_size", "covers", "does_not_cover", "insecure_seed"}
@@ -58,11 +58,11 @@ def test_private_classes_begin_with_the_embedding_of_the_same_name(names, rows):
     checkpoint = {"embedder": entry, "model": {"embedder.embedding.weight": table, "x": 1}, "trained_on": "strokes",
                   "public_classes": "all"}
     for more in ({}, {"classes": list(strokes.GROUPS["all"])}):
-        found = train.for_private_classes(checkpoint | more, names)
+        found = conditions.for_private_classes(checkpoint | more, names)
         assert found["embedder"] == entry | {"num_classes": len(names)} and found["model"]["x"] == 1
         assert found["model"]["embedder.embedding.weight"][:, 0].tolist() == [*rows, 36]
     with pytest.raises(ValueError, match="fewer than the 37"):
-        train.for_private_classes(checkpoint, list(map(str, range(37))))
+        conditions.for_private_classes(checkpoint, list(map(str, range(37))))
 
 
 def test_a_plan_whose_noise_ends_too_early_is_refused(tmp_path):
@@ -245,7 +245,7 @@ def test_flags_that_reused_networks_contradict_are_refused_or_named(run, tmp_pat
 
 
 def test_dry_run_of_what_does_not_fit_the_memory_measures_nothing(capsys, monkeypatch):
-    monkeypatch.setattr(train, "estimate", None)  # would fail if it began
+    monkeypatch.setattr(dry_run, "estimate", None)  # would fail if it began
     train.main(["--preset", "smoke", "--ldm-batch", str(10 ** 9), "--dry-run"])
     assert "GB, this machine has" in capsys.readouterr().out
 
@@ -266,7 +266,7 @@ REFUSED = [
     (["--resume", "--out", "/nonexistent"], "there is no"), (["--device", "cuda:99"], "--device"),
     (["--guidance", "2", "--cond-drop", "0"], "--guidance"), (["--ema", "1"], "--ema"), (["--guidance", "nan"], "--guidance"),
     (["--flips", "true"], "--flips: must be yes or no"), (["--preset", "digit"], "'digit'"), (["--epsilon", "much"], "--epsilon"),
-    (["--epsilon", "1", "--sigma", "2"], "give one of the two"), (["--init-ldm", "/nonexistent"], "--init-ldm: there is no"),
+    (["--epsilon", "1", "--sigma", "2"], "give one of the two"), (["--init", "/nonexistent"], "there is no"),
     (["--sigma", "1e-200"], "--sigma"), (["--sigma", "1e300"], "--sigma"), (["--epsilon", "1e300"], "--epsilon"),
     (["--device", "meta"], "--device"), (["--tune", "lora:999999999999"], "the rank must be at most"),
     (["--lr", "1e300"], "--lr"), (["--vae-lr", "inf"], "--vae-lr"), (["--clip-norm", "1e-320"], "--clip-norm"),

@@ -208,7 +208,7 @@ def test_stopped_adversarial_training_ends_like_an_unstopped_one(tmp_path, monke
                          "--perceptual-weight", "1", "--adversarial-weight", "0.5", "--adversarial-start", "1",
                          "--device", "cpu"])
         s.bf16 = False
-        return train.train_autoencoder(s, images, Stop(stop_after))["state"]
+        return train.train_autoencoder(s, images, {}, Stop(stop_after))["state"]
 
     whole = train_six_steps("a")
     with pytest.raises(SystemExit):

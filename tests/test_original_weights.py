@@ -1,4 +1,5 @@
-"""Weights of the original latent-diffusion code: names and shapes, values computed with the original classes, --init-ldm.
+"""Weights of the original latent-diffusion code: names and shapes, values computed with the original classes,
+and `python -m extensions.original_weights`, which makes a run folder of them for train.py --init.
 
 `unet_shapes` and `vae_shapes` restate from scratch which tensors the original classes UNetModel (openaimodel.py), Encoder
 and Decoder (model.py) and AutoencoderKL (autoencoder.py) have. Their output was compared with the state_dict of those
@@ -11,12 +12,14 @@ import math
 import pytest
 import torch
 
+import datasets
 import diffusion
 import train
 import unet
 import vae
+from datasets import pixels
 from extensions import original_weights
-from support import checkpoints, dry_run, files, presets, settings
+from support import checkpoints, files, presets
 
 
 def affine(name, *shape):
@@ -238,7 +241,7 @@ def test_colour_weights_on_grey_pictures():
         assert torch.allclose(grey.decode(z), colour.decode(z).mean(1, keepdim=True), rtol=1e-4, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------- train.py --init-ldm
+# ------------------------------------------------------------------------------- python -m extensions.original_weights
 
 # 8 groups, where the original has 32: the conversion sets them.
 TINY = dict(vae=vae.VAEConfig(1, 1, 32, (1, 1, 1, 1), 1, (), 32, 3, 3, 8),
@@ -262,24 +265,25 @@ def small(monkeypatch):
 
 
 FLAGS = ["--preset", "smoke", "--precision", "float32", "--accountant", "rdp", "--device", "cpu"]
-IMAGES = torch.randint(256, (50, 1, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
-def adopt(*flags):
-    """The contents of public/vae.pt and public/ldm.pt that the flags give, for ten private classes."""
-    s = settings.parse([*FLAGS, *map(str, flags)])
-    embedder = {"kind": "class", "dim": s.unet.context_dim, "null_class": s.cond_drop > 0, "num_classes": 10}
-    return original_weights.convert(s, s.init_ldm, s.init_vae, s.init_scale, IMAGES,
-                                    train.datasets.digests(IMAGES), embedder, 10)
+def convert(*flags):
+    return original_weights.main([*map(str, flags), "--preset", "smoke", "--device", "cpu"])
 
 
-def test_init_ldm_takes_the_place_of_the_public_stages(tmp_path, monkeypatch):
+def both(run):
+    """The contents of public/vae.pt and public/ldm.pt of a run folder."""
+    return [files.load(run / "public" / name) for name in ("vae.pt", "ldm.pt")]
+
+
+def test_a_checkpoint_takes_the_place_of_the_public_stages(tmp_path, monkeypatch):
     torch.save(checkpoint(), tmp_path / "x.ckpt")
+    convert(tmp_path / "x.ckpt", "--out", tmp_path / "original")
     monkeypatch.setattr(train, "fit", None)  # a TypeError if a public stage began
-    train.main([*FLAGS, "--out", str(tmp_path / "r"), "--init-ldm", str(tmp_path / "x.ckpt")])
-    first, second = (files.load(tmp_path / "r" / "public" / name) for name in ("vae.pt", "ldm.pt"))
-    assert first["scale"] == pytest.approx(0.7) and second["schedule"] == {"kind": "linear", "prediction": "eps", "T": 1000,
-                                                                            "beta_start": 0.0015, "beta_end": 0.0195}
+    train.main([*FLAGS, "--out", str(tmp_path / "r"), "--init", str(tmp_path / "original")])
+    first, second = both(tmp_path / "r")
+    assert first["scale"] == pytest.approx(0.7) and second["schedule"] == {
+        "kind": "linear", "prediction": "eps", "T": 1000, "beta_start": 0.0015, "beta_end": 0.0195}
     assert second["embedder"] == {"kind": "class", "num_classes": 26, "dim": 5, "null_class": False}
     model, schedule = checkpoints.build_model(second)
     assert torch.equal(model.embedder.embedding.weight, wave((26, 5), 0.2))
@@ -295,7 +299,10 @@ def test_init_ldm_takes_the_place_of_the_public_stages(tmp_path, monkeypatch):
     released = files.load(tmp_path / "r" / "release" / "model.pt")
     changed = {k for k, v in second["model"].items() if not torch.equal(v, released["model"][k])}
     assert changed == set(unet.select_trainable(model, "attention"))
-    (tmp_path / "x.ckpt").unlink()
+    with pytest.raises(ValueError, match="already holds a run"):
+        convert(tmp_path / "x.ckpt", "--out", tmp_path / "original")
+    for path in (tmp_path / "original").rglob("*.pt"):
+        path.unlink()
     train.main(["--resume", "--out", str(tmp_path / "r")])  # everything needed is in the run folder
     assert files.read_json(tmp_path / "r" / "release" / "privacy.json") == privacy
     train.main([*FLAGS, "--out", str(tmp_path / "again"), "--init", str(tmp_path / "r"), "--steps", "0"])
@@ -307,11 +314,19 @@ def test_init_ldm_takes_the_place_of_the_public_stages(tmp_path, monkeypatch):
 def test_what_the_checkpoint_does_not_hold(tmp_path):
     few = {"scale_factor": None, "betas": None, "cond_stage_model.embedding.weight": wave((8, 5), 0.2)}
     torch.save(checkpoint(**few), tmp_path / "x.ckpt")
-    first, second = adopt("--init-ldm", tmp_path / "x.ckpt")  # too few classes: a fresh embedder; scale: the original's default
+    convert(tmp_path / "x.ckpt", "--out", tmp_path / "a")
+    first, second = both(tmp_path / "a")  # too few classes: a fresh embedder; scale: the original's default
     assert first["scale"] == 1.0 and second["embedder"]["num_classes"] == 10
     assert second["schedule"]["kind"] == presets.DIGITS["schedule"].kind
-    first, _ = adopt("--init-ldm", tmp_path / "x.ckpt", "--init-scale", "0.18215")
-    assert first["scale"] == 0.18215
+    convert(tmp_path / "x.ckpt", "--out", tmp_path / "b", "--scale", "0.18215")
+    assert both(tmp_path / "b")[0]["scale"] == 0.18215
+
+
+def test_the_words_of_a_text_model_are_those_of_the_private_sets_classes(tmp_path, monkeypatch):
+    torch.save(checkpoint(), tmp_path / "x.ckpt")
+    convert(tmp_path / "x.ckpt", "--out", tmp_path / "a", "--condition", "text", "--private", "fashion")
+    words = both(tmp_path / "a")[1]["embedder"]["words"]
+    assert "sneaker" in words and "pullover" in words and "seven" not in words
 
 
 def test_autoencoder_from_a_file_of_its_own(tmp_path):
@@ -319,12 +334,18 @@ def test_autoencoder_from_a_file_of_its_own(tmp_path):
     torch.save({k: v for k, v in state.items() if not k.startswith("first_stage_model.")}, tmp_path / "unet.ckpt")
     torch.save({"state_dict": {k.removeprefix("first_stage_model."): v for k, v in state.items() if k.startswith("first")}
                 | {"loss.discriminator.main.0.weight": torch.zeros(3)}}, tmp_path / "vae.ckpt")
-    both, _ = adopt("--init-ldm", tmp_path / "unet.ckpt", "--init-vae", tmp_path / "vae.ckpt")
-    assert both["trained_on"] == "weights of vae.ckpt" and both["scale"] == pytest.approx(0.7)
+    convert(tmp_path / "unet.ckpt", "--autoencoder", tmp_path / "vae.ckpt", "--out", tmp_path / "a")
+    first, _ = both(tmp_path / "a")
+    assert first["trained_on"] == "weights of vae.ckpt" and first["scale"] == pytest.approx(0.7)
 
 
-def test_only_the_autoencoder_from_elsewhere(tmp_path, monkeypatch):
-    torch.save(checkpoint(), tmp_path / "x.ckpt")
+def test_only_the_autoencoder_from_elsewhere(tmp_path, monkeypatch, capsys):
+    state = {k: v for k, v in checkpoint()["state_dict"].items() if k.startswith("first_stage_model.")}
+    torch.save(state, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="--autoencoder"):
+        convert("--out", tmp_path / "a")
+    convert("--autoencoder", tmp_path / "x.ckpt", "--out", tmp_path / "a")
+    assert [path.name for path in (tmp_path / "a" / "public").iterdir()] == ["vae.pt"]
     began = []
 
     def enough(s, title, *args):
@@ -333,12 +354,12 @@ def test_only_the_autoencoder_from_elsewhere(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "fit", enough)
     with pytest.raises(KeyboardInterrupt):
-        train.main([*FLAGS, "--out", str(tmp_path / "r"), "--init-vae", str(tmp_path / "x.ckpt")])
-    assert began == ["2/3 latent diffusion"]
+        train.main([*FLAGS, "--out", str(tmp_path / "r"), "--init", str(tmp_path / "a")])
+    assert began == ["2/3 latent diffusion"] and "only its autoencoder is reused" in capsys.readouterr().out
     first = files.load(tmp_path / "r" / "public" / "vae.pt")
-    public = train.datasets.load("strokes", size=32, public_classes="all", n=60, seed=0).images
+    public = datasets.load("strokes", size=32, public_classes="all", n=60, seed=0).images
     with torch.no_grad():
-        z = checkpoints.build_vae(first).encode(train.pictures(public, "cpu")).mean * first["scale"]
+        z = checkpoints.build_vae(first).encode(pixels.to_float(public)).mean * first["scale"]
     assert z.std().item() == pytest.approx(1.0, abs=1e-4)  # the scale is that of public latents
 
 
@@ -347,8 +368,8 @@ def test_bad_checkpoints_are_refused_in_one_line(tmp_path):
 
     def refused():
         with pytest.raises(ValueError) as error:
-            adopt("--init-ldm", path)
-        assert "\n" not in str(error.value)
+            convert(path, "--out", tmp_path / "a")
+        assert "\n" not in str(error.value) and not (tmp_path / "a").exists()
         return str(error.value)
 
     assert "there is no" in refused()
@@ -371,9 +392,7 @@ def test_bad_checkpoints_are_refused_in_one_line(tmp_path):
             torch.save(checkpoint(**{name: torch.full_like(checkpoint()["state_dict"][name], bad)}), path)
             assert f"{name} holds numbers that are not finite" in refused()
     torch.save(checkpoint(**{"loss.logvar": torch.tensor(math.nan), "model_ema.x": torch.tensor(math.nan)}), path)
-    adopt("--init-ldm", path)  # nothing of these is read
-    with pytest.raises(ValueError, match="--init"):
-        settings.parse([*FLAGS, "--init-ldm", str(path), "--init", str(tmp_path)])
+    convert(path, "--out", tmp_path / "b")  # nothing of these is read
 
 
 @pytest.mark.parametrize("load, network, weights", [
@@ -387,61 +406,6 @@ def test_other_groups_than_the_original_s_are_refused(load, network, weights):
     with pytest.raises(ValueError, match="num_groups = 32, this .* has num_groups = 8"):
         load(network, weights)
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
-
-
-# ------------------------------------------------------------------------------- python -m extensions.original_weights
-
-
-def convert(*flags):
-    return original_weights.main([*map(str, flags), "--preset", "smoke", "--device", "cpu"])
-
-
-def both(run):
-    return [files.load(run / "public" / name) for name in ("vae.pt", "ldm.pt")]
-
-
-def same(a, b):
-    """Are two checkpoints, nested dicts with tensors, the same?"""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-def test_the_program_makes_what_init_ldm_made_and_init_goes_on(tmp_path, monkeypatch):
-    torch.save(checkpoint(), tmp_path / "x.ckpt")
-    convert(tmp_path / "x.ckpt", "--out", tmp_path / "original")
-    assert all(same(a, b) for a, b in zip(both(tmp_path / "original"), adopt("--init-ldm", tmp_path / "x.ckpt"),
-                                          strict=True))
-    monkeypatch.setattr(train, "fit", None)  # a TypeError if a public stage began
-    train.main([*FLAGS, "--out", str(tmp_path / "r"), "--init", str(tmp_path / "original")])
-    privacy = files.read_json(tmp_path / "r" / "release" / "privacy.json")
-    assert privacy["public_weights"] == ["x.ckpt"] and privacy["steps"] == 1 and 9 < privacy["epsilon"] <= 10
-    with pytest.raises(ValueError, match="already holds a run"):
-        convert(tmp_path / "x.ckpt", "--out", tmp_path / "original")
-
-
-def test_the_program_says_what_the_file_does_not_hold(tmp_path):
-    torch.save(checkpoint(**{"cond_stage_model.embedding.weight": None, "scale_factor": None}), tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match="--classes"):
-        convert(tmp_path / "x.ckpt", "--out", tmp_path / "a")
-    assert not (tmp_path / "a").exists()
-    convert(tmp_path / "x.ckpt", "--out", tmp_path / "a", "--classes", 12, "--scale", 0.5)
-    first, second = both(tmp_path / "a")
-    assert first["scale"] == 0.5 and second["embedder"]["num_classes"] == 12
-
-
-def test_the_program_takes_an_autoencoder_alone_and_scales_by_public_images(tmp_path):
-    state = {k: v for k, v in checkpoint()["state_dict"].items() if k.startswith("first_stage_model.")}
-    torch.save(state, tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match="--autoencoder"):
-        convert("--out", tmp_path / "a")
-    convert("--autoencoder", tmp_path / "x.ckpt", "--out", tmp_path / "a")
-    assert [path.name for path in (tmp_path / "a" / "public").iterdir()] == ["vae.pt"]
-    first = files.load(tmp_path / "a" / "public" / "vae.pt")
-    public = train.datasets.load("strokes", size=32, public_classes="all", n=60, seed=0).images
-    with torch.no_grad():
-        z = checkpoints.build_vae(first).encode(train.pictures(public, "cpu")).mean * first["scale"]
-    assert z.std().item() == pytest.approx(1.0, abs=1e-4)
 
 
 def test_the_moving_average_is_named_or_used(tmp_path, capsys):
@@ -468,10 +432,6 @@ def test_a_schedule_of_250_steps_runs_from_start_to_end(tmp_path, monkeypatch):
     """Every draw of the program asks for the schedule's T: more, and abar_t is read out of range."""
     monkeypatch.setitem(presets.PRESETS, "smoke", presets.PRESETS["smoke"] | dict(
         schedule=diffusion.Schedule("cosine", "v", T=250), vae_steps=1, ldm_steps=1, ldm_batch=16, vae_batch=4, micro_batch=16))
-    s = settings.parse(FLAGS)
-    s.bf16 = False
-    model = unet.LatentModel(unet.UNet(s.unet), unet.ClassEmbedder(10, 5))
-    assert dry_run.fastest_micro_batch(s, model, (3, 4, 4), sizes=(16,)) == 16
     train.main([*FLAGS, "--dry-run"])
     train.main([*FLAGS, "--out", str(tmp_path / "r")])
     assert files.load(tmp_path / "r" / "release" / "model.pt")["schedule"]["T"] == 250

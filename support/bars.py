@@ -1,0 +1,26 @@
+"""Progress bars: a bar in a terminal, a notebook's bar in a notebook, and a line now and then in a file."""
+import sys
+
+from tqdm.auto import tqdm as automatic
+
+SECONDS = 30  # between two lines, where the output is a file
+
+
+class tqdm(automatic):  # noqa: N801 (the name that everybody knows)
+    """tqdm.auto, but where stderr is a file, a batch job's or a CI's, a line every 30 seconds and one at the end."""
+
+    def __init__(self, *args, **kwargs):
+        self.lines = not sys.stderr.isatty() and "ipykernel" not in sys.modules
+        if self.lines:
+            kwargs |= {"mininterval": SECONDS, "maxinterval": SECONDS, "leave": True, "ncols": 100}
+        super().__init__(*args, **kwargs)
+
+    def display(self, msg=None, *args, **kwargs):
+        if not self.lines:
+            return super().display(msg, *args, **kwargs)
+        end = "" if self.disable else "\n"  # close() disables the bar, shows it a last time, and ends the line itself
+        self.fp.write((str(self) if msg is None else msg) + end)
+        self.fp.flush()
+
+    def set_postfix(self, *args, **kwargs):
+        super().set_postfix(*args, **kwargs | ({"refresh": False} if self.lines else {}))

@@ -1,0 +1,138 @@
+"""What an image is made from: its class, a text, or nothing.
+
+The condition embedder is one of the two things that the private stage tunes (Liu et al. 2024, section 3). Of
+the private set only names of classes and attributes are used here, which are public; its images and captions
+are not.
+"""
+import hashlib
+import sys
+from functools import partial
+
+import torch
+
+from datasets import strokes
+from extensions import captions, text
+from support import checkpoints
+from support.bars import tqdm
+from support.team import rank
+
+
+def embedder_entry(s, public, private):
+    """What the condition embedder is, as it stands in the checkpoints (`checkpoints.build_embedder`); None:
+    no condition.
+
+    public, private: ImageSets, of which only the names of classes and attributes are used.
+    """
+    if s.condition == "none":
+        return None
+    entry = {"kind": s.condition, "dim": s.unet.context_dim, "null_class": s.cond_drop > 0}
+    if s.condition == "class":
+        return {**entry, "num_classes": max(len(public.classes), len(private.classes))}
+    names = [*(public.attributes or {}), *(private.attributes or {})]
+    words = text.vocabulary(names, public.classes + private.classes)
+    return {**entry, "words": words, "length": s.text_length, "width": s.text_width, "layers": s.text_layers}
+
+
+def of(s, found, embedder):
+    """The conditions of an ImageSet, on the device: None, labels (N,), or tokens (N, L) of one caption per
+    image.
+
+    A caption is the image's own, else a sentence about its attributes, else about its class. Its wording is
+    drawn with a seed made from the image itself. With one generator for all, leaving out one image would
+    reword those after it, but the guarantee is about sets that differ in one image only.
+    """
+    if checkpoints.condition_kind(embedder) != "text":
+        return found.labels.to(s.device) if embedder else None
+    sentences = found.captions
+    if sentences is None:
+        sentences = []
+        for i, image in enumerate(tqdm(found.images.numpy(), desc="    captions", unit="image", leave=False)):
+            seed = int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:8], "little")
+            generator = torch.Generator().manual_seed(seed)
+            if found.attributes:
+                sentences.append(captions.caption({k: v[i] for k, v in found.attributes.items()}, generator))
+            else:
+                sentences.append(captions.class_caption(found.classes[found.labels[i]], generator))
+    return checkpoints.build_tokenizer(embedder).encode(sentences).to(s.device)
+
+
+def null(s, model, conditions):
+    """The condition that stands for a dropped one, (1,) or (1, L), or None where conditions are never
+    dropped.
+    """
+    return model.embedder.null(conditions[:1]) if conditions is not None and s.cond_drop > 0 else None
+
+
+def for_private_classes(checkpoint, names):
+    """Stage 2's checkpoint with one embedder row per private class, in the order of `names`, and the null
+    row.
+
+    A class of the same name keeps its row, "7" that of the public sevens, wherever it stood. The others get
+    the rows that are left, in order. Rows of other public classes are dropped: nothing private could train
+    them, only noise. Raises ValueError if there are more private classes than rows.
+    """
+    entry = checkpoint["embedder"]
+    if checkpoints.condition_kind(entry) != "class":
+        return checkpoint
+    public = checkpoint.get("classes") or (  # the first checkpoints did not keep the names
+        list(strokes.GROUPS[checkpoint["public_classes"]])
+        if checkpoint.get("trained_on") == "strokes"
+        else []
+    )
+    total = entry["num_classes"]
+    if total < len(names):
+        raise ValueError(f"the public model has {total} classes, fewer than the {len(names)} private ones")
+    rows = {name: public.index(name) for name in names if name in public}
+    free = (row for row in range(total) if row not in rows.values())
+    index = [rows[name] if name in rows else next(free) for name in names]
+    if rank() == 0:
+        print(
+            f"classes        {len(rows)} of {len(names)} private classes have the name of a public one and "
+            "begin with "
+            "its embedding"
+        )
+    key = "embedder.embedding.weight"
+    table = checkpoint["model"][key][index + [total] * entry["null_class"]].clone()
+    return {
+        **checkpoint, "embedder": {**entry, "num_classes": len(names)},
+        "model": {**checkpoint["model"], key: table}
+    }
+
+
+def class_prompts(s, private, n=10):
+    """Prompts that mean a class, a list per class, from names only, so that a text model can be sampled by
+    label.
+
+    None unless the condition is text.
+    """
+    if s.condition != "text":
+        return None
+    generator = torch.Generator().manual_seed(0)
+    name = s.label_attribute
+    if name in (private.attributes or {}) and len(private.classes) == 2:
+        makers = [
+            partial(captions.caption, {name: value}, generator, omit=0, deny=1) for value in (False, True)
+        ]
+    else:
+        makers = [partial(captions.class_caption, name, generator) for name in private.classes]
+    return [list(dict.fromkeys(make() for _ in range(n))) for make in makers]
+
+
+def warn_of_unknown_words(s, public, private, embedder):
+    """Say which words of the class prompts, and how many of the public captions', the vocabulary lacks."""
+    unknown = checkpoints.build_tokenizer(embedder).unknown
+    for options in class_prompts(s, private):
+        if words := unknown(" ".join(options)):
+            print(
+                f"WARNING: the public model does not know {', '.join(words)}: train it anew, without --init",
+                file=sys.stderr,
+            )
+    if public.captions:
+        total = sum(len(text.split(caption)) for caption in public.captions)
+        share = sum(len(unknown(caption)) for caption in public.captions) / max(1, total)
+        print(
+            f"captions       {share:.0%} of the public captions' {total:,} words are not in the vocabulary, "
+            "which is "
+            "made from names of classes and attributes",
+            file=sys.stderr,
+        )

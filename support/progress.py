@@ -1,0 +1,181 @@
+"""What a run keeps while it trains: its state for --resume, the ledger, the log, the progress bar.
+
+`Public` is for the loop of stages 1 and 2, `Private` for that of stage 3. The order within a private step
+makes it crash-safe: draw, accumulate, `spend` (the ledger row is on the disk), noise and update, `keep`.
+"""
+import time
+
+import torch
+
+import accountant
+from accountant import round_up
+from support import files
+from support.bars import tqdm
+from support.files import plain
+from support.team import agreed, rank
+
+# Steps, epsilon and the time left; no rate, which would tell the size of each private batch.
+QUIET_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+
+def load_optimizer(optimizer, state):
+    """Adam's moments from a checkpoint, their shapes checked; learning rate and the like are those of the
+    settings.
+    """
+    optimizer.load_state_dict(
+        {"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]}
+    )
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        shapes = {key: value.shape for key, value in optimizer.state[p].items()}
+        if shapes not in ({}, {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}):
+            raise ValueError("the optimiser's state does not fit the parameters")
+
+
+class Public:
+    """State of a public stage in `path`: read at the beginning, written every minute and on Ctrl-C, removed
+    at the end.
+
+    also: a module that the loss trains by itself, such as a discriminator; its state is saved as well.
+    """
+
+    def __init__(self, s, path, model, average, optimizer, generator, also, stop):
+        self.s, self.path, self.model, self.average = s, path, model, average
+        self.optimizer, self.generator, self.also, self.stop = optimizer, generator, also, stop
+        self.first, self.saved = 0, time.monotonic()
+        if path.exists():
+            self.read()
+        agreed(None)  # nobody writes before all have read
+
+    def read(self):
+        state = files.load(self.path)
+        with files.understanding(self.path):
+            self.model.load_state_dict(state["model"])
+            torch._foreach_copy_(self.average, [a.to(self.s.device) for a in state["average"]])
+            load_optimizer(self.optimizer, state["optimizer"])
+            if self.also is not None:
+                self.also.load_state_dict(state["also"])
+            self.first = int(state["step"])
+            if rank() == 0:
+                self.generator.set_state(state["generator"])
+            else:  # only rank 0's is stored
+                self.generator.manual_seed(self.s.seed + 1 + 1_000_000 * rank() + self.first)
+
+    def steps(self, title, total):
+        """The numbers of the steps to do, with a bar."""
+        self.bar = tqdm(range(self.first, total), desc=title, unit="step", initial=self.first, total=total,
+                        disable=rank() > 0)
+        return self.bar
+
+    def show(self, step, metrics):
+        """metrics: {name: number or tensor}; shown every tenth step, since reading a tensor waits for the
+        device.
+        """
+        if step % 10 == 0:
+            self.bar.set_postfix({k: f"{float(v):.4g}" for k, v in metrics.items()}, refresh=False)
+
+    def keep(self, done):
+        """After each step: save once a minute; if Ctrl-C was pressed, save and leave."""
+        leaving = agreed(self.stop.asked)
+        if leaving or time.monotonic() - self.saved > 60:
+            files.save({"model": self.model.state_dict(), "average": self.average, "step": done,
+                        "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(),
+                        "also": None if self.also is None else self.also.state_dict()}, self.path)
+            self.saved = time.monotonic()
+        if leaving:
+            self.stop.leave(self.s.out)
+
+    def finish(self):
+        if rank() == 0:
+            self.path.unlink(missing_ok=True)
+
+
+class Private:
+    """Ledger, state, log and bar of the private stage, in internal/ of the run folder.
+
+    rows     ledger rows: one for every step that is spent, also for one whose result a crash has lost
+    done     updates that the weights contain, never more than there are rows (run_folder.check_spent)
+    """
+
+    def __init__(self, s, plan, engine, average, optimizer, stop):
+        self.s, self.plan, self.engine, self.average = s, plan, engine, average
+        self.optimizer, self.stop = optimizer, stop
+        self.folder = s.out / "internal"
+        self.rows = accountant.ledger_rows(files.read_ledger(self.folder / "ledger.jsonl"), plan)
+        self.done = resume(self.folder / "state.pt", engine, average, optimizer)
+        self.covered = len(self.rows)  # the bar shows epsilon of so many steps
+        self.epsilon = epsilon_after(s, plan, self.covered)
+        self.examples, self.begin = 0, time.monotonic()
+        agreed(None)  # nobody writes before all have read
+
+    def steps(self):
+        """The numbers of the steps that the budget still allows, with a bar. It goes by the ledger, not by
+        the weights.
+        """
+        first, total = len(self.rows), self.plan["steps"]
+        self.bar = tqdm(
+            range(first, total), desc="3/3 private tuning", unit="step", initial=first, total=total,
+            disable=rank() > 0, bar_format=None if self.s.show_private else QUIET_BAR
+        )
+        self.bar.set_postfix(epsilon=round_up(self.epsilon))
+        return self.bar
+
+    def spend(self, step):
+        """Write the step's ledger row, and return only when it is on the disk."""
+        self.rows.append(
+            {
+                "step": step, "q": self.plan["q"], "sigma": self.plan["sigma"],
+                "clip_norm": self.s.clip_norm, "batch_size": self.s.batch_size
+            }
+        )
+        files.append_row(self.rows[-1], self.folder / "ledger.jsonl")
+
+    def keep(self, step):
+        """After the step: save its result, log it, show epsilon; if Ctrl-C was pressed and steps are left,
+        leave.
+        """
+        engine, spent, total = self.engine, len(self.rows), self.plan["steps"]
+        self.done, self.examples = self.done + 1, self.examples + engine.last["examples"]
+        leaving = agreed(self.stop.asked) and spent < total
+        tuned = dict(zip(engine.names, engine.parameters, strict=True))
+        files.save(
+            {
+                "tuned": tuned, "average": self.average, "optimizer": self.optimizer.state_dict(),
+                "done": self.done
+            },
+            self.folder / "state.pt",
+        )
+        every = max(1, total // 100)  # tight accounting takes a tenth of a second
+        if spent > self.covered:  # of the last step that the bar will show it for, so it is never too small
+            self.covered = min(spent + every - 1, total)
+            self.epsilon = epsilon_after(self.s, self.plan, self.covered)
+        files.append_row(
+            {"step": step, "epsilon": plain(self.epsilon), **engine.last}, self.folder / "log.jsonl"
+        )
+        shown = {"epsilon": round_up(self.epsilon)}
+        if self.s.show_private:  # exact numbers of private batches: epsilon does not cover them
+            shown |= {
+                "loss": f"{engine.last['loss']:.4f}", "clipped": f"{engine.last['clipped_fraction']:.0%}",
+                "examples_per_s": f"{self.examples / (time.monotonic() - self.begin):.0f}"
+            }
+        self.bar.set_postfix(shown)
+        if leaving:
+            self.stop.leave(self.s.out)
+
+
+def epsilon_after(s, plan, steps):
+    """epsilon of the first `steps` steps of the plan."""
+    return float(accountant.epsilon(plan["q"], plan["sigma"], steps, s.delta, s.accountant)) if steps else 0.0
+
+
+def resume(path, engine, average, optimizer):
+    """Load tuned parameters, EMA and optimiser, if there is a state -> updates they contain."""
+    if not path.exists():
+        return 0
+    state = files.load(path)
+    with files.understanding(path), torch.no_grad():
+        done = int(state["done"])
+        tuned = [state["tuned"][name].to(engine.parameters[0]) for name in engine.names]
+        torch._foreach_copy_(engine.parameters, tuned)
+        torch._foreach_copy_(average, [a.to(average[0]) for a in state["average"]])
+        load_optimizer(optimizer, state["optimizer"])
+    return done

@@ -1,0 +1,224 @@
+"""From the command line to a run that may begin: settings, public networks that exist already, the two image
+sets.
+
+Everything that can be refused is refused here, before the first long loop: nobody waits an hour to learn that
+a file is missing. The guarantee depends on one of these checks: no private image may be known to a public
+network (pitfall 29).
+"""
+import sys
+from functools import partial
+
+import torch
+
+import datasets
+import diffusion
+import unet
+import vae
+from extensions import lora
+from support import checkpoints, conditions, hardware, run_folder, settings
+from support.team import agreed, join, once, own_device, rank, world
+
+NAMES = ("vae.pt", "ldm.pt")
+# The authors' public sets, n and classes, for a --dry-run where they are not at hand.
+ASSUMED = {"folder:imagenet/train": (1_281_167, 1000), "folder:laion": (1_000_000, 1)}
+
+
+def settings_of(argv):
+    """Command line -> (settings, {"vae.pt": checkpoint, "ldm.pt": checkpoint} of public networks that exist
+    already).
+
+    The networks are those of the run to be resumed, or of --init. Raises ValueError, one line, for what
+    cannot be.
+    """
+    join()
+    s = once(settings.parse, sys.argv[1:] if argv is None else argv)
+    s.device = own_device(s.device)
+    if not s.resume:
+        once(run_folder.refuse_used, s.out)  # before hours of reading, and in a --dry-run as well
+    if s.resume:
+        paths = [s.out / "public" / name for name in NAMES]
+        known = {path.name: checkpoints.load_public(path) for path in paths if path.exists()}
+    else:
+        known = adopt(s) if s.init else {}
+    s.bf16 = agreed(hardware.choose_bf16(s.precision, s.device))
+    for key, value in (("size", s.vae.resolution), ("factor", 2 ** (len(s.vae.ch_mult) - 1)),
+                       ("latent_channels", s.vae.embed_dim), ("width", s.unet.model_channels),
+                       ("depth", s.unet.num_res_blocks), ("prediction", s.schedule.prediction)):
+        if getattr(s, key) not in (None, value):
+            flag = f"--{key.replace('_', '-')}"
+            raise ValueError(
+                f"{flag} {getattr(s, key)}: the network of {s.init} has {value}; leave out {flag}, or --init"
+            )
+    if s.unet.in_channels != s.vae.embed_dim:
+        raise ValueError(
+            f"the UNet of preset {s.preset} takes {s.unet.in_channels} latent channels, the autoencoder "
+            "makes "
+            f"{s.vae.embed_dim}: use --init with runs of this preset only"
+        )
+    settings.check_sampling(s)  # again: the noise schedule may be that of --init now
+    return s, known
+
+
+def adopt(s):
+    """The public networks of the run --init, as they are: their checkpoints say what they are, the settings
+    follow.
+
+    The diffusion model is left out where there is none, or where it has another kind of condition.
+    """
+    known = {"vae.pt": checkpoints.load_public(s.init / "public" / "vae.pt")}
+    s.vae = vae.VAEConfig(**known["vae.pt"]["config"])
+    path = s.init / "public" / "ldm.pt"
+    if path.exists():
+        ldm = checkpoints.load_public(path)
+        if (made := checkpoints.condition_kind(ldm["embedder"])) == s.condition:
+            known["ldm.pt"] = ldm
+            s.unet, s.schedule = unet.UNetConfig(**ldm["unet"]), diffusion.Schedule(**ldm["schedule"])
+            s.cond_drop *= ldm["embedder"]["null_class"] if ldm["embedder"] else 0
+        else:  # another condition needs another diffusion model, but not another autoencoder
+            print(f"note: {s.init} was trained with --condition {made}; only its autoencoder is reused")
+    else:
+        print(f"note: {s.init} has no diffusion model; only its autoencoder is reused")
+    for key in s.given:
+        if key in settings.VAE_FLAGS or "ldm.pt" in known and key in ("ldm_steps", "ldm_batch", "ldm_lr"):
+            print(
+                f"note: --{key.replace('_', '-')} has no effect, the networks of {s.init} are taken as they "
+                "are"
+            )
+    for checkpoint in known.values():
+        classes = checkpoint.get("public_classes", s.public_classes)
+        if checkpoint.get("trained_on") == s.public == "strokes" and classes != s.public_classes:
+            raise ValueError(f"--public-classes {s.public_classes}: {s.init} was trained on {classes}; say "
+                             f"--public-classes {classes}, or leave out --init")
+    return known
+
+
+# --------------------------------------------------------------------------------------------- the image sets
+
+
+def read_sets(s, known):
+    """(public, private) ImageSets: every image tensor (N, C, H, W) uint8, of the autoencoder's size. Sets
+    s.crop.
+
+    With --steps 0 no private image is read. Raises ValueError, one line, for sets that do not fit, and for
+    private images that a public network knows. known: the public networks that exist already.
+    """
+    origins = {s.public, *(str(c.get("trained_on")) for c in known.values())}
+    # With --steps 0 too: the statement then says that no private image was read.
+    if any(datasets.same_images(origin, s.private, s.data_root) for origin in origins):
+        raise ValueError(
+            f"--private {s.private}: the public networks know these images ({', '.join(sorted(origins))}), "
+            "so "
+            "nothing would be private; choose another private or public set"
+        )
+    declared = s.classes and datasets.class_list(s.classes)
+    if s.steps:
+        find_private = partial(
+            find_set, s, s.private, n=s.private_n, label_attribute=s.label_attribute, private=True,
+            classes=declared
+        )
+    else:  # names of classes and attributes only
+        find_private = partial(datasets.describe, s.private, s.data_root, s.vae.resolution, s.vae.in_channels,
+                               s.label_attribute, declared)
+    drawn = is_drawn(s.public)
+    find_public = partial(
+        find_set, s, s.public, public_classes=s.public_classes if s.public == "strokes" else None,
+        n=200 if drawn and s.dry_run else s.public_n, seed=s.seed
+    )
+    if world() > 1:  # one process downloads what is missing, and tells what is wrong with it
+        once(lambda: (find_private(), None)[1])
+        once(lambda: (drawn or find_public(), None)[1])
+    private, public = find_private(), find_public()
+    for title, found in (("--public", public), ("--private", private)):
+        if found.images.shape[1] != s.vae.in_channels:
+            raise ValueError(
+                f"{title} {found.name} has {found.images.shape[1]} colour channels, the autoencoder of "
+                "preset "
+                f"{s.preset} takes {s.vae.in_channels}: choose another preset or set"
+            )
+        if note := datasets.enlarged(found.name, s.vae.resolution):
+            print(f"note: {note}", file=sys.stderr)
+    s.crop = private.side  # samples look like private images, whose padding is cut off again
+    if s.steps and not s.dry_run:
+        once(refuse_known, s, private.images, public_digests(s, public.images), known.values())
+    return public, private
+
+
+def is_drawn(name):
+    """Is the set of this name drawn by a program, so that nothing private can be in it?"""
+    return datasets.REGISTRY[datasets.kind_of(name)].drawn
+
+
+def find_set(s, name, **kwargs):
+    """datasets.load as the settings ask; for --dry-run photographs are only listed, and a set that is absent
+    is assumed.
+    """
+    size, channels = s.vae.resolution, s.vae.in_channels
+    try:
+        return datasets.load(
+            name, "train", s.data_root, size, channels=channels, cache=s.cache, decode=not s.dry_run, **kwargs
+        )
+    except datasets.DataError as error:
+        entry = datasets.REGISTRY[datasets.kind_of(name)]
+        n, classes = ASSUMED.get(name, (entry.n, len(entry.classes) or 2))
+        n = kwargs.get("n") or n
+        if not s.dry_run or not n:
+            raise
+        print(f"ASSUMED        n {n:,} and {classes} classes: {error}")
+        images = torch.empty(n, channels, size, size, dtype=torch.uint8, device="meta")
+        names = [str(label) for label in range(classes)]
+        return datasets.ImageSet(images, torch.zeros(n, dtype=torch.int64), names, side=size, name=name)
+
+
+def public_digests(s, images):
+    """datasets.digests of the public images (N, C, H, W); none of drawn ones: nothing private is in them."""
+    return datasets.digests(images[:0] if is_drawn(s.public) else images)
+
+
+def refuse_known(s, private, digests, stages):
+    """Refuse private images (N, C, H, W) uint8 that a public network was trained on, wherever they came from.
+
+    digests: of the public set at hand; stages: the public checkpoints that exist already, with their digests.
+    """
+    known = [digests]
+    for checkpoint in stages:
+        own, origin = checkpoint.get("digests"), str(checkpoint.get("trained_on"))
+        if isinstance(own, torch.Tensor) and own.dtype == torch.int64:
+            known.append(own.flatten())
+        elif not (origin in datasets.REGISTRY and datasets.REGISTRY[origin].drawn):
+            raise ValueError(
+                f"the public networks (trained on {origin}) were made before digests of their images were "
+                "recorded, so private images may be among them: train the public stages again"
+            )
+    if shared := int(torch.isin(datasets.digests(private), torch.cat(known)).sum()):
+        raise ValueError(
+            f"--private {s.private}: {shared} of its images are among the images that the public networks "
+            "were "
+            "trained on, so nothing would be private; choose another private or public set"
+        )
+
+
+def facts(s, public):
+    """What a public checkpoint says of the images it was trained on: the set, its classes, the digests of its
+    images.
+    """
+    return {
+        "trained_on": datasets.kind_of(s.public), "public_classes": s.public_classes,
+        "classes": public.classes, "digests": public_digests(s, public.images)
+    }
+
+
+def embedder(s, known, public, private):
+    """What the condition embedder is, an entry of the checkpoints: that of the networks at hand, else as the
+    settings ask.
+
+    Refuses a wrong --tune (ValueError), and says which words the public model does not know: both before any
+    work.
+    """
+    entry = (
+        known["ldm.pt"]["embedder"] if "ldm.pt" in known else conditions.embedder_entry(s, public, private)
+    )
+    with torch.device("meta"):  # no memory, no time
+        lora.tuned(unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(entry)), s)
+    if s.condition == "text" and rank() == 0:
+        conditions.warn_of_unknown_words(s, public, private, entry)
+    return entry
