@@ -19,12 +19,11 @@ import torch
 
 import datasets
 import diffusion
-import sample
 import unet
 import vae
 from datasets import pixels
 from extensions import text
-from support import checkpoints, files, presets, run_folder, settings, team
+from support import arguments, checkpoints, files, presets, run_folder, settings, team
 
 GROUPS = 32  # in every GroupNorm of the original code
 # Prefixes of the names in a checkpoint.
@@ -194,7 +193,7 @@ def convert(s, unet_file, vae_file, scale, images, digests, embedder, num_classe
 def ldm_checkpoint(s, weights, path, digests, embedder, num_classes):
     """The UNet's tensors -> content of public/ldm.pt.
 
-    embedder: the entry of the condition embedder (`sample.build_embedder`). The file's classes are read if
+    embedder: the entry of the condition embedder (`checkpoints.build_embedder`). The file's classes are read if
     they are at least num_classes, the private set's, and of the right width. Otherwise the embedder starts
     afresh, as our text encoder always does; num_classes None: ValueError then.
     """
@@ -278,7 +277,7 @@ def main(argv=None):
     for key in PASSED_ON:
         add("--" + key, default=None, help="as of train.py")
     args = parser.parse_args(argv)
-    sample.check_numbers(args, scale=(1e-6, 1e6), classes=(1, 10 ** 6))
+    arguments.check_numbers(args, scale=(1e-6, 1e6), classes=(1, 10 ** 6))
     given = {key: getattr(args, key.replace("-", "_")) for key in PASSED_ON}
     s = settings.parse(["--preset", args.preset, *(f"--{k}={v}" for k, v in given.items() if v is not None)])
     if args.checkpoint is None and args.autoencoder is None:
