@@ -264,7 +264,7 @@ MUTATIONS = [Mutation(*m) for m in (
       ("            so_far = epsilon_after(s, plan, covered)\n", "            so_far = epsilon_after(s, plan, len(rows))\n")),
      f"{CRASH}::test_the_epsilon_on_the_way_is_never_below_the_true_one"),
     (0, "scores beside a copied release", "evaluate.py",
-     (("    check_place(args, run, whole)\n", ""),),
+     (("    scored.check_place(args, run, whole)\n", ""),),
      "tests/test_evaluate.py::test_nothing_uncovered_is_written_beside_a_copied_release"),
     (0, "normals from two pairs instead of four", "dp_sgd.py",
      (("u = self.uniforms(8 * half, out.device).view(2, 4, half)", "u = self.uniforms(4 * half, out.device).view(2, 2, half)"),
