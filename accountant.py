@@ -61,7 +61,9 @@ def count_steps(rows):
     """
     counts, kinds = Counter(), Counter()
     try:
-        for row in ((*kind, count) for kind, count in rows.items()) if isinstance(rows, dict) else rows:
+        if isinstance(rows, dict):
+            rows = [(*kind, count) for kind, count in rows.items()]
+        for row in rows:
             q, sigma, count = row if isinstance(row, (tuple, list)) else (row["q"], row["sigma"], 1)
             check(steps=count)
             counts[float(q), float(sigma)] += int(count)
@@ -136,7 +138,7 @@ def moment_by_series(q, sigma, alpha):
 
 
 def ratio(x, q, sigma):
-    """u = P/Q - 1 and the privacy loss log P/Q at outputs x (n,). Each is accurate where the other is not."""
+    """u = P/Q - 1, without cancellation where it is small, and log P/Q at any size, at outputs x (n,)."""
     w = (x - 0.5) / sigma**2  # log N(1, sigma^2) / N(0, sigma^2) at x
     u = np.maximum(q * np.expm1(np.minimum(w, 600.0)), -1.0)  # 600: e^w must not overflow
     with np.errstate(divide="ignore"):
@@ -150,8 +152,8 @@ def moment_by_integral(q, sigma, alpha, ratio, k=1):
     more than 1 for a group of k images.
     """
     # Trapezoid sum over z = x / sigma with spacing h. The integrand is analytic up to |Im z| = pi sigma,
-    # where P = 0, so the error is about exp(-2 pi^2 sigma / h). The factor (P/Q)^alpha moves the bell by up to
-    # alpha k / sigma.
+    # where P = 0, so the error is about exp(-2 pi^2 sigma / h). The factor (P/Q)^alpha moves the bell
+    # by up to alpha k / sigma.
     h, top = min(0.5, sigma / (2 * k)), alpha * k / sigma + 10.0
     if top / h * k > 2e5:
         # Too many points where there is hardly any noise. A sound bound instead, by convexity:
@@ -234,12 +236,6 @@ def epsilon_by_moments(moment, delta):
     """(epsilon, the order that gave it): the smallest bound over all orders."""
     order, eps = best_order(lambda a: (log_delta(moment, a, 0.0) - math.log(delta)) / (a - 1))
     return max(0.0, eps), order
-
-
-def delta_by_moments(moment, eps):
-    """(delta, the order that gave it): the smallest bound over all orders."""
-    order, bound = best_order(lambda a: log_delta(moment, a, eps))
-    return math.exp(min(0.0, bound)), order
 
 
 def composed(steps):

@@ -137,9 +137,10 @@ class Level(nn.Module):
             h = block(h)
             if len(self.attn):
                 h = self.attn[i](h)
-        for change in ("downsample", "upsample"):
-            if hasattr(self, change):
-                h = getattr(self, change)(h)
+        if hasattr(self, "downsample"):
+            h = self.downsample(h)
+        if hasattr(self, "upsample"):
+            h = self.upsample(h)
         return h
 
 
