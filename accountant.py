@@ -1,22 +1,21 @@
-"""Privacy accountant of DP-SGD: what do T noisy steps cost?  It never understates epsilon.
+"""Privacy accountant of DP-SGD: what do T noisy steps cost? It never understates epsilon.
 
-One step adds N(0, sigma^2) noise (unit: the clip norm C) to the sum of the clipped gradients of a Poisson
-batch, to which each example belongs with probability q.  Neighbouring data sets differ by one example, added
-or removed; seen along the gradient of that example:
+One step sums the clipped gradients of a Poisson batch and adds Gaussian noise of deviation sigma. The unit is
+the clip norm C. Neighbouring data sets differ by one example, added or removed. Seen along the gradient of
+that example, the output of one step has the distribution
 
     Q = N(0, sigma^2) without it,     P = (1-q) N(0, sigma^2) + q N(1, sigma^2) with it.
 
-An accountant is one function, epsilon_of(steps, delta) -> epsilon, with steps = {(q, sigma): T}:
-  rdp   Renyi moments, in this file: exact for one step, they add over steps; turning them into epsilon is
-        5 to 10 % loose.  (Mironov, Talwar, Zhang 2019; Balle et al. 2020; Canonne, Kamath, Steinke 2020)
-  pld   the distribution of the privacy loss log P/Q, in extensions/pld.py: tight, certified from both sides.
-Wherever `method` is asked for, give one of these names or a function of your own.
-Names: q sampling probability, sigma noise multiplier, alpha order, T = steps = noise additions.
+An accountant is one function, epsilon_of(steps, delta) -> epsilon, where steps is {(q, sigma): T}.
+  rdp   Renyi moments, in this file. They are exact for one step and add up over steps; turning them into
+        epsilon loses 5 to 10 %. (Mironov, Talwar, Zhang 2019; Canonne, Kamath, Steinke 2020)
+  pld   The distribution of the privacy loss log P/Q, in extensions/pld.py. Tight, with certified bounds.
+The argument `method` takes one of these names, or a function of your own.
+Symbols: q sampling probability, sigma noise multiplier, T number of steps (noise additions), alpha order.
 
     python accountant.py --n 60000 --batch 2000 --epochs 200 --delta 1e-5 --sigma 1.47     (or --epsilon 10)
-    python accountant.py runs/a runs/b                                        (recompute, alone and composed)
+    python accountant.py runs/a runs/b                              (what runs have spent, alone and together)
 """
-
 import json
 import math
 import sys
@@ -28,14 +27,13 @@ import numpy as np
 from scipy.optimize import brentq, minimize_scalar
 from scipy.special import gammaln, logsumexp, xlog1py
 
-MOST_KINDS = 64  # of steps (q, sigma).  More are merged: neighbours in sigma, larger q with smaller sigma
+MOST_KINDS = 64  # of steps (q, sigma) in one account; of more, similar ones are merged
 
 
-# ---- steps: what is counted ----------------------------------------------------------------------
-
+# ----------------------------------------------------------------------------------- steps: what is counted
 
 def check(q=0.0, sigma=1.0, steps=0, delta=0.5):
-    """ValueError, one line, for numbers that mean nothing; nan is refused as well."""
+    """ValueError, one line, for numbers that mean nothing. nan fails every comparison and is refused too."""
     if not 0 <= q <= 1:
         raise ValueError(f"q = {q}: the sampling probability must lie in [0, 1]; it is batch / n")
     if not sigma >= 0:
@@ -47,7 +45,7 @@ def check(q=0.0, sigma=1.0, steps=0, delta=0.5):
 
 
 def one_kind(q, sigma, steps):
-    """{(q, sigma): steps}, empty if they cost nothing.  What float64 cannot hold becomes what costs more."""
+    """{(q, sigma): steps}, empty if they cost nothing. Extreme numbers are replaced by what costs more."""
     if q <= 0 or steps <= 0 or sigma == math.inf:
         return {}
     if sigma < 1e-60 or steps > 1e18:
@@ -56,21 +54,25 @@ def one_kind(q, sigma, steps):
 
 
 def count_steps(rows):
-    """Rows of a ledger, (q, sigma, T) of a plan, or {(q, sigma): T} -> {(q, sigma): T}, without free steps.
+    """Rows of a ledger, tuples (q, sigma, T), or {(q, sigma): T} -> {(q, sigma): T}, without free steps.
 
-    Equal steps are counted: 60,000 of them take as much time as one.  ValueError for rows without numbers."""
+    Equal steps are counted together, so 60,000 of them take as long as one. ValueError for rows without
+    numbers.
+    """
     counts, kinds = Counter(), Counter()
     try:
-        for row in ((*kind, count) for kind, count in rows.items()) if isinstance(rows, dict) else rows:
+        if isinstance(rows, dict):
+            rows = [(*kind, count) for kind, count in rows.items()]
+        for row in rows:
             q, sigma, count = row if isinstance(row, (tuple, list)) else (row["q"], row["sigma"], 1)
             check(steps=count)
             counts[float(q), float(sigma)] += int(count)
     except (KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"ledger: every row needs the numbers q and sigma ({error!r})") from None
-    for q, sigma in counts:
-        check(q, sigma)
     for (q, sigma), count in sorted(counts.items()):
+        check(q, sigma)
         kinds.update(one_kind(q, sigma, count))
+    # Of two neighbours in sigma the larger q and the smaller sigma cost at least as much as both.
     while len(kinds) > MOST_KINDS:
         by_sigma = sorted(kinds.items(), key=lambda item: item[0][1])
         kinds = Counter()
@@ -82,12 +84,12 @@ def count_steps(rows):
 
 
 def ledger_rows(text, *known):
-    """Text of a ledger -> its rows, one per line; the one rule for a crash while writing.
+    """Text of a ledger, one JSON row per line -> list of rows. A crash may have left a torn line.
 
-    What is not a complete row counts as one step for every row that was begun on the line, with the largest q
-    and the smallest sigma of the complete rows and of `known` (dicts with q and sigma: the plan), so never
-    understated.  Raises ValueError if there is a damaged line and nothing to count it by."""
-
+    A torn line counts as one step for every row begun on it, since each was spent. Its q is the largest and
+    its sigma the smallest of all complete rows and of `known` (dicts with q and sigma: the plan). ValueError
+    if a line is torn and nothing tells q and sigma.
+    """
     def complete(row):
         q, sigma = (row.get(key) for key in ("q", "sigma")) if isinstance(row, dict) else ("", "")
         return all(type(x) in (int, float) for x in (q, sigma)) and 0 <= q <= 1 and 0 <= sigma < math.inf
@@ -95,31 +97,29 @@ def ledger_rows(text, *known):
     def read(line):
         try:
             row = json.loads(line)
-            return row if complete(row) else None
         except (ValueError, RecursionError):
             return None
+        return row if complete(row) else None
 
     lines = text.removesuffix("\n").split("\n") if text else []
     rows = [read(line) for line in lines]
-    whole = [row for row in (*rows, *known) if complete(row)]
-    if None in rows and not whole:
-        number = rows.index(None) + 1
-        raise ValueError(f"row {number} of the ledger is damaged; no other row or plan tells its q and sigma")
-    for number, line in enumerate(lines):
-        if rows[number] is None:
-            q, sigma = max(row["q"] for row in whole), min(row["sigma"] for row in whole)
-            worst = {"q": q, "sigma": sigma, "torn": True}
-            rows[number] = worst
-            rows += [worst] * (line.count("{") - 1)  # rows that ran into one line
+    if None in rows:
+        whole = [row for row in (*rows, *known) if complete(row)]
+        if not whole:
+            raise ValueError(f"row {rows.index(None) + 1} of the ledger is damaged, and no other row or plan "
+                             "tells its q and sigma")
+        worst = {"q": max(row["q"] for row in whole), "sigma": min(row["sigma"] for row in whole)}
+        more = sum(max(0, line.count("{") - 1) for line, row in zip(lines, rows, strict=True) if row is None)
+        rows = [{**worst, "torn": True} if row is None else row for row in rows]
+        rows += more * [{**worst, "torn": True}]  # rows that ran into one line
     return rows
 
 
-# ---- Renyi DP: one step exactly, addition, conversion --------------------------------------------
-
+# ------------------------------------------------------------------------------------- Renyi DP of one step
 
 @lru_cache(maxsize=1 << 14)
 def log_moment(q, sigma, alpha):
-    """log A = log E_Q[(P/Q)^alpha] = (alpha - 1) R(alpha) of one step; derived in rdp()."""
+    """log A = log E_Q[(P/Q)^alpha] = (alpha - 1) R(alpha) of one step. `rdp` derives it."""
     if q == 1:
         return alpha * (alpha - 1) * (1 / sigma) ** 2 / 2
     if alpha == int(alpha) and alpha <= 1e5:
@@ -128,37 +128,44 @@ def log_moment(q, sigma, alpha):
 
 
 def moment_by_series(q, sigma, alpha):
-    """log A for an integer order: step 3 of the derivation."""
+    """log A for an integer order alpha: step 3 of the derivation in `rdp`."""
     j = np.arange(2, int(alpha) + 1)
     s = j * (j - 1) / (2 * sigma**2)
     log_binomial = gammaln(alpha + 1) - gammaln(j + 1) - gammaln(alpha - j + 1)
-    log_expm1 = s + np.log(-np.expm1(-s))
+    log_expm1 = s + np.log(-np.expm1(-s))  # log(e^s - 1) without overflow
     excess = logsumexp(log_binomial + j * math.log(q) + xlog1py(alpha - j, -q) + log_expm1)
     return float(np.logaddexp(0.0, excess))
 
 
 def ratio(x, q, sigma):
-    """P/Q = 1 + u = e^L at outputs x (n,) -> (u without cancellation where it is small, L at any size)."""
-    w = (x - 0.5) / sigma**2  # (n,), log N(1, sigma^2) / N(0, sigma^2)
-    u = np.maximum(q * np.expm1(np.minimum(w, 600.0)), -1.0)
+    """u = P/Q - 1, without cancellation where it is small, and log P/Q at any size, at outputs x (n,)."""
+    w = (x - 0.5) / sigma**2  # log N(1, sigma^2) / N(0, sigma^2) at x
+    u = np.maximum(q * np.expm1(np.minimum(w, 600.0)), -1.0)  # 600: e^w must not overflow
     with np.errstate(divide="ignore"):
         return u, np.where(w > 600, math.log(q) + w, np.log1p(u))
 
 
 def moment_by_integral(q, sigma, alpha, ratio, k=1):
-    """log A for any order: step 4.  k: how far P is shifted at most (extensions/pld.py: k images at once)."""
-    # Trapezoid sum over z = x / sigma.  The integrand is analytic until |Im z| = pi sigma (where P = 0), so
-    # the error is about exp(-2 pi^2 sigma / h).  The factor (P/Q)^alpha moves the bell by at most
-    # alpha k / sigma.
+    """log A for any order alpha: step 4 of the derivation in `rdp`.
+
+    ratio: function (x, q, sigma) -> (u, log P/Q). k: how far P is shifted at most; extensions/pld.py passes
+    more than 1 for a group of k images.
+    """
+    # Trapezoid sum over z = x / sigma with spacing h. The integrand is analytic up to |Im z| = pi sigma,
+    # where P = 0, so the error is about exp(-2 pi^2 sigma / h). The factor (P/Q)^alpha moves the bell
+    # by up to alpha k / sigma.
     h, top = min(0.5, sigma / (2 * k)), alpha * k / sigma + 10.0
-    if top / h * k > 2e5:  # hardly any noise: convexity, (1-q+qr)^alpha <= 1-q + q r^alpha, sound and cheap
-        none = k * math.log1p(-q)  # log P[none of the k is in the batch]; else as if all were
-        full = alpha * (alpha - 1) * (k / sigma) ** 2 / 2
+    if top / h * k > 2e5:
+        # Too many points where there is hardly any noise. A sound bound instead, by convexity:
+        # (1-q+qr)^alpha <= 1-q + q r^alpha.
+        none = k * math.log1p(-q)  # log of the probability that none of the k is in the batch
+        full = alpha * (alpha - 1) * (k / sigma) ** 2 / 2  # otherwise as if all were
         return float(np.logaddexp(none, math.log(-math.expm1(none)) + full))
     z = np.arange(-10.0, top + h, h)
     u, loss = ratio(z * sigma, q, sigma)
     a, y = alpha, alpha * loss
     with np.errstate(all="ignore"):
+        # log g(u), where e^y = (1+u)^alpha: the first form where e^y is large, Taylor's where u is small
         log_g = np.where(y > 1, y + np.log1p(-(1 + a * u) * np.exp(-y)), np.log(np.expm1(y) - a * u))
         series = 1 + (a - 2) / 3 * u * (1 + (a - 3) / 4 * u * (1 + (a - 4) / 5 * u))
         log_g = np.where(a * np.abs(u) < 1e-2, np.log(a * (a - 1) / 2 * u * u * series), log_g)
@@ -167,7 +174,7 @@ def moment_by_integral(q, sigma, alpha, ratio, k=1):
 
 
 def rdp(q, sigma, alphas):
-    """Renyi DP of ONE step at every order: array shaped like alphas, any order above 1, fractional too.
+    """Renyi DP of ONE step at every order alpha > 1, fractional ones too: an array shaped like alphas.
 
     Relative error <= 1e-9 for orders in [1.01, 1000], q in [1e-5, 1], sigma in [0.3, 100].
     From the definition (Mironov 2017, Def. 3), with x drawn from Q:
@@ -175,18 +182,17 @@ def rdp(q, sigma, alphas):
         R(alpha) = D_alpha(P || Q) = log A / (alpha - 1),     A = E_Q[(P/Q)^alpha] = E[(1 + u)^alpha]
         u(x)     = P/Q - 1 = q (e^{(2x-1)/(2 sigma^2)} - 1),  E[u] = 0 as P and Q both integrate to 1
 
-    1. The other direction, D_alpha(Q || P), is never larger (Mironov, Talwar, Zhang 2019, Theorem 5: a
-       reflection swaps the two Gaussians).  "Removed" therefore covers "added".
-    2. A is hardly above 1, and 1 + 1e-12 has lost its digits in float64: compute A - 1, as a sum of positive
-       terms.
-    3. Integer alpha: expand the power.  E[e^{j(2x-1)/(2 sigma^2)}] = e^{j(j-1)/(2 sigma^2)}; binomial weights
-       add to 1.  In log space:
+    1. The other direction, D_alpha(Q || P), is never larger (Mironov, Talwar, Zhang 2019, Theorem 5), so
+       "one example removed" covers "one example added".
+    2. A is often so close to 1 that float64 loses the difference: 1 + 1e-17 is 1. So A - 1 is computed, as a
+       sum of positive terms.
+    3. Integer alpha: expand the power. E[e^{j(2x-1)/(2 sigma^2)}] = e^{j(j-1)/(2 sigma^2)}, and the binomial
+       weights add to 1. In log space:
            A - 1 = sum_{j=2..alpha} C(alpha, j) (1-q)^{alpha-j} q^j (e^{j(j-1)/(2 sigma^2)} - 1)
-    4. Fractional alpha: that series alternates in sign and cancels.  But E[u] = 0 lets us subtract the
-       tangent at 0:
-           A - 1 = E[g(u)],   g(u) = (1+u)^alpha - 1 - alpha u >= 0   (Bernoulli's inequality),
-       a smooth positive integral over one Gaussian: a plain trapezoid sum in log space, g by Taylor where u
-       is small.
+    4. Fractional alpha: that series would alternate in sign. But E[u] = 0, so the tangent at 0 may be
+       subtracted:
+           A - 1 = E[g(u)],   g(u) = (1+u)^alpha - 1 - alpha u >= 0   (Bernoulli's inequality)
+       This is a smooth positive integral over one Gaussian, which a trapezoid sum finds.
     """
     check(q, sigma)
     alphas = np.asarray(alphas, dtype=float)
@@ -199,14 +205,15 @@ def rdp(q, sigma, alphas):
     return np.array(values).reshape(alphas.shape)
 
 
+# ------------------------------------------------------------------------------- from moments to epsilon
+
 @np.errstate(all="ignore")
 def best_order(f):
-    """(best order, minimum) of f over all real orders alpha > 1.
+    """(best order, minimum) of f over all real orders alpha > 1. Any order gives a valid bound.
 
-    What is minimised here has one valley: log A and (alpha-1) log(1-1/alpha) - log(alpha) are convex in
-    alpha, and a convex function over the positive line alpha - 1 is quasi-convex.  So: walk downhill in
-    log(alpha - 1), then Brent.  There is no grid of orders and no edge of a grid; any order that comes out
-    gives a valid bound."""
+    log A and the terms that `log_delta` adds are convex in alpha, so f has one valley. Walk downhill in
+    log(alpha - 1), then refine by Brent's method. There is no grid of orders that could end too early.
+    """
     g = lru_cache(maxsize=None)(lambda t: f(1 + math.exp(t)))
     t = math.log(7.0)
     step = 1.0 if g(t + 1) < g(t) else -1.0
@@ -220,8 +227,8 @@ def best_order(f):
 def log_delta(moment, alpha, eps):
     """log delta at eps by order alpha; moment(alpha) is log A of all steps together.
 
-    Markov's inequality on the privacy loss with its sharp constant, the maximum of
-    e^{-(alpha-1) (l-eps)} (1 - e^{eps-l}) over losses l (Canonne, Kamath, Steinke 2020, Prop. 12)."""
+    Canonne, Kamath, Steinke 2020, Prop. 12: Markov's inequality on the privacy loss, with the best constant.
+    """
     return moment(alpha) - (alpha - 1) * eps + (alpha - 1) * math.log1p(-1 / alpha) - math.log(alpha)
 
 
@@ -231,19 +238,13 @@ def epsilon_by_moments(moment, delta):
     return max(0.0, eps), order
 
 
-def delta_by_moments(moment, eps):
-    """(delta, the order that gave it)."""
-    order, bound = best_order(lambda a: log_delta(moment, a, eps))
-    return math.exp(min(0.0, bound)), order
-
-
 def composed(steps):
     """The function alpha -> log A of all steps {(q, sigma): T}: moments of independent steps multiply."""
     return lambda alpha: sum(T * log_moment(q, sigma, alpha) for (q, sigma), T in steps.items())
 
 
 def renyi(steps, delta):
-    """(epsilon, the order that gave it) of steps {(q, sigma): T}; the order is nan where none was needed."""
+    """(epsilon, the order that gave it) of steps {(q, sigma): T}. The order is nan for epsilon 0 or inf."""
     check(delta=delta)
     steps = count_steps(steps)
     if not steps or min(sigma for _, sigma in steps) == 0:
@@ -251,31 +252,32 @@ def renyi(steps, delta):
     return epsilon_by_moments(composed(steps), delta)
 
 
-# ---- accountants ---------------------------------------------------------------------------------
-
+# --------------------------------------------------------------------------------------------- accountants
 
 def epsilon_of(steps, delta):
     """The accountant "rdp": epsilon of steps {(q, sigma): T} at delta, by Renyi moments."""
     return renyi(steps, delta)[0]
 
 
-def _tight(steps, delta):
-    from extensions import pld  # only where it is asked for: this file stands alone
+def tight(steps, delta):
+    """The accountant "pld": an upper bound on epsilon that is certified and tight."""
+    from extensions import pld  # here, because this file stands alone without it
     return pld.epsilon_of(steps, delta)
 
 
-ACCOUNTANTS = {"rdp": epsilon_of, "pld": _tight}
+ACCOUNTANTS = {"rdp": epsilon_of, "pld": tight}
 
 
 def accountant(method):
-    """The function that `method` names, or method itself if it is a function."""
+    """The function that `method` names, or method itself if it is a function. ValueError for other names."""
     if not callable(method) and method not in ACCOUNTANTS:
         names = " or ".join(map(repr, ACCOUNTANTS))
         raise ValueError(f"method = {method!r}: choose {names}, or give a function of (steps, delta)")
     return method if callable(method) else ACCOUNTANTS[method]
 
 
-def _epsilon(steps, delta, method):
+def cost(steps, delta, method):
+    """epsilon of steps {(q, sigma): T} by the accountant `method`. ValueError if it gives no epsilon."""
     value = float(accountant(method)(steps, delta))
     if not value >= 0:  # nan would pass every comparison with a target
         raise ValueError(f"the accountant {method} gives epsilon {value}")
@@ -283,58 +285,43 @@ def _epsilon(steps, delta, method):
 
 
 def epsilon(q, sigma, steps, delta, method="rdp"):
-    """epsilon of `steps` steps at delta, never understated: "rdp", or "pld" (the certified upper bound).
+    """epsilon of `steps` equal steps at delta, never understated, for one example added or removed.
 
-    The larger of "example added" and "example removed".  sigma = 0 gives inf; q = 0 or steps = 0 gives 0.
-    ValueError for q outside [0, 1], sigma < 0, steps < 0, delta outside (0, 1) ("pld": below 1e-10)."""
+    sigma = 0 gives inf; q = 0 or steps = 0 gives 0. ValueError for q outside [0, 1], sigma < 0, steps < 0, or
+    delta outside (0, 1); "pld" needs delta >= 1e-10.
+    """
     check(q, sigma, steps, delta)
-    return _epsilon(one_kind(q, sigma, steps), delta, method)
+    return cost(one_kind(q, sigma, steps), delta, method)
 
 
 def epsilon_of_ledger(rows, delta, method="rdp"):
-    """epsilon of heterogeneous steps, and of several runs on the same private data (concatenate their rows).
+    """epsilon of steps that may differ, as a ledger lists them: dicts with "q" and "sigma", one per step.
 
-    rows: iterable of dicts with at least "q" and "sigma", one per logical step (noise addition)."""
+    Several runs on the same private images: concatenate their rows.
+    """
     check(delta=delta)
-    return _epsilon(count_steps(rows), delta, method)
-
-
-def rdp_epsilon(q, sigma, steps, delta):
-    """(epsilon, the Renyi order that gave it); the order is nan where none was needed."""
-    check(q, sigma, steps, delta)
-    return renyi(one_kind(q, sigma, steps), delta)
-
-
-def delta(q, sigma, steps, epsilon):
-    """delta of `steps` steps at epsilon >= 0 by Renyi moments (tight: extensions.pld.pld_delta)."""
-    check(q, sigma, steps)
-    if not 0 <= epsilon <= 1e308:
-        raise ValueError(f"epsilon = {epsilon}: must be >= 0 and finite")
-    kind = one_kind(q, sigma, steps)
-    if not kind or min(kind)[1] == 0:
-        return 1.0 if kind else 0.0
-    return delta_by_moments(composed(kind), epsilon)[0]
-
-
-# ---- calibration ---------------------------------------------------------------------------------
+    return cost(count_steps(rows), delta, method)
 
 
 def noise_multiplier(epsilon, delta, q, steps, method="rdp"):
-    """Smallest sigma (>= 1e-3) whose epsilon does not exceed the target; on the safe side, and asserted."""
+    """Smallest sigma (>= 1e-3) whose epsilon does not exceed the target; it errs on the safe side.
+
+    0 if there is nothing to protect (q = 0 or steps = 0). ValueError if even sigma = 1e6 is not enough.
+    """
     check(q, 1.0, steps, delta)
     if not 0 < epsilon <= 1e308:
         raise ValueError(f"epsilon = {epsilon}: the target must be positive and finite")
     if q == 0 or steps == 0:
         return 0.0
 
-    def excess(log_sigma):  # falls with log sigma; finite, as brentq wants it
-        return min(_epsilon(one_kind(q, math.exp(log_sigma), steps), delta, method), 1e308) - epsilon
+    def excess(log_sigma):  # falls as log sigma grows; finite, as brentq wants it
+        return min(cost(one_kind(q, math.exp(log_sigma), steps), delta, method), 1e308) - epsilon
 
     if accountant(method) is epsilon_of:
         start, step, tolerance = 0.0, 1.0, 1e-8
-    else:  # Renyi's sigma is found quickly and is not far off
+    else:  # begin near Renyi's sigma, which is found quickly
         start, step, tolerance = math.log(noise_multiplier(epsilon, delta, q, steps)), 0.08, 1e-6
-    # A bracket: too much epsilon at low, not too much at high.
+    # A bracket: epsilon is too large at low, and not too large at high.
     high = low = start
     while excess(high) > 0:
         low, high = high, high + step
@@ -347,51 +334,23 @@ def noise_multiplier(epsilon, delta, q, steps, method="rdp"):
     while excess(log_sigma) > 0:
         log_sigma, tolerance = log_sigma + tolerance, 2 * tolerance
     sigma = math.exp(log_sigma)
-    assert _epsilon(one_kind(q, sigma, steps), delta, method) <= epsilon
+    assert cost(one_kind(q, sigma, steps), delta, method) <= epsilon
     return sigma
-
-
-def max_steps(epsilon, delta, q, sigma, method="rdp"):
-    """Largest number of steps whose epsilon does not exceed the target; inf when steps cost nothing (q = 0).
-
-    Beyond 1e12 the search ends: so many fit."""
-    check(q, sigma, 0, delta)
-    if not 0 <= epsilon <= 1e308:
-        raise ValueError(f"epsilon = {epsilon}: the target must be >= 0 and finite")
-    if not one_kind(q, sigma, 1):
-        return math.inf
-
-    def fits(steps):
-        return _epsilon(one_kind(q, sigma, steps), delta, method) <= epsilon
-
-    # Begin with what Renyi allows; an accountant that allows less begins anew.
-    low = 0 if accountant(method) is epsilon_of else max_steps(epsilon, delta, q, sigma)
-    low = low if fits(low) else 0
-    step = max(1, low // 16)
-    while low <= 1e12 and fits(low + step):
-        low, step = low + step, 2 * step
-    high = low + step if low <= 1e12 else low + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
 
 
 def round_up(x, digits=4):
     """x as text with so many significant digits, rounded towards +inf: what is printed never understates.
 
-    A float is taken for the shortest decimal that it is printed as: 10 -> "10", 9.99999999 -> "10"."""
+    A float means its shortest decimal form: 10 -> "10", 9.99999999 -> "10".
+    """
     x = float(x)
     if not math.isfinite(x):
         return str(x)
     return f"{float(Context(prec=digits, rounding=ROUND_CEILING).plus(Decimal(repr(x)))):.{digits}g}"
 
 
-# ---- command line --------------------------------------------------------------------------------
-
-
 def main(argv=None):
-    from support import calculator  # its flags and its table; nothing above needs them
+    from support import calculator  # flags and table of the command line
     return calculator.main(argv)
 
 

@@ -1,25 +1,25 @@
-"""DP-SGD: per-example gradients, clipping, noise. The private step of the paper, and nothing else.
+"""DP-SGD: Poisson batches, per-example gradients, clipping, noise. The private step, and nothing else.
 
-Implements DP-SGD (Abadi et al. 2016, Algorithm 1) as *Differentially Private Latent Diffusion Models* (Liu et al. 2024,
-Algorithm 1) uses it to tune the attention of a latent diffusion model. Imports nothing of the project. One step::
+Implements DP-SGD (Abadi et al. 2016, Algorithm 1) as *Differentially Private Latent Diffusion Models* (Liu et
+al. 2024, Algorithm 1) uses it to tune the attention. The file imports nothing of the project. One step::
 
     engine = DPSGD(model, clip_norm=C, noise_multiplier=sigma, expected_batch_size=q * n)
-    batch = poisson_sample(n, q)                           # every example independently with probability q
-    for part in batch.split(64):                           # micro-batches: their size never changes the result
-        engine.accumulate(loss_fn, x[part], y[part])       # sum_i clip(g_i); nothing is released yet
-    engine.step(optimizer)                                 # (sum + N(0, sigma^2 C^2 I)) / B, then the optimizer
+    batch = poisson_sample(n, q)                        # every example independently with probability q
+    for part in batch.split(64):                        # micro-batches: their size never changes the result
+        engine.accumulate(loss_fn, x[part], y[part])    # sum_i clip(g_i); nothing is released yet
+    engine.step(optimizer)                              # (sum + N(0, sigma^2 C^2 I)) / B, then the optimizer
 
 Symbols
     g_i    gradient of example i with respect to ALL trainable parameters together
-    C      clip_norm. It is the sensitivity: adding or removing one example moves the sum by at most C (L2 norm)
-    sigma  noise_multiplier, the standard deviation of the noise in units of C
+    C      clip_norm, the sensitivity: adding or removing one example moves the sum by at most C (L2 norm)
+    sigma  noise_multiplier: the standard deviation of the noise, in units of C
     B      expected_batch_size = q * n, fixed before training, because the actual size is private
     N      examples of a micro-batch;  L  number of trainable layers
 
-The paper's C = 1e-3 looks tiny. It decouples from the learning rate, because Adam divides by the gradient's own size:
-C only decides how many examples are clipped. (sigma * C / B has to stay well above Adam's eps, or eps takes over.)
+The paper's C = 1e-3 looks tiny. But Adam divides by the gradient's own size, so C only decides how many
+examples are clipped; the learning rate is separate. Only sigma * C / B must stay well above Adam's eps.
 
-What is not covered: a loss_fn that calls autograd itself; timing.
+Not covered: a loss_fn that calls autograd itself, and what running times tell.
 """
 import math
 import os
@@ -34,32 +34,25 @@ SMALLEST_CLIP_NORM, LARGEST_CLIP_NORM = 1e-10, 1e10
 CHUNK = 16_384  # normals drawn at a time: their uniforms fit into the processor's cache
 
 
-# ---------------------------------------------------------------------------------------- randomness: noise, sampling
-
+# ------------------------------------------------------------------------- randomness: noise and sampling
 
 class SecureGenerator:
-    """The randomness of the mechanism: every number from the operating system's CSPRNG (os.urandom), in float64.
+    """Randomness for noise and batches: every number is float64, from the operating system (os.urandom).
 
-    DP-SGD is private only if its noise cannot be computed, and only if its noise can be as large as a Gaussian's.
-    Three faults of ordinary generators are answered here.
+    Ordinary generators have three faults that break the guarantee.
+    1. Prediction. torch's CPU generator is linear in its state. Some outputs of a release show signs of the
+       noise, and enough signs give all other noise away (tests/test_noise_attack.py does it).
+    2. Tails. float32 normals end at sqrt(2 * 24 ln 2) = 5.77. An output beyond proves that an example is
+       there. Here normals end at `limit` = 17.1.
+    3. Floating point (Mironov 2012; Holohan and Braghin 2021). A normal made from two uniforms takes few
+       values, and the low bits of an output tell which. Here a normal is the sum of FOUR Box-Muller draws,
+       divided by 2, and `privatise` rounds the noisy sum to float32, which drops those bits.
 
-    1. Prediction. torch's CPU generator is a Mersenne twister. All its outputs are linear, over GF(2), in 19,937 bits of
-       state. Where a weight sees no gradient, a release shows the sign of its noise, and each sign is a linear equation
-       about the state. Enough of them give the noise of all other weights (tests/test_noise_attack.py does it).
-    2. Tails. float32 normals are made from uniforms of 24 bits, so none exceeds sqrt(2 * 24 ln 2) = 5.77. An output
-       beyond that proves that an example is there. Here normals end at 17.1.
-    3. Floating point (Mironov 2012; Holohan and Braghin 2021). A Gaussian made from two uniforms takes few values. An
-       output minus a candidate sum that is none of them refutes the candidate. Here a normal is the sum of FOUR
-       Box-Muller draws, divided by 2. `privatise` adds it in float64 and rounds once to float32, which drops the 29 low
-       bits that such an attack reads.
-
-    There is no seed and no state, so nothing can be saved or replayed. With weights on CUDA the bytes still come from
-    the host and become normals on the device: CUDA's own generator (Philox, 64 bits of seed) is not cryptographic.
-    What it costs: `python -m bench.noise`.
+    There is no seed and no state, so nothing can be replayed. The bytes come from the host for CUDA as well.
     """
 
     device = torch.device("cpu")
-    limit = 2 * math.sqrt(2 * 53 * math.log(2))  # the largest normal: four draws of sqrt(-2 ln 2^-53), divided by 2
+    limit = 2 * math.sqrt(2 * 53 * math.log(2))  # four draws of at most sqrt(-2 ln 2^-53), divided by 2
 
     def uniforms(self, n, device="cpu"):
         """(n,) float64, multiples of 2^-53 in [0, 1)."""
@@ -73,7 +66,7 @@ class SecureGenerator:
         """Standard normals of the given shape, float64."""
         out = torch.empty(math.prod(shape), dtype=torch.float64, device=device)
         for part in out.split(CHUNK if out.device.type == "cpu" else 256 * CHUNK):
-            half = (len(part) + 1) // 2
+            half = (len(part) + 1) // 2  # Box-Muller makes two normals of two uniforms
             u = self.uniforms(8 * half, out.device).view(2, 4, half)
             radius = u[0].neg_().log1p_().mul_(-2).sqrt_()  # sqrt(-2 ln(1 - u)); 1 - u is never 0
             angle = u[1].mul_(2 * math.pi)
@@ -83,37 +76,29 @@ class SecureGenerator:
 
 
 def fresh_generator(device="cpu"):
-    """An ordinary torch.Generator with a seed that nobody knows. NOT for the noise of a release: see `SecureGenerator`.
-
-    It draws what is no secret of the mechanism: the timesteps and the noise of the diffusion loss. With --fast-noise, for
-    experiments, it draws the DP noise as well.
-    """
+    """An ordinary torch.Generator with an unknown seed, for what is no secret: the draws of the loss."""
     generator = torch.Generator(device).manual_seed(int.from_bytes(os.urandom(8), "little"))
     if generator.device.type == "cpu":
-        # manual_seed keeps only 32 bits of a seed, few enough to try all of them: fill the twister's whole state instead.
-        # The state's bytes: seed (8), left (4), seeded (4), next (8), then 624 words of 8 bytes each.
+        # manual_seed keeps only 32 bits of a seed, few enough to try them all. So fill the whole state. Its
+        # bytes: seed (8), left (4), seeded (4), next (8), then 624 words of 8 bytes each.
         state = generator.get_state()
-        words = torch.frombuffer(bytearray(os.urandom(624 * 4)), dtype=torch.int32).to(torch.int64) & 0xFFFFFFFF
-        state[24:24 + 624 * 8] = words.view(torch.uint8)
+        words = torch.frombuffer(bytearray(os.urandom(624 * 4)), dtype=torch.int32).to(torch.int64)
+        state[24:24 + 624 * 8] = (words & 0xFFFFFFFF).view(torch.uint8)
         generator.set_state(state)
     return generator
 
 
 def largest_normal(generator):
-    """In standard deviations: no normal that `privatise` draws from this generator is larger.
-
-    torch's float64 normals are made from uniforms of 53 bits: sqrt(2 * 53 ln 2) = 8.57. Its float32 normals, which are
-    not used here, end at 5.77 on a CPU and at 6.76 on CUDA.
-    """
+    """Bound on every normal that `privatise` draws, in standard deviations; 8.57 for torch's float64 ones."""
     return generator.limit if isinstance(generator, SecureGenerator) else SecureGenerator.limit / 2
 
 
 def beyond_the_noise(generator, q, sigma, steps, k=1):
     """Bound on the probability that k examples push an output to where the noise alone cannot get.
 
-    For one example it is steps * q * P(N > limit - 1/sigma). Such an output proves that the examples are there, so this
-    has to be far below delta. j of the k examples are in a batch with probability Bin(j; k, q), and move the sum by at
-    most j clip norms, which is j / sigma standard deviations of the noise.
+    Such an output proves that the examples are there, so this must be far below delta. Each step has j of the
+    k examples in the batch with probability Bin(j; k, q). They move the sum by at most j clip norms, which is
+    j / sigma standard deviations of the noise.
     """
     if sigma == 0:
         return 1.0
@@ -125,15 +110,14 @@ def beyond_the_noise(generator, q, sigma, steps, k=1):
 
 
 def poisson_sample(n, q, generator=None):
-    """Indices of a Poisson batch: each of n examples independently with probability q (Abadi et al. 2016, section 3.1).
+    """A Poisson batch: each of n examples independently with probability q (Abadi et al. 2016, section 3.1).
 
-    Returns a sorted LongTensor of random length, Binomial(n, q), possibly empty; an empty batch is a step like any
-    other. The accountant's amplification by sampling holds for this scheme and no other, so there is no shuffling mode.
-    generator: None for `SecureGenerator`, since the amplification needs batches that nobody can guess.
-    Raises ValueError for q outside (0, 1] or negative n.
+    Returns sorted indices, a LongTensor of random length Binomial(n, q). An empty one is a batch like any
+    other. The accounting holds for this scheme only, and for batches that nobody can guess; so there is no
+    shuffling, and generator None means `SecureGenerator`. ValueError for q outside (0, 1] or negative n.
     """
     if not 0 < q <= 1:
-        raise ValueError(f"q is the probability that an example enters a batch and must lie in (0, 1], got {q}")
+        raise ValueError(f"q is the probability that an example enters a batch, in (0, 1], got {q}")
     if n < 0:
         raise ValueError(f"n, the number of examples, cannot be negative, got {n}")
     generator = SecureGenerator() if generator is None else generator
@@ -145,10 +129,10 @@ def poisson_sample(n, q, generator=None):
 
 
 def privatise(sums, clip_norm, noise_multiplier, expected_batch_size, generator):
-    """Clipped sums -> noisy mean gradients, (sum + N(0, sigma^2 C^2 I)) / B, tensor by tensor (new tensors).
+    """Clipped sums -> noisy mean gradients (sum + N(0, sigma^2 C^2 I)) / B, tensor by tensor (new tensors).
 
-    Every coordinate gets noise, touched by the batch or not: which ones were touched is private as well. B is the
-    expected batch size; dividing by the actual one would reveal it, and change the sensitivity.
+    Every coordinate gets noise, because which ones the batch touched is private. B is the expected batch
+    size: dividing by the actual one would reveal it and change the sensitivity.
     """
     std = noise_multiplier * clip_norm
     noisy = []
@@ -157,15 +141,14 @@ def privatise(sums, clip_norm, noise_multiplier, expected_batch_size, generator)
             noise = generator.normals(s.shape, s.device if s.device.type == "cuda" else "cpu").to(s.device)
         else:
             noise = torch.randn(s.shape, dtype=torch.float64, device=s.device, generator=generator)
-        # added in float64 and rounded once: float32 noise has no tail beyond 5.77 standard deviations
+        # Added in float64 and rounded once: float32 noise would end at 5.77 standard deviations.
         noisy.append((s.double() + std * noise).to(s.dtype) / expected_batch_size)
     return noisy
 
 
-# --------------------------------------------------------------------------------------------------------- clipping
-#
-# A clipping rule maps the norms of the per-example gradients, layer by layer (L, N), to factors (L, N) on them. Whatever
-# the norms are, the clipped gradient of one example, all layers together, must not be longer than C.
+# ------------------------------------------------------------------------------------------------ clipping
+# A clipping rule maps the norms of the per-example gradients, layer by layer (L, N), to factors (L, N).
+# Whatever the norms are, the clipped gradient of one example, all layers together, has length C at most.
 
 
 def flat(norms, clip_norm):
@@ -177,13 +160,13 @@ def flat(norms, clip_norm):
 def automatic(norms, clip_norm):
     """C/(|g| + 0.01): the length C |g|/(|g| + 0.01) is below C (Bu et al. 2022).
 
-    Every example counts about equally, and C merges into the learning rate; use C = 1.
+    All examples count about equally. C acts like the learning rate, so use C = 1.
     """
     return (clip_norm / (norms.square().sum(0).sqrt() + 0.01)).expand_as(norms)
 
 
 def per_layer(norms, clip_norm):
-    """min(1, (C/sqrt(L))/|g_l|) for each of the L layers: squared lengths add up to at most L * C^2/L = C^2."""
+    """min(1, (C/sqrt(L))/|g_l|) in each of L layers: the squared lengths sum to at most L * C^2/L = C^2."""
     return (clip_norm / len(norms) ** 0.5 / norms).clamp(max=1)
 
 
@@ -196,18 +179,18 @@ def finite_examples(norms, losses):
 
 
 def usable(factors, norms, losses):
-    """Factors (L, N), with 0 for the examples that must not contribute: non-finite norm or loss.
+    """Factors (L, N), set to 0 for examples that are not finite: they must contribute exactly nothing.
 
-    0 as well for a factor that float32 cannot hold at full precision: rounded up, it might let through more than C.
+    Factors below float32's normal range become 0 too: rounded up, they would let more than C through.
     """
-    return torch.where(finite_examples(norms, losses) & (factors > torch.finfo(torch.float32).tiny), factors, 0.0)
+    normal = factors > torch.finfo(torch.float32).tiny
+    return torch.where(finite_examples(norms, losses) & normal, factors, 0.0)
 
 
-# --------------------------------------------------------------------------------------------- per-example gradients
-#
-# A method maps (model, layers, loss_fn, batch) to the norms of the per-example gradients (L, N) float64, the losses (N,),
-# and a function from factors (L, N) to the weighted sum of the gradients, one tensor per parameter in the layers' order.
-# `loop` is the definition. `vmap` vectorises it. extensions/bookkeeping.py finds both in a single backward pass.
+# ----------------------------------------------------------------------------------- per-example gradients
+# A method takes (model, layers, loss_fn, batch). It returns the norms of the per-example gradients (L, N) in
+# float64, the losses (N,), and a function from factors (L, N) to the weighted sum of the gradients, one
+# tensor per parameter. `loop` is the definition; extensions/bookkeeping.py needs one backward pass only.
 
 
 def loop(model, layers, loss_fn, batch):
@@ -223,8 +206,8 @@ def loop(model, layers, loss_fn, batch):
 
 
 def vmap(model, layers, loss_fn, batch):
-    """torch.func: the gradient function of one example, vectorised over the micro-batch; N gradients of memory."""
-    root = nn.Module()  # functional_call swaps the parameters of a module, a loss function takes the module: join them
+    """The gradient function of one example, vectorised by torch.func. Needs memory for N gradients."""
+    root = nn.Module()  # one module that holds the model and computes the loss, as functional_call wants it
     root.model, root.forward = model, lambda *example: loss_fn(root.model, *example)
     params = {f"model.{layer.name}.{k}".replace("..", "."): p.detach()
               for layer in layers for k, p in layer.params.items()}
@@ -239,7 +222,7 @@ def vmap(model, layers, loss_fn, batch):
 
 
 def from_gradients(layers, grads, losses):
-    """(norms, losses, weighted sum) from per-example gradients (N, *parameter.shape), in the layers' order."""
+    """Per-example gradients (N, *parameter.shape), in the layers' order -> what a method returns."""
     owner = [i for i, layer in enumerate(layers) for _ in layer.params]
     with exact(losses.device):
         squared = torch.zeros(len(layers), len(losses), dtype=torch.float64, device=losses.device)
@@ -258,7 +241,7 @@ def squared_norm(a):
 
 
 def weighted_sum(a, factor, keep):
-    """sum_n factor[n] * a[n], (N, ...) -> (...); examples that are not kept are left out."""
+    """sum_n factor[n] * a[n], (N, ...) -> (...), over the examples that are kept."""
     a = a if keep is None else masked(a, keep)
     return (factor.to(a.dtype) @ a.flatten(1)).view(a.shape[1:])
 
@@ -270,14 +253,14 @@ def kept(factors):
 
 
 def masked(a, keep):
-    """Zero the rows (n*K, ...) of examples that are not kept (n,). A factor of 0 would not do: 0 * inf is NaN."""
+    """Zero the rows (n*K, ...) of examples that are not kept (n,). A factor 0 will not do: 0 * inf is NaN."""
     rows_kept = keep.repeat_interleave(len(a) // len(keep)).view(-1, *[1] * (a.dim() - 1))
-    return torch.where(rows_kept, a, 0.0) if a.is_floating_point() else a  # token numbers pass
+    return torch.where(rows_kept, a, 0.0) if a.is_floating_point() else a  # integers are finite
 
 
 @contextmanager
 def exact(device):
-    """No graph, no autocast, no TF32: norms and sums in float32 (or float64), also in a mixed-precision region."""
+    """Norms and sums in full precision: no autocast, no TF32, no graph, whatever the region around."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -287,8 +270,7 @@ def exact(device):
         torch.set_float32_matmul_precision(precision)
 
 
-# ---------------------------------------------------------------------------------------------- what may be trained
-
+# ------------------------------------------------------------------------------------- what may be trained
 
 class Layer(NamedTuple):
     """A module with trainable parameters of its own: {"weight" and/or "bias": Parameter}."""
@@ -299,17 +281,17 @@ class Layer(NamedTuple):
 
 
 def trainable_layers(model):
-    """The layers that DP-SGD trains. Raises ValueError, by name, for those whose per-example gradient would be wrong.
+    """The layers that DP-SGD trains. ValueError, with the layer's name, where clipping would not be sound.
 
-    These are layers that mix examples or keep statistics of them, dropout, and a parameter shared by two layers; also if
-    nothing is trainable.
+    Refused are layers that mix examples or keep statistics of them, dropout, parameters shared by two layers,
+    and a model in which nothing is trainable.
     """
     layers, owner = [], {}
     for name, m in model.named_modules():
         title = f"layer {name!r} ({type(m).__name__})"
         if isinstance(m, nn.modules.batchnorm._BatchNorm) or getattr(m, "track_running_stats", False):
-            raise ValueError(f"{title} mixes the examples of a batch or keeps statistics of them, which clipping per "
-                             "example does not bound; use GroupNorm or LayerNorm")
+            raise ValueError(f"{title} mixes the examples of a batch or keeps statistics of them, which "
+                             "clipping per example does not bound; use GroupNorm or LayerNorm")
         rate = m.p if isinstance(m, nn.modules.dropout._DropoutNd) else getattr(m, "dropout", 0)
         if isinstance(rate, (int, float)) and rate > 0:
             raise ValueError(f"{title} has dropout {rate}; set it to 0 for the private stage")
@@ -334,10 +316,10 @@ def rows(batch):
 
 
 def checked(losses, n):
-    """The losses, if there is one per example and it depends on trainable parameters."""
+    """The losses, if there is one per example and it depends on trainable parameters; else ValueError."""
     if not isinstance(losses, torch.Tensor) or losses.shape != (n,):
         raise ValueError(f"loss_fn must return one loss per example, shape ({n},), not "
-                         f"{tuple(getattr(losses, 'shape', ()))}: average over pixels and draws, never over examples")
+                         f"{tuple(getattr(losses, 'shape', ()))}: never average over examples")
     if not losses.requires_grad:
         raise ValueError("the losses do not depend on any trainable parameter; is loss_fn under no_grad?")
     return losses
@@ -349,8 +331,7 @@ def zeros(params):
     return [torch.zeros_like(p, dtype=d, requires_grad=False) for p, d in zip(params, dtypes, strict=True)]
 
 
-# ------------------------------------------------------------------------------------------------------- the engine
-
+# ---------------------------------------------------------------------------------------------- the engine
 
 class DPSGD:
     """DP-SGD on the parameters of `model` that require grad: accumulate micro-batches, then step once.
@@ -358,33 +339,33 @@ class DPSGD:
     clip_norm            C, between 1e-10 and 1e10
     noise_multiplier     sigma >= 0, in units of C; 0 is not private
     expected_batch_size  B = q * n
-    clip                 rule from norms to factors: `flat`, `automatic`, `per_layer`, or your own with sensitivity C
-    gradients            method: `loop`, `vmap`, or extensions.bookkeeping.bookkeeping; all have the same result
-    generator            of the noise; None for `SecureGenerator`. A torch.Generator makes the noise predictable
+    clip                 clipping rule: `flat`, `automatic`, `per_layer`, or your own with sensitivity C
+    gradients            method: `loop`, `vmap` or extensions.bookkeeping.bookkeeping, with equal results
+    generator            of the noise; None for `SecureGenerator`. A torch.Generator makes it predictable
 
-    Raises ValueError for bad arguments and for the layers that `trainable_layers` refuses.
+    Raises ValueError for other values, and for the layers that `trainable_layers` refuses.
 
-    Between accumulate and step, `sums` holds the clipped sum, one tensor per trainable parameter in the order of
-    `names`: the moment to write the ledger, or to reduce over processes. It is not private yet. Neither is `last`, the
-    metrics of the last step: examples, nonfinite, loss (mean), clipped_fraction, norm_quantiles (0, 1/4, 1/2, 3/4, 1).
+    `sums` holds the clipped sum, one tensor per trainable parameter in the order of `names`. It is not
+    private. Neither is `last`, the metrics of the last step: examples, nonfinite, loss (mean),
+    clipped_fraction, norm_quantiles (0, 1/4, 1/2, 3/4, 1).
 
-    Autocast is the caller's, around or inside loss_fn: bfloat16 for forward and backward, no loss scaling. Norms and sums
-    are float32 whatever the region, the noise is float64.
+    The caller may run loss_fn under bfloat16 autocast; norms and sums are float32, the noise float64.
     """
 
-    def __init__(self, model, clip_norm, noise_multiplier, expected_batch_size, clip=flat, gradients=loop, generator=None):
+    def __init__(self, model, clip_norm, noise_multiplier, expected_batch_size, clip=flat, gradients=loop,
+                 generator=None):
         if not SMALLEST_CLIP_NORM <= clip_norm <= LARGEST_CLIP_NORM:
-            raise ValueError(f"clip_norm C must lie between {SMALLEST_CLIP_NORM:g} and {LARGEST_CLIP_NORM:g}, "
-                             f"got {clip_norm}")
-        if not 0 <= noise_multiplier < float("inf"):
-            raise ValueError(f"noise_multiplier sigma must be 0 (not private) or positive, got {noise_multiplier}")
-        if not 0 < expected_batch_size < float("inf"):
+            raise ValueError(f"clip_norm C must lie between {SMALLEST_CLIP_NORM:g} and "
+                             f"{LARGEST_CLIP_NORM:g}, got {clip_norm}")
+        if not 0 <= noise_multiplier < math.inf:
+            raise ValueError(f"noise_multiplier sigma must be >= 0 (0: not private), got {noise_multiplier}")
+        if not 0 < expected_batch_size < math.inf:
             raise ValueError(f"expected_batch_size q * n must be positive, got {expected_batch_size}")
         self.model, self.clip, self.gradients = model, clip, gradients
         self.clip_norm, self.noise_multiplier = clip_norm, noise_multiplier
         self.expected_batch_size = expected_batch_size
         self.layers = trainable_layers(model)
-        if refuse := getattr(gradients, "refuse", None):  # a method that knows some kinds of layers only
+        if refuse := getattr(gradients, "refuse", None):  # a method may know some kinds of layers only
             refuse(self.layers)
         self.names = [f"{layer.name}.{k}".lstrip(".") for layer in self.layers for k in layer.params]
         self.parameters = [p for layer in self.layers for p in layer.params.values()]
@@ -392,28 +373,29 @@ class DPSGD:
         self.sums, self.last, self.metrics = zeros(self.parameters), {}, []
 
     def accumulate(self, loss_fn, *batch):
-        """Add the clipped per-example gradients of one micro-batch to `sums`: all of them, or none if anything raises.
+        """Add the clipped per-example gradients of one micro-batch to `sums`: all of them, or none on error.
 
-        loss_fn(model, *batch) -> (N,) losses, deterministic, example n's loss depending on rows n of the batch only.
-        Batch items have N rows (N = 0 is fine) or are None. A non-finite example contributes exactly zero. Raises
-        ValueError for losses of another shape, rows that do not match, or a changed set of trainable parameters.
+        loss_fn(model, *batch) -> (N,) losses, where loss n depends on rows n of the batch only. Batch items
+        have N rows (0 is fine) or are None. Examples with NaN or infinity contribute exactly zero. ValueError
+        for losses or rows that do not fit, or if other parameters require grad than at first.
         """
         if {p for p in self.model.parameters() if p.requires_grad} != set(self.parameters):
-            raise ValueError("the set of trainable parameters changed; make a new DPSGD after select_trainable")
+            raise ValueError("the set of trainable parameters changed; make a new DPSGD for it")
         if rows(batch) == 0:
             return
         with torch.enable_grad():
-            norms, losses, weighted = self.gradients(self.model, self.layers, loss_fn, batch)  # (L, N), (N,), function
+            norms, losses, weighted = self.gradients(self.model, self.layers, loss_fn, batch)
         with exact(losses.device):
             factors = usable(self.clip(norms, self.clip_norm), norms, losses)  # (L, N)
             sums = weighted(factors)
             metrics = measure(norms, losses, factors)
-            torch._foreach_add_(self.sums, sums)  # the only lines that change anything: what could fail is behind us
+            torch._foreach_add_(self.sums, sums)  # nothing changes before this line, nothing fails after it
         self.metrics.append(metrics)
 
     def step(self, optimizer):
-        """Noise once, divide by B, optimizer.step(), clear. Right also after no accumulate at all: a step of noise."""
-        grads = privatise(self.sums, self.clip_norm, self.noise_multiplier, self.expected_batch_size, self.generator)
+        """Noise once, division by B, optimizer.step(). Without any accumulate before, a step of noise."""
+        grads = privatise(self.sums, self.clip_norm,
+                          self.noise_multiplier, self.expected_batch_size, self.generator)
         self.last = summary(self.metrics)
         self.sums, self.metrics = zeros(self.parameters), []  # before anything can fail: these sums are spent
         for p, g in zip(self.parameters, grads, strict=True):
@@ -424,15 +406,15 @@ class DPSGD:
 
 
 def check_against_loop(engine, loss_fn, *batch):
-    """Raise ValueError unless the engine's method finds the same norms and (unclipped) sum as the loop, on this batch.
+    """ValueError unless the engine's method finds the norms and the sum that `loop` finds on this batch.
 
-    For RANDOM data, once before the first step. Hooks see what layers do, not what a model does besides: F.linear on a
-    trained weight, a layer that sees positions before examples, another hook that changes an output. All that shows here.
+    For random data, once before the first step. Hooks see layers only: they miss a weight that is used
+    outside its layer, or an input whose rows are not examples. Then the two results differ.
     """
     def found(method):
         norms, _, weighted = method(engine.model, engine.layers, loss_fn, batch)
         with exact(norms.device):
-            sums = weighted(torch.ones_like(norms))
+            sums = weighted(torch.ones_like(norms))  # not clipped
         norms = norms.square().sum(0).sqrt()
         return torch.cat([norms, *(s.flatten().double() for s in sums)]), norms.norm()
 
@@ -440,8 +422,9 @@ def check_against_loop(engine, loss_fn, *batch):
         (expected, size), (got, _) = found(loop), found(engine.gradients)
     # 1e-12: where all gradients are 0, book-keeping adds what underflow may have taken.
     if (got - expected).norm() > 0.02 * size + 1e-12:
-        raise ValueError(f"{engine.gradients.__name__} and the loop disagree about the gradients of random examples: the "
-                         "model uses a trained layer in a way that hooks do not see; choose --method loop or vmap")
+        raise ValueError(f"{engine.gradients.__name__} and the loop disagree about the gradients of random "
+                         "examples: the model uses a trained layer in a way that hooks do not see; choose "
+                         "--method loop or vmap")
 
 
 def measure(norms, losses, factors):
@@ -451,7 +434,7 @@ def measure(norms, losses, factors):
 
 
 def summary(metrics):
-    """Rows (4, N) of `measure` -> the dict `DPSGD.last` (one copy to the host per step)."""
+    """List of rows (4, N) from `measure` -> the dict `DPSGD.last`, over the finite examples."""
     metrics = torch.cat(metrics, 1).cpu() if metrics else torch.zeros(4, 0, dtype=torch.float64)
     norms, losses, clipped, _ = good = metrics[:, metrics[3] > 0]
     count, quantiles = good.shape[1], torch.linspace(0, 1, 5, dtype=torch.float64)

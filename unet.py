@@ -1,29 +1,24 @@
 """The latent UNet of latent diffusion, its class embedder, and the choice of what is tuned privately.
 
 Implements the denoiser epsilon_theta(z_t, t, c) of *High-Resolution Image Synthesis with Latent Diffusion
-Models* (Rombach et al. 2022, section 3.2-3.3) as used by *Differentially Private Latent Diffusion Models*
-(Liu et al. 2024, section 3 and Algorithm 1). The file stands alone: it imports nothing of the project.
+Models* (Rombach et al. 2022, sections 3.2 and 3.3) as *Differentially Private Latent Diffusion Models* (Liu
+et al. 2024, section 3) uses it. The file imports nothing of the project.
 
-Symbols: z_t noisy latent (N, C, H, W) · t timestep (N,) · c condition, embedded as context (N, L, D) · theta
-weights.
+Symbols: z_t noisy latent (N, C, H, W) · t timestep (N,) · c condition, embedded as context (N, L, D).
 
-The picture of the network (MNIST configuration: 64 channels, multipliers 1 and 2, attention at every level)::
+The paper's network for MNIST: 64 channels, multipliers 1 and 2, attention at every level::
 
     z_t -> conv -> [Res + ST] -> Res-down -> [Res + ST] -> middle: Res, ST, Res
               |        |             |            |                   |
               |        |             |            v                   v
               +--------+-------------+-----> skip connections -> 2x[Res + ST], Res-up -> 2x[Res + ST] -> conv
 
-Res = ResBlock: knows the timestep, mixes neighbouring pixels, never sees the condition. ST =
-SpatialTransformer: self-attention over the pixels, then cross-attention to the condition. It is the ONLY
-place where the condition enters, and with the embedder the only thing DP-LDM tunes on private data
-(`select_trainable`).
+Res is a ResBlock: it knows the timestep and mixes neighbouring pixels. ST is a SpatialTransformer:
+self-attention over the pixels, then cross-attention to the condition, which enters nowhere else. ST and the
+embedder are what DP-LDM tunes on private images (`select_trainable`).
 
-All weights live in Linear, Conv2d, GroupNorm, LayerNorm and Embedding layers, since those are the layers for
-which `dp_sgd.py` knows the per-example gradient; hence no nn.MultiheadAttention, whose weights belong to no
-layer.
-
-Look at a network from the shell: `python unet.py` prints the parameter counts of the paper's configurations.
+All weights live in Linear, Conv2d, GroupNorm, LayerNorm and Embedding layers, because for these
+extensions/bookkeeping.py knows the per-example gradient. So nn.MultiheadAttention is not used.
 """
 import math
 import re
@@ -36,29 +31,21 @@ from torch import nn
 
 @dataclass
 class UNetConfig:
-    """Shape of a UNet, with the field names of the original code. Defaults: the paper's MNIST row.
-
-    attention_resolutions lists the *downsampling factors* (1, 2, 4, ...) at which blocks have attention.
-    context_dim is D of the context (N, L, D), None for a network without cross-attention to a condition.
-    use_spatial_transformer=False gives plain self-attention (`AttentionBlock`), the paper's unconditional
-    CelebA networks. num_head_channels, if given, fixes the width of a head instead of their number (num_heads
-    is then not used). num_groups is that of every GroupNorm: 32 in the paper's networks, fewer where a
-    network is so narrow that groups of one channel would wipe out its mean.
-    """
+    """Shape of a UNet, with the field names of the original code. Defaults: the paper's MNIST network."""
     in_channels: int = 3
     out_channels: int = 3
     model_channels: int = 64
     channel_mult: tuple = (1, 2)
     num_res_blocks: int = 1
-    attention_resolutions: tuple = (1, 2)
+    attention_resolutions: tuple = (1, 2)  # *downsampling factors* at which blocks have attention
     num_heads: int = 2
-    num_head_channels: int | None = None
-    use_spatial_transformer: bool = True
+    num_head_channels: int | None = None  # if given: width of a head, and num_heads is not used
+    use_spatial_transformer: bool = True  # False: `AttentionBlock`, for networks without condition
     transformer_depth: int = 1
-    context_dim: int | None = 5
+    context_dim: int | None = 5  # D of the context; None: there is no condition
     use_scale_shift_norm: bool = True
-    resblock_updown: bool = True
-    num_groups: int = 32
+    resblock_updown: bool = True  # ResBlocks change the size, not plain convolutions
+    num_groups: int = 32  # of every GroupNorm; fewer in narrow networks
 
 
 def timestep_embedding(t, dim):
@@ -71,14 +58,13 @@ def timestep_embedding(t, dim):
 
 
 def zero_init(layer):
-    """Zero the layer's weights: a residual branch then starts as the identity; training is stable."""
+    """Zero the layer's weights, so that the residual block behind it starts as the identity."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 # --------------------------------------------------------------------------------------- convolutional blocks
-
 
 class Downsample(nn.Module):
     """Halve height and width by a stride-2 convolution."""
@@ -92,7 +78,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width: nearest neighbour, then a convolution that smooths the blocks."""
+    """Double height and width: nearest neighbour, then a convolution."""
 
     def __init__(self, channels):
         super().__init__()
@@ -103,10 +89,9 @@ class Upsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions around a residual, modulated by the timestep; may halve or double the size.
+    """x + two 3x3 convolutions of x that know the timestep; may halve or double the size.
 
-    With scale-shift norm the timestep sets scale and shift of the second GroupNorm (FiLM); without, it is
-    added.
+    With scale_shift the timestep sets scale and shift of the second GroupNorm; without, it is added.
     """
 
     def __init__(self, channels, time_dim, out_channels, scale_shift, groups, resample=None):
@@ -124,8 +109,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x, time):
         """x (N, C, H, W), time (N, time_dim) -> (N, out_channels, H', W')."""
-        # Both branches are resampled before their first weights, so no convolution runs at the larger size
-        # for nothing.
+        # Resampled before the convolution, not after it: the original order.
         h = self.conv1(self.resample(F.silu(self.norm1(x))))
         time = self.time_proj(F.silu(time))[:, :, None, None]  # (N, out or 2*out, 1, 1)
         if self.scale_shift:
@@ -137,7 +121,6 @@ class ResBlock(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------- attention blocks
-
 
 class Attention(nn.Module):
     """Multi-head attention softmax(Q K^T / sqrt(d)) V (Rombach et al. 2022, section 3.3)."""
@@ -151,26 +134,26 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(dim, dim)
 
     def forward(self, x, context, mask=None):
-        """x (N, T, C) asks, context (N, L, D) answers where mask (N, L) is True or None -> (N, T, C)."""
+        """Queries from x (N, T, C), keys and values from context (N, L, D) -> (N, T, C); (N, 1, C) for L = 1.
+
+        mask (N, L) is False where the context is padding; None: it is nowhere padding.
+        """
         if context.shape[1] == 1:
-            # A softmax over one token is 1 whatever Q and K are, so the answer is V for every pixel: (N, 1,
-            # C) broadcasts. Exact, and it shows that with a class as condition Q and K of the cross-attention
-            # (and the LayerNorm before them) get no gradient at all: under DP-SGD they receive noise only,
-            # without any effect.
+            # A softmax over one token is 1 whatever Q and K are, so the answer is V at every pixel. Hence Q
+            # and K of the cross-attention get no gradient if the condition is a class: `without_gradient`.
             return self.to_out(self.to_v(context))
         q = split_heads(self.to_q(x), self.num_heads)  # (N, heads, T, d)
         k = split_heads(self.to_k(context), self.num_heads)  # (N, heads, L, d)
         v = split_heads(self.to_v(context), self.num_heads)
         if mask is not None:
             mask = mask[:, None, None]  # (N, 1, 1, L): the same for every head and pixel
-        return self.to_out(merge_heads(attend(q, k, v, mask)))
+        return self.to_out(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d)) v: q (N, heads, T, d), k, v (N, heads, L, d), mask (N, 1, 1, L) -> like q.
 
-    The library's fused kernel, except in bfloat16 on a CPU, where writing the formula out is up to five times
-    as fast.
+    By torch's fused kernel, but for bfloat16 on a CPU, where the plain formula is up to five times as fast.
     """
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -185,13 +168,8 @@ def split_heads(x, heads):
     return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-def merge_heads(x):
-    """(N, heads, T, d) -> (N, T, heads*d)."""
-    return x.transpose(1, 2).flatten(2)
-
-
 class FeedForward(nn.Module):
-    """GEGLU feed-forward (Shazeer 2020): (a, b) = W x; W' (a * gelu(b)), four times wider inside."""
+    """GEGLU feed-forward layer (Shazeer 2020): (a, b) = W x, then W' (a * gelu(b)); 4 times wider inside."""
 
     def __init__(self, dim):
         super().__init__()
@@ -216,14 +194,14 @@ class TransformerBlock(nn.Module):
     def forward(self, x, context, mask=None):
         y = self.norm1(x)
         x = x + self.attn1(y, y)
-        # With a context of one token the answer does not depend on who asks (`Attention`): no norm is needed.
+        # With a context of one token the queries do not matter (`Attention`), so no norm is computed.
         y = self.norm2(x) if context is None or context.shape[1] > 1 else x
         x = x + (self.attn2(y, y) if context is None else self.attn2(y, context, mask))
         return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
-    """Pixels become tokens; a transformer that sees the condition runs over them; its output is added."""
+    """Pixels become tokens, a transformer that sees the condition runs over them, its output is added."""
 
     def __init__(self, channels, num_heads, depth, context_dim, groups):
         super().__init__()
@@ -241,7 +219,7 @@ class SpatialTransformer(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the pixels, no condition: the attention of the paper's unconditional networks."""
+    """Self-attention over the pixels without condition, as in the paper's unconditional networks."""
 
     def __init__(self, channels, num_heads, groups):
         super().__init__()
@@ -254,20 +232,14 @@ class AttentionBlock(nn.Module):
         qkv = self.qkv(self.norm(x).flatten(2).transpose(1, 2))  # (N, T, 3C)
         # Channel order of the original weights: heads first, then q, k, v within each head.
         q, k, v = split_heads(qkv, self.num_heads).chunk(3, dim=-1)  # each (N, heads, T, C/heads)
-        y = merge_heads(attend(q, k, v))  # (N, T, C)
+        y = attend(q, k, v).transpose(1, 2).flatten(2)  # (N, T, C)
         return x + self.proj_out(y).transpose(1, 2).reshape(x.shape)
 
 
 # ------------------------------------------------------------------------------------------------ the network
 
-
 class UNet(nn.Module):
-    """The denoiser: UNet(config)(x, t, context, mask) -> prediction of the noise (or of v), same shape as x.
-
-    x (N, in_channels, H, W) with H and W divisible by 2^(levels-1) · t (N,) timesteps, integer or float ·
-    context (N, L, context_dim) or None · mask (N, L) bool, False where the context is padding, or None.
-    Raises ValueError if a configured width cannot be split into groups and heads.
-    """
+    """The denoiser. ValueError if a width of the configuration cannot be split into groups and heads."""
 
     def __init__(self, config):
         super().__init__()
@@ -281,6 +253,8 @@ class UNet(nn.Module):
         time_dim = 4 * width
         self.time_embed = nn.Sequential(nn.Linear(width, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
 
+        w, factor = width, 1  # width and downsampling factor at this point of the network
+
         def res(in_width, out_width, resample=None):
             return ResBlock(in_width, time_dim, out_width, c.use_scale_shift_norm, c.num_groups, resample)
 
@@ -290,18 +264,18 @@ class UNet(nn.Module):
                 return SpatialTransformer(w, heads, c.transformer_depth, c.context_dim, c.num_groups)
             return AttentionBlock(w, heads, c.num_groups)
 
-        # Every element of the block lists is one stop of the forward pass: its output is a skip connection
-        # (input side), or it consumes one (output side). Names and order are those of the original code.
+        def block(in_width, out_width):
+            layers = [res(in_width, out_width)]
+            return layers + [attention(out_width)] if factor in c.attention_resolutions else layers
+
+        # Each input block makes a skip connection, each output block takes one. Names and order are those of
+        # the original code.
         self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(c.in_channels, width, 3, padding=1)])])
         skips = [width]  # widths of the skip connections
-        w, factor = width, 1  # current width and downsampling factor
         for level, level_width in enumerate(widths):
             for _ in range(c.num_res_blocks):
-                stop = [res(w, level_width)]
+                self.input_blocks.append(nn.ModuleList(block(w, level_width)))
                 w = level_width
-                if factor in c.attention_resolutions:
-                    stop.append(attention(w))
-                self.input_blocks.append(nn.ModuleList(stop))
                 skips.append(w)
             if level < len(widths) - 1:
                 down = res(w, w, "down") if c.resblock_updown else Downsample(w)
@@ -312,32 +286,35 @@ class UNet(nn.Module):
         self.output_blocks = nn.ModuleList()
         for level, level_width in reversed(list(enumerate(widths))):
             for i in range(c.num_res_blocks + 1):
-                stop = [res(w + skips.pop(), level_width)]
+                layers = block(w + skips.pop(), level_width)
                 w = level_width
-                if factor in c.attention_resolutions:
-                    stop.append(attention(w))
                 if level > 0 and i == c.num_res_blocks:
-                    stop.append(res(w, w, "up") if c.resblock_updown else Upsample(w))
+                    layers.append(res(w, w, "up") if c.resblock_updown else Upsample(w))
                     factor //= 2
-                self.output_blocks.append(nn.ModuleList(stop))
+                self.output_blocks.append(nn.ModuleList(layers))
         self.out = nn.Sequential(nn.GroupNorm(c.num_groups, w, eps=1e-5), nn.SiLU(),
                                  zero_init(nn.Conv2d(w, c.out_channels, 3, padding=1)))
 
     def forward(self, x, t, context=None, mask=None):
+        """Noisy latents x -> the prediction of the noise (or of v), in the shape of x.
+
+        x (N, in_channels, H, W), H and W divisible by 2^(levels-1); t (N,) timesteps; context (N, L, D) or
+        None; mask (N, L) bool, False where the context is padding, or None.
+        """
         time = timestep_embedding(t, self.config.model_channels).to(x.dtype)  # (N, width)
         time = self.time_embed(time)  # (N, 4 * width)
         skips = []
-        for stop in self.input_blocks:
-            x = run(stop, x, time, context, mask)
+        for layers in self.input_blocks:
+            x = run(layers, x, time, context, mask)
             skips.append(x)
         x = run(self.middle_block, x, time, context, mask)
-        for stop in self.output_blocks:
-            x = run(stop, torch.cat([x, skips.pop()], dim=1), time, context, mask)
+        for layers in self.output_blocks:
+            x = run(layers, torch.cat([x, skips.pop()], dim=1), time, context, mask)
         return self.out(x)
 
 
 def run(layers, x, time, context, mask):
-    """Pass x through layers, giving each the side input that it knows."""
+    """x through the layers, each with the further inputs that it takes."""
     for layer in layers:
         if isinstance(layer, ResBlock):
             x = layer(x, time)
@@ -349,10 +326,10 @@ def run(layers, x, time, context, mask):
 
 
 class ClassEmbedder(nn.Module):
-    """Class label -> one context token: labels (N,) in 0..num_classes-1 -> (N, 1, dim).
+    """Class labels (N,) in 0..num_classes-1 -> one context token each, (N, 1, dim).
 
-    With null_class=True a further row, label `num_classes`, means "no condition": it is what classifier-free
-    guidance (Ho and Salimans 2022) pushes away from.
+    With null_class there is one more label, num_classes. It means "no condition" and is needed for
+    classifier-free guidance (Ho and Salimans 2022).
     """
 
     def __init__(self, num_classes, dim, null_class=False):
@@ -364,21 +341,17 @@ class ClassEmbedder(nn.Module):
         return self.embedding(labels)[:, None]
 
     def null(self, labels):
-        """Labels of the same shape that all mean "no condition". Raises ValueError without a null row."""
+        """Labels of the same shape that all mean "no condition". ValueError without a null class."""
         if not self.null_class:
-            raise ValueError("this model has no null class, so guidance other than 1 and condition dropping "
-                             "are not possible; train with a null class (--cond-drop above 0) or use "
-                             "guidance 1")
+            raise ValueError("this model has no null class, which guidance other than 1 needs; train with "
+                             "--cond-drop above 0, or use guidance 1")
         return torch.full_like(labels, self.num_classes)
 
 
 class LatentModel(nn.Module):
-    """The one root module of the public and the private stage: condition embedder and UNet together.
+    """Condition embedder and UNet together: the model of the public and of the private stage.
 
-    LatentModel(unet, embedder)(z_t, t, cond): z_t (N*K, C, H, W), t (N*K,), cond N conditions (or None). Each
-    condition is embedded once and repeated K times, rows n*K .. n*K + K-1 of z_t belonging to example n, so
-    that noise multiplicity K costs no K-fold embedding. An embedder of several tokens says by `mask(cond)`
-    which are padding.
+    An embedder may have a method mask(cond) -> (N, L) bool that is False where the context is padding.
     """
 
     def __init__(self, unet, embedder=None):
@@ -386,6 +359,10 @@ class LatentModel(nn.Module):
         self.unet, self.embedder = unet, embedder
 
     def forward(self, z_t, t, cond=None):
+        """z_t (N*K, C, H, W), t (N*K,), cond N conditions or None -> (N*K, C, H, W).
+
+        Rows n*K to n*K + K-1 belong to example n. Its condition is embedded once and used K times.
+        """
         context = mask = None
         if self.embedder is not None and cond is not None:
             context = self.embedder(cond)  # (N, L, D)
@@ -399,39 +376,33 @@ class LatentModel(nn.Module):
 
 # ------------------------------------------------------------------------------ what is tuned on private data
 
+def of_type(model, *types):
+    return [m for m in model.modules() if isinstance(m, types)]
+
 
 def attention_modules(model, from_block=0):
-    """Attention as (name, module) in forward order, without the first from_block: the SpatialTransformers and
-    AttentionBlocks.
+    """The attention modules in forward order, without the first from_block ones.
 
-    The authors' `ablation_blocks` is from_block + 1. Raises ValueError for a from_block that leaves nothing.
+    The authors' `ablation_blocks` is from_block + 1. ValueError for a from_block that leaves nothing.
     """
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, (SpatialTransformer, AttentionBlock))]
+    found = of_type(model, SpatialTransformer, AttentionBlock)
     if not 0 <= from_block < max(len(found), 1):
         raise ValueError(f"from_block must lie in 0..{len(found) - 1} (the network has {len(found)} "
                          f"attention modules), got {from_block}")
     return found[from_block:]
 
 
-def attention_of(model):
-    return [m for _, m in attention_modules(model)]
-
-
 def embedder_of(model):
-    """The condition embedder in a list; an empty list for an unconditional model or a bare UNet."""
+    """[the condition embedder]; [] for an unconditional model or a bare UNet."""
     embedder = getattr(model, "embedder", None)
     return [] if embedder is None else [embedder]
 
 
-def of_type(model, *types):
-    return [m for m in model.modules() if isinstance(m, types)]
-
-
-# What DP-SGD may train: name -> function(model) -> modules, all of whose parameters are tuned. A new choice
-# is a new line; `--tune NAME` knows it. (`--tune lora:RANK` inserts layers first: extensions/lora.py.)
+# What `--tune NAME` tunes: name -> function(model) -> modules, with all their parameters. A new choice is a
+# new line. `--tune lora:RANK` is not here, because it inserts layers first (extensions/lora.py).
 TUNE = {
-    "attention": lambda model: attention_of(model) + embedder_of(model),  # the paper, section 3
-    "attention-only": attention_of,
+    "attention": lambda model: attention_modules(model) + embedder_of(model),  # the paper, section 3
+    "attention-only": attention_modules,
     "all": lambda model: [model],
     "resblocks": lambda model: of_type(model, ResBlock) + embedder_of(model),
     "norm": lambda model: of_type(model, nn.GroupNorm, nn.LayerNorm) + embedder_of(model),
@@ -442,16 +413,15 @@ TUNE = {
 def select_trainable(model, tune="attention", from_block=0):
     """Choose by a name of TUNE what DP-SGD trains, and freeze the rest -> names of the trainable parameters.
 
-    model: a LatentModel, or a bare UNet (then there is no embedder). from_block leaves out the first
-    attention modules in forward order. Raises ValueError for an unknown name, a from_block that leaves no
-    attention or does not apply, and an empty selection.
+    model: a LatentModel or a bare UNet. from_block leaves out so many attention modules, the first in forward
+    order. ValueError for an unknown name, a from_block that does not apply, and an empty selection.
     """
     if tune not in TUNE:
         raise ValueError(f"unknown tune={tune!r}; choose one of {', '.join(TUNE)}, lora:RANK")
     modules = TUNE[tune](model)
     if from_block:
         late = attention_modules(model, from_block)
-        early = attention_of(model)[:-len(late)]
+        early = attention_modules(model)[:-len(late)]
         if not all(m in modules for m in early):
             raise ValueError(f"from_block only applies to attention and lora tuning, not to tune={tune!r}")
         modules = [m for m in modules if m not in early]
@@ -461,8 +431,8 @@ def select_trainable(model, tune="attention", from_block=0):
 def train_only(model, modules):
     """Make the parameters inside `modules` trainable and freeze the others -> names of the trainable ones.
 
-    Weights that cannot get a gradient (`without_gradient`) are never among them: they would train on pure
-    noise, and a release would show it. Raises ValueError if nothing is left.
+    Weights `without_gradient` stay frozen: DP-SGD would add noise to them and nothing else, and the release
+    would show that noise. ValueError if nothing is left.
     """
     chosen = {id(p) for module in modules for p in module.parameters()}
     silent = set(without_gradient(model))
@@ -475,10 +445,9 @@ def train_only(model, modules):
 
 
 def without_gradient(model):
-    """Names of the parameters that no loss can reach if the context is one token: a class, or one word.
+    """Names of the parameters whose gradient is always zero because the context is one token (`Attention`).
 
-    They are Q and K of the cross-attention and the norm before them. A softmax over one token is 1 whatever
-    query and key are.
+    They are Q and K of the cross-attention, and the norm before them.
     """
     embedder = getattr(model, "embedder", None)
     if not isinstance(embedder, ClassEmbedder) and getattr(embedder, "length", None) != 1:
@@ -486,25 +455,10 @@ def without_gradient(model):
     return [n for n, _ in model.named_parameters() if re.search(r"attn2\.to_[qk]\.|blocks\.\d+\.norm2\.", n)]
 
 
-def paper_count(model, from_block=0):
-    """Number of parameters that the paper says it tunes; it counts those `without_gradient` as well."""
-    modules = [m for _, m in attention_modules(model, from_block)] + embedder_of(model)
-    return sum(p.numel() for module in modules for p in module.parameters())
-
-
-PAPER = {  # the authors' networks; parameter counts are asserted in tests/test_unet.py
+PAPER = {  # the authors' networks; tests/test_unet.py asserts their parameter counts
     "mnist": UNetConfig(num_heads=4),  # 2 heads in public pre-training, 4 in tuning: the same weights
     "cifar10": UNetConfig(3, 3, 128, (1, 2, 2, 4), 2, (1, 2, 4), 8, None, True, 1, 512, False, False),
     "celeba32": UNetConfig(3, 3, 192, (1, 2, 4), 2, (4, 2, 1), 8, 32, False, 1, None, True, True),
     "celeba64": UNetConfig(3, 3, 128, (1, 2, 4), 2, (4, 2, 1), 8, None, False, 1, None, True, True),
     "celeba256-text": UNetConfig(4, 4, 320, (1, 2, 4, 4), 2, (4, 2, 1), 8, None, True, 1, 1280, False, False),
 }
-
-if __name__ == "__main__":
-    for _name, _config in PAPER.items():
-        with torch.device("meta"):
-            _unet = UNet(_config)
-        _count = sum(p.numel() for p in _unet.parameters())
-        _attention = sum(p.numel() for _, m in attention_modules(_unet) for p in m.parameters())
-        print(f"{_name:16} UNet {_count:>12,}   attention {_attention:>12,} ({_attention / _count:.2%}) "
-              f"in {len(attention_modules(_unet))} modules")

@@ -1,20 +1,17 @@
 """The KL-regularised autoencoder of latent diffusion: images x to latents z and back.
 
 Implements the first stage of *High-Resolution Image Synthesis with Latent Diffusion Models* (Rombach et al.
-2022, section 3.1 and appendix G): a convolutional encoder gives a Gaussian posterior q(z|x), a decoder gives
-x back, trained by reconstruction + a very small KL term. In DP-LDM (Liu et al. 2024, section 3, step 1) it is
-trained on PUBLIC images only and frozen afterwards, so it costs no privacy. The file stands alone: it
-imports nothing of the project.
+2022, section 3.1 and appendix G). An encoder gives a Gaussian posterior q(z|x), and a decoder gives x back.
+The loss is the reconstruction error plus a very small KL term. In DP-LDM (Liu et al. 2024, section 3, step 1)
+the autoencoder is trained on PUBLIC images only and then frozen, so it costs no privacy. The file imports
+nothing of the project.
 
-Symbols: x image (N, C, H, W) in [-1, 1] · z latent (N, embed_dim, H/f, W/f) with f = 2^(levels-1) · mu,
-sigma^2 mean and variance of q(z|x).
+Symbols: x image (N, C, H, W) in [-1, 1] · z latent (N, embed_dim, H/f, W/f), f = 2^(levels-1) · mu, sigma^2
+mean and variance of q(z|x).
 
-The diffusion model does not see z but z * scale, scale = 1/std of the *public* latents (`latent_scale`): its
-noise schedule assumes unit variance, and a statistic of private data would cost privacy.
-
-Look at a network from the shell: `python vae.py` prints the parameter counts of the paper's configurations.
+The diffusion model sees z * scale with scale = 1 / (standard deviation of the public latents), because its
+noise schedule assumes unit variance (`latent_scale`).
 """
-import math
 from dataclasses import dataclass
 
 import torch
@@ -24,26 +21,21 @@ from torch import nn
 
 @dataclass
 class VAEConfig:
-    """Shape of an autoencoder; field names of the original code. Defaults: the small one for 32x32 digits.
-
-    ch_mult has one entry per level, each level halves the image: f = 2^(len - 1). attn_resolutions lists
-    image sizes (in pixels) with self-attention. num_groups is that of GroupNorm: 32 in the paper's
-    networks.
-    """
+    """Shape of an autoencoder, field names as in the original code. Defaults: a small one for digits."""
     in_channels: int = 1
     out_ch: int = 1
     ch: int = 16
-    ch_mult: tuple = (1, 2, 4, 4)
+    ch_mult: tuple = (1, 2, 4, 4)  # one entry per level; between two levels the image is halved
     num_res_blocks: int = 1
-    attn_resolutions: tuple = ()
+    attn_resolutions: tuple = ()  # image sizes, in pixels, with self-attention
     resolution: int = 32
     z_channels: int = 4
     embed_dim: int = 4
-    num_groups: int = 8
+    num_groups: int = 8  # of GroupNorm; 32 in the paper's networks
 
 
 class Posterior:
-    """The Gaussian q(z|x) = N(mean, exp(logvar)): both (N, embed_dim, h, w)."""
+    """The Gaussian q(z|x) = N(mean, exp(logvar)), both (N, embed_dim, h, w)."""
 
     def __init__(self, mean, logvar):
         self.mean = mean
@@ -51,9 +43,9 @@ class Posterior:
 
     def sample(self, generator=None):
         """z = mu + sigma * noise, noise ~ N(0, I): the reparametrisation of Kingma and Welling (2014)."""
-        mean = self.mean
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-        return mean + torch.exp(0.5 * self.logvar) * noise
+        like = {"device": self.mean.device, "dtype": self.mean.dtype}
+        noise = torch.randn(self.mean.shape, generator=generator, **like)
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def kl(self):
         """KL(q(z|x) || N(0, I)) per example, in nats, summed over the latent: (N,)."""
@@ -94,7 +86,7 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width; padded right and bottom only, (0, 1, 0, 1), as the original weights expect."""
+    """Halve height and width. Padding is on the right and at the bottom only, as in the original."""
 
     def __init__(self, channels):
         super().__init__()
@@ -105,6 +97,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Double height and width: nearest neighbour, then a convolution."""
+
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -114,7 +108,7 @@ class Upsample(nn.Module):
 
 
 class Middle(nn.Module):
-    """The bottleneck of encoder and decoder alike: residual, attention, residual."""
+    """The smallest level of encoder and decoder: residual block, attention, residual block."""
 
     def __init__(self, channels, groups):
         super().__init__()
@@ -127,29 +121,31 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, each with attention behind it where asked, then the change of size."""
+    """One resolution: residual blocks, each with attention behind it if asked for, then the change of size.
+
+    Encoder and decoder set `downsample` or `upsample` where the size changes.
+    """
 
     def __init__(self, in_channels, out_channels, num_blocks, attention, groups):
         super().__init__()
-        widths = [in_channels] + [out_channels] * num_blocks
         self.block = nn.ModuleList(
-            ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
-        self.attn = nn.ModuleList(
-            AttnBlock(out_channels, groups) for _ in range(num_blocks if attention else 0))
+            ResnetBlock(out_channels if i else in_channels, out_channels, groups) for i in range(num_blocks))
+        self.attn = nn.ModuleList(AttnBlock(out_channels, groups) for _ in range(num_blocks * attention))
 
     def forward(self, h):
         for i, block in enumerate(self.block):
             h = block(h)
             if len(self.attn):
                 h = self.attn[i](h)
-        for change in ("downsample", "upsample"):
-            if hasattr(self, change):
-                h = getattr(self, change)(h)
+        if hasattr(self, "downsample"):
+            h = self.downsample(h)
+        if hasattr(self, "upsample"):
+            h = self.upsample(h)
         return h
 
 
 class Encoder(nn.Module):
-    """x (N, in_channels, H, W) -> (N, 2 * z_channels, H/f, W/f); `quant_conv` makes the posterior of it."""
+    """x (N, in_channels, H, W) -> (N, 2 * z_channels, H/f, W/f), from which comes the posterior."""
 
     def __init__(self, c):
         super().__init__()
@@ -173,7 +169,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z (N, z_channels, H/f, W/f) -> x (N, out_ch, H, W); a level has one block more than in the encoder."""
+    """z (N, z_channels, H/f, W/f) -> x (N, out_ch, H, W). A level has one block more than in the encoder."""
 
     def __init__(self, c):
         super().__init__()
@@ -189,7 +185,7 @@ class Decoder(nn.Module):
             if level > 0:
                 levels[-1].upsample = Upsample(width)
                 size *= 2
-        # Stored fine to coarse, as the original names go; `forward` runs them backwards.
+        # Stored from fine to coarse, as in the original; `forward` runs them backwards.
         self.up = nn.ModuleList(reversed(levels))
         self.norm_out = nn.GroupNorm(c.num_groups, width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, c.out_ch, 3, padding=1)
@@ -214,9 +210,8 @@ class AutoencoderKL(nn.Module):
         self.encoder, self.decoder = Encoder(c), Decoder(c)
         self.quant_conv = nn.Conv2d(2 * c.z_channels, 2 * c.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(c.embed_dim, c.z_channels, 1)
-        # Start almost deterministic (posterior deviation e^-3): at the usual start, deviation 1 around means
-        # near 0, the decoder sees mostly noise for the first hundreds of steps. Not in the original; matters
-        # for short runs.
+        # Begin with a posterior deviation of e^-3. At the usual 1 the decoder would see mostly noise for
+        # hundreds of steps. Not in the original; it helps short runs.
         with torch.no_grad():
             self.quant_conv.bias[c.embed_dim:] -= 6.0
 
@@ -239,16 +234,16 @@ class AutoencoderKL(nn.Module):
 def loss(model, x, kl_weight=1e-6, generator=None, perceptual=None, perceptual_weight=1.0, adversary=None):
     """Training loss of the first stage (Rombach et al. 2022, appendix G).
 
-    Per image: sum over pixels of |x - decode(z)|, z ~ q(z|x), plus kl_weight * KL; then the mean over the
-    batch. Two further terms for large images come from extensions/perceptual.py: perceptual, a distance(x, y)
-    -> (N,), and adversary, a discriminator. Returns three scalars: loss, mean absolute error per pixel, mean
-    KL in nats. Only the first carries a gradient.
+    Per image: the sum over pixels of |x - decode(z)| with z ~ q(z|x), plus kl_weight * KL. The loss is the
+    mean over the batch. Large images may use two further terms of extensions/perceptual.py: perceptual, a
+    function (x, y) -> (N,), and adversary, a discriminator. Returns three scalars: the loss, with gradient;
+    the mean absolute error per pixel; the mean KL in nats.
     """
     posterior = model.encode(x)
     y = model.decode(posterior.sample(generator))
     error, kl = (x - y).abs(), posterior.kl().mean()
     reconstruction = error.sum(dim=(1, 2, 3)).mean()
-    if perceptual is not None:  # one number per image, counted at every pixel, as in the original
+    if perceptual is not None:  # counted once per number of the image, as in the original
         reconstruction = reconstruction + perceptual_weight * x[0].numel() * perceptual(x, y).mean()
     total = reconstruction + kl_weight * kl
     if adversary is not None:
@@ -258,22 +253,14 @@ def loss(model, x, kl_weight=1e-6, generator=None, perceptual=None, perceptual_w
 
 @torch.no_grad()
 def latent_scale(model, x, batch=256):
-    """1 / standard deviation of the latents of PUBLIC images x, over all numbers at once (pitfall 13)."""
+    """1 / (standard deviation of all numbers in the latents of x), a float. x: PUBLIC images (pitfall 13)."""
     z = torch.cat([model.encode(part).mean for part in x.split(batch)])
     return 1.0 / z.double().std().item()
 
 
-PAPER = {  # the authors' networks; their parameter counts are asserted in tests/test_vae.py
+PAPER = {  # the authors' networks; tests/test_vae.py asserts their parameter counts
     "mnist": VAEConfig(3, 3, 128, (1, 2, 3, 5), 2, (32, 16, 8), 32, 3, 3, 32),
     "cifar10": VAEConfig(3, 3, 128, (1, 2), 2, (16, 8), 32, 3, 3, 32),
     "celeba64": VAEConfig(3, 3, 192, (1, 2), 2, (16, 8), 64, 3, 3, 32),
     "celeba256-text": VAEConfig(3, 3, 128, (1, 2, 4, 4), 2, (), 256, 4, 4, 32),
 }
-
-if __name__ == "__main__":
-    for _name, _config in {"VAEConfig()": VAEConfig(), **PAPER}.items():
-        with torch.device("meta"):
-            _model = AutoencoderKL(_config)
-        _f = 2 ** (len(_config.ch_mult) - 1)
-        print(f"{_name:18} {sum(p.numel() for p in _model.parameters()):>12,} parameters, f = {_f}, "
-              f"latents {_model.latent_shape} = {math.prod(_model.latent_shape)} numbers")

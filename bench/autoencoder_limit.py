@@ -15,7 +15,7 @@ import datasets
 import evaluate
 import sample
 from datasets import pixels
-from support import run_folder
+from support import run_folder, scored
 
 
 def main(argv=None):
@@ -25,8 +25,8 @@ def main(argv=None):
     parser.add_argument("--data-root", help="folder of the data sets [$DPLDM_DATA, else ~/.cache/dpldm]")
     args = parser.parse_args(argv)
     release = sample.load_release(args.run)
-    real = next(iter(evaluate.held_out_sets(release, args.data_root).values()))
-    train = evaluate.load_private(release, release.data["private"], "train", args.data_root)
+    real = next(iter(scored.held_out_sets(release, args.data_root).values()))
+    train = scored.load_private(release, release.data["private"], "train", args.data_root)
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:args.n]
     size, channels = release.vae.config.resolution, real.images.shape[1]
     public = datasets.load(release.data["public"], "train", args.data_root, size, n=12_000, channels=channels).images

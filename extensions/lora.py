@@ -39,7 +39,7 @@ def insert(model, rank, from_block=0):
     if any(isinstance(m, LoRALinear) for m in model.modules()):
         raise ValueError("this model already has LoRA pairs; lora.merge(model) first")
     pairs = []
-    for _, attention in unet.attention_modules(model, from_block):
+    for attention in unet.attention_modules(model, from_block):
         for parent in list(attention.modules()):
             for name in PROJECTIONS.get(type(parent), ()):
                 wrapped = LoRALinear(getattr(parent, name), rank)

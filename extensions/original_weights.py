@@ -19,11 +19,10 @@ import torch
 
 import datasets
 import diffusion
-import sample
 import unet
 import vae
 from datasets import pixels
-from support import checkpoints, conditions, files, presets, run_folder, settings, start, team
+from support import arguments, checkpoints, conditions, files, presets, run_folder, settings, start, team
 
 GROUPS = 32  # in every GroupNorm of the original code
 # Prefixes of the names in a checkpoint.
@@ -253,7 +252,7 @@ def main(argv=None):
     for key in PASSED_ON:
         add("--" + key, default=None, help="as of train.py")
     args = parser.parse_args(argv)
-    sample.check_numbers(args, scale=(1e-6, 1e6))
+    arguments.check_numbers(args, scale=(1e-6, 1e6))
     given = {key: getattr(args, key.replace("-", "_")) for key in PASSED_ON}
     s = settings.parse(["--preset", args.preset, *(f"--{k}={v}" for k, v in given.items() if v is not None)])
     if args.checkpoint is None and args.autoencoder is None:

@@ -47,7 +47,7 @@ from scipy.optimize import brentq
 from scipy.special import comb, erfcx, gammainc, logsumexp, ndtr, ndtri
 
 import accountant
-from accountant import check, count_steps, delta_by_moments, epsilon_by_moments, one_kind
+from accountant import best_order, check, count_steps, epsilon_by_moments, log_delta, one_kind
 
 FFT_NOISE = 1e-15  # per level of the FFT
 MASS_NOISE = 4e-15  # of a normal tail, relative
@@ -382,6 +382,12 @@ def _invert(upper, lower, grid, delta):
         gap *= 2
     low = max(start, up - gap)  # lower(e) >= delta proves that e is needed; 0 needs no proof
     return (_halve(lambda e: lower(e) < delta, low, up)[0] if lower(low) >= delta else 0.0), up
+
+
+def delta_by_moments(moment, eps):
+    """(delta, the order that gave it): the smallest bound over all orders."""
+    order, bound = best_order(lambda a: log_delta(moment, a, eps))
+    return math.exp(min(0.0, bound)), order
 
 
 @lru_cache(maxsize=256)

@@ -122,6 +122,34 @@ def compare(paths, delta):
     return [f"recomputed at delta {round_up(delta)}", HEADER, *lines, FOOTNOTE]
 
 
+def max_steps(epsilon, delta, q, sigma, method="rdp"):
+    """Largest number of steps whose epsilon does not exceed the target; inf when steps cost nothing (q = 0).
+
+    Beyond 1e12 the search ends: so many fit. ValueError for a negative or infinite target.
+    """
+    check(q, sigma, 0, delta)
+    if not 0 <= epsilon <= 1e308:
+        raise ValueError(f"epsilon = {epsilon}: the target must be >= 0 and finite")
+    if not one_kind(q, sigma, 1):
+        return math.inf
+
+    def fits(steps):
+        return accountant.cost(one_kind(q, sigma, steps), delta, method) <= epsilon
+
+    # Begin with what Renyi allows; an accountant that allows less begins anew.
+    by_renyi = accountant.accountant(method) is accountant.epsilon_of
+    low = 0 if by_renyi else max_steps(epsilon, delta, q, sigma)
+    low = low if fits(low) else 0
+    step = max(1, low // 16)
+    while low <= 1e12 and fits(low + step):
+        low, step = low + step, 2 * step
+    high = low + step if low <= 1e12 else low + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
 def accepts(method, delta):
     """Whether the accountant has an answer at this delta; "pld" has none below 1e-10."""
     try:
@@ -139,7 +167,7 @@ def plan(q, steps, sigma, epsilon, delta, group):
     plans = {"given": (sigma, steps)} if epsilon is None else {}
     for method in methods if epsilon is not None else ():
         if steps is None:
-            plans[f"by {method}"] = sigma, accountant.max_steps(epsilon, delta, q, sigma, method)
+            plans[f"by {method}"] = sigma, max_steps(epsilon, delta, q, sigma, method)
         else:  # rounded up, so that the line is about the sigma that it shows
             exact = accountant.noise_multiplier(epsilon, delta, q, steps, method)
             plans[f"by {method}"] = float(round_up(exact, 5)), steps

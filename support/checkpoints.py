@@ -4,6 +4,7 @@ import torch
 import diffusion
 import unet
 import vae
+from datasets import pixels
 from extensions import text
 from support import files
 
@@ -83,3 +84,25 @@ def check_finite(title, checkpoint):
     if not all(bool(a.isfinite().all()) for a in numbers):
         raise ValueError(f"the public {title} holds numbers that are not finite: its training has diverged; "
                          "train it anew with a smaller learning rate")
+
+
+def check_release(release, embedder):
+    """Raises ValueError, or what the parts raise, for a `sample.Release` whose parts do not fit together.
+
+    embedder: the checkpoint's entry of the condition embedder.
+    """
+    side = release.vae.config.resolution
+    pixels.crop(torch.empty(1, side, side, device="meta"), release.crop)
+    if not isinstance(release.privacy["statement"], str) or not isinstance(release.data, dict):
+        raise ValueError("it does not say what it is")
+    if not 0 < release.scale < float("inf") or release.crop < 1:
+        raise ValueError("scale or crop is out of range")
+    if not release.classes or not all(isinstance(name, str) for name in release.classes):
+        raise ValueError("it has no classes")
+    kind = condition_kind(embedder)
+    if kind == "class" and embedder["num_classes"] < len(release.classes):
+        raise ValueError("it has more classes than its model knows")
+    if kind == "text":
+        texts = all(isinstance(p, str) for options in release.prompts for p in options)
+        if len(release.prompts) != len(release.classes) or not all(release.prompts) or not texts:
+            raise ValueError("it does not have prompts for every class")

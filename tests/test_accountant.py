@@ -168,10 +168,11 @@ def test_rdp_closed_forms_and_shapes():
 
 @pytest.mark.parametrize("q, sigma, steps, delta, exact, by_rdp, order", EPSILON)
 def test_rdp_epsilon_over_all_orders(q, sigma, steps, delta, exact, by_rdp, order):
-    eps, best = accountant.rdp_epsilon(q, sigma, steps, delta)
+    eps, best = accountant.renyi({(q, sigma): steps}, delta)
     assert eps == pytest.approx(by_rdp, rel=1e-7) and best == pytest.approx(order, rel=1e-3)
     assert accountant.epsilon(q, sigma, steps, delta) == eps >= exact
-    assert accountant.delta(q, sigma, steps, eps) == pytest.approx(delta, rel=1e-5)  # the conversion inverts
+    moment = accountant.composed({(q, sigma): steps})
+    assert pld.delta_by_moments(moment, eps)[0] == pytest.approx(delta, rel=1e-5)  # the conversion inverts
 
 
 # ---- privacy loss distributions ------------------------------------------------------------------------------------
@@ -275,7 +276,6 @@ def test_nothing_and_everything():
         assert accountant.epsilon(0, 0, 5, 1e-5, method) == accountant.epsilon_of_ledger([], 1e-5, method) == 0
         assert accountant.epsilon(1e-5, 100, 1, 1e-5, method) == 0  # never negative
         assert accountant.noise_multiplier(1, 1e-5, 0, 10, method) == 0
-    assert accountant.delta(0.1, 1, 0, 1.0) == 0 and accountant.delta(0.1, 0, 1, 1.0) == 1
     assert pld.pld_delta(0.1, 1, 0, 1.0) == (0, 0) and pld.pld_delta(0.1, 0, 1, 1.0) == (1, 1)
     assert accountant.epsilon(0.1, 1, 5, 1e-12) > accountant.epsilon(0.1, 1, 5, 1e-10) > 0  # rdp has no floor
 
@@ -292,11 +292,11 @@ def test_noise_multiplier_is_the_smallest_on_the_safe_side(eps, delta, q, steps,
 
 @pytest.mark.parametrize("method", ["rdp", "pld"])
 def test_max_steps(method):
-    steps = accountant.max_steps(3, 1e-5, 0.02, 1.5, method)
+    steps = calculator.max_steps(3, 1e-5, 0.02, 1.5, method)
     eps = [accountant.epsilon(0.02, 1.5, t, 1e-5, method) for t in (steps, steps + 1)]
     assert eps[0] <= 3 < eps[1]
-    assert accountant.max_steps(0.01, 1e-5, 0.5, 0.5, method) == 0
-    assert accountant.max_steps(1, 1e-5, 0, 1, method) == math.inf
+    assert calculator.max_steps(0.01, 1e-5, 0.5, 0.5, method) == 0
+    assert calculator.max_steps(1, 1e-5, 0, 1, method) == math.inf
 
 
 @pytest.mark.parametrize("method", ["rdp", "pld"])
@@ -334,7 +334,7 @@ def test_an_accountant_of_ones_own_goes_everywhere(method, registered, capsys):
     cost = simple({(q, sigma): T}, delta)
     assert accountant.epsilon(q, sigma, T, delta, method) == cost > accountant.epsilon(q, sigma, T, delta)
     assert accountant.epsilon_of_ledger([{"q": q, "sigma": sigma}] * T, delta, method) == cost
-    assert accountant.max_steps(cost, delta, q, sigma, method) == T  # fewer than Renyi allows
+    assert calculator.max_steps(cost, delta, q, sigma, method) == T  # fewer than Renyi allows
     for target in (0.3 * cost, cost, 3000.0):
         found = accountant.noise_multiplier(target, delta, q, T, method)
         assert simple({(q, found): T}, delta) <= target < simple({(q, found * (1 - 1e-5)): T}, delta)
@@ -349,7 +349,7 @@ def test_an_accountant_of_ones_own_goes_everywhere(method, registered, capsys):
 
 @pytest.mark.parametrize("value", [math.nan, -1.0])
 def test_an_accountant_that_gives_no_epsilon_is_refused(value):
-    for ask in (lambda by: accountant.epsilon(0.1, 1, 1, 1e-5, by), lambda by: accountant.max_steps(1, 1e-5, 0.1, 1, by),
+    for ask in (lambda by: accountant.epsilon(0.1, 1, 1, 1e-5, by), lambda by: calculator.max_steps(1, 1e-5, 0.1, 1, by),
                 lambda by: accountant.noise_multiplier(1, 1e-5, 0.1, 10, by)):
         with pytest.raises(ValueError, match="gives epsilon"):
             ask(lambda steps, delta: value)
@@ -425,10 +425,9 @@ def test_attacker():
         (lambda: accountant.epsilon(0.1, 1, 1, 1e-11, "pld"), "1e-10"),
         (lambda: accountant.epsilon(0.1, 1, 1, 1e-5, "moments"), "method ="),
         (lambda: accountant.rdp(0.1, 1, [2, 1.0]), "orders"),
-        (lambda: accountant.delta(0.1, 1, 1, -1.0), "epsilon ="),
         (lambda: accountant.noise_multiplier(0, 1e-5, 0.1, 10), "epsilon ="),
         (lambda: accountant.noise_multiplier(1e-14, 1e-5, 1.0, 10**12), "out of reach"),
-        (lambda: accountant.max_steps(-1, 1e-5, 0.1, 1), "epsilon ="),
+        (lambda: calculator.max_steps(-1, 1e-5, 0.1, 1), "epsilon ="),
         (lambda: pld.group_epsilon(1.5, 0.1, 1, 1, 1e-5), "k ="),
         (lambda: pld.attacker_tpr(0.1, 1, 1, [0]), "fprs"),
         (lambda: accountant.epsilon_of_ledger([{"q": 0.1}], 1e-5), "ledger"),
@@ -462,7 +461,7 @@ def test_command_line_plan(capsys):
     out = capsys.readouterr().out
     assert "1.5445" in out and "1.4709" in out and out.count("2 images of one person") == 2
     assert command("--q 0.02 --sigma 1.5 --epsilon 3 --group 1") == 0
-    assert str(accountant.max_steps(3, 1e-5, 0.02, 1.5, "pld")) in capsys.readouterr().out
+    assert str(calculator.max_steps(3, 1e-5, 0.02, 1.5, "pld")) in capsys.readouterr().out
 
 
 def test_command_line_runs(tmp_path, capsys):
@@ -777,8 +776,8 @@ def test_every_function_answers_or_refuses_in_one_line():
         q, sigma, steps, delta = one_of(-4, 0), one_of(-1, 300), one_of(0, 3, True), one_of(-9, -1)
         eps, k, method = one_of(-1, 3), one_of(0, 2, True), ("rdp", "pld")[tried % 2]
         for function, *arguments in (
-                (accountant.epsilon, q, sigma, steps, delta, method), (accountant.max_steps, eps, delta, q, sigma),
-                (accountant.noise_multiplier, eps, delta, q, steps), (accountant.delta, q, sigma, steps, eps),
+                (accountant.epsilon, q, sigma, steps, delta, method), (calculator.max_steps, eps, delta, q, sigma),
+                (accountant.noise_multiplier, eps, delta, q, steps),
                 (pld.group_epsilon, k, q, sigma, steps, delta), (pld.attacker_tpr, q, sigma, steps, delta),
                 (accountant.epsilon_of_ledger, [{"q": q, "sigma": sigma}] * 3, delta, method)):
             try:
@@ -793,5 +792,5 @@ def test_calibration_at_the_ends():
         assert accountant.epsilon(0.1, accountant.noise_multiplier(10000, 1e-5, 0.1, 10, method), 10, 1e-5, method) <= 10000
         with pytest.raises(ValueError, match="out of reach"):
             accountant.noise_multiplier(1e-300, 1e-10, 0.1, 10, method)
-    assert 1e12 <= accountant.max_steps(1.0, 1e-5, 1e-10, 1e4) < math.inf  # steps that cost a little are not free
-    assert accountant.max_steps(1.0, 1e-5, 0.1, math.inf) == math.inf
+    assert 1e12 <= calculator.max_steps(1.0, 1e-5, 1e-10, 1e4) < math.inf  # steps that cost a little are not free
+    assert calculator.max_steps(1.0, 1e-5, 0.1, math.inf) == math.inf

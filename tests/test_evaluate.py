@@ -12,7 +12,7 @@ import sample
 import unet
 import vae
 from datasets import arrays
-from support import files
+from support import files, scored
 
 RECIPE = {"kind": "small-cnn", "epochs": 1, "lr": 2e-3}
 TINY = {"n": 40, "steps": 2, "eta": 0.0,
@@ -241,7 +241,7 @@ def test_official_test_digits_are_used_when_present(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "is no run folder.*--out"), (["--memorisation"], "--memorisation writes private pictures"),
+    ([], "is no run folder.*--out"), (["--memorisation"], "--memorisation writes private images"),
     (["--memorisation", "--out", "x.json"], "leave out --out"), (["--out", "INSIDE"], "that folder is a release")])
 @pytest.mark.parametrize("form", ["folder", "release", "model.pt"])
 def test_nothing_uncovered_is_written_beside_a_copied_release(form, arguments, message, run, tmp_path, monkeypatch):
@@ -250,7 +250,7 @@ def test_nothing_uncovered_is_written_beside_a_copied_release(form, arguments, m
     shutil.copytree(run / "release", copied / "release")
     path = {"folder": copied, "release": copied / "release", "model.pt": copied / "release" / "model.pt"}[form]
     monkeypatch.setattr(sample, "generate", None)  # would fail with a TypeError if the work began
-    monkeypatch.setattr(evaluate, "held_out_sets", None)
+    monkeypatch.setattr(scored, "held_out_sets", None)
     arguments = [str(copied / "release" / "x.json") if a == "INSIDE" else a for a in arguments]
     with pytest.raises(ValueError, match=message):
         evaluate.main([str(path), *arguments])

@@ -20,7 +20,8 @@ import train
 import unet
 import vae
 from datasets import arrays, photos
-from support import files, guarantee, presets, run_folder, settings
+from extensions import memorisation
+from support import files, guarantee, presets, run_folder, scored, settings
 
 ATTRIBUTES = ["Male", "Wearing_Hat", "Zebra"]  # not CelebA's forty
 N = 60
@@ -540,11 +541,11 @@ def test_faces_are_evaluated(run, monkeypatch, capsys):
 def test_memorisation_tells_copies_from_fresh_pictures():
     generator = torch.Generator().manual_seed(0)
     train_set, held_out, fresh = (torch.randn(400, 10, generator=generator).double() for _ in range(3))
-    copies = evaluate.memorised(train_set[:100] + 1e-3, train_set, held_out)
+    copies = memorisation.memorised(train_set[:100] + 1e-3, train_set, held_out)
     assert copies["closer_to_training"] == 1.0 and copies["distance_to_training_min_1%_median"][2] < 0.01
-    same = evaluate.memorised(fresh, train_set[:200], held_out)
+    same = memorisation.memorised(fresh, train_set[:200], held_out)
     assert same["of_each"] == 200 and abs(same["closer_to_training"] - 0.5) < 4 * same["standard_error"]
-    distances, index = evaluate.nearest(fresh[:5], train_set, 3)
+    distances, index = memorisation.nearest(fresh[:5], train_set, 3)
     expected = (fresh[:5, None] - train_set).square().sum(2).sqrt().sort(1)
     assert torch.allclose(distances, expected.values[:, :3]) and torch.equal(index, expected.indices[:, :3])
 
@@ -560,11 +561,11 @@ def test_own_sets_end_to_end_and_evaluated_from_the_run_folder(run, tmp_path, mo
     assert release.classes == ["x", "y", "z"] and release.data["private"] == "npz" and release.data["public"] == "folder"
     for path in (p for part in ("release", "public") for p in (out / part).iterdir()):
         assert str(tmp_path).encode() not in path.read_bytes(), path
-    assert evaluate.sources(release, out) == [f"folder:{tmp_path / 'public'}", f"npz:{tmp_path / 'private.npz'}"]
-    assert len(next(iter(evaluate.held_out_sets(release, private=evaluate.sources(release, out)[1]).values()))) > 0
+    assert scored.sources(release, out) == [f"folder:{tmp_path / 'public'}", f"npz:{tmp_path / 'private.npz'}"]
+    assert len(next(iter(scored.held_out_sets(release, private=scored.sources(release, out)[1]).values()))) > 0
     (out / "internal" / "settings.json").unlink()
     with pytest.raises(ValueError, match="settings.json"):
-        evaluate.sources(release, out)
+        scored.sources(release, out)
 
 
 def test_256_pixels_end_to_end(tmp_path, monkeypatch):
@@ -583,7 +584,7 @@ def test_256_pixels_end_to_end(tmp_path, monkeypatch):
     assert release.vae.latent_shape == (4, 32, 32) and release.crop == 256
     for wanted in ([1], ["a smiling woman with a hat"]):
         assert sample.generate(release, wanted, steps=1, progress=False).shape == (1, 3, 256, 256)
-    assert next(iter(evaluate.held_out_sets(release, tmp_path).values())).images.shape == (20, 3, 64, 64)
+    assert next(iter(scored.held_out_sets(release, tmp_path).values())).images.shape == (20, 3, 64, 64)
 
 
 def test_size_makes_the_autoencoder_larger(run):

@@ -1,0 +1,66 @@
+"""What the command lines of sample.py and evaluate.py ask for, checked: numbers, labels, prompts."""
+import sys
+from pathlib import Path
+
+from extensions import text
+
+
+def check_numbers(args, **bounds):
+    """ValueError for an argument outside its (low, high). None is a default and passes."""
+    for name, (low, high) in bounds.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name} must lie in {low}..{high}, got {value}")
+
+
+def parse_labels(wanted, classes):
+    """ "0-9" or "3,5,A" -> list of label indices. A part is a class name, an index or a range of indices."""
+    labels = []
+    for part in map(str.strip, wanted.split(",")):
+        first, dash, last = part.partition("-")
+        if part in classes:
+            labels.append(classes.index(part))
+            continue
+        last = last if dash else first
+        if not first.isdecimal() or not last.isdecimal():
+            raise ValueError(f"--labels: {part!r} is neither a class ({', '.join(classes)}) nor a range "
+                             "like 0-9")
+        # Before a range is made of them, which could fill the memory.
+        if max(len(first), len(last)) > 9 or int(last) >= len(classes):
+            raise ValueError(f"--labels: not {part[:40]!r}, this model has the labels 0..{len(classes) - 1} "
+                             f"({', '.join(classes)})")
+        if int(last) < int(first):
+            raise ValueError(f"--labels: the range {part!r} runs backwards")
+        labels += range(int(first), int(last) + 1)
+    return labels
+
+
+def read_prompts(args, release):
+    """The prompts asked for, None if there are none. Warns of words that the model does not know."""
+    if args.prompt is None and args.prompts is None:
+        return None
+    if args.prompt is not None and args.prompts is not None or args.labels:
+        raise ValueError("--prompt, --prompts and --labels exclude each other")
+    if release.tokenizer is None:
+        other = "ask for classes (--labels)" if release.model.embedder else "leave --prompt out"
+        raise ValueError(f"this model was not trained with prompts; {other}")
+    prompts = [args.prompt] if args.prompts is None else lines_of(args.prompts)
+    unknown = list(dict.fromkeys(word for prompt in prompts for word in release.tokenizer.unknown(prompt)))
+    if unknown:
+        print(f"warning: unknown to this model and taken as <unk>: {', '.join(unknown)}", file=sys.stderr)
+    if long := [p for p in prompts if len(text.split(p)) >= release.tokenizer.length]:
+        print(f"warning: only the first {release.tokenizer.length - 1} words are read: {long[0]!r}",
+              file=sys.stderr)
+    return prompts
+
+
+def lines_of(path):
+    """The lines of a file of prompts, without empty ones. ValueError if there are none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompts: cannot read {path} ({error})") from None
+    lines = [line.strip() for line in lines if line.strip()]
+    if not lines:
+        raise ValueError(f"--prompts: {path} has no prompt, one per line is expected")
+    return lines

@@ -1,0 +1,106 @@
+"""Which release is scored, on which real images, and where its scores may stand (evaluate.py)."""
+from pathlib import Path
+
+import numpy as np
+
+import datasets
+from datasets import arrays, pixels
+from support import files
+
+LARGEST = 64  # pixels; larger images are judged at this size
+
+
+def find_run(path):
+    """The folder around a release, and is it a run folder, with internal/ or public/ beside release/?"""
+    run = Path(path).resolve()
+    run = run.parent if run.is_file() else run
+    run = run.parent if run.name == "release" else run
+    return run, (run / "release").is_dir() and any((run / part).is_dir() for part in ("internal", "public"))
+
+
+def check_place(args, run, whole):
+    """Epsilon does not cover scores: ValueError where they would be written beside a release.
+
+    whole: run is a run folder, so that they have a place in its internal/.
+    """
+    if args.memorisation and args.out:
+        raise ValueError("--memorisation writes into RUN/internal/ only: leave out --out")
+    if not whole and args.memorisation:
+        raise ValueError(f"--memorisation writes private images into a run folder's internal/, and {run} "
+                         "is none (no internal/ or public/ beside release/)")
+    if not whole and not args.out:
+        raise ValueError(f"{run} is no run folder (no internal/ or public/ beside release/), and epsilon "
+                         "does not cover scores: say where they go with --out FILE")
+    place = Path(args.out or run).resolve().parent
+    if args.out and ((place / "model.pt").exists() or (place / "privacy.json").exists()):
+        raise ValueError(f"--out {args.out}: that folder is a release, and epsilon does not cover scores; "
+                         "choose another")
+
+
+def sources(release, run):
+    """[name of the public set, name of the private set], for datasets.load.
+
+    A release never says where own images lie, so for those the settings in the run folder are read.
+    ValueError if there are none.
+    """
+    names = [release.data["public"], release.data["private"]]
+    if any(datasets.REGISTRY[name].own for name in names):
+        settings = files.read_json(run / "internal" / "settings.json")
+        names = [settings["public"], settings["private"]]
+    return names
+
+
+def shrink(images):
+    """Images (N,C,S,S) at the size at which they are judged."""
+    return pixels.resize(images, min(LARGEST, images.shape[-1]))
+
+
+def held_out_sets(release, root=None, private=None):
+    """{name: ImageSet} of real images that no stage has seen, in the size of the samples.
+
+    First the private set's test split, then the official MNIST test digits if the data root has them.
+    ValueError if they do not fit the release.
+    """
+    private, split = private or release.data["private"], release.data.get("private_split", "train")
+    if split != "train":
+        raise ValueError(f"nothing is held out: this release was trained on split {split!r} of {private}, "
+                         "not 'train'")
+    real = load_private(release, private, "test", root)
+    sets = {f"{len(real):,} held out of {datasets.kind_of(private)}": real}
+    if private == "mnist10k":
+        raw = datasets.data_root(root) / "MNIST" / "raw"
+        if arrays.find([raw], "t10k"):  # no download just to evaluate
+            official = datasets.load("mnist", "test", root, release.crop)
+            sets[f"{len(official):,} MNIST test digits"] = official
+        else:
+            print(f"official MNIST test digits skipped: not in {raw} (see --data-root)")
+    if real.images.shape[1] != release.vae.config.out_ch or list(real.classes) != list(release.classes):
+        raise ValueError(f"{private} has other classes or channels than this release "
+                         f"({', '.join(release.classes)})")
+    return sets
+
+
+def load_private(release, private, split, root=None, n=None):
+    """The private set as the release's samples look: their size (at most LARGEST), channels and classes."""
+    channels = release.vae.config.out_ch
+    size = release.crop if channels == 1 else min(release.crop, LARGEST)
+    classes = release.classes if datasets.REGISTRY[datasets.kind_of(private)].own else None
+    real = datasets.load(private, split, root, size, n=n, channels=channels, classes=classes,
+                     label_attribute=release.data.get("label_attribute"))
+    real.images = shrink(real.images)
+    return real
+
+
+def read_samples(path, release, n=None):
+    """The first n images (None: all) of an NPZ of sample.py -> uint8 (n,C,crop,crop), labels (n,)."""
+    if not Path(path).is_file():
+        raise ValueError(f"--samples: no file {path}; write one: python sample.py RUN --npz {path}")
+    found = arrays.read_npz(path, ("images", "labels") if release.model.embedder else ("images",))
+    # Samples of an unconditional model have no labels.
+    labels = found.get("labels", np.zeros(len(found["images"]), np.uint8))
+    images, labels = arrays.check(found["images"], labels, path, 0, len(release.classes) - 1)
+    shape, wanted = (release.vae.config.out_ch, release.crop, release.crop), n or 1
+    if images.shape[1:] != shape or len(images) < wanted:
+        raise ValueError(f"{path} has {len(images)} images of {tuple(images.shape[1:])}, needed: {wanted} of "
+                         f"{shape}")
+    return images[:n], labels[:n]
