@@ -25,7 +25,7 @@ def rank():
 
 def join():
     """Under torchrun: meet the other processes (gloo for tensors on the CPU, NCCL on CUDA). Only rank 0 prints and writes."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not dist.is_initialized():
         dist.init_process_group(timeout=PATIENCE)
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
