@@ -189,7 +189,8 @@ def main(argv=None):
     parser.add_argument("--prompts", default=None, metavar="FILE", help="file of prompts, one per line, drawn in turn")
     parser.add_argument("--n", type=int, default=100, help="number of pictures (default 100)")
     parser.add_argument("--out", default=None, help="PNG grid to write (default samples.png unless --npz is given)")
-    parser.add_argument("--npz", default=None, help="NPZ to write: images (N,H,W[,C]) uint8, labels (N,) or prompts")
+    parser.add_argument("--npz", default=None, help="NPZ to write: images (N,H,W[,C]) uint8, labels (N,) or "
+                                                    "prompts")
     parser.add_argument("--columns", type=int, default=10, help="pictures per row of the grid (default 10)")
     parser.add_argument("--steps", type=int, default=30, help="DDIM steps (default 30; the paper uses 200)")
     parser.add_argument("--eta", type=float, default=0.0, help="fresh noise per step, 0..1 (default 0; the paper's MNIST: 1)")
@@ -213,7 +214,8 @@ def main(argv=None):
     if args.npz:
         with files.replacing(args.npz) as file:
             last = images.permute(0, 2, 3, 1)  # (N, H, W, C)
-            kind = {"prompts": np.array(labels)} if prompts else {"labels": np.array(labels, dtype=np.min_scalar_type(len(release.classes)))}
+            kind = {"prompts": np.array(labels)} if prompts else {
+                "labels": np.array(labels, dtype=np.min_scalar_type(len(release.classes)))}
             np.savez_compressed(file, images=(last[..., 0] if last.shape[3] == 1 else last).numpy(), **(
                 kind if release.model.embedder is not None else {}))
         print(f"{args.npz}: {len(images)} pictures, {release.privacy['statement']}")

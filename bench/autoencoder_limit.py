@@ -30,9 +30,10 @@ def main(argv=None):
     train = evaluate.load_private(release, private, "train", args.data_root)
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:args.n]
     size, channels = release.vae.config.resolution, real.images.shape[1]
-    judge, name = evaluate.public_features(Path(args.run) / "public", public, channels, release.crop, args.data_root)
-    drawn = datasets.REGISTRY[datasets.kind_of(public)].drawn
-    seen = datasets.load(public, "train", args.data_root, size, 12_000 if drawn else None, channels=channels).images[:12_000]
+    judge, name = evaluate.public_features(Path(args.run) / "public", public, channels, release.crop,
+                                           args.data_root)
+    most = None if datasets.REGISTRY[datasets.kind_of(public)].own else 12_000  # an own set may have fewer
+    seen = datasets.load(public, "train", args.data_root, size, most, channels=channels).images[:12_000]
     numbers = torch.Size(release.vae.latent_shape).numel()
     x = pixels.to_float(pixels.crop(seen, release.crop)).flatten(1)
     mean = x.mean(0)

@@ -9,13 +9,16 @@ train.py, and the Poisson sampler of the private stage lives in dp_sgd.py.
     strokes.py    handwriting, drawn         garments.py  garments and shapes, drawn
     drawing.py    what drawers share         pixels.py    padding, sizes, ranges, grids
 
-An own set (folder:PATH, npz:PATH) is split by a checksum of each image's content (of its file, or of its pixels in an
-npz): about one in ten is "test". No image's side depends on its name or on the others, so adding, removing or renaming
-one changes nothing else: the neighbouring relation of the guarantee. The list of classes is released, so a private set declares it and nothing is counted: by class folders,
+An own set (folder:PATH, npz:PATH) is split by a checksum of each image's content (of its file, or of its
+pixels in an
+npz): about one in ten is "test". No image's side depends on its name or on the others, so adding, removing or
+renaming
+one changes nothing else: the neighbouring relation of the guarantee. The list of classes is released, so a
+private set declares it and nothing is counted: by class folders,
 empty or not, by the array class_names, or by --classes.
 
-The data root is --data-root, else the environment variable DPLDM_DATA, else ~/.cache/dpldm, or dpldm-data here where
-there is no home directory. Decoded photographs are kept
+The data root is --data-root, else the environment variable DPLDM_DATA, else ~/.cache/dpldm, or dpldm-data
+here where there is no home directory. Decoded photographs are kept
 in its folder cache if it may be written to: they are as private as the originals.
 
 Alone: `python -m datasets NAME [SPLIT]` prints the metrics of a set and writes its first hundred images to NAME.png.
@@ -164,7 +167,8 @@ def place(name, root=None):
 
 
 def resolved(name, root=None):
-    """An own set's name with its whole path, as a resumed run needs it from another folder; others as they are."""
+    """An own set's name with its whole path, as a resumed run needs it from another folder; others as they
+    are."""
     kind, colon, where = str(name).partition(":")
     return f"{kind}:{place(name, root)}" if where and kind in REGISTRY else name
 
@@ -172,7 +176,8 @@ def resolved(name, root=None):
 def refuse_seen(trained, held_out, title):
     """ValueError if held-out images were trained on, by their digests: an older program split by name."""
     if shared := int(torch.isin(trained, held_out).sum()):
-        raise ValueError(f"{title}: {shared} of the images that would be held out are among those trained on, so "
+        raise ValueError(f"{title}: {shared} of the images that would be held out are among those trained "
+                         f"on, so "
                          "nothing may be called held out; train again, or evaluate on images of their own")
 
 

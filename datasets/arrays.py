@@ -1,7 +1,8 @@
 """Sets stored as arrays: idx files (MNIST and its kin), npz files, CIFAR-10's batches.
 
 Every reader raises DataError, one line that names the file, for what is missing or of another form: what was
-found, what is expected, and how to convert it. Forms that have one meaning are read. Pickles are never loaded.
+found, what is expected, and how to convert it. Forms that have one meaning are read. Pickles are never
+loaded.
 """
 import contextlib
 import gzip
@@ -134,7 +135,8 @@ SIDES = {"train": "train", "test": "test", "val": "test", "valid": "test", "vali
 
 
 def roles(names):
-    """Names of arrays -> {(role, side): [names]}: "x_train", "train_images" and "images" (side "") by one rule."""
+    """Names of arrays -> {(role, side): [names]}: "x_train", "train_images" and "images" (side "") by one
+    rule."""
     found = {}
     for name in sorted(names):
         words = set(name.lower().split("_"))
@@ -156,16 +158,17 @@ def gathered(arrays, path, split):
         wanted = [(name, side) for side in sides for name in found.get(("images", side), [])]
     if not wanted or len(plain) > 1 and "images" not in plain:
         names = ", ".join(arrays)[:200]
-        raise DataError(f"{path}: found the arrays {names or '(none)'}, expected images and labels; convert like "
-                        "this: np.savez('own.npz', images=..., labels=...)")
+        raise DataError(f"{path}: found the arrays {names or '(none)'}, expected images and labels; convert "
+                        "like this: np.savez('own.npz', images=..., labels=...)")
     labels = found.get(("labels", wanted[0][1]), [])
     if told or not plain:
         labels = [name for side in sides for name in found.get(("labels", side), [])]
     elif "labels" in labels:
         labels = ["labels"]
     if len(labels) not in (0, len(wanted)):
-        raise DataError(f"{path}: found labels {', '.join(labels)[:200]} for the images {wanted[0][0]}, expected "
-                        "one array of labels for each of images; convert like this: np.savez(..., labels=...)")
+        raise DataError(f"{path}: found labels {', '.join(labels)[:200]} for the images {wanted[0][0]}, "
+                        "expected one array of labels for each of images; convert like this: np.savez(..., "
+                        "labels=...)")
     images = [arranged(arrays[name], path) for name, _ in wanted]
     images = np.concatenate([pixels.to_bytes(x, path) for x in images]) if len(images) > 1 else images[0]
     return images, np.concatenate([arrays[name] for name in labels]) if labels else None, told
@@ -174,8 +177,8 @@ def gathered(arrays, path, split):
 def matched(labels, names, path):
     """Labels that name their classes, "cat" or 3 -> (class names, labels (N,) from 0).
 
-    Without an array class_names a whole number is the name of a class if all declared names are numbers, else its
-    place. names []: a public set's, in their order.
+    Without an array class_names a whole number is the name of a class if all declared names are numbers, else
+    its place. names []: a public set's, in their order.
     """
     text = labels.dtype.kind in "US"
     if not text and names and not all(name.isdecimal() for name in names):
@@ -185,20 +188,23 @@ def matched(labels, names, path):
     names = names or values
     if not set(values) <= set(names):  # which ones is private
         spread = f" outside 0..{len(names) - 1}" if names == [str(i) for i in range(len(names))] else ""
-        raise DataError(f"{path}: found labels{spread} that are none of the classes {', '.join(names)[:200]}, "
-                        "expected their names or, where class_names is an array, their places from 0; convert "
-                        "like this: name all classes by --classes, or save labels - 1 if the first is called 1")
+        raise DataError(f"{path}: found labels{spread} that are none of the classes "
+                        f"{', '.join(names)[:200]}, "
+                        "expected their names or, where class_names is an array, their places from 0; "
+                        "convert "
+                        "like this: name all classes by --classes, or save labels - 1 if the first is "
+                        "called 1")
     return names, np.array([names.index(x) for x in values])[places.reshape(-1)]
 
 
 def declared_classes(path, arrays, classes, private):
     """Names of an npz's classes: class_names, else `classes`; [] if a public set says nothing and has labels."""
-    names = [readable(x) for x in np.ravel(arrays["class_names"])] if "class_names" in arrays else list(classes or [])
+    names = [readable(x) for x in np.ravel(arrays.get("class_names", classes or []))]
     if not any(role == "labels" for role, _ in roles(arrays)):
         return names or ["0"]
     if private and not names:
-        raise ValueError(f"{path} has no array class_names, and the list of classes is published, so it is "
-                         "not made from private labels: say --classes a,b,c, or --classes N for 0 to N-1")
+        raise DataError(f"{path} has no array class_names, and the list of classes is published, so it is "
+                        "not made from private labels: say --classes a,b,c, or --classes N for 0 to N-1")
     return named(names, path)
 
 
@@ -211,8 +217,8 @@ def describe_npz(path, classes=None, private=False):
         else:
             with arrays.zip.open(f"{found[0][0]}.npy") as file:
                 version = np.lib.format.read_magic(file)
-                header = np.lib.format
-                shape, _, _ = (header.read_array_header_1_0 if version == (1, 0) else header.read_array_header_2_0)(file)
+                number = "1_0" if version == (1, 0) else "2_0"
+                shape, _, _ = getattr(np.lib.format, f"read_array_header_{number}")(file)
         _, channels, side, _ = arranged(np.broadcast_to(np.uint8(0), shape), path).shape
         return side, channels, declared_classes(path, arrays, classes, private)
 
@@ -241,7 +247,8 @@ def fetched(name, root, there=False, **options):
     if not there:
         source = getattr(torchvision.datasets, name)
         where = [*getattr(source, "mirrors", []), getattr(source, "url", None) or "its distributor"][0]
-        print(f"fetching {name} from {where} into {root}; without an answer for {PATIENCE} seconds it is given up",
+        print(f"fetching {name} from {where} into {root}; without an answer for {PATIENCE} seconds it is "
+              f"given up",
               file=sys.stderr, flush=True)
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PATIENCE)  # torchvision's own requests have none
@@ -262,8 +269,8 @@ def read_pair(folders, stem, root, name, first_label=0, last_label=9, **options)
         paths = find(folders, stem)
     if paths is None:
         wanted = folders[0] / f"{stem}-images-idx3-ubyte"
-        raise DataError(f"{wanted} not found, download failed ({reason or 'it brought nothing'}): {WAYS_OUT}, or "
-                        "use the embedded data (--preset digits)")
+        raise DataError(f"{wanted} not found, download failed ({reason or 'it brought nothing'}): "
+                        f"{WAYS_OUT}, or use the embedded data (--preset digits)")
     return check(read_idx(paths[0]), read_idx(paths[1]), paths[0], first_label, last_label)
 
 
@@ -295,7 +302,8 @@ def read_idx(path):
     ndim = raw[3] if len(raw) > 3 and raw[:3] == b"\0\0\x08" else 0
     shape = np.frombuffer(raw, ">u4", ndim, 4).tolist() if ndim and len(raw) >= 4 + 4 * ndim else []
     if not shape or len(raw) - 4 - 4 * ndim != math.prod(shape):
-        raise DataError(files.unfit(path, "an idx file", f"{len(raw)} bytes, another number than its header says"))
+        raise DataError(files.unfit(path, "an idx file", f"{len(raw)} bytes, another number than its header "
+                                                         f"says"))
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(shape)
 
 
@@ -317,14 +325,15 @@ def opened(path):
     except FileNotFoundError as error:
         raise DataError(f"{path} not found: restore it from the repository") from error
     except IsADirectoryError as error:
-        raise DataError(f"{path} is a folder, expected an npz file: say folder:{shlex.quote(str(path))}") from error
+        place = shlex.quote(str(path))
+        raise DataError(f"{path} is a folder, expected an npz file: say folder:{place}") from error
     except KeyError as error:
         raise DataError(f"{path}: {' '.join(str(error).split())}, but it is needed; convert like this: "
                         "np.savez('own.npz', images=..., labels=...)") from error
     except Exception as error:  # of zipfile, zlib and numpy, which has a dozen types
         if "pickle" in str(error) and zipfile.is_zipfile(path):
-            error = ("an array of objects: images of unequal size, or pickles; convert like this: np.stack of images "
-                     "of one size, np.array(class_names, dtype=str)")
+            error = ("an array of objects: images of unequal size, or pickles; convert like this: np.stack "
+                     "of images of one size, np.array(class_names, dtype=str)")
         raise DataError(files.unfit(path, "an npz file of numpy", error)) from None
 
 
@@ -342,36 +351,42 @@ def check(images, labels, path, first_label, last_label):
     images = torch.from_numpy(np.array(pixels.to_bytes(arranged(images, path), path), order="C"))
     labels = whole(labels, len(images), path)
     if labels.min() < first_label or labels.max() > last_label:
-        raise DataError(f"{path}: found labels outside {first_label}..{last_label}, expected {first_label} for the "
-                        "first class; convert like this: labels - 1 if they count from 1, or declare more classes")
+        raise DataError(f"{path}: found labels outside {first_label}..{last_label}, expected {first_label} "
+                        f"for the "
+                        "first class; convert like this: labels - 1 if they count from 1, or declare more "
+                        "classes")
     return images, torch.from_numpy(labels.astype(np.int64))
 
 
 def arranged(images, path):
-    """(N,H,H), (N,H,H,C) or (N,C,H,H), C 1 or 3 -> a view (N,C,H,H). DataError, with the way to convert, for others."""
+    """(N,H,H), (N,H,H,C) or (N,C,H,H), C 1 or 3 -> a view (N,C,H,H). DataError, with the way to convert, for
+    others."""
     shape = images.shape
     if len(shape) == 3:
         images = images[:, None]
     elif len(shape) == 4 and shape[3] in (1, 3) and shape[1] == shape[2]:
         images = images.transpose(0, 3, 1, 2)
-    if images.ndim != 4 or not len(images) or images.shape[1] not in (1, 3) or images.shape[2] != images.shape[3]:
-        raise DataError(f"{path}: found images {images.dtype} {shape}, expected uint8 (N,H,H) or (N,H,H,3), at least "
-                        "one; convert like this: images[..., :3] without transparency, images[:, :H, :H] to a square, "
-                        "images.reshape(-1, H, H) of flat rows")
+    n, channels, height, width = images.shape if images.ndim == 4 else (0, 0, 0, 0)
+    if not n or channels not in (1, 3) or height != width:
+        raise DataError(f"{path}: found images {images.dtype} {shape}, expected uint8 (N,H,H) or (N,H,H,3), "
+                        f"at least "
+                        "one; convert like this: images[..., :3] without transparency, images[:, :H, :H] to "
+                        "a square, images.reshape(-1, H, H) of flat rows")
     return images
 
 
 def whole(labels, n, path):
-    """Labels (N,), (N,1) or one-hot (N,K) of whole numbers in any dtype -> (N,) integers; DataError for others."""
+    """Labels (N,), (N,1) or one-hot (N,K) of whole numbers in any dtype -> (N,) integers; DataError for
+    others."""
     expected = f"expected ({n},) whole numbers from 0"
     one_hot = labels.ndim == 2 and labels.shape[1] > 1 and len(labels) == n and labels.dtype.kind in "biuf"
     if one_hot:
         if not ((labels == 1).sum(1) == 1).all() or not ((labels != 0).sum(1) == 1).all():
-            raise DataError(f"{path}: found labels {labels.shape} that are not one-hot, {expected}; convert like "
-                            "this: one class of each image, labels.argmax(1)")
+            raise DataError(f"{path}: found labels {labels.shape} that are not one-hot, {expected}; convert "
+                            "like this: one class of each image, labels.argmax(1)")
         return labels.argmax(1)
     shapely = labels.shape in ((n,), (n, 1)) and labels.dtype.kind in "biuf"
     if not shapely or labels.dtype.kind == "f" and not (labels == np.rint(labels)).all():
-        raise DataError(f"{path}: found labels {labels.dtype} {labels.shape} for {n} images, {expected}; convert like "
-                        "this: labels.astype('int64'), one for each image")
+        raise DataError(f"{path}: found labels {labels.dtype} {labels.shape} for {n} images, {expected}; "
+                        "convert like this: labels.astype('int64'), one for each image")
     return labels.reshape(n).astype(np.int64)

@@ -34,12 +34,13 @@ from .registry import WAYS_OUT, DataError, ImageSet, dataset, named, natural, re
 
 ATTRIBUTE_CLASSES = {"Male": ["female", "male"], "Young": ["not young", "young"]}  # others: "not NAME", "NAME"
 CACHE_FROM = 1000  # fewer images are decoded faster than anybody notices
-Image.MAX_IMAGE_PIXELS = 300_000_000  # of a photograph; PIL refuses twice as many, lest a small file fill the memory
+Image.MAX_IMAGE_PIXELS = 300_000_000  # PIL refuses twice as many, lest a small file fill the memory
 Image.init()
 FORMATS = [form for form in (
-    "AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP") if form in Image.OPEN]
+    "AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+    if form in Image.OPEN]
 SUFFIXES = {suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS}
-SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # folders that are hardly classes
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # hardly classes
 SYSTEM = {"@eaDir", "__MACOSX", "lost+found", "Thumbs", "$RECYCLE.BIN"}  # folders that are no classes
 CROP = "central square"  # part of a cache's name: change it with the crop
 CACHED = f"*{'[0-9a-f]' * 24}.npy*"  # names of files in the cache, unfinished ones included
@@ -56,7 +57,8 @@ def load_folder(ask):
     keys = own_keys([base / path for path in paths])
     rows = [i for i, key in enumerate(keys) if (key % 10 == 0) == (ask.split == "test")]
     if not rows:
-        raise DataError(f"{base} has no image in the split {ask.split!r}: it has {len(paths)} in all{left_out(others)}")
+        raise DataError(f"{base} has no image in the split {ask.split!r}: it has {len(paths)} in "
+                        f"all{left_out(others)}")
     lines, source = captions(base, [paths[i] for i in rows], [keys[i] // 10 for i in rows], others)
     if ask.split == "train":
         said = f"found {len(lines):,} in {source}" if lines else "none, sentences about classes are used"
@@ -109,7 +111,8 @@ def load_faces(ask):
 
 
 def celeba_lists(root, name):
-    """(folder, list of attributes, list of parts) of CelebA's layout in ROOT/name or ROOT, .txt or .csv; else Nones."""
+    """(folder, list of attributes, list of parts) of CelebA's layout in ROOT/name or ROOT, .txt or .csv; else
+    Nones."""
     found = ((base, base / f"list_attr_celeba.{form}", base / f"list_eval_partition.{form}")
              for base in (root / name, root) for form in ("txt", "csv"))
     return next((paths for paths in found if paths[1].exists()), (None, None, None))
@@ -138,14 +141,15 @@ def attribute_classes(name):
 def celeba(base, listed, partition, split):
     """CelebA's lists -> (paths of the split's images, {attribute: (N,) bool}).
 
-    The partition's 0 is "train", 1 and 2 are "test". The attributes are those that the list names, however many.
-    Every image must stand in both lists exactly once.
+    The partition's 0 is "train", 1 and 2 are "test". The attributes are those that the list names, however
+    many. Every image must stand in both lists exactly once.
     """
     names, rows = read_attributes(listed)
     parts = read_partition(partition)
     for here, there, path, other in ((parts, rows, listed, partition), (rows, parts, partition, listed)):
         if lacking := next((image for image in here if image not in there), None):
-            raise wrong(path, f"no row for {lacking}", f"those of {other}: one of the two belongs to another set")
+            raise wrong(path, f"no row for {lacking}", f"those of {other}: one of the two belongs to "
+                                                       f"another set")
     images = [image for image, part in parts.items() if (part == 0) == (split == "train")]
     if not images:
         raise wrong(partition, f"no image of the split {split!r}", "some")
@@ -161,7 +165,8 @@ def wrong(path, found, expected):
 
 
 def attribute_rows(path):
-    """(announced number of rows or None, names, rows) of a list of attributes: the .csv has one line as its head."""
+    """(announced number of rows or None, names, rows) of a list of attributes: the .csv has one line as its
+    head."""
     lines = read_lines(path)
     if lines and lines[0][1][0] == "image_id":
         return None, lines[0][1][1:], lines[1:]
@@ -190,7 +195,8 @@ def read_partition(path):
         if number == 1 and row == ["image_id", "partition"]:  # the head of the .csv
             continue
         if len(row) != 2 or row[1] not in ("0", "1", "2") or row[0] in parts or not inside(row[0]):
-            raise wrong(path, f"something else in line {number}", "a file inside the folder, once, and 0, 1 or 2")
+            raise wrong(path, f"something else in line {number}", "a file inside the folder, once, and 0, 1 "
+                                                                  "or 2")
         parts[row[0]] = int(row[1])
     return parts
 
@@ -201,18 +207,21 @@ def inside(name):
 
 
 def tree(base, classes=None):
-    """Image files under a folder -> (paths relative to it, sorted; class of each; class names; the other files).
+    """Image files under a folder -> (paths relative to it, sorted; class of each; class names; the other
+    files).
 
     One subfolder per class, as torchvision's ImageFolder has it, or one flat folder, whose only class is "picture".
     A class is a subfolder, empty or not: no image makes or unmakes one. `classes` gives their order and may
     name more. Links are followed; folders that are hidden or of the system are left out.
     """
     if not base.is_dir():
-        raise ValueError(f"{base} is no folder; say npz:{shlex.quote(str(base))} of arrays, unpack an archive")
+        raise ValueError(f"{base} is no folder; say npz:{shlex.quote(str(base))} of arrays, unpack an "
+                         f"archive")
     found, others, met = [], [], {}
     for place, folders, names in os.walk(base, onerror=unreadable, followlinks=True):
         if (twin := met.setdefault(os.path.realpath(place), place)) is not place:
-            raise ValueError(f"{place} and {twin} are the same folder, whose images would count twice; make it one")
+            raise ValueError(f"{place} and {twin} are the same folder, whose images would count twice; make "
+                             f"it one")
         folders[:] = [name for name in folders if name[0] != "." and name not in SYSTEM]
         for name in names:
             if name[0] != "." and name not in SYSTEM:
@@ -240,7 +249,8 @@ def unreadable(error):
 
 
 def ask_about(base, top, found):
-    """Refuse subfolders that are hardly classes, splits or a wrapping, unless --classes says that they are."""
+    """Refuse subfolders that are hardly classes, splits or a wrapping, unless --classes says that they
+    are."""
     split = next((name for name in top if name.lower().startswith("train")), None)
     if split and {name.lower() for name in top} <= SPLITS:
         reason = "are parts of a set, and would become classes"
@@ -252,21 +262,23 @@ def ask_about(base, top, found):
                      f"--classes {shlex.quote(','.join(top))} if that is meant")
 
 
-# ---- captions ----------------------------------------------------------------------------------------------------
+# ---- captions ----------------------------------------------------------------------------------------------
 
 
 def captions(base, paths, keys, others):
-    """(one caption for each file, where from); (None, "") where there are none. What was read leaves `others`.
+    """(one caption for each file, where from); (None, "") where there are none. What was read leaves
+    `others`.
 
-    captions.txt: lines "filename TAB caption"; metadata.jsonl or .csv: file_name and text; else a .txt beside each
-    image. Of several captions an image's own key, from its bytes, chooses.
+    captions.txt: lines "filename TAB caption"; metadata.jsonl or .csv: file_name and text; else a .txt beside
+    each image. Of several captions an image's own key, from its bytes, chooses.
     """
     found, listed = {}, next((path for path in others if path.as_posix() in READERS), None)
     if listed:
         source, used = base / listed, {listed}
         for number, row in READERS[listed.as_posix()](source):
             if len(row) != 2 or not all(isinstance(part, str) for part in row):  # the line itself is private
-                raise wrong(source, f"something else in line {number}", "'filename TAB caption', or file_name and "
+                raise wrong(source, f"something else in line {number}", "'filename TAB caption', or "
+                                                                        "file_name and "
                             "text; convert like this: one image and one caption to a line")
             found.setdefault(listed_name(row[0]), []).append(row[1])
     else:
@@ -275,7 +287,8 @@ def captions(base, paths, keys, others):
         if not used:
             return None, ""
         source, found = "a .txt beside each", {
-            listed_name(path.as_posix()): [" ".join(read_text(base / note).split())] for path, note in used.items()}
+            listed_name(path.as_posix()): [" ".join(read_text(base / note).split())]
+            for path, note in used.items()}
         used = notes.values()
     others[:] = [path for path in others if path not in set(used)]
     lines = []
@@ -287,13 +300,15 @@ def captions(base, paths, keys, others):
 
 
 def listed_name(name):
-    """A file's name as lists may write it: "/" for "\\", without "./" and the "#0" of a caption's number, NFC."""
+    """A file's name as lists may write it: "/" for "\\", without "./" and the "#0" of a caption's number,
+    NFC."""
     name = re.sub(r"(\.\w+)#\d+$", r"\1", name.strip().replace("\\", "/")).removeprefix("./")
     return unicodedata.normalize("NFC", name)
 
 
 def tabbed(path):
-    return [(number, line.split("\t")) for number, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
+    lines = enumerate(read_text(path).splitlines(), 1)
+    return [(number, line.split("\t")) for number, line in lines if line.strip()]
 
 
 def from_jsonl(path):
@@ -307,7 +322,8 @@ def from_jsonl(path):
 
 
 def from_csv(path):
-    return ((number, named_cells(row)) for number, row in enumerate(csv.DictReader(read_text(path).splitlines()), 2))
+    cells = csv.DictReader(read_text(path).splitlines())
+    return [(number, named_cells(row)) for number, row in enumerate(cells, 2)]
 
 
 def named_cells(row):
@@ -334,7 +350,8 @@ def read_text(path):
 
 
 def read_lines(path):
-    """[(number from 1, words)] of the lines of a text file, words apart at blanks or commas, empty lines left out."""
+    """[(number from 1, words)] of the lines of a text file, words apart at blanks or commas, empty lines left
+    out."""
     lines = enumerate(read_text(path).splitlines(), 1)
     return [(number, line.replace(",", " ").split()) for number, line in lines if line.strip(" ,\t")]
 
@@ -413,7 +430,7 @@ def square(path, size, channels):
         raise ValueError(f"{path} not found, though it is listed: restore it from its source") from error
     except Exception as error:  # PIL raises a dozen types
         reason = "no image in it" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise ValueError(files.unfit(path, f"an image ({', '.join(FORMATS)})", reason)) from error
+        raise ValueError(files.unfit(path, f"a whole image ({', '.join(FORMATS)})", reason)) from error
     return torch.from_numpy(np.array(small)).view(size, size, channels).permute(2, 0, 1)
 
 
@@ -425,7 +442,7 @@ def eight_bits(image, path):
     values = np.array(image)
     if image.mode.startswith("I;16") or image.format == "PNG" or values.dtype == np.uint16:
         if 0 < values.max() < 4096:
-            raise DataError(f"{path}: found 16 bits of which at most 12 are used, expected 0..65535 or 8 bits; convert "
-                            "like this: values * 16 of 12 bits")
+            raise DataError(f"{path}: found 16 bits of which at most 12 are used, expected 0..65535 or 8 "
+                            "bits; convert like this: values * 16 of 12 bits")
         return Image.fromarray((values * (1 / 257)).astype(np.uint8))
     return Image.fromarray(pixels.to_bytes(values, path))

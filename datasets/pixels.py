@@ -10,18 +10,20 @@ from .registry import DataError
 
 
 def to_bytes(values, path):
-    """Pixels in an array of any dtype -> uint8, by a constant of the dtype, never by a property of the images.
+    """Pixels in an array of any dtype -> uint8, by a constant of the dtype, never by a property of the
+    images.
 
-    uint8 and other integers count 0..255, floats 0..1, bool is black and white. Others are refused, with the way
-    to convert them: a file that holds them would be black, or white, in silence.
+    uint8 and other integers count 0..255, floats 0..1, bool is black and white. Others are refused, with the
+    way to convert them: a file that holds them would be black, or white, in silence.
     """
     if values.dtype == np.uint8:
         return values
     top = {"f": 1, "b": 1}.get(values.dtype.kind, 255)
     if values.dtype.kind not in "biuf" or not (values.min() >= 0 and values.max() <= top):  # NaN is neither
-        raise DataError(f"{path}: found pixels of {values.dtype} beyond 0..{top}, expected uint8, whole numbers in 0..255 "
-                        "or floats in 0..1; convert like this: images.clip(0, 255).astype('uint8') if 255 is white, "
-                        "images / 65535 of 16 bits, (images + 1) / 2 of floats from -1")
+        raise DataError(f"{path}: found pixels of {values.dtype} beyond 0..{top}, expected uint8, whole "
+                        f"numbers in 0..255 "
+                        "or floats in 0..1; convert like this: images.clip(0, 255).astype('uint8') if 255 "
+                        "is white, images / 65535 of 16 bits, (images + 1) / 2 of floats from -1")
     return np.rint(values * np.float32(255 / top)).astype(np.uint8)
 
 
@@ -36,7 +38,8 @@ def pad(images, size):
     h = images.shape[-1]
     border, uneven = divmod(size - h, 2)
     if border < 0:
-        raise ValueError(f"images of {h} pixels cannot be padded to {size}: say --size {-(-h // 8) * 8}, or shrink them")
+        raise ValueError(f"images of {h} pixels cannot be padded to {size}: say --size {-(-h // 8) * 8}, or "
+                         f"shrink them")
     if uneven:
         raise ValueError(f"images of {h} pixels cannot be padded to {size} by the same border on all sides: "
                          f"resize them to {h + 1} pixels")

@@ -92,7 +92,8 @@ def kind_of(name):
 
 
 def readable(name):
-    """A class's name as text, whatever wrote it: bytes as UTF-8, accents composed, what is no UTF-8 as \\xff."""
+    """A class's name as text, whatever wrote it: bytes as UTF-8, accents composed, what is no UTF-8 as
+    \\xff."""
     raw = bytes(name) if isinstance(name, bytes) else os.fsencode(str(name))
     return unicodedata.normalize("NFC", raw.decode("utf-8", "backslashreplace"))
 
@@ -100,7 +101,8 @@ def readable(name):
 def named(names, path):
     """The names, each once; DataError otherwise: a class that is drawn by its name must have one."""
     if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
-        raise DataError(f"{path}: found the class name {twice!r} twice, expected each once; rename one of the two")
+        raise DataError(f"{path}: found the class name {twice!r} twice, expected each once; convert like "
+                        "this: give one of the two another name")
     return list(names)
 
 
@@ -111,6 +113,7 @@ def natural(name):
 
 
 def numbered(classes):
-    """{number: label} for `--labels 1-3`: the classes' own numbers if all names are whole numbers, else positions."""
+    """{number: label} for `--labels 1-3`: the classes' own numbers if all names are whole numbers, else
+    positions."""
     own = all(name.isdecimal() and str(int(name)) == name for name in classes)
     return {int(name) if own else i: i for i, name in enumerate(classes)}

@@ -145,14 +145,16 @@ def read(path, average=False):
 
 
 def why_not(path, error):
-    """One line on a file that gave no tensors. Only where code was found in it is running that code proposed."""
+    """One line on a file that gave no tensors. Only where code was found in it is running that code
+    proposed."""
     cause = str(error.__context__)
     if "Unsupported global" not in cause or "blocked" in cause:
-        return files.unfit(path, "a checkpoint of torch, or safetensors", error)
+        reason = "no tensors in it" if "Weights only" in cause or error.__context__ is None else cause
+        return files.unfit(path, "a checkpoint of torch, or safetensors", reason.partition("\n")[0])
     command = ("import sys, torch; torch.save(torch.load(sys.argv[1], map_location='cpu', weights_only=False)"
                "['state_dict'], sys.argv[2])")
-    return (f"{path}: no tensors that can be read without running code ({str(error)[:120]}); if you trust the "
-            f"file, convert it once: python -c {shlex.quote(command)} {shlex.quote(str(path))} "
+    return (f"{path}: no tensors that can be read without running code ({str(error)[:120]}); if you trust "
+            f"the file, convert it once: python -c {shlex.quote(command)} {shlex.quote(str(path))} "
             + shlex.quote(f"{path}.pt"))
 
 
@@ -178,7 +180,8 @@ def read_safetensors(path):
             if not 0 <= first <= last <= size - begin:
                 raise ValueError("it ends too early: half a download?")
             file.seek(begin + first)
-            tensor = torch.frombuffer(bytearray(file.read(last - first)) or bytearray(8), dtype=SAFE[entry["dtype"]])
+            raw = bytearray(file.read(last - first)) or bytearray(8)
+            tensor = torch.frombuffer(raw, dtype=SAFE[entry["dtype"]])
             tensors[name] = tensor[:tensor.numel() if last > first else 0].reshape(entry["shape"])
         if header is None:
             raise ValueError("it ends within its header: half a download?")

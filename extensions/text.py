@@ -40,7 +40,8 @@ def split(prompt):
 def vocabulary(attribute_names, class_names, public_captions=()):
     """Sorted list of all words that the grammar can say about these attributes and classes, and public ones.
 
-    Made from names (the schema, treated as public) and captions of the PUBLIC set, never from private captions
+    Made from names (the schema, treated as public) and captions of the PUBLIC set, never from private
+    captions
     or images. All words of the face grammar are in it whatever the names, so that a public model can be tuned
     on faces later.
     """

@@ -51,7 +51,8 @@ def replacing(path, private=False):
 
 
 def write_through(path):
-    """Is this a device, a pipe or an open file such as /dev/stdout? A file in its place would take it from others."""
+    """Is this a device, a pipe or an open file such as /dev/stdout? A file in its place would take it from
+    others."""
     links = [os.path.realpath(path.parent), os.readlink(path)] if path.is_symlink() else []
     return any(link.startswith("/proc/") for link in links) or (
         path.exists() and not path.is_file() and not path.is_dir())
@@ -71,8 +72,8 @@ def roomy(path):
             cause = cause.__cause__ or cause.__context__
         if cause is None:
             raise
-        raise ValueError(f"{path} could not be written ({os.strerror(cause.errno)}); make room and begin again, a "
-                         "training run goes on with --resume") from None
+        raise ValueError(f"{path} could not be written ({os.strerror(cause.errno)}); make room and begin "
+                         "again, a training run goes on with --resume") from None
 
 
 def opening(path, private=False):
@@ -106,8 +107,10 @@ KINDS = (  # first bytes -> what the file is, and what to do where that helps
     (b"<!doctype html", "an HTML page (download the file itself, not the page about it)"),
     (b"<html", "an HTML page (download the file itself, not the page about it)"),
     (b"<", "an XML page, perhaps a server's error"),
-    (b"\x89png", "a PNG image"), (b"\xff\xd8\xff", "a JPEG image"), (b"gif8", "a GIF image"), (b"%pdf", "a PDF file"),
-    (b"\x89hdf", "an HDF5 file"), (b"\x1f\x8b", "gzip data (gunzip unpacks it)"), (b"\x93numpy", "a single array of numpy"),
+    (b"\x89png", "a PNG image"), (b"\xff\xd8\xff", "a JPEG image"), (b"gif8", "a GIF image"),
+    (b"%pdf", "a PDF file"),
+    (b"\x89hdf", "an HDF5 file"), (b"\x1f\x8b", "gzip data (gunzip unpacks it)"),
+    (b"\x93numpy", "a single array of numpy"),
     (b"pk\x03\x04", "a zip archive"), (b"\x80", "a pickle"), (b"{", "JSON text"),
 )
 
@@ -124,7 +127,8 @@ def nature(path):
         if start[257:262] == b"ustar":
             return "a tar archive (tar -xf unpacks it)"
         kind = next((kind for first, kind in KINDS if start.lstrip().lower().startswith(first)), "")
-        return "the beginning of a zip archive (half a download?)" if "zip arch" in kind and not is_zipfile(path) else kind
+        half = kind == "a zip archive" and not is_zipfile(path)
+        return "the beginning of a zip archive (half a download?)" if half else kind
     except OSError:
         return ""
 
