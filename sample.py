@@ -129,7 +129,7 @@ def parse(argv):
     add("--prompts", metavar="FILE", help="file of prompts, one per line, drawn in turn")
     add("--n", type=int, default=100, help="number of images (default 100)")
     add("--out", help="PNG grid to write (default samples.png unless --npz is given)")
-    add("--npz", help="NPZ to write: images (N,H,W[,C]) uint8, labels (N,) uint8 or prompts")
+    add("--npz", help="NPZ to write: images (N,H,W[,C]) uint8, labels (N,) or prompts")
     add("--columns", type=int, default=10, help="images per row of the grid (default 10)")
     add("--steps", type=int, default=30, help="DDIM steps (default 30; the paper uses 200)")
     add("--eta", type=float, default=0.0, help="fresh noise per step, 0..1 (default 0; the paper's MNIST: 1)")
@@ -163,7 +163,7 @@ def main(argv=None):
         if prompts:
             arrays["prompts"] = np.array(labels)
         elif release.model.embedder is not None:
-            arrays["labels"] = np.array(labels, dtype=np.uint8)
+            arrays["labels"] = np.array(labels, dtype=np.min_scalar_type(len(release.classes)))
         with files.replacing(args.npz) as file:
             np.savez_compressed(file, **arrays)
         print(f"{args.npz}: {len(images)} images, {release.privacy['statement']}")

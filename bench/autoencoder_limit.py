@@ -25,15 +25,17 @@ def main(argv=None):
     parser.add_argument("--data-root", help="folder of the data sets [$DPLDM_DATA, else ~/.cache/dpldm]")
     args = parser.parse_args(argv)
     release = sample.load_release(args.run)
-    real = next(iter(scored.held_out_sets(release, args.data_root).values()))
-    train = scored.load_private(release, release.data["private"], "train", args.data_root)
+    public, private = scored.sources(release, Path(args.run))
+    real = next(iter(scored.held_out_sets(release, args.data_root, private).values()))
+    train = scored.load_private(release, private, "train", args.data_root)
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:args.n]
     size, channels = release.vae.config.resolution, real.images.shape[1]
-    public = datasets.load(release.data["public"], "train", args.data_root, size, n=12_000, channels=channels).images
-    judge, name = evaluate.public_features(Path(args.run) / "public", release.data["public"], channels, release.crop,
+    judge, name = evaluate.public_features(Path(args.run) / "public", public, channels, release.crop,
                                            args.data_root)
+    most = None if datasets.REGISTRY[datasets.kind_of(public)].own else 12_000  # an own set may have fewer
+    seen = datasets.load(public, "train", args.data_root, size, most, channels=channels).images[:12_000]
     numbers = torch.Size(release.vae.latent_shape).numel()
-    x = pixels.to_float(pixels.crop(public, release.crop)).flatten(1)
+    x = pixels.to_float(pixels.crop(seen, release.crop)).flatten(1)
     mean = x.mean(0)
     components = torch.linalg.eigh((x - mean).T @ (x - mean)).eigenvectors[:, -numbers:]  # (pixels, numbers)
 

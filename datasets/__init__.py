@@ -9,12 +9,16 @@ train.py, and the Poisson sampler of the private stage lives in dp_sgd.py.
     strokes.py    handwriting, drawn         garments.py  garments and shapes, drawn
     drawing.py    what drawers share         pixels.py    padding, sizes, ranges, grids
 
-An own set (folder:PATH, npz:PATH) is split by a checksum of each image's name (npz: of its pixels): about one in ten is
-"test". No image's side depends on the others, so adding or removing one changes nothing else: the neighbouring relation
-of the guarantee. The list of classes is released, so a private set declares it and nothing is counted: by class folders,
+An own set (folder:PATH, npz:PATH) is split by a checksum of each image's content (of its file, or of its
+pixels in an
+npz): about one in ten is "test". No image's side depends on its name or on the others, so adding, removing or
+renaming
+one changes nothing else: the neighbouring relation of the guarantee. The list of classes is released, so a
+private set declares it and nothing is counted: by class folders,
 empty or not, by the array class_names, or by --classes.
 
-The data root is --data-root, else the environment variable DPLDM_DATA, else ~/.cache/dpldm. Decoded photographs are kept
+The data root is --data-root, else the environment variable DPLDM_DATA, else ~/.cache/dpldm, or dpldm-data
+here where there is no home directory. Decoded photographs are kept
 in its folder cache if it may be written to: they are as private as the originals.
 
 Alone: `python -m datasets NAME [SPLIT]` prints the metrics of a set and writes its first hundred images to NAME.png.
@@ -22,17 +26,20 @@ Alone: `python -m datasets NAME [SPLIT]` prints the metrics of a set and writes 
 import hashlib
 import os
 import sys
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torchvision
 
+from support import files
+
 from . import arrays, garments, photos, pixels, strokes  # noqa: F401 (their loaders enter the registry)
-from .registry import REGISTRY, DataError, ImageSet, Request, kind_of
+from .registry import REGISTRY, DataError, ImageSet, Request, kind_of, numbered
 
 __all__ = ["REGISTRY", "DataError", "ImageSet", "kind_of", "load", "describe", "digests", "same_images", "enlarged",
-           "class_list", "names"]
+           "class_list", "names", "numbered", "resolved", "refuse_seen"]
 MOST_CLASSES = 10_000
 
 
@@ -73,6 +80,9 @@ def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, ca
                          "out --classes")
     part = whole if entry.drawn else subset(whole, n, seed, f"{name} {split}")
     images, side = prepared(part.images, size, channels, cache, root, decode)
+    if decode and not entry.drawn and (i := pixels.one_colour(images)) is not None:
+        where = part.images[i] if isinstance(part.images, list) else f"{name}, image {i} of {split}"
+        print(f"warning: of one colour, and perhaps not read as it should be: {where}", file=sys.stderr)
     return replace(part, name=name, images=images, side=side)
 
 
@@ -97,7 +107,7 @@ def describe(name, root=None, size=32, channels=3, label_attribute="Male", class
     entry, root = REGISTRY[kind_of(name)], data_root(root)
     side, attributes, found = entry.side, None, list(entry.classes)
     if entry.name == "folder":
-        _, _, found = photos.tree(arrays.located(root, str(name).partition(":")[2]), classes)
+        _, _, found, _ = photos.tree(arrays.located(root, str(name).partition(":")[2]), classes)
     elif entry.name == "npz":
         path = arrays.located(root, str(name).partition(":")[2])
         side, colours, found = arrays.describe_npz(path, classes, private=entry.own)
@@ -148,13 +158,27 @@ def place(name, root=None):
         try:
             found = arrays.located(root, where)
         except DataError:
-            found = Path(where).expanduser()
+            found = files.expanded(where)
     elif kind in ("celeba", "faces"):
-        bases = [base for base in (root / kind, root) if (base / "list_attr_celeba.txt").exists()]
-        found = [*bases, root / kind][0] / "img_align_celeba"
+        found = (photos.celeba_lists(root, kind)[0] or root / kind) / "img_align_celeba"
     else:
         found = root / entry.files if entry.files else arrays.EMBEDDED
     return found.resolve()
+
+
+def resolved(name, root=None):
+    """An own set's name with its whole path, as a resumed run needs it from another folder; others as they
+    are."""
+    kind, colon, where = str(name).partition(":")
+    return f"{kind}:{place(name, root)}" if where and kind in REGISTRY else name
+
+
+def refuse_seen(trained, held_out, title):
+    """ValueError if held-out images were trained on, by their digests: an older program split by name."""
+    if shared := int(torch.isin(trained, held_out).sum()):
+        raise ValueError(f"{title}: {shared} of the images that would be held out are among those trained "
+                         f"on, so "
+                         "nothing may be called held out; train again, or evaluate on images of their own")
 
 
 def digests(images):
@@ -173,7 +197,7 @@ def digests(images):
 
 def class_list(text):
     """--classes: "a,b,c" -> ["a", "b", "c"]; a number N -> ["0", ..., str(N - 1)]. ValueError for others."""
-    names = [name.strip() for name in text.split(",")]
+    names = [unicodedata.normalize("NFC", name.strip()) for name in text.split(",")]
     if len(names) == 1 and names[0].isdecimal():
         names = [str(i) for i in range(min(int(names[0]), MOST_CLASSES + 1))]
     if not names or "" in names or len(set(names)) < len(names) or len(names) > MOST_CLASSES:
@@ -199,7 +223,8 @@ def subset(whole, n, seed, title):
 
 def data_root(root=None):
     """The folder of the full sets: the argument, else the environment variable DPLDM_DATA, else ~/.cache/dpldm."""
-    return Path(root or os.environ.get("DPLDM_DATA") or "~/.cache/dpldm").expanduser()
+    place = files.expanded(root or os.environ.get("DPLDM_DATA") or "~/.cache/dpldm")
+    return Path("dpldm-data") if str(place).startswith("~") else place
 
 
 def cache_folder(root):

@@ -1,16 +1,48 @@
 """Images as tensors: padding, cropping, sizes, the range that networks see, and grids to look at."""
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 
 from support import files
 
+from .registry import DataError
+
+
+def to_bytes(values, path):
+    """Pixels in an array of any dtype -> uint8, by a constant of the dtype, never by a property of the
+    images.
+
+    uint8 and other integers count 0..255, floats 0..1, bool is black and white. Others are refused, with the
+    way to convert them: a file that holds them would be black, or white, in silence.
+    """
+    if values.dtype == np.uint8:
+        return values
+    top = {"f": 1, "b": 1}.get(values.dtype.kind, 255)
+    if values.dtype.kind not in "biuf" or not (values.min() >= 0 and values.max() <= top):  # NaN is neither
+        raise DataError(f"{path}: found pixels of {values.dtype} beyond 0..{top}, expected uint8, whole "
+                        f"numbers in 0..255 "
+                        "or floats in 0..1; convert like this: images.clip(0, 255).astype('uint8') if 255 "
+                        "is white, images / 65535 of 16 bits, (images + 1) / 2 of floats from -1")
+    return np.rint(values * np.float32(255 / top)).astype(np.uint8)
+
+
+def one_colour(images):
+    """The first of images (N,C,H,W) whose pixels are all alike, or None."""
+    found = (images == images[..., :1, :1]).flatten(1).all(1).nonzero()
+    return int(found[0]) if len(found) else None
+
 
 def pad(images, size):
     """(N,C,h,h) -> (N,C,size,size): a border of zeros, the background. ValueError if size < h or size - h is odd."""
-    border, uneven = divmod(size - images.shape[-1], 2)
-    if border < 0 or uneven:
-        raise ValueError(f"cannot pad {images.shape[-1]} pixels to {size}: the difference must be even and positive")
+    h = images.shape[-1]
+    border, uneven = divmod(size - h, 2)
+    if border < 0:
+        raise ValueError(f"images of {h} pixels cannot be padded to {size}: say --size {-(-h // 8) * 8}, or "
+                         f"shrink them")
+    if uneven:
+        raise ValueError(f"images of {h} pixels cannot be padded to {size} by the same border on all sides: "
+                         f"resize them to {h + 1} pixels")
     return F.pad(images, (border,) * 4)
 
 

@@ -1,4 +1,7 @@
 """What a data set is, and the list of those that there are. To add one, decorate a loader: see `dataset`."""
+import os
+import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +11,7 @@ WAYS_OUT = "point --data-root or DPLDM_DATA at a folder that has it"
 
 
 class DataError(ValueError):
-    """A data file is missing or damaged; the message is one line that names it and the ways out."""
+    """A data file is missing or of another form; the message is one line that names it and the ways out."""
 
 
 @dataclass
@@ -83,3 +86,34 @@ def kind_of(name):
         names = [f"{entry.name}:PATH" if entry.own else entry.name for entry in REGISTRY.values()]
         raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(names)}")
     return kind
+
+
+# ---- names of classes ----
+
+
+def readable(name):
+    """A class's name as text, whatever wrote it: bytes as UTF-8, accents composed, what is no UTF-8 as
+    \\xff."""
+    raw = bytes(name) if isinstance(name, bytes) else os.fsencode(str(name))
+    return unicodedata.normalize("NFC", raw.decode("utf-8", "backslashreplace"))
+
+
+def named(names, path):
+    """The names, each once; DataError otherwise: a class that is drawn by its name must have one."""
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise DataError(f"{path}: found the class name {twice!r} twice, expected each once; convert like "
+                        "this: give one of the two another name")
+    return list(names)
+
+
+def natural(name):
+    """Sort key: numbers in names count as numbers, so that "2" comes before "10"."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(int(part), part) if i % 2 else (part,) for i, part in enumerate(parts)]
+
+
+def numbered(classes):
+    """{number: label} for `--labels 1-3`: the classes' own numbers if all names are whole numbers, else
+    positions."""
+    own = all(name.isdecimal() and str(int(name)) == name for name in classes)
+    return {int(name) if own else i: i for i, name in enumerate(classes)}

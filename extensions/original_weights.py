@@ -11,7 +11,9 @@ networks have the original's layers under other names, with 1x1 convolutions as 
 approximated. The original classes have 32 groups in every GroupNorm. Another number fits every shape and
 makes every output wrong.
 """
+import json
 import re
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -117,14 +119,12 @@ def read(path, average=False):
     if not path.is_file():
         raise ValueError(f"there is no {path}")
     try:
-        checkpoint = files.load(path)
+        kind = files.nature(path)
+        checkpoint = read_safetensors(path) if kind == "a safetensors file" else files.load(path)
         weights = checkpoint.get("state_dict", checkpoint)
         tensors = {k: v for k, v in weights.items() if isinstance(v, torch.Tensor)}
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: no tensors that can be read without running code ({str(error)[:120]}); if "
-                         "you trust the file, convert it once: python -c \"import torch; torch.save("
-                         f"torch.load('{path}', map_location='cpu', weights_only=False)['state_dict'], "
-                         f"'{path}.pt')\"") from None
+        raise ValueError(why_not(path, error)) from None
     files.refuse_release(checkpoint, path)
     counters = (AVERAGE + "decay", AVERAGE + "num_updates")
     kept = [k for k in tensors if k.startswith(AVERAGE) and k not in counters]
@@ -139,6 +139,50 @@ def read(path, average=False):
         if not value.isfinite().all():
             raise ValueError(f"{path}: {name} holds numbers that are not finite (NaN or infinity); the "
                              "training that wrote it had diverged, take an earlier checkpoint")
+    return tensors
+
+
+def why_not(path, error):
+    """One line on a file that gave no tensors. Only where code was found in it is running that code
+    proposed."""
+    cause = str(error.__context__)
+    if "Unsupported global" not in cause or "blocked" in cause:
+        reason = "no tensors in it" if "Weights only" in cause or error.__context__ is None else cause
+        return files.unfit(path, "a checkpoint of torch, or safetensors", reason.partition("\n")[0])
+    command = ("import sys, torch; torch.save(torch.load(sys.argv[1], map_location='cpu', weights_only=False)"
+               "['state_dict'], sys.argv[2])")
+    return (f"{path}: no tensors that can be read without running code ({str(error)[:120]}); if you trust "
+            f"the file, convert it once: python -c {shlex.quote(command)} {shlex.quote(str(path))} "
+            + shlex.quote(f"{path}.pt"))
+
+
+SAFE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+        "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+        "BOOL": torch.bool}
+
+
+def read_safetensors(path):
+    """{name: tensor} of a safetensors file: a length, a JSON header, then the raw arrays that it places.
+
+    header: {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}}. Nothing in it is code.
+    """
+    with files.understanding(path, "safetensors file"), open(path, "rb") as file:
+        begin = 8 + int.from_bytes(file.read(8), "little")
+        size = path.stat().st_size
+        header = json.loads(file.read(begin - 8)) if begin <= size else None
+        tensors = {}
+        for name, entry in (header or {}).items():
+            if name == "__metadata__":
+                continue
+            first, last = entry["data_offsets"]
+            if not 0 <= first <= last <= size - begin:
+                raise ValueError("it ends too early: half a download?")
+            file.seek(begin + first)
+            raw = bytearray(file.read(last - first)) or bytearray(8)
+            tensor = torch.frombuffer(raw, dtype=SAFE[entry["dtype"]])
+            tensors[name] = tensor[:tensor.numel() if last > first else 0].reshape(entry["shape"])
+        if header is None:
+            raise ValueError("it ends within its header: half a download?")
     return tensors
 
 
@@ -271,7 +315,8 @@ def main(argv=None):
         if checkpoint:
             files.save(checkpoint, args.out / "public" / name)
             print(f"{args.out / 'public' / name}")
-    print(f"go on with: python train.py --preset {args.preset} --init {args.out} --out runs/NAME")
+    init = shlex.quote(str(args.out))
+    print(f"go on with: python train.py --preset {args.preset} --init {init} --out runs/NAME")
 
 
 if __name__ == "__main__":

@@ -8,14 +8,16 @@ Captions come from extensions/captions.py or from the data set.
     caption -> Tokenizer.encode -> tokens (N, L) -> TextEncoder -> context (N, L, D) + mask (N, L) ->
     unet.Attention
 
-Privacy. The list of words (`vocabulary`) is published with the model, so it is made from the grammar and the
-schema (names of attributes and classes) and never from private captions: a rare word there, a person's name
-say, would stand in the release in the clear. Words that are not in the list become <unk>.
+Privacy. The list of words (`vocabulary`) is published with the model, so it is made from the grammar, the
+schema (names of attributes and classes) and the captions of the public set, never from private captions: a
+rare word there, a person's name say, would stand in the release in the clear. Words that are not in the list
+become <unk>; how many do so is private, so what is said of them before the private stage is fixed (`NOTE`).
 
 Symbols: N prompts · L tokens of a prompt, padded · D width of the context · V words and special tokens.
 """
 import math
 import re
+from collections import Counter
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,9 @@ from extensions.captions import FRAMES, GLUE, NOUNS, PHRASES
 
 PAD, BEGIN, UNKNOWN = 0, 1, 2  # every prompt starts with BEGIN: even the empty one has a token to attend to
 SPECIAL = 3
+MOST_WORDS = 20_000  # of public captions, the most frequent: each costs a row of the embedding
+NOTE = ("note: words of private captions that are neither in the grammar nor in the names of classes and "
+        "attributes nor in the public captions are read as <unk>; public captions that use them teach them")
 
 
 def split(prompt):
@@ -32,15 +37,20 @@ def split(prompt):
     return re.findall(r"[^\W_]+", prompt.lower())
 
 
-def vocabulary(attribute_names, class_names):
-    """Sorted list of all words that the grammar can say about these attributes and classes.
+def vocabulary(attribute_names, class_names, public_captions=()):
+    """Sorted list of all words that the grammar can say about these attributes and classes, and public ones.
 
-    Made from names only (the schema, treated as public), never from captions or pictures. All words of the
-    face grammar are in it whatever the names, so that a public model can be tuned on faces later.
+    Made from names (the schema, treated as public) and captions of the PUBLIC set, never from private
+    captions
+    or images. All words of the face grammar are in it whatever the names, so that a public model can be tuned
+    on faces later.
     """
+    said = Counter(word for caption in public_captions or () for word in split(caption))
+    often = sorted(said, key=lambda word: (-said[word], word))[:MOST_WORDS]
     options = [*NOUNS.values(), *(phrases for _, phrases in PHRASES.values())]
     grammar = [GLUE, *FRAMES, *(phrase for phrases in options for phrase in phrases)]
-    return sorted({word for part in [*grammar, *attribute_names, *class_names] for word in split(part)})
+    names = [*grammar, *attribute_names, *class_names]
+    return sorted({word for part in names for word in split(part)}.union(often))
 
 
 # ---------------------------------------------------------------------------------------------- the tokenizer

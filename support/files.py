@@ -5,11 +5,14 @@ beside their place and renamed. Ledger rows are on the disk before the noisy ste
 weights_only=True, so that a file from elsewhere cannot run code.
 """
 import contextlib
+import errno
+import io
 import json
 import math
 import os
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 
@@ -20,24 +23,59 @@ from support.team import rank
 def replacing(path, private=False):
     """Open a file to write bytes; it takes the place of `path` when complete: a crash leaves the old or the new.
 
-    private: only its owner may read it, as all in internal/ (`opening`).
+    Only plain files are replaced. A link's target is; what goes to a device or a pipe is written into it when
+    complete. private: only its owner may read it, as all in internal/ (`opening`). ValueError, one line, on a
+    full disk: the old file is as it was.
     """
     if rank():
         with open(os.devnull, "wb") as file:
             yield file
         return
     path = Path(path)
+    if write_through(path):
+        file = io.BytesIO()  # the writers of archives seek
+        yield file
+        with roomy(path), open(path, "ab") as target:
+            target.write(file.getvalue())
+        return
     private = private or path.parent.name == "internal"
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if private else 0o777)
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb", opener=opening(path, private)) as file:
+        with roomy(path), open(temporary, "wb", opener=opening(path, private)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_through(path):
+    """Is this a device, a pipe or an open file such as /dev/stdout? A file in its place would take it from
+    others."""
+    links = [os.path.realpath(path.parent), os.readlink(path)] if path.is_symlink() else []
+    return any(link.startswith("/proc/") for link in links) or (
+        path.exists() and not path.is_file() and not path.is_dir())
+
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextlib.contextmanager
+def roomy(path):
+    """Whatever a writer raises because the disk, or the quota, is full -> ValueError, one line."""
+    try:
+        yield
+    except Exception as error:
+        cause = error  # archives raise errors of their own while they handle that of the disk
+        while cause and getattr(cause, "errno", None) not in FULL:
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise ValueError(f"{path} could not be written ({os.strerror(cause.errno)}); make room and begin "
+                         "again, a training run goes on with --resume") from None
 
 
 def opening(path, private=False):
@@ -64,6 +102,50 @@ def save(value, path):
     """torch.save, all or nothing."""
     with replacing(path) as file:
         torch.save(value, file)
+
+
+KINDS = (  # first bytes -> what the file is, and what to do where that helps
+    (b"version https://git-lfs", "a Git LFS pointer (git lfs pull fetches the file itself)"),
+    (b"<!doctype html", "an HTML page (download the file itself, not the page about it)"),
+    (b"<html", "an HTML page (download the file itself, not the page about it)"),
+    (b"<", "an XML page, perhaps a server's error"),
+    (b"\x89png", "a PNG image"), (b"\xff\xd8\xff", "a JPEG image"), (b"gif8", "a GIF image"),
+    (b"%pdf", "a PDF file"),
+    (b"\x89hdf", "an HDF5 file"), (b"\x1f\x8b", "gzip data (gunzip unpacks it)"),
+    (b"\x93numpy", "a single array of numpy"),
+    (b"pk\x03\x04", "a zip archive"), (b"\x80", "a pickle"), (b"{", "JSON text"),
+)
+
+
+def nature(path):
+    """What a file is by its first bytes, in words; "" if they say nothing, or it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512)
+        if not start:
+            return "an empty file"
+        if start[8:10] == b'{"' and int.from_bytes(start[:8], "little") < 2 ** 27:
+            return "a safetensors file"
+        if start[257:262] == b"ustar":
+            return "a tar archive (tar -xf unpacks it)"
+        kind = next((kind for first, kind in KINDS if start.lstrip().lower().startswith(first)), "")
+        half = kind == "a zip archive" and not is_zipfile(path)
+        return "the beginning of a zip archive (half a download?)" if half else kind
+    except OSError:
+        return ""
+
+
+def unfit(path, expected, why):
+    """One line about a file that is no `expected`: what it is, and why it could not be read."""
+    if isinstance(why, OSError) and why.strerror:
+        return f"{path} cannot be read: {why.strerror}"
+    found, why = nature(path) or "a file that is not readable as such", " ".join(str(why).split())[:300]
+    return f"{path}: found {found}, expected {expected} ({why})"
+
+
+def expanded(path):
+    """Path with ~ replaced by the home directory, left as it is where there is none."""
+    return Path(os.path.expanduser(path))
 
 
 @contextlib.contextmanager
@@ -112,7 +194,7 @@ def append_row(row, path):
     """One JSON line at the end of the file, on the disk before we go on."""
     if rank():
         return
-    with open(path, "a", opener=opening(path)) as file:
+    with roomy(path), open(path, "a", opener=opening(path)) as file:
         file.write(json.dumps(row) + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TUNE, ENGINE, PIT = "tests/test_train.py", "tests/test_dp_sgd.py", "tests/test_pitfalls.py"
 PUBLIC = "tests/test_public.py"
 CRASH = "tests/test_crash.py"
+FAULTS = "tests/test_faults.py"
 
 
 class Mutation(NamedTuple):
@@ -268,6 +269,32 @@ MUTATIONS = [Mutation(*m) for m in (
     (0, "scores beside a copied release", "evaluate.py",
      (("    scored.check_place(args, run, whole)\n", ""),),
      "tests/test_evaluate.py::test_nothing_uncovered_is_written_beside_a_copied_release"),
+    (0, "images are split by the names of their files", "datasets/photos.py",
+     (("return zlib.crc32(path.read_bytes())", "return zlib.crc32(path.name.encode())"),),
+     f"{FAULTS}::test_renamed_images_stay_on_their_side"),
+    (0, "pixels are scaled by the largest there is", "datasets/pixels.py",
+     (("np.rint(values * np.float32(255 / top))", "np.rint(values * np.float32(255 / values.max()))"),),
+     f"{FAULTS}::test_pixels_are_scaled_by_constants_of_the_dtype_and_never_by_the_set"),
+    (0, "what is transparent becomes black", "datasets/photos.py",
+     (('Image.new("RGBA", image.size, "white")', 'Image.new("RGBA", image.size, "black")'),),
+     f"{FAULTS}::test_no_pixels_are_destroyed_in_silence"),
+    (0, "the last of several captions wins", "datasets/photos.py",
+     (("options[key % len(options)]", "options[-1]"),),
+     f"{FAULTS}::test_of_several_captions_an_image_draws_one_by_its_own_bytes"),
+    (0, "linked folders vanish", "datasets/photos.py",
+     (("onerror=unreadable, followlinks=True", "onerror=unreadable"),),
+     f"{FAULTS}::test_linked_and_unreadable_folders_do_not_vanish"),
+    (0, "classes in the order of their letters", "datasets/photos.py",
+     (("sorted(folders, key=natural)", "sorted(folders)"),),
+     f"{FAULTS}::test_numbers_in_names_of_classes_are_numbers"),
+    (0, "labels that are names are taken for places", "datasets/arrays.py",
+     (('        by_name = "class_names" not in arrays\n', "        by_name = False\n"),),
+     f"{FAULTS}::test_labels_that_count_from_one"),
+    (0, "devices are replaced by files", "support/files.py",
+     (("    if write_through(path):\n", "    if False:\n"),), f"{FAULTS}::test_only_plain_files_are_replaced"),
+    (0, "running code is proposed for any file", "extensions/original_weights.py",
+     (('    if "Unsupported global" not in cause or "blocked" in cause:\n', "    if False:\n"),),
+     f"{FAULTS}::test_files_of_another_kind_are_told_apart_by_their_first_bytes"),
     (0, "normals from two pairs instead of four", "dp_sgd.py",
      (("u = self.uniforms(8 * half, out.device).view(2, 4, half)", "u = self.uniforms(4 * half, out.device).view(2, 2, half)"),
       ("        return out.div_(2).view(shape)", "        return out.div_(2 ** 0.5).view(shape)")),
