@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from . import arrays, garments, photos, pixels, strokes  # noqa: F401 (their loaders enter the registry)
+from . import arrays, garments, photos, pixels, portraits, strokes  # noqa: F401 (their loaders enter the registry)
 from .registry import REGISTRY, DataError, ImageSet, Request, kind_of
 
 __all__ = ["REGISTRY", "DataError", "ImageSet", "kind_of", "load", "describe", "digests", "same_images", "enlarged",
@@ -66,7 +66,7 @@ def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, ca
         raise ValueError(f"n must be at least 1, not {n}")
     root, classes = data_root(root), request.get("classes")
     given = {key: value for key, value in request.items() if value is not None}
-    ask = Request(root, split, str(name).partition(":")[2], seed=seed, download=decode, **given)
+    ask = Request(root, split, str(name).partition(":")[2], seed=seed, size=size, download=decode, **given)
     whole = entry.load(replace(ask, n=n or ask.n))
     if classes and list(classes) != list(whole.classes):
         raise ValueError(f"{name} has the classes {', '.join(whole.classes)}; others were asked for, leave "
