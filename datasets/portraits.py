@@ -33,12 +33,12 @@ ATTRIBUTES = (
     "Goatee", "Gray_Hair", "Grayscale", "Male", "Mouth_Slightly_Open", "Mustache", "No_Beard", "Pale_Skin",
     "Receding_Hairline", "Senior", "Smiling", "Straight_Hair", "Wavy_Hair", "Wearing_Earrings", "Wearing_Hat",
     "Wearing_Lipstick", "Young")
-BATCH = 32  # what fits the cache
+BATCH = 8  # what fits the cache
 
 # From pale to dark; between two neighbours every mixture occurs.
 SKIN = torch.tensor([
-    (0.97, 0.84, 0.77), (0.92, 0.74, 0.63), (0.82, 0.61, 0.47), (0.66, 0.45, 0.32), (0.47, 0.30, 0.21),
-    (0.31, 0.19, 0.14)])
+    (0.95, 0.82, 0.76), (0.90, 0.72, 0.63), (0.81, 0.61, 0.50), (0.65, 0.46, 0.36), (0.47, 0.32, 0.25),
+    (0.31, 0.20, 0.16)])
 HAIR = {  # two ends of every colour
     "Black_Hair": ((0.03, 0.03, 0.03), (0.10, 0.08, 0.07)), "Brown_Hair": ((0.17, 0.10, 0.06), (0.38, 0.25, 0.15)),
     "Blond_Hair": ((0.60, 0.45, 0.25), (0.86, 0.74, 0.52)), "Gray_Hair": ((0.45, 0.45, 0.45), (0.88, 0.87, 0.85)),
@@ -106,8 +106,19 @@ def smooth(x, low, high):
 
 
 def bump(x, y, rx, ry):
-    """A hill of height 1 at the origin."""
-    return (-((x / rx) ** 2) - (y / ry) ** 2).exp_()
+    """A hill of height 1 at the origin, 0 from 2 rx, 2 ry on: about exp(-r^2), at a fifth of the time."""
+    x, y = x / (2 * rx), y / (2 * ry)
+    return power4(x.mul_(x).addcmul_(y, y))
+
+
+def ridge(x, width):
+    """The same along a line: height 1 where x = 0."""
+    x = x / (2 * width)
+    return power4(x.mul_(x))
+
+
+def power4(squares):
+    return squares.neg_().add_(1).clamp_(min=0).square_().square_()
 
 
 def mixed(stops, place):
@@ -144,7 +155,7 @@ class Portrait:
         # skin
         pale = has["Pale_Skin"]
         self.skin = mixed(SKIN, over(roll(0.12, 1.0), roll(0, 0.07), pale))
-        self.skin = self.skin * (1 + 0.05 * dice.normal(3) * torch.tensor([0.3, 0.6, 1.0]))
+        self.skin = self.skin * (1 + 0.04 * dice.normal(3) * torch.tensor([0.3, 0.6, 1.0]))
         self.skin = over(self.skin, self.skin * torch.tensor([1.03, 0.9, 0.85]), roll(0, 1) * (1 - pale))
         # hair
         colours = {name: torch.tensor(ends) for name, ends in HAIR.items()}
@@ -173,7 +184,7 @@ class Portrait:
         self.turban = cover["turban"] * free * male * bare
         self.hats = {name: hat * form[name] for name in form}
         # expression
-        self.smile = has["Smiling"] * roll(0.65, 1.2) + (1 - has["Smiling"]) * roll(-0.25, 0.1)
+        self.smile = has["Smiling"] * roll(0.65, 1.2) + (1 - has["Smiling"]) * roll(-0.15, 0.12)
         self.open = has["Mouth_Slightly_Open"] * over(roll(0.06, 0.2), roll(0.1, 0.2), has["Smiling"])
 
     def frame(self):
@@ -194,10 +205,10 @@ class Portrait:
         self.head = self.u + 0.85 * self.turn  # x from the middle of the outline; the eyes stay where they are
         self.low = self.v + 0.3 * self.nod
         below = (self.v > 0.15).float()
-        ry = over(2.0 + 0 * self.chin, self.chin - 0.15, below)
+        ry = over(1.85 + 0 * self.chin, self.chin - 0.15, below)
         across = ((self.head / self.width) ** 2).clamp_(max=9)
         down = ((self.low - 0.15) / ry).abs_().clamp_(1e-3, 3)
-        rho = across + down ** over(2.2 + 0 * self.jaw, self.jaw, below)
+        rho = across + down ** over(2.4 + 0 * self.jaw, self.jaw, below)
         self.outline = (rho.sqrt() - 1) * 1.1  # signed distance to the outline of the head, without hair
         self.depth = 1.05 * (1 - 0.97 * rho).clamp_(min=0).sqrt_()
         self.s = self.head * yaw.cos() - self.depth * self.turn
@@ -209,9 +220,9 @@ class Portrait:
         dice = self.dice
         self.lx, self.ly = 0.45 * dice.normal(1), -0.35 + 0.3 * dice.normal(1)
         self.hard = dice.roll(0.25, 0.75)
-        warm = 0.05 * dice.normal(1)
+        warm = 0.035 * dice.normal(1)
         self.key = torch.cat([1 + warm, torch.ones_like(warm), 1 - 1.3 * warm], 1)
-        self.exposure = dice.roll(0.75, 1.12)
+        self.exposure = dice.roll(0.72, 1.05)
 
     # -------------------------------------------------------------------------------------------------------- tools
 
@@ -230,7 +241,7 @@ class Portrait:
         """Any colour, more often a dull one -> (N,3)."""
         hue = self.dice.roll(0, 1) + torch.tensor([[0.0, 1 / 3, 2 / 3]])
         pure = 0.5 + 0.5 * (2 * math.pi * hue).cos()
-        value, strength = self.dice.roll(0.05, 0.95), saturation * self.dice.roll(0, 1) ** 1.5
+        value, strength = self.dice.roll(0.02, 1.0), saturation * self.dice.roll(0, 1) ** 1.5
         return value * over(torch.ones(1, 3), pure, strength)
 
     def strands(self):
@@ -239,8 +250,8 @@ class Portrait:
         part = dice.roll(-0.6, 0.6)
         bend = self.wave * (self.v * dice.roll(4.0, 6.0) + dice.roll(0, 6)).sin()
         down = (self.v + 2.3).clamp(min=0.05)
-        angle = (self.head + bend - part) / (0.7 + down)
-        where = torch.stack([angle.mul_(0.9), self.v.mul(0.45)], -1).view(dice.n, self.side, self.side, 2)
+        angle = (self.head + bend - part) / (1.4 + 0.8 * down)
+        where = torch.stack([angle.mul_(1.3), self.v.mul(0.45)], -1).view(dice.n, self.side, self.side, 2)
         noise = dice.normal(1, 9, 46)
         fine = F.grid_sample(noise, where, padding_mode="reflection", align_corners=True).flatten(1)
         curls = dice.field(self.side // 3 + 1, self.side // 3 + 1)
@@ -257,9 +268,9 @@ class Portrait:
         image = over(image, locks * 0.62, (silhouette * (1 - self.scarf))[:, None])
         image = self.neck_and_clothes(image)
         image = over(image, locks * 0.85, self.before_shoulders(silhouette)[:, None])
-        image = self.ears(image)
         image = over(image, self.face(front), self.cover(self.outline)[:, None])
         image = over(image, locks, front[:, None])
+        image = self.ears(image)
         image = self.earrings(image)
         image = self.head_wear(image)
         image = self.glasses(image)
@@ -274,7 +285,7 @@ class Portrait:
         mix = (slope + roll(0, 0.35) * dice.field(5, 5)).clamp_(0, 1)
         image = over(first[..., None], second[..., None], mix[:, None])
         edge = self.x * roll(-1, 1).sign() - roll(-0.2, 0.4) + 0.1 * dice.normal(1) * self.y  # a wall, a door
-        things = over(dice.field(9, 9) - roll(0.2, 1.2), -8 * edge, dice.chance(0.4))
+        things = over(dice.field(6, 6) - roll(0.2, 1.2), -8 * edge, dice.chance(0.4))
         image = over(image, third[..., None], (dice.chance(0.7) * smooth(things, -0.5, 0.7) * roll(0.2, 1))[:, None])
         return image
 
@@ -284,10 +295,12 @@ class Portrait:
         roll = dice.roll
         wobble = 0.03 * strands + self.wave * 0.8 * (v * roll(3.5, 5.5) + roll(0, 6)).sin()
         volume = self.volume + 0.1 * roll(0, 1) * self.long
-        high = 1.72 + volume * roll(0.8, 1.5) - 0.1 * has["Child"]
-        cap = ellipse(self.head, self.low + 0.25, self.width + 0.02 + volume, high) + wobble * 0.6
-        ends = over(roll(0.25, 0.5), roll(0.5, 0.9), self.curly)
-        cap = torch.maximum(cap, (v - ends) * 0.6)
+        high = 1.42 + volume * roll(0.8, 1.5)
+        across = ((self.head / (self.width + 0.02 + volume)) ** 2).clamp_(max=9)
+        down = ((self.low + 0.3) / high).abs_().clamp_(1e-3, 3)
+        cap = ((across + down**2.5).sqrt_() - 1) * 1.2 + wobble * 0.6
+        ends = over(roll(0.05, 0.35), roll(0.3, 0.8), self.curly)
+        cap = torch.maximum(cap, (v - ends) * 0.4)
         spread = self.width + volume * roll(0.7, 1.5) + roll(-0.05, 0.22) * (v + 0.3).clamp(-0.4, 2)
         curtain = torch.maximum((self.head.abs() - spread) + wobble, v - self.length + 0.15 * strands)
         curtain = torch.maximum(curtain, -0.3 - v) + FAR * (1 - self.long)
@@ -300,7 +313,7 @@ class Portrait:
         sweep = self.s * roll(-1, 1).sign()
         line = line + style["side"] * (0.28 * sweep + 0.14 * (1 - smooth(sweep, -0.7, -0.2)))
         line = line + style["middle"] * self.long * (0.75 * self.a - 0.2)
-        line = line - has["Receding_Hairline"] * (0.2 + 0.35 * bump(self.a - 0.55, self.t * 0, 0.28, 1.0))
+        line = line - has["Receding_Hairline"] * (0.2 + 0.35 * ridge(self.a - 0.55, 0.28))
         fringe = roll(-0.6, -0.34) + roll(-0.12, 0.2) * self.s + 0.045 * strands + 0.25 * self.a**4
         line = over(line, torch.maximum(fringe, line), has["Bangs"])
         line = line + 0.025 * strands
@@ -318,7 +331,7 @@ class Portrait:
         shade = self.lit(nx * 0.85, ny * 0.75)
         shine = bump(self.head - 0.5 * self.lx, v + 1.3 - 0.25 * self.head**2, 0.9, dice.roll(0.18, 0.35))
         shine = shine + 0.4 * bump(self.head.abs() - 1.2, v - 0.3, 0.2, 0.5) * self.long
-        fleck = (1 + dice.roll(0.12, 0.3) * strands).clamp_(min=0.35)
+        fleck = (1 + dice.roll(0.12, 0.3) * (1 - 0.4 * self.curly) * strands).clamp_(min=0.35)
         tone = shade * fleck * (1 - 0.25 * smooth(v, -0.5, 1.6))
         gloss = shine * (0.5 + 0.35 * strands).clamp_(min=0) * dice.roll(0.03, 0.22) * (1 - 0.7 * self.curly)
         return self.hair[..., None] * tone[:, None] + gloss[:, None] * self.key[..., None]
@@ -332,8 +345,8 @@ class Portrait:
         dice, u, v = self.dice, self.u + 0.5 * self.turn, self.v
         roll, chance = dice.roll, dice.chance
         male = self.has["Male"] * (1 - self.has["Child"])
-        neck = roll(0.6, 0.72) + 0.14 * male - 0.08 * self.has["Child"]
-        base = self.chin + roll(0.45, 0.75)
+        neck = roll(0.64, 0.76) + 0.16 * male - 0.08 * self.has["Child"]
+        base = self.chin + roll(0.1, 0.45)
         flare = 0.35 * ((v - base + 0.3).clamp(min=0)) ** 1.5
         distance = torch.maximum(u.abs() - neck - flare, self.chin - 0.9 - v)
         under = smooth(v, self.chin - 0.2, self.chin + 0.75)
@@ -342,7 +355,7 @@ class Portrait:
         image = over(image, skin, self.cover(distance, 0.08)[:, None])
         # clothes: shoulders that fall to the sides, a round or pointed neckline
         first, second = self.colour(0.8), self.colour(0.8)
-        shoulder = v - base - 0.1 - roll(0.16, 0.34) * (u.abs() - neck).clamp(min=0) ** 1.3
+        shoulder = v - base - 0.1 - roll(0.12, 0.3) * (u.abs() - neck).clamp(min=0) ** 1.3
         vee = chance(0.4)
         depth = roll(0.1, 0.5) + roll(0.2, 1) * vee
         neckline = over(ellipse(u, v - base - 0.05, neck + 0.12, depth),
@@ -358,9 +371,9 @@ class Portrait:
         return image
 
     def ears(self, image):
-        x = self.head.abs() - self.width * 0.99
+        x = self.head.abs() - self.width * 1.03
         y = self.v - 0.22 + 0.3 * self.nod
-        ear = ellipse(x + 0.25 * y, y, 0.17, 0.36)
+        ear = torch.maximum(ellipse(x + 0.25 * y, y, 0.17, 0.36), -0.04 - self.outline)
         shade = self.lit((self.head / 1.5).clamp(-0.9, 0.9), 0.0) * (0.82 - 0.4 * bump(x, y, 0.08, 0.2))
         share = self.cover(ear, 0.06) * (1 - self.scarf) * (1 - self.long * self.dice.chance(0.8))
         return over(image, (self.skin * torch.tensor([1.0, 0.9, 0.87]))[..., None] * shade[:, None], share[:, None])
@@ -372,9 +385,9 @@ class Portrait:
         roll, a, t, has = self.dice.roll, self.a, self.t, self.has
         grown = 1 - 0.45 * has["Child"]
         nose = self.s - 0.22 * self.turn * smooth(t, 0.0, 0.7)
-        wide = roll(0.14, 0.2) + 0.02 * has["Male"]
-        high = (0.2 * bump(nose, t - 0.66, wide, 0.2) + 0.13 * bump(nose, t - 0.3, wide * 0.75, 0.42)) * grown
-        high = high * roll(0.8, 1.3) + 0.07 * bump(nose.abs() - wide * 1.15, t - 0.73, 0.09, 0.09)
+        wide = roll(0.17, 0.24) + 0.02 * has["Male"]
+        high = (0.2 * bump(nose, t - 0.64, wide, 0.22) + 0.1 * bump(nose, t - 0.25, wide * 0.9, 0.45)) * grown
+        high = high * roll(0.8, 1.3) + 0.07 * bump(nose.abs() - wide, t - 0.73, 0.1, 0.1)
         high = high - roll(0.09, 0.16) * bump(a - 0.45, t + 0.06, 0.28, 0.16)
         high = high + (0.03 + 0.05 * has["Male"] * grown) * bump(a - 0.42, t + 0.36, 0.35, 0.11)
         high = high + (roll(0.04, 0.1) + 0.07 * self.smile.clamp(min=0)) * bump(a - 0.6, t - 0.6, 0.26, 0.26)
@@ -415,9 +428,9 @@ class Portrait:
         # what lies deep is dark: sockets, beside and below the nose, under the lip, the forehead under the hair
         deep = roll(0.1, 0.32) * bump(a - 0.42, t + 0.07, 0.3, 0.15)
         deep = deep + roll(0.15, 0.35) * bump(nose, t - 0.87, wide * 1.2, 0.07)
-        deep = deep + 0.15 * bump(nose.abs() - wide * 1.3, t - 0.72, 0.05, 0.1)
+        deep = deep + 0.15 * bump(nose.abs() - wide * 1.35, t - 0.74, 0.05, 0.1)
         deep = deep + roll(0.1, 0.25) * bump(s, t - 1.47, 0.2, 0.06)
-        nostril = bump(nose.abs() - wide * 0.62, t - 0.8, 0.06, 0.035)
+        nostril = bump(nose.abs() - wide * 0.6, t - 0.81, 0.06, 0.035)
         skin = skin * (1 - deep - roll(0.3, 0.7) * nostril).clamp_(min=0.1)[:, None]
         skin = self.eyes(skin)
         skin = self.brows(skin)
@@ -456,9 +469,9 @@ class Portrait:
         # lashes and lids
         near = smooth(large * 1.12 - e.abs(), 0, 0.08)
         thick = 0.022 + 0.018 * made_up + 0.008 * (1 - has["Male"])
-        lash = (-((lid / thick) ** 2)).exp_() * near * (0.65 + 0.3 * made_up)
-        crease = (-(((lid + roll(0.06, 0.11)) / 0.025) ** 2)).exp_() * near * roll(0, 0.4)
-        line = (-((floor / 0.025) ** 2)).exp_() * near * (0.25 + 0.3 * made_up)
+        lash = ridge(lid, thick) * near * (0.65 + 0.3 * made_up)
+        crease = ridge(lid + roll(0.06, 0.11), 0.025) * near * roll(0, 0.4)
+        line = ridge(floor, 0.025) * near * (0.25 + 0.3 * made_up)
         dark = 1 - (lash + crease + line).clamp_(max=0.95)
         return skin * dark[:, None]
 
@@ -469,10 +482,10 @@ class Portrait:
         e = self.a - 0.5
         y = roll(-0.42, -0.34) + 0.05 * man - 0.03 * self.smile + 0.03 * bushy
         arch = roll(0.02, 0.1) * (1 - 0.5 * man)
-        curve = y - arch * (1 - ((e - 0.06) / 0.34) ** 2) + roll(-0.12, 0.1) * e
+        curve = y - arch * (1 - ((e - 0.06) / 0.34) ** 2) + roll(-0.05, 0.12) * e
         thick = roll(0.028, 0.045) + 0.018 * man + 0.04 * bushy - 0.008 * has["Child"]
         taper = (1 - 0.5 * smooth(e, 0.0, 0.4)) * smooth(0.38 - e.abs(), 0, 0.12)
-        brow = (-(((self.t - curve) / (thick * taper.clamp(min=0.3))) ** 2)).exp_() * smooth(taper, 0, 0.25)
+        brow = ridge(self.t - curve, thick * taper.clamp(min=0.3)) * smooth(taper, 0, 0.25)
         colour = over(self.hair * 0.75, self.skin * 0.3, over(roll(0.2, 0.6), roll(0, 0.3), has["Gray_Hair"]))
         strength = over(roll(0.45, 0.8), roll(0.85, 0.98), bushy) - 0.15 * has["Child"]
         return over(skin, colour[..., None], (brow * strength)[:, None])
@@ -486,7 +499,7 @@ class Portrait:
         q = self.t - place - 0.12 * smile * (m - 0.35) + 0.02 * (3 * s).sin() * dice.normal(1)
         gap = self.open * m.clamp(min=0)
         full = roll(0.75, 1.2) + 0.15 * (1 - has["Male"]) - 0.15 * smile
-        upper = 0.085 * full * m * (1 - 0.25 * bump(s, q * 0, 0.07, 1)) + 0.25 * gap
+        upper = 0.085 * full * m * (1 - 0.25 * ridge(s, 0.07)) + 0.25 * gap
         lower = 0.115 * full * m + gap
         lips = self.cover(torch.maximum(-upper - q, q - lower), 0.05)
         natural = self.skin * torch.cat([roll(0.8, 0.95), roll(0.52, 0.7), roll(0.55, 0.75)], 1)
@@ -498,14 +511,14 @@ class Portrait:
         shine = bump(s + 0.05, q - lower * 0.6, 0.12, 0.025) * red * roll(0, 0.35)
         skin = skin + shine[:, None]
         # open: teeth, and the dark below them; closed: a line
-        line = (-(((q - 0.3 * gap) / 0.022) ** 2)).exp_() * smooth(m, 0, 0.25) * (1 - has["Mouth_Slightly_Open"])
+        line = ridge(q - 0.3 * gap, 0.022) * smooth(m, 0, 0.25) * (1 - has["Mouth_Slightly_Open"])
         corner = bump(s.abs() - half, q, 0.06, 0.05) * (0.25 + 0.25 * smile.clamp(min=0))
         skin = skin * (1 - roll(0.4, 0.75) * line - corner)[:, None]
-        inner = self.cover(torch.maximum(-0.2 * gap - q, q - gap * 0.85) + FAR * (self.open == 0), 0.035)
+        inner = self.cover(torch.maximum(-0.2 * gap - q, q - gap * 0.85) + FAR * (gap < 0.01), 0.035)
         dark = self.skin * torch.tensor([0.3, 0.14, 0.13])
         skin = over(skin, dark[..., None], (inner * 0.95)[:, None])
         shown = over(roll(0, 0.6), roll(0.7, 1.0), has["Smiling"])
-        teeth = self.cover(torch.maximum(-0.17 * gap - q, q - gap * shown * 0.8) + FAR * (self.open == 0), 0.035)
+        teeth = self.cover(torch.maximum(-0.17 * gap - q, q - gap * shown * 0.8) + FAR * (gap < 0.01), 0.035)
         ivory = torch.tensor([0.97, 0.95, 0.9]) * roll(0.8, 1.0)
         teeth = teeth * smooth(m, 0.0, 0.35) * (0.3 + 0.65 * has["Smiling"])
         return over(skin, ivory[..., None], teeth[:, None])
@@ -517,7 +530,7 @@ class Portrait:
         smile = self.smile
         grain = 1 + 0.12 * dice.field(self.side // 2, self.side // 2)
         lip = t - 1.0 + 0.02 * smile - 0.2 * a**2 * (1 - smile)  # between nose and mouth
-        mustache = (-((lip / roll(0.06, 0.085)) ** 2)).exp_() * smooth(roll(0.42, 0.58) - a, 0, 0.15)
+        mustache = ridge(lip, roll(0.06, 0.085)) * smooth(roll(0.42, 0.58) - a, 0, 0.15)
         chin = smooth(t, 1.28, 1.4) * smooth(roll(0.3, 0.42) - a, 0, 0.14)
         ring = smooth(roll(0.5, 0.62) - a, 0, 0.1) * smooth(a, 0.36, 0.46) * smooth(t, 0.98, 1.1) * dice.chance(0.6)
         goatee = torch.maximum(chin, ring)
@@ -580,7 +593,7 @@ class Portrait:
         drape = union(ellipse(x, v + 0.1, self.width + roll(0.12, 0.3), 1.95),
                       torch.maximum(x.abs() - self.width - 0.1 - 0.5 * (v - 0.8).clamp(min=0), 0.2 - v))
         drape = torch.maximum(drape, -frame)
-        inner = 1 - 0.35 * bump(frame, x * 0, 0.12, 1)
+        inner = 1 - 0.35 * ridge(frame, 0.12)
         return over(image, cloth * inner[:, None], (self.cover(drape, 0.06) * self.scarf)[:, None])
 
     def glasses(self, image):
@@ -600,7 +613,7 @@ class Portrait:
         metal = over(torch.full((1, 3), 0.06), self.colour(0.8), dice.chance(0.35) * roll(0.3, 1))
         lens = self.cover(ring, 0.04)
         dark = over(torch.full((1, 3), 0.05), self.colour(0.6) * 0.3, 0.5)
-        shine = (-(((e + 0.8 * f * self.s.sign() - roll(-0.2, 0.2)) / 0.1) ** 2)).exp_() * roll(0, 1) ** 2
+        shine = ridge(e + 0.8 * f * self.s.sign() - roll(-0.2, 0.2), 0.1) * roll(0, 1) ** 2
         image = over(image, dark[..., None], (lens * worn * sun * roll(0.8, 0.97))[:, None])
         image = over(image, torch.ones(1, 3, 1), (lens * worn * (0.04 + 0.35 * shine))[:, None])
         return over(image, metal[..., None], (self.cover(frames, 0.03) * worn * roll(0.75, 1))[:, None])
@@ -623,12 +636,12 @@ class Portrait:
         soft = image
         for _ in range(max(1, self.size // 32)):
             soft = F.avg_pool2d(F.pad(soft, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        focus = over(roll(-0.35, 0.6), roll(1.6, 1.8), has["Blurry"])
+        focus = over(roll(-0.35, 0.6), roll(1.2, 1.5), has["Blurry"])
         image = over(image, soft, focus.clamp(max=1)[..., None, None])
         softer = F.avg_pool2d(F.pad(soft, (2, 2, 2, 2), mode="replicate"), 5, 1)
         image = over(image, softer, (focus - 1).clamp(min=0)[..., None, None])
         image = image + 0.012 * roll(0, 1)[..., None, None] * dice.normal(3, self.size, self.size)
-        image = image.clamp_(1e-4, 1) ** roll(0.7, 1.1)[..., None, None]
+        image = image.clamp_(1e-4, 1) ** roll(0.8, 1.15)[..., None, None]
         return (255 * image.clamp_(0, 1)).round().to(torch.uint8)
 
 
