@@ -29,20 +29,53 @@ from .photos import attribute_classes
 from .registry import ImageSet, dataset
 
 ATTRIBUTES = (
-    "Bald", "Bangs", "Black_Hair", "Blond_Hair", "Blurry", "Brown_Hair", "Bushy_Eyebrows", "Child", "Eyeglasses",
-    "Goatee", "Gray_Hair", "Grayscale", "Male", "Mouth_Slightly_Open", "Mustache", "No_Beard", "Pale_Skin",
-    "Receding_Hairline", "Senior", "Smiling", "Straight_Hair", "Wavy_Hair", "Wearing_Earrings", "Wearing_Hat",
-    "Wearing_Lipstick", "Young")
-BATCH = 8  # what fits the cache
+    "Bald",
+    "Bangs",
+    "Black_Hair",
+    "Blond_Hair",
+    "Blurry",
+    "Brown_Hair",
+    "Bushy_Eyebrows",
+    "Child",
+    "Eyeglasses",
+    "Goatee",
+    "Gray_Hair",
+    "Grayscale",
+    "Male",
+    "Mouth_Slightly_Open",
+    "Mustache",
+    "No_Beard",
+    "Pale_Skin",
+    "Receding_Hairline",
+    "Senior",
+    "Smiling",
+    "Straight_Hair",
+    "Wavy_Hair",
+    "Wearing_Earrings",
+    "Wearing_Hat",
+    "Wearing_Lipstick",
+    "Young",
+)
+BATCH = 32  # what fits the cache
 
 # From pale to dark; between two neighbours every mixture occurs.
-SKIN = torch.tensor([
-    (0.95, 0.82, 0.76), (0.90, 0.72, 0.63), (0.81, 0.61, 0.50), (0.65, 0.46, 0.36), (0.47, 0.32, 0.25),
-    (0.31, 0.20, 0.16)])
+SKIN = torch.tensor(
+    [
+        (0.95, 0.82, 0.76),
+        (0.90, 0.72, 0.63),
+        (0.81, 0.61, 0.50),
+        (0.65, 0.46, 0.36),
+        (0.47, 0.32, 0.25),
+        (0.31, 0.20, 0.16),
+    ]
+)
 HAIR = {  # two ends of every colour
-    "Black_Hair": ((0.03, 0.03, 0.03), (0.10, 0.08, 0.07)), "Brown_Hair": ((0.17, 0.10, 0.06), (0.38, 0.25, 0.15)),
-    "Blond_Hair": ((0.60, 0.45, 0.25), (0.86, 0.74, 0.52)), "Gray_Hair": ((0.45, 0.45, 0.45), (0.88, 0.87, 0.85)),
-    "red": ((0.42, 0.17, 0.07), (0.66, 0.32, 0.14))}
+    "Black_Hair": ((0.03, 0.03, 0.03), (0.10, 0.08, 0.07)),
+    "Brown_Hair": ((0.17, 0.10, 0.06), (0.38, 0.25, 0.15)),
+    "Blond_Hair": ((0.60, 0.45, 0.25), (0.86, 0.74, 0.52)),
+    "Gray_Hair": ((0.45, 0.45, 0.45), (0.88, 0.87, 0.85)),
+    "red": ((0.36, 0.15, 0.08), (0.58, 0.31, 0.18)),
+}
 IRIS = torch.tensor([(0.10, 0.06, 0.04), (0.22, 0.13, 0.07), (0.30, 0.40, 0.50), (0.28, 0.34, 0.22)])
 
 
@@ -86,7 +119,7 @@ def people(n, generator=None):
 def draw(attributes, generator=None, size=32):
     """Portraits of people with these attributes: {name: (N,) bool} -> (N,3,size,size) uint8.
 
-    All of ATTRIBUTES must be there. Small pictures are drawn at twice their size. Deterministic for a given CPU
+    All of ATTRIBUTES must be there. Small pictures are drawn half as large again. Deterministic for a given CPU
     generator. ValueError for attributes that are missing.
     """
     if lacking := [name for name in ATTRIBUTES if name not in attributes]:
@@ -95,7 +128,9 @@ def draw(attributes, generator=None, size=32):
     images = torch.empty(len(table), 3, size, size, dtype=torch.uint8)
     for rows, target in zip(table.split(BATCH), images.split(BATCH), strict=True):
         if len(rows):
-            target[:] = Portrait(dict(zip(ATTRIBUTES, rows.split(1, 1), strict=True)), generator, size).finished()
+            target[:] = Portrait(
+                dict(zip(ATTRIBUTES, rows.split(1, 1), strict=True)), generator, size
+            ).finished()
     return images
 
 
@@ -103,6 +138,11 @@ def smooth(x, low, high):
     """0 below low, 1 above high, a smooth ramp between."""
     x = ((x - low) / (high - low)).clamp_(0, 1)
     return x * x * (3 - 2 * x)
+
+
+def paint(image, colour, share):
+    """Colours (N,3) or (N,3,P) over a picture (N,3,P) where share (N,P) says."""
+    return torch.lerp(image, colour if colour.dim() == 3 else colour[..., None], share[:, None])
 
 
 def bump(x, y, rx, ry):
@@ -133,8 +173,7 @@ class Portrait:
 
     def __init__(self, has, generator, size):
         self.has, self.size = has, size
-        self.zoom = 2 if size <= 64 else 1
-        self.side = size * self.zoom
+        self.side = size * 3 // 2 if size <= 64 else size
         self.dice = Dice(len(has["Male"]), generator, self.side)
         self.person()
         self.frame()
@@ -163,7 +202,9 @@ class Portrait:
         names = [name for name in HAIR if name in has]
         share, other = roll(0, 1), chance(0.35)
         made = sum(has[name] * mixed(colours[name], share) for name in names)
-        spare = over(mixed(colours["red"], share), mixed(colours["Brown_Hair"], share * 0.5), has["Bald"] * other)
+        spare = over(
+            mixed(colours["red"], share), mixed(colours["Brown_Hair"], share * 0.5), has["Bald"] * other
+        )
         self.hair = over(made, spare, (known == 0).float())
         self.hair = self.hair * (1 + 0.04 * dice.normal(3))
         kind = dice.pick("short middle long", (1, 1, 1))
@@ -185,7 +226,7 @@ class Portrait:
         self.hats = {name: hat * form[name] for name in form}
         # expression
         self.smile = has["Smiling"] * roll(0.65, 1.2) + (1 - has["Smiling"]) * roll(-0.15, 0.12)
-        self.open = has["Mouth_Slightly_Open"] * over(roll(0.06, 0.2), roll(0.1, 0.2), has["Smiling"])
+        self.open = has["Mouth_Slightly_Open"] * over(roll(0.06, 0.2), roll(0.09, 0.16), has["Smiling"])
 
     def frame(self):
         """Coordinates of every pixel, of the image and on the head."""
@@ -193,7 +234,9 @@ class Portrait:
         roll = dice.roll
         axis = (torch.arange(side) + 0.5) / side - 0.5
         self.x, self.y = axis.repeat(side)[None], axis.repeat_interleave(side)[None]
-        unit = over(roll(0.23, 0.3), roll(0.29, 0.37), dice.chance(0.45))  # distance of the eyes in the image
+        unit = over(
+            roll(0.245, 0.31), roll(0.3, 0.38), dice.chance(0.45)
+        )  # distance of the eyes in the image
         angle = 0.07 * dice.normal(1)
         x = (self.x - 0.03 * dice.normal(1)) / unit
         y = (self.y - roll(-0.1, 0.0)) / unit
@@ -202,7 +245,9 @@ class Portrait:
         yaw = (0.27 * dice.normal(1)).clamp(-0.65, 0.65)
         pitch = (0.1 * dice.normal(1)).clamp(-0.25, 0.25)
         self.turn, self.nod = yaw.sin(), pitch.sin()
-        self.head = self.u + 0.85 * self.turn  # x from the middle of the outline; the eyes stay where they are
+        self.head = (
+            self.u + 0.85 * self.turn
+        )  # x from the middle of the outline; the eyes stay where they are
         self.low = self.v + 0.3 * self.nod
         below = (self.v > 0.15).float()
         ry = over(1.85 + 0 * self.chin, self.chin - 0.15, below)
@@ -222,7 +267,7 @@ class Portrait:
         self.hard = dice.roll(0.25, 0.75)
         warm = 0.035 * dice.normal(1)
         self.key = torch.cat([1 + warm, torch.ones_like(warm), 1 - 1.3 * warm], 1)
-        self.exposure = dice.roll(0.72, 1.05)
+        self.exposure = dice.roll(0.78, 1.08)
 
     # -------------------------------------------------------------------------------------------------------- tools
 
@@ -254,7 +299,7 @@ class Portrait:
         where = torch.stack([angle.mul_(1.3), self.v.mul(0.45)], -1).view(dice.n, self.side, self.side, 2)
         noise = dice.normal(1, 9, 46)
         fine = F.grid_sample(noise, where, padding_mode="reflection", align_corners=True).flatten(1)
-        curls = dice.field(self.side // 3 + 1, self.side // 3 + 1)
+        curls = 0.6 * dice.field(20, 20) + 0.6 * dice.field(11, 11)
         return over(fine, curls, self.curly)
 
     # -------------------------------------------------------------------------------------------------- the picture
@@ -265,11 +310,11 @@ class Portrait:
         strands = self.strands()
         silhouette, front = self.hair_masks(strands)
         locks = self.hair_tone(strands)  # (N,3,P)
-        image = over(image, locks * 0.62, (silhouette * (1 - self.scarf))[:, None])
+        image = paint(image, locks * 0.62, (silhouette * (1 - self.scarf)))
         image = self.neck_and_clothes(image)
-        image = over(image, locks * 0.85, self.before_shoulders(silhouette)[:, None])
-        image = over(image, self.face(front), self.cover(self.outline)[:, None])
-        image = over(image, locks, front[:, None])
+        image = paint(image, locks * 0.85, self.before_shoulders(silhouette))
+        image = paint(image, self.face(front), self.cover(self.outline))
+        image = paint(image, locks, front)
         image = self.ears(image)
         image = self.earrings(image)
         image = self.head_wear(image)
@@ -286,7 +331,7 @@ class Portrait:
         image = over(first[..., None], second[..., None], mix[:, None])
         edge = self.x * roll(-1, 1).sign() - roll(-0.2, 0.4) + 0.1 * dice.normal(1) * self.y  # a wall, a door
         things = over(dice.field(6, 6) - roll(0.2, 1.2), -8 * edge, dice.chance(0.4))
-        image = over(image, third[..., None], (dice.chance(0.7) * smooth(things, -0.5, 0.7) * roll(0.2, 1))[:, None])
+        image = paint(image, third[..., None], (dice.chance(0.7) * smooth(things, -0.5, 0.7) * roll(0.2, 1)))
         return image
 
     def hair_masks(self, strands):
@@ -317,11 +362,14 @@ class Portrait:
         fringe = roll(-0.6, -0.34) + roll(-0.12, 0.2) * self.s + 0.045 * strands + 0.25 * self.a**4
         line = over(line, torch.maximum(fringe, line), has["Bangs"])
         line = line + 0.025 * strands
-        burns = torch.maximum(temple - self.a, self.t - roll(0.0, 0.5))
+        burns = torch.maximum(temple + 0.35 * (self.t + 0.35).clamp(min=0) - self.a, self.t - roll(0.0, 0.5))
         edge = torch.minimum((self.t - line) * 0.8, burns)
         side = roll(0.9, 1.08) - 0.1 * smooth(v, 0.2, 1.6) + self.wave * (v * 4 + roll(0, 6)).sin()
-        edge = torch.minimum(edge, torch.maximum(side + 0.03 * strands - self.head.abs(), -0.6 - v)
-                             + FAR * (1 - self.long * dice.chance(0.85)))
+        edge = torch.minimum(
+            edge,
+            torch.maximum(side + 0.03 * strands - self.head.abs(), -0.6 - v)
+            + FAR * (1 - self.long * dice.chance(0.85)),
+        )
         front = self.cover(torch.maximum(edge, shape), 0.13)
         return silhouette, front * (1 - self.scarf)
 
@@ -352,31 +400,36 @@ class Portrait:
         under = smooth(v, self.chin - 0.2, self.chin + 0.75)
         shade = self.lit((u / (neck + 0.2)).clamp(-1, 1) * 0.9, 0.1) * over(0.5 + 0 * under, 0.9, under)
         skin = (self.skin * torch.tensor([0.98, 0.94, 0.92]))[..., None] * shade[:, None]
-        image = over(image, skin, self.cover(distance, 0.08)[:, None])
+        image = paint(image, skin, self.cover(distance, 0.08))
         # clothes: shoulders that fall to the sides, a round or pointed neckline
         first, second = self.colour(0.8), self.colour(0.8)
         shoulder = v - base - 0.1 - roll(0.12, 0.3) * (u.abs() - neck).clamp(min=0) ** 1.3
         vee = chance(0.4)
         depth = roll(0.1, 0.5) + roll(0.2, 1) * vee
-        neckline = over(ellipse(u, v - base - 0.05, neck + 0.12, depth),
-                        u.abs() * 0.8 + (v - base - depth) * 0.6, vee)
+        neckline = over(
+            ellipse(u, v - base - 0.05, neck + 0.12, depth), u.abs() * 0.8 + (v - base - depth) * 0.6, vee
+        )
         cloth = torch.maximum(-shoulder, -neckline)
         folds = dice.field(7, 7) * 0.06
         tone = self.lit((u / 3).clamp(-0.9, 0.9), -0.2) * (1 + folds)
         stripes = chance(0.2) * (0.5 + 0.5 * (u * roll(8, 20) + v * roll(-12, 12)).sin())
         fabric = over(first[..., None], second[..., None], stripes[:, None]) * tone[:, None]
-        image = over(image, fabric, self.cover(cloth, 0.06)[:, None])
+        image = paint(image, fabric, self.cover(cloth, 0.06))
         collar = torch.maximum((neckline - 0.13).abs() - 0.13, -shoulder)
-        image = over(image, second[..., None] * tone[:, None], (self.cover(collar, 0.05) * chance(0.4))[:, None])
+        image = paint(image, second[..., None] * tone[:, None], (self.cover(collar, 0.05) * chance(0.4)))
         return image
 
     def ears(self, image):
         x = self.head.abs() - self.width * 1.03
         y = self.v - 0.22 + 0.3 * self.nod
-        ear = torch.maximum(ellipse(x + 0.25 * y, y, 0.17, 0.36), -0.04 - self.outline)
+        ear = torch.maximum(ellipse(x + 0.25 * y, y, 0.15, 0.32), -0.04 - self.outline)
         shade = self.lit((self.head / 1.5).clamp(-0.9, 0.9), 0.0) * (0.82 - 0.4 * bump(x, y, 0.08, 0.2))
-        share = self.cover(ear, 0.06) * (1 - self.scarf) * (1 - self.long * self.dice.chance(0.8))
-        return over(image, (self.skin * torch.tensor([1.0, 0.9, 0.87]))[..., None] * shade[:, None], share[:, None])
+        share = (
+            self.cover(ear, 0.06)
+            * (1 - self.scarf)
+            * (1 - torch.maximum(self.long, self.curly) * self.dice.chance(0.8))
+        )
+        return paint(image, (self.skin * torch.tensor([1.0, 0.9, 0.87]))[..., None] * shade[:, None], share)
 
     # ------------------------------------------------------------------------------------------------------ the face
 
@@ -387,7 +440,7 @@ class Portrait:
         nose = self.s - 0.22 * self.turn * smooth(t, 0.0, 0.7)
         wide = roll(0.17, 0.24) + 0.02 * has["Male"]
         high = (0.2 * bump(nose, t - 0.64, wide, 0.22) + 0.1 * bump(nose, t - 0.25, wide * 0.9, 0.45)) * grown
-        high = high * roll(0.8, 1.3) + 0.07 * bump(nose.abs() - wide, t - 0.73, 0.1, 0.1)
+        high = high * roll(0.55, 0.95) + 0.07 * bump(nose.abs() - wide, t - 0.73, 0.1, 0.1)
         high = high - roll(0.09, 0.16) * bump(a - 0.45, t + 0.06, 0.28, 0.16)
         high = high + (0.03 + 0.05 * has["Male"] * grown) * bump(a - 0.42, t + 0.36, 0.35, 0.11)
         high = high + (roll(0.04, 0.1) + 0.07 * self.smile.clamp(min=0)) * bump(a - 0.6, t - 0.6, 0.26, 0.26)
@@ -414,7 +467,7 @@ class Portrait:
         return shade, mirror
 
     def face(self, front):
-        dice, has, s, t, a = self.dice, self.has, self.s, self.t, self.a
+        dice, s, t, a = self.dice, self.s, self.t, self.a
         roll = dice.roll
         high, nose, wide = self.relief()
         shade, mirror = self.shading(high)
@@ -434,7 +487,9 @@ class Portrait:
         skin = skin * (1 - deep - roll(0.3, 0.7) * nostril).clamp_(min=0.1)[:, None]
         skin = self.eyes(skin)
         skin = self.brows(skin)
-        above = F.avg_pool2d(front.view(-1, 1, self.side, self.side), 7, 1, 3, count_include_pad=False).flatten(1)
+        above = F.avg_pool2d(
+            front.view(-1, 1, self.side, self.side), 7, 1, 3, count_include_pad=False
+        ).flatten(1)
         shade = shade * (1 - 0.45 * above)
         # light that went through skin is red: the dark side is warmer
         warm = torch.tensor([0.06, 0.0, -0.03])[:, None] * (1 - shade).clamp(0, 1)[:, None]
@@ -444,8 +499,8 @@ class Portrait:
     def eyes(self, skin):
         dice, has = self.dice, self.has
         roll = dice.roll
-        large = roll(0.22, 0.265) + 0.02 * has["Child"] - 0.01 * has["Male"]
-        upper = roll(0.075, 0.125) + 0.02 * has["Child"] - 0.02 * self.age
+        large = roll(0.235, 0.275) + 0.02 * has["Child"] - 0.01 * has["Male"]
+        upper = roll(0.085, 0.13) + 0.02 * has["Child"] - 0.02 * self.age
         lower = roll(0.05, 0.08) - 0.03 * self.smile.clamp(min=0)
         e = self.a - 0.5
         f = self.t + roll(-0.08, 0.16) * e  # outer corners up or down
@@ -457,15 +512,15 @@ class Portrait:
         iris = mixed(IRIS, over(roll(0, 0.35), roll(0.3, 1), dice.chance(0.3)))
         gaze = 0.03 * dice.normal(1) * self.s.sign()
         ball = ((e - gaze) ** 2 + (f + 0.015) ** 2).sqrt()
-        eye = over(white, iris[..., None], self.cover(ball - roll(0.105, 0.13), 0.04)[:, None])
-        eye = over(eye, torch.full((1, 3, 1), 0.02), self.cover(ball - 0.05, 0.04)[:, None])
+        eye = paint(white, iris, self.cover(ball - roll(0.105, 0.13), 0.04))
+        eye = paint(eye, torch.full((1, 3, 1), 0.02), self.cover(ball - 0.05, 0.04))
         spark = bump(self.s.sign() * (e - gaze) - 0.04 * self.lx.sign(), f + 0.06, 0.028, 0.028)
         eye = eye + (roll(0.2, 0.9) * spark)[:, None]
         made_up = has["Wearing_Lipstick"] * roll(0.2, 1)
-        paint = bump(e, f + upper + 0.06, 0.28, 0.08)
+        shadow = bump(e, f + upper + 0.06, 0.28, 0.08)
         tone = over(self.skin * 0.6, self.colour(0.5), 0.25)[..., None]
-        skin = over(skin, tone, (0.6 * made_up * paint)[:, None])
-        skin = over(skin, eye, inside[:, None])
+        skin = paint(skin, tone, 0.6 * made_up * shadow)
+        skin = paint(skin, eye, inside)
         # lashes and lids
         near = smooth(large * 1.12 - e.abs(), 0, 0.08)
         thick = 0.022 + 0.018 * made_up + 0.008 * (1 - has["Male"])
@@ -488,7 +543,7 @@ class Portrait:
         brow = ridge(self.t - curve, thick * taper.clamp(min=0.3)) * smooth(taper, 0, 0.25)
         colour = over(self.hair * 0.75, self.skin * 0.3, over(roll(0.2, 0.6), roll(0, 0.3), has["Gray_Hair"]))
         strength = over(roll(0.45, 0.8), roll(0.85, 0.98), bushy) - 0.15 * has["Child"]
-        return over(skin, colour[..., None], (brow * strength)[:, None])
+        return paint(skin, colour[..., None], (brow * strength))
 
     def mouth(self, skin):
         dice, has, s = self.dice, self.has, self.s - 0.1 * self.turn
@@ -507,7 +562,7 @@ class Portrait:
         tone = over(natural, over(natural, stick, roll(0.65, 1)), red)
         light = 0.84 + 0.3 * smooth(q, 0, 0.1) - 0.18 * smooth(q, 0.1, 0.24)
         strength = over(roll(0.45, 0.85), roll(0.9, 1), red)
-        skin = over(skin, tone[..., None] * light[:, None], (lips * strength)[:, None])
+        skin = paint(skin, tone[..., None] * light[:, None], (lips * strength))
         shine = bump(s + 0.05, q - lower * 0.6, 0.12, 0.025) * red * roll(0, 0.35)
         skin = skin + shine[:, None]
         # open: teeth, and the dark below them; closed: a line
@@ -516,23 +571,29 @@ class Portrait:
         skin = skin * (1 - roll(0.4, 0.75) * line - corner)[:, None]
         inner = self.cover(torch.maximum(-0.2 * gap - q, q - gap * 0.85) + FAR * (gap < 0.01), 0.035)
         dark = self.skin * torch.tensor([0.3, 0.14, 0.13])
-        skin = over(skin, dark[..., None], (inner * 0.95)[:, None])
+        skin = paint(skin, dark[..., None], (inner * 0.95))
         shown = over(roll(0, 0.6), roll(0.7, 1.0), has["Smiling"])
         teeth = self.cover(torch.maximum(-0.17 * gap - q, q - gap * shown * 0.8) + FAR * (gap < 0.01), 0.035)
         ivory = torch.tensor([0.97, 0.95, 0.9]) * roll(0.8, 1.0)
         teeth = teeth * smooth(m, 0.0, 0.35) * (0.3 + 0.65 * has["Smiling"])
-        return over(skin, ivory[..., None], teeth[:, None])
+        return paint(skin, ivory[..., None], teeth)
 
     def beard(self, skin, front):
-        dice, has, t, s, a = self.dice, self.has, self.t, self.s, self.a
+        dice, has, t, a = self.dice, self.has, self.t, self.a
         roll = dice.roll
         man = has["Male"] * (1 - has["Child"])
         smile = self.smile
         grain = 1 + 0.12 * dice.field(self.side // 2, self.side // 2)
         lip = t - 1.0 + 0.02 * smile - 0.2 * a**2 * (1 - smile)  # between nose and mouth
         mustache = ridge(lip, roll(0.06, 0.085)) * smooth(roll(0.42, 0.58) - a, 0, 0.15)
-        chin = smooth(t, 1.28, 1.4) * smooth(roll(0.3, 0.42) - a, 0, 0.14)
-        ring = smooth(roll(0.5, 0.62) - a, 0, 0.1) * smooth(a, 0.36, 0.46) * smooth(t, 0.98, 1.1) * dice.chance(0.6)
+        chin = smooth(t, 1.36, 1.5) * smooth(roll(0.36, 0.5) - a, 0, 0.16)
+        ring = (
+            smooth(roll(0.5, 0.62) - a, 0, 0.1)
+            * smooth(a, 0.36, 0.46)
+            * smooth(t, 0.98, 1.1)
+            * (1 - smooth(t, 1.5, 1.7))
+            * dice.chance(0.6)
+        )
         goatee = torch.maximum(chin, ring)
         cheek = roll(0.7, 1.0) - 0.75 * (a - 0.55).clamp(min=0) + 0.45 * (0.75 - a).clamp(min=0)
         full = smooth(t - cheek, -0.05, 0.25) * smooth(t + 1.2 * a, 1.35, 1.55)
@@ -543,9 +604,9 @@ class Portrait:
         stubble = man * (1 - any_beard) * roll(0, 0.3) * torch.maximum(full, 0.7 * mustache)
         cover = (cover * grain).clamp_(0, 0.97)
         hair = over(self.hair, torch.ones(1, 3) * roll(0.3, 0.8), (self.age - 0.4).clamp(min=0) * roll(0, 1))
-        skin = over(skin, (self.skin * torch.tensor([0.55, 0.56, 0.6]))[..., None], stubble[:, None])
+        skin = paint(skin, (self.skin * torch.tensor([0.55, 0.56, 0.6]))[..., None], stubble)
         tone = 0.9 * grain + 0.1
-        return over(skin, hair[..., None] * tone[:, None], cover[:, None])
+        return paint(skin, hair[..., None] * tone[:, None], cover)
 
     # ------------------------------------------------------------------------------------------------- what is worn
 
@@ -555,10 +616,13 @@ class Portrait:
         x = self.head.abs() - self.width * 1.02 - 0.03
         drop = dice.roll(0.0, 0.35)
         stud = ellipse(x, y - drop * 0.5, 0.075, 0.085 + drop * 0.5)
-        metal = over(torch.tensor([[0.95, 0.8, 0.4]]), over(torch.full((1, 3), 0.93), self.colour(0.9), dice.chance(0.3)),
-                     dice.chance(0.5))
+        metal = over(
+            torch.tensor([[0.95, 0.8, 0.4]]),
+            over(torch.full((1, 3), 0.93), self.colour(0.9), dice.chance(0.3)),
+            dice.chance(0.5),
+        )
         tone = metal[..., None] * (0.7 + 0.5 * bump(x + 0.02, y, 0.05, 0.05))[:, None]
-        return over(image, tone, (self.cover(stud, 0.04) * self.has["Wearing_Earrings"] * (1 - self.scarf))[:, None])
+        return paint(image, tone, (self.cover(stud, 0.04) * self.has["Wearing_Earrings"] * (1 - self.scarf)))
 
     def head_wear(self, image):
         dice, x, v, hats = self.dice, self.head, self.v, self.hats
@@ -573,28 +637,37 @@ class Portrait:
         brim = roll(-0.95, -0.68) + 0.12 * self.s * dice.normal(1) - 0.12 * self.nod
         arched = brim - 0.18 * (1 - self.s**2) * (hats["cap"] + self.turban) + 0.06 * self.s**2
         puff = roll(0.05, 0.2) + 0.25 * self.turban
-        crown = ellipse(x, v + 0.5, self.width + 0.12 + puff - 0.12 * hats["brim"], 1.45 + puff + 0.2 * hats["brim"])
+        crown = ellipse(
+            x, v + 0.5, self.width + 0.12 + puff - 0.12 * hats["brim"], 1.45 + puff + 0.2 * hats["brim"]
+        )
         crown = torch.maximum(crown, v - arched)
         worn = (hats["cap"] + hats["beanie"] + hats["brim"] + self.turban).clamp(max=1)
         # its shadow on the forehead
-        image = image * (1 - 0.45 * worn * smooth(arched + 0.45 - v, 0, 0.4) * self.cover(self.outline, 0.2))[:, None]
-        image = over(image, cloth, (self.cover(crown, 0.06) * worn)[:, None])
+        image = (
+            image
+            * (1 - 0.45 * worn * smooth(arched + 0.45 - v, 0, 0.4) * self.cover(self.outline, 0.2))[:, None]
+        )
+        image = paint(image, cloth, (self.cover(crown, 0.06) * worn))
         band = torch.maximum((v - arched + 0.14).abs() - 0.13, crown)
         trim = over(first * 0.7, second, dice.chance(0.4))[..., None] * shade[:, None]
-        image = over(image, trim, (self.cover(band, 0.05) * (hats["beanie"] + hats["brim"]).clamp(max=1))[:, None])
+        image = paint(image, trim, (self.cover(band, 0.05) * (hats["beanie"] + hats["brim"]).clamp(max=1)))
         visor = ellipse(self.s - 0.15 * self.turn, v - brim - 0.02, self.width * 0.92, roll(0.14, 0.26))
         visor = torch.maximum(visor, v - brim - 0.2 + 0.2 * self.s**2) + FAR * (1 - hats["cap"])
         wide = ellipse(x, v - brim + 0.12 - 0.12 * x * x * 0.3, self.width * roll(1.5, 1.9), roll(0.14, 0.24))
         rim = union(visor, wide + FAR * (1 - hats["brim"]))
         light = over(0.65 + 0 * v, 1.05, smooth(brim - v, -0.15, 0.15))
-        image = over(image, over(first, second, 0.5 * hats["cap"])[..., None] * light[:, None], self.cover(rim, 0.05)[:, None])
+        image = paint(
+            image, over(first, second, 0.5 * hats["cap"])[..., None] * light[:, None], self.cover(rim, 0.05)
+        )
         # a scarf over the hair, around the face, down to the shoulders
         frame = ellipse(self.s, self.t - 0.28, roll(0.94, 1.04), roll(1.2, 1.34) + 0.15)
-        drape = union(ellipse(x, v + 0.1, self.width + roll(0.12, 0.3), 1.95),
-                      torch.maximum(x.abs() - self.width - 0.1 - 0.5 * (v - 0.8).clamp(min=0), 0.2 - v))
+        drape = union(
+            ellipse(x, v + 0.1, self.width + roll(0.12, 0.3), 1.95),
+            torch.maximum(x.abs() - self.width - 0.1 - 0.5 * (v - 0.8).clamp(min=0), 0.2 - v),
+        )
         drape = torch.maximum(drape, -frame)
         inner = 1 - 0.35 * ridge(frame, 0.12)
-        return over(image, cloth * inner[:, None], (self.cover(drape, 0.06) * self.scarf)[:, None])
+        return paint(image, cloth * inner[:, None], (self.cover(drape, 0.06) * self.scarf))
 
     def glasses(self, image):
         dice, has = self.dice, self.has
@@ -614,9 +687,9 @@ class Portrait:
         lens = self.cover(ring, 0.04)
         dark = over(torch.full((1, 3), 0.05), self.colour(0.6) * 0.3, 0.5)
         shine = ridge(e + 0.8 * f * self.s.sign() - roll(-0.2, 0.2), 0.1) * roll(0, 1) ** 2
-        image = over(image, dark[..., None], (lens * worn * sun * roll(0.8, 0.97))[:, None])
-        image = over(image, torch.ones(1, 3, 1), (lens * worn * (0.04 + 0.35 * shine))[:, None])
-        return over(image, metal[..., None], (self.cover(frames, 0.03) * worn * roll(0.75, 1))[:, None])
+        image = paint(image, dark[..., None], (lens * worn * sun * roll(0.8, 0.97)))
+        image = paint(image, torch.ones(1, 3, 1), (lens * worn * (0.04 + 0.35 * shine)))
+        return paint(image, metal[..., None], (self.cover(frames, 0.03) * worn * roll(0.75, 1)))
 
     # ----------------------------------------------------------------------------------------------- the photograph
 
@@ -631,8 +704,8 @@ class Portrait:
         gray = (image * torch.tensor([0.3, 0.59, 0.11])[:, None]).sum(1, keepdim=True)
         image = over(image, gray, (has["Grayscale"] + (1 - has["Grayscale"]) * roll(-0.15, 0.2))[..., None])
         image = image.view(-1, 3, self.side, self.side)
-        if self.zoom > 1:
-            image = F.avg_pool2d(image, self.zoom)
+        if self.side > self.size:
+            image = F.interpolate(image, (self.size, self.size), mode="bilinear", antialias=True)
         soft = image
         for _ in range(max(1, self.size // 32)):
             soft = F.avg_pool2d(F.pad(soft, (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -645,8 +718,15 @@ class Portrait:
         return (255 * image.clamp_(0, 1)).round().to(torch.uint8)
 
 
-@dataset("portraits", "faces in colour with CelebA's attributes, drawn by a program at any size", role="public",
-         channels=3, side=0, n=60_000, drawn=True)
+@dataset(
+    "portraits",
+    "faces in colour with CelebA's attributes, drawn by a program at any size",
+    role="public",
+    channels=3,
+    side=0,
+    n=60_000,
+    drawn=True,
+)
 def load_portraits(ask):
     if ask.label_attribute not in ATTRIBUTES:
         raise ValueError(f"--label-attribute {ask.label_attribute}: portraits have {', '.join(ATTRIBUTES)}")
