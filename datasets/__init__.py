@@ -7,7 +7,8 @@ train.py, and the Poisson sampler of the private stage lives in dp_sgd.py.
     registry.py   what a data set is; a new one is a decorated loader
     arrays.py     idx and npz files          photos.py    folders of image files, CelebA's layout
     strokes.py    handwriting, drawn         garments.py  garments and shapes, drawn
-    drawing.py    what drawers share         pixels.py    padding, sizes, ranges, grids
+    portraits.py  faces, drawn               drawing.py   what drawers share
+    pixels.py     padding, sizes, ranges, grids
 
 An own set (folder:PATH, npz:PATH) is split by a checksum of each image's name (npz: of its pixels): about one in ten is
 "test". No image's side depends on the others, so adding or removing one changes nothing else: the neighbouring relation
@@ -28,12 +29,15 @@ from pathlib import Path
 import torch
 import torchvision
 
+from extensions import captions
+
 from . import arrays, garments, photos, pixels, portraits, strokes  # noqa: F401 (their loaders enter the registry)
-from .registry import REGISTRY, DataError, ImageSet, Request, kind_of
+from .registry import REGISTRY, DataError, ImageSet, Request, kind_of, parts
 
 __all__ = ["REGISTRY", "DataError", "ImageSet", "kind_of", "load", "describe", "digests", "same_images", "enlarged",
            "class_list", "names"]
 MOST_CLASSES = 10_000
+FURTHER = "photograph"  # the class of all images of B in a mix A+B
 
 
 def names(role):
@@ -44,7 +48,8 @@ def names(role):
 def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, cache=None, decode=True, **request):
     """Read (or draw) an image set.
 
-    name      a key of REGISTRY; "folder:PATH" and "npz:PATH" for own images, PATH also relative to the data root
+    name      a key of REGISTRY; "folder:PATH" and "npz:PATH" for own images, PATH also relative to the data root;
+              "A+B" for a mix of two public sets, see `mix`
     split     "train" or "test"; sets of the role "public" have no split, every call gives the whole set
     root      data root as str or Path; None: DPLDM_DATA, else ~/.cache/dpldm
     size      side of the returned images in pixels; grey arrays are padded with background on all sides, colour arrays
@@ -60,6 +65,9 @@ def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, ca
     entry = REGISTRY[kind_of(name)]
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
+    if len(parts(name)) == 2:
+        return mix(name, n, request, split=split, root=root, size=size, seed=seed, channels=channels, cache=cache,
+                   decode=decode)
     if request.get("public_classes") is not None and entry.name != "strokes":
         raise ValueError(f"public_classes only applies to strokes, not to {name!r}")
     if n is not None and n < 1:
@@ -74,6 +82,28 @@ def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, ca
     part = whole if entry.drawn else subset(whole, n, seed, f"{name} {split}")
     images, side = prepared(part.images, size, channels, cache, root, decode)
     return replace(part, name=name, images=images, side=side)
+
+
+def mix(name, n, request, **common):
+    """"A+B": the images of A, then those of B as one further class. At most n of each; `request` is about A.
+
+    If A has attributes, the captions of its images are sentences about them. The mix has none: nobody knows them of B's.
+    """
+    a, b = parts(name)
+    first = load(a, n=n, **request, **common)
+    other = load(b, n=n if REGISTRY[kind_of(b)].drawn else None, **common)
+    other = subset(other, min(n or len(other), len(other)), common["seed"], b)
+    if first.images.shape[1] != other.images.shape[1]:
+        raise ValueError(f"{name}: one has {first.images.shape[1]} colour channels, the other {other.images.shape[1]}")
+    sentences, generator = first.captions, torch.Generator().manual_seed(common["seed"])
+    if first.attributes:
+        columns = {key: value.tolist() for key, value in first.attributes.items()}
+        people = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+        sentences = [captions.caption(person, generator) for person in people]
+    further = torch.full((len(other),), len(first.classes))
+    return ImageSet(torch.cat([first.images, other.images]), torch.cat([first.labels, further]),
+                    [*first.classes, FURTHER], sentences and sentences + [f"a {FURTHER}"] * len(other), None, first.side,
+                    name)
 
 
 def prepared(images, size, channels, cache, root, decode):
@@ -95,6 +125,9 @@ def prepared(images, size, channels, cache, root, decode):
 def describe(name, root=None, size=32, channels=3, label_attribute="Male", classes=None):
     """An ImageSet without images: the names of classes and attributes, channels and side. No image is read."""
     entry, root = REGISTRY[kind_of(name)], data_root(root)
+    if len(both := parts(name)) == 2:
+        first = describe(both[0], root, size, channels, label_attribute, classes)
+        return replace(first, classes=[*first.classes, FURTHER], attributes=None, name=name)
     side, attributes, found = entry.side, None, list(entry.classes)
     if entry.name == "folder":
         _, _, found = photos.tree(arrays.located(root, str(name).partition(":")[2]), classes)
@@ -102,6 +135,9 @@ def describe(name, root=None, size=32, channels=3, label_attribute="Male", class
         path = arrays.located(root, str(name).partition(":")[2])
         side, colours, found = arrays.describe_npz(path, classes, private=entry.own)
         entry = replace(entry, channels=colours)
+    elif entry.name == "portraits":
+        attributes = dict.fromkeys(portraits.ATTRIBUTES, torch.zeros(0).bool())
+        found = photos.attribute_classes(label_attribute)
     elif entry.name in ("celeba", "faces"):
         attributes = dict.fromkeys(photos.attribute_names(root, entry.name, label_attribute), torch.zeros(0).bool())
         found = photos.attribute_classes(label_attribute)
@@ -114,6 +150,8 @@ def describe(name, root=None, size=32, channels=3, label_attribute="Male", class
 def enlarged(name, size):
     """What to say where the images of a known set are smaller than the networks see them, e.g. CelebA at 256; or ""."""
     entry = REGISTRY[kind_of(name)]
+    if len(both := parts(name)) == 2:
+        return "; ".join(filter(None, (enlarged(part, size) for part in both if part in REGISTRY)))
     small = entry.channels == 3 and 0 < entry.side < size
     return f"{entry.name}'s images of {entry.side} pixels, enlarged to {size}" if small else ""
 
@@ -127,6 +165,9 @@ def same_images(a, b, root=None):
     Judged by names and by where the sets lie, a folder within another included; no image is read. Copies
     elsewhere are found by their digests.
     """
+    pairs = [(one, two) for one in parts(a) for two in parts(b)]
+    if len(pairs) > 1:
+        return any(same_images(one, two, root) for one, two in pairs)
     first, second = place(a, root), place(b, root)
     if first and second and (first == second or first in second.parents or second in first.parents):
         return True

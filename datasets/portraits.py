@@ -29,53 +29,22 @@ from .photos import attribute_classes
 from .registry import ImageSet, dataset
 
 ATTRIBUTES = (
-    "Bald",
-    "Bangs",
-    "Black_Hair",
-    "Blond_Hair",
-    "Blurry",
-    "Brown_Hair",
-    "Bushy_Eyebrows",
-    "Child",
-    "Eyeglasses",
-    "Goatee",
-    "Gray_Hair",
-    "Grayscale",
-    "Male",
-    "Mouth_Slightly_Open",
-    "Mustache",
-    "No_Beard",
-    "Pale_Skin",
-    "Receding_Hairline",
-    "Senior",
-    "Smiling",
-    "Straight_Hair",
-    "Wavy_Hair",
-    "Wearing_Earrings",
-    "Wearing_Hat",
-    "Wearing_Lipstick",
-    "Young",
-)
+    "Bald", "Bangs", "Black_Hair", "Blond_Hair", "Blurry", "Brown_Hair", "Bushy_Eyebrows", "Child",
+    "Eyeglasses", "Goatee", "Gray_Hair", "Grayscale", "Male", "Mouth_Slightly_Open", "Mustache", "No_Beard",
+    "Pale_Skin", "Receding_Hairline", "Senior", "Smiling", "Straight_Hair", "Wavy_Hair", "Wearing_Earrings",
+    "Wearing_Hat", "Wearing_Lipstick", "Young")
 BATCH = 32  # what fits the cache
 
 # From pale to dark; between two neighbours every mixture occurs.
-SKIN = torch.tensor(
-    [
-        (0.95, 0.82, 0.76),
-        (0.90, 0.72, 0.63),
-        (0.81, 0.61, 0.50),
-        (0.65, 0.46, 0.36),
-        (0.47, 0.32, 0.25),
-        (0.31, 0.20, 0.16),
-    ]
-)
+SKIN = torch.tensor([
+    (0.95, 0.82, 0.76), (0.90, 0.72, 0.63), (0.81, 0.61, 0.50), (0.65, 0.46, 0.36), (0.47, 0.32, 0.25),
+    (0.31, 0.20, 0.16)])
 HAIR = {  # two ends of every colour
     "Black_Hair": ((0.03, 0.03, 0.03), (0.10, 0.08, 0.07)),
     "Brown_Hair": ((0.17, 0.10, 0.06), (0.38, 0.25, 0.15)),
     "Blond_Hair": ((0.60, 0.45, 0.25), (0.86, 0.74, 0.52)),
     "Gray_Hair": ((0.45, 0.45, 0.45), (0.88, 0.87, 0.85)),
-    "red": ((0.36, 0.15, 0.08), (0.58, 0.31, 0.18)),
-}
+    "red": ((0.36, 0.15, 0.08), (0.58, 0.31, 0.18))}
 IRIS = torch.tensor([(0.10, 0.06, 0.04), (0.22, 0.13, 0.07), (0.30, 0.40, 0.50), (0.28, 0.34, 0.22)])
 
 
@@ -119,8 +88,8 @@ def people(n, generator=None):
 def draw(attributes, generator=None, size=32):
     """Portraits of people with these attributes: {name: (N,) bool} -> (N,3,size,size) uint8.
 
-    All of ATTRIBUTES must be there. Small pictures are drawn half as large again. Deterministic for a given CPU
-    generator. ValueError for attributes that are missing.
+    All of ATTRIBUTES must be there. Small pictures are drawn half as large again, and reduced. Deterministic
+    for a given CPU generator. ValueError for attributes that are missing.
     """
     if lacking := [name for name in ATTRIBUTES if name not in attributes]:
         raise ValueError(f"attributes lack {', '.join(lacking)}")
@@ -179,7 +148,7 @@ class Portrait:
         self.frame()
         self.lamp()
 
-    # ------------------------------------------------------------------------------------------ the person, the pose
+    # ---------------------------------------------------------------------------------- the person, the pose
 
     def person(self):
         """Proportions, colours, style."""
@@ -206,7 +175,7 @@ class Portrait:
             mixed(colours["red"], share), mixed(colours["Brown_Hair"], share * 0.5), has["Bald"] * other
         )
         self.hair = over(made, spare, (known == 0).float())
-        self.hair = self.hair * (1 + 0.04 * dice.normal(3))
+        self.hair = self.hair * (1 + 0.025 * dice.normal(3))
         kind = dice.pick("short middle long", (1, 1, 1))
         long_hair = over(chance(0.78), chance(0.07), male)
         self.long = long_hair * (1 - has["Bald"])
@@ -214,7 +183,8 @@ class Portrait:
         curly = chance(0.4) * (1 - has["Straight_Hair"]) * (1 - has["Wavy_Hair"])
         self.curly = curly
         self.volume = over(roll(0.03, 0.14), roll(0.1, 0.26), self.long) + curly * roll(0.0, 0.35)
-        self.wave = has["Wavy_Hair"] * roll(0.08, 0.16) + 0.015 * roll(0, 1)
+        loose = (1 - has["Straight_Hair"]) * (1 - curly)
+        self.wave = over(loose * roll(0.015, 0.06), roll(0.08, 0.16), has["Wavy_Hair"])
         # head-wear
         cover = dice.pick("none scarf turban", (88, 7, 5))
         hat = has["Wearing_Hat"]
@@ -226,7 +196,7 @@ class Portrait:
         self.hats = {name: hat * form[name] for name in form}
         # expression
         self.smile = has["Smiling"] * roll(0.65, 1.2) + (1 - has["Smiling"]) * roll(-0.15, 0.12)
-        self.open = has["Mouth_Slightly_Open"] * over(roll(0.06, 0.2), roll(0.09, 0.16), has["Smiling"])
+        self.open = has["Mouth_Slightly_Open"] * over(roll(0.09, 0.22), roll(0.09, 0.16), has["Smiling"])
 
     def frame(self):
         """Coordinates of every pixel, of the image and on the head."""
@@ -267,9 +237,9 @@ class Portrait:
         self.hard = dice.roll(0.25, 0.75)
         warm = 0.035 * dice.normal(1)
         self.key = torch.cat([1 + warm, torch.ones_like(warm), 1 - 1.3 * warm], 1)
-        self.exposure = dice.roll(0.78, 1.08)
+        self.exposure = dice.roll(0.82, 1.1) - 0.12 * self.has["Pale_Skin"]
 
-    # -------------------------------------------------------------------------------------------------------- tools
+    # ------------------------------------------------------------------------------------------------- tools
 
     def cover(self, distance, soft=0.04):
         """Share of each pixel inside a signed distance, over an edge `soft` or a pixel and a half wide."""
@@ -280,7 +250,7 @@ class Portrait:
         nz = (1 - (nx * nx + ny * ny)).clamp_(0.02, 1).sqrt_()
         lz = 0.85
         shade = (nx * self.lx + ny * self.ly + nz * lz) / (self.lx**2 + self.ly**2 + lz * lz).sqrt()
-        return 1 - self.hard + self.hard * (0.15 + 1.15 * shade.clamp_(min=-0.1))
+        return 1 - self.hard + self.hard * (0.15 + 1.02 * shade.clamp_(min=-0.1))
 
     def colour(self, saturation=0.6):
         """Any colour, more often a dull one -> (N,3)."""
@@ -302,7 +272,7 @@ class Portrait:
         curls = 0.6 * dice.field(20, 20) + 0.6 * dice.field(11, 11)
         return over(fine, curls, self.curly)
 
-    # -------------------------------------------------------------------------------------------------- the picture
+    # ------------------------------------------------------------------------------------------- the picture
 
     def finished(self):
         """(N,3,size,size) uint8."""
@@ -431,7 +401,7 @@ class Portrait:
         )
         return paint(image, (self.skin * torch.tensor([1.0, 0.9, 0.87]))[..., None] * shade[:, None], share)
 
-    # ------------------------------------------------------------------------------------------------------ the face
+    # ---------------------------------------------------------------------------------------------- the face
 
     def relief(self):
         """Height of the face above the ellipsoid, in distances of the eyes (N,P)."""
@@ -446,13 +416,16 @@ class Portrait:
         high = high + (roll(0.04, 0.1) + 0.07 * self.smile.clamp(min=0)) * bump(a - 0.6, t - 0.6, 0.26, 0.26)
         high = high + 0.05 * bump(self.s, t - 1.25, 0.3, 0.16) - 0.05 * bump(self.s, t - 1.45, 0.26, 0.07)
         high = high + roll(0.04, 0.1) * bump(self.s, t - self.chin + 0.22, 0.27, 0.18)
-        # folds from the nose to the mouth, bags below the eyes, lines on the forehead
-        fold = 0.25 + 0.33 * (t - 0.72) + 0.06 * self.smile
-        strong = 0.012 + 0.03 * self.smile.clamp(min=0) + 0.045 * self.age
-        high = high - strong * bump(a - fold, t - 1.0, 0.06, 0.26)
-        high = high - 0.035 * self.age * bump(a - 0.45, t - 0.27 + 0.2 * (a - 0.45) ** 2, 0.26, 0.05)
-        lines = (t * roll(26, 34) + 1.5 * self.s**2 + roll(0, 6)).sin() * bump(self.s, t + 0.72, 0.6, 0.22)
-        return high + 0.012 * (self.age - 0.35).clamp(min=0) * lines, nose, wide
+        # age: folds from the nose to the mouth, bags below the eyes, lines on the forehead, all dark as well
+        fold = bump(a - 0.25 - 0.33 * (t - 0.72) - 0.06 * self.smile, t - 1.0, 0.06, 0.27)
+        bags = bump(a - 0.45, t - 0.25 + 0.25 * (a - 0.45) ** 2, 0.27, 0.05)
+        jowl = bump(a - 0.62, t - 1.42, 0.07, 0.2)
+        lines = (t * roll(26, 34) + 1.5 * self.s**2 + roll(0, 6)).sin() * bump(self.s, t + 0.72, 0.6, 0.24)
+        lines = lines * (self.age - 0.3).clamp(min=0)
+        high = high - (0.012 + 0.03 * self.smile.clamp(min=0) + 0.05 * self.age) * fold
+        high = high - self.age * (0.05 * bags + 0.05 * jowl) + 0.014 * lines
+        creases = self.age * (0.3 * fold + 0.35 * bags + 0.2 * jowl) + 0.12 * lines.clamp(min=0)
+        return high, nose, wide, creases
 
     def shading(self, high):
         """Light on the head from its slopes; and gloss."""
@@ -469,20 +442,21 @@ class Portrait:
     def face(self, front):
         dice, s, t, a = self.dice, self.s, self.t, self.a
         roll = dice.roll
-        high, nose, wide = self.relief()
+        high, nose, wide, creases = self.relief()
         shade, mirror = self.shading(high)
-        blotch = 1 + dice.field(11, 11) * (0.012 + 0.025 * self.age * roll(0, 1))
+        blotch = 1 + dice.field(11, 11) * (0.012 + 0.035 * self.age * roll(0.3, 1))
         red = 0.5 * bump(a - 0.62, t - 0.62, 0.3, 0.25) + 0.35 * bump(nose, t - 0.68, 0.2, 0.15)
         red = red * roll(0.2, 1) + 0.3 * bump(a - 0.5, t, 0.3, 0.12)
         tint = torch.tensor([0.02, -0.16, -0.15])
         skin = self.skin[..., None] * blotch[:, None] * (1 + tint[:, None] * red[:, None])
         skin = self.beard(skin, front)
         skin = self.mouth(skin)
-        # what lies deep is dark: sockets, beside and below the nose, under the lip, the forehead under the hair
+        # what lies deep is dark: sockets, beside and below the nose, under the lip
         deep = roll(0.1, 0.32) * bump(a - 0.42, t + 0.07, 0.3, 0.15)
         deep = deep + roll(0.15, 0.35) * bump(nose, t - 0.87, wide * 1.2, 0.07)
         deep = deep + 0.15 * bump(nose.abs() - wide * 1.35, t - 0.74, 0.05, 0.1)
         deep = deep + roll(0.1, 0.25) * bump(s, t - 1.47, 0.2, 0.06)
+        deep = deep + creases
         nostril = bump(nose.abs() - wide * 0.6, t - 0.81, 0.06, 0.035)
         skin = skin * (1 - deep - roll(0.3, 0.7) * nostril).clamp_(min=0.1)[:, None]
         skin = self.eyes(skin)
@@ -500,7 +474,7 @@ class Portrait:
         dice, has = self.dice, self.has
         roll = dice.roll
         large = roll(0.235, 0.275) + 0.02 * has["Child"] - 0.01 * has["Male"]
-        upper = roll(0.085, 0.13) + 0.02 * has["Child"] - 0.02 * self.age
+        upper = roll(0.085, 0.13) + 0.02 * has["Child"] - 0.035 * self.age
         lower = roll(0.05, 0.08) - 0.03 * self.smile.clamp(min=0)
         e = self.a - 0.5
         f = self.t + roll(-0.08, 0.16) * e  # outer corners up or down
@@ -541,7 +515,7 @@ class Portrait:
         thick = roll(0.028, 0.045) + 0.018 * man + 0.04 * bushy - 0.008 * has["Child"]
         taper = (1 - 0.5 * smooth(e, 0.0, 0.4)) * smooth(0.38 - e.abs(), 0, 0.12)
         brow = ridge(self.t - curve, thick * taper.clamp(min=0.3)) * smooth(taper, 0, 0.25)
-        colour = over(self.hair * 0.75, self.skin * 0.3, over(roll(0.2, 0.6), roll(0, 0.3), has["Gray_Hair"]))
+        colour = over(self.hair * 0.6, self.skin * 0.3, over(roll(0.2, 0.6), roll(0, 0.3), has["Gray_Hair"]))
         strength = over(roll(0.45, 0.8), roll(0.85, 0.98), bushy) - 0.15 * has["Child"]
         return paint(skin, colour[..., None], (brow * strength))
 
@@ -570,7 +544,7 @@ class Portrait:
         corner = bump(s.abs() - half, q, 0.06, 0.05) * (0.25 + 0.25 * smile.clamp(min=0))
         skin = skin * (1 - roll(0.4, 0.75) * line - corner)[:, None]
         inner = self.cover(torch.maximum(-0.2 * gap - q, q - gap * 0.85) + FAR * (gap < 0.01), 0.035)
-        dark = self.skin * torch.tensor([0.3, 0.14, 0.13])
+        dark = self.skin * torch.tensor([0.24, 0.1, 0.09])
         skin = paint(skin, dark[..., None], (inner * 0.95))
         shown = over(roll(0, 0.6), roll(0.7, 1.0), has["Smiling"])
         teeth = self.cover(torch.maximum(-0.17 * gap - q, q - gap * shown * 0.8) + FAR * (gap < 0.01), 0.035)
@@ -608,7 +582,7 @@ class Portrait:
         tone = 0.9 * grain + 0.1
         return paint(skin, hair[..., None] * tone[:, None], cover)
 
-    # ------------------------------------------------------------------------------------------------- what is worn
+    # ------------------------------------------------------------------------------------------ what is worn
 
     def earrings(self, image):
         dice = self.dice
@@ -691,7 +665,7 @@ class Portrait:
         image = paint(image, torch.ones(1, 3, 1), (lens * worn * (0.04 + 0.35 * shine)))
         return paint(image, metal[..., None], (self.cover(frames, 0.03) * worn * roll(0.75, 1)))
 
-    # ----------------------------------------------------------------------------------------------- the photograph
+    # ---------------------------------------------------------------------------------------- the photograph
 
     def photograph(self, image):
         """Light, focus, grain and colour of the whole picture; made small."""
@@ -702,7 +676,7 @@ class Portrait:
         fall = 1 + roll(0, 0.35) * (self.x * angle.cos() + self.y * angle.sin())
         image = (image * fall[:, None]).clamp_(0, 1)
         gray = (image * torch.tensor([0.3, 0.59, 0.11])[:, None]).sum(1, keepdim=True)
-        image = over(image, gray, (has["Grayscale"] + (1 - has["Grayscale"]) * roll(-0.15, 0.2))[..., None])
+        image = over(image, gray, (has["Grayscale"] + (1 - has["Grayscale"]) * roll(-0.05, 0.25))[..., None])
         image = image.view(-1, 3, self.side, self.side)
         if self.side > self.size:
             image = F.interpolate(image, (self.size, self.size), mode="bilinear", antialias=True)
