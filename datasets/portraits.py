@@ -38,7 +38,7 @@ BATCH = 32  # what fits the cache
 # From pale to dark; between two neighbours every mixture occurs.
 SKIN = torch.tensor([
     (0.95, 0.82, 0.76), (0.90, 0.72, 0.63), (0.81, 0.61, 0.50), (0.65, 0.46, 0.36), (0.47, 0.32, 0.25),
-    (0.31, 0.20, 0.16)])
+    (0.34, 0.23, 0.19)])
 HAIR = {  # two ends of every colour
     "Black_Hair": ((0.03, 0.03, 0.03), (0.10, 0.08, 0.07)),
     "Brown_Hair": ((0.17, 0.10, 0.06), (0.38, 0.25, 0.15)),
@@ -59,6 +59,7 @@ def people(n, generator=None):
     aged = 0.15 * age["young"] + 0.6 * age["older"] + age["senior"]
     has["Bald"] = chance(0.2 * aged * male)
     hair = 1 - has["Bald"]
+    hair = hair * (1 - adult * chance(0.07))  # under a scarf or a turban nothing is known of it
     gray = chance(0.02 * age["young"] + 0.18 * age["older"] + 0.75 * age["senior"])
     colour = dice.pick("Black_Hair Brown_Hair Blond_Hair red", (44, 32, 17, 7))
     for name in ("Black_Hair", "Brown_Hair", "Blond_Hair"):
@@ -186,13 +187,12 @@ class Portrait:
         loose = (1 - has["Straight_Hair"]) * (1 - curly)
         self.wave = over(loose * roll(0.015, 0.06), roll(0.08, 0.16), has["Wavy_Hair"])
         # head-wear
-        cover = dice.pick("none scarf turban", (88, 7, 5))
         hat = has["Wearing_Hat"]
         form = dice.pick("cap beanie brim", (45, 30, 25))
-        free = (1 - hat) * (1 - has["Bald"]) * (1 - has["Bangs"]) * (1 - child)
-        bare = 1 - sum(has[name] for name in names).clamp(max=1)  # hair whose colour is said must be seen
-        self.scarf = cover["scarf"] * free * (1 - male) * bare
-        self.turban = cover["turban"] * free * male * bare
+        unsaid = 1 - (known + hat + has["Bald"] + has["Bangs"] + has["Straight_Hair"] + has["Wavy_Hair"]).clamp(max=1)
+        covered = unsaid * (1 - child) * (1 - has["Wearing_Earrings"]) * chance(0.55)
+        self.turban = covered * torch.maximum(male, chance(0.2))
+        self.scarf = covered * (1 - self.turban)
         self.hats = {name: hat * form[name] for name in form}
         # expression
         self.smile = has["Smiling"] * roll(0.65, 1.2) + (1 - has["Smiling"]) * roll(-0.15, 0.12)
@@ -237,7 +237,7 @@ class Portrait:
         self.hard = dice.roll(0.25, 0.75)
         warm = 0.035 * dice.normal(1)
         self.key = torch.cat([1 + warm, torch.ones_like(warm), 1 - 1.3 * warm], 1)
-        self.exposure = dice.roll(0.82, 1.1) - 0.12 * self.has["Pale_Skin"]
+        self.exposure = dice.roll(0.82, 1.1) + 0.2 * (0.6 - self.skin.mean(1, keepdim=True))
 
     # ------------------------------------------------------------------------------------------------- tools
 
@@ -364,7 +364,7 @@ class Portrait:
         roll, chance = dice.roll, dice.chance
         male = self.has["Male"] * (1 - self.has["Child"])
         neck = roll(0.64, 0.76) + 0.16 * male - 0.08 * self.has["Child"]
-        base = self.chin + roll(0.1, 0.45)
+        base = self.chin + roll(0.0, 0.35)
         flare = 0.35 * ((v - base + 0.3).clamp(min=0)) ** 1.5
         distance = torch.maximum(u.abs() - neck - flare, self.chin - 0.9 - v)
         under = smooth(v, self.chin - 0.2, self.chin + 0.75)
@@ -373,7 +373,7 @@ class Portrait:
         image = paint(image, skin, self.cover(distance, 0.08))
         # clothes: shoulders that fall to the sides, a round or pointed neckline
         first, second = self.colour(0.8), self.colour(0.8)
-        shoulder = v - base - 0.1 - roll(0.12, 0.3) * (u.abs() - neck).clamp(min=0) ** 1.3
+        shoulder = v - base - roll(0.12, 0.3) * (u.abs() - neck).clamp(min=0) ** 1.3
         vee = chance(0.4)
         depth = roll(0.1, 0.5) + roll(0.2, 1) * vee
         neckline = over(
@@ -423,8 +423,8 @@ class Portrait:
         lines = (t * roll(26, 34) + 1.5 * self.s**2 + roll(0, 6)).sin() * bump(self.s, t + 0.72, 0.6, 0.24)
         lines = lines * (self.age - 0.3).clamp(min=0)
         high = high - (0.012 + 0.03 * self.smile.clamp(min=0) + 0.05 * self.age) * fold
-        high = high - self.age * (0.05 * bags + 0.05 * jowl) + 0.014 * lines
-        creases = self.age * (0.3 * fold + 0.35 * bags + 0.2 * jowl) + 0.12 * lines.clamp(min=0)
+        high = high - self.age * (0.05 * bags + 0.03 * jowl) + 0.014 * lines
+        creases = self.age * (0.3 * fold + 0.35 * bags + 0.1 * jowl) + 0.12 * lines.clamp(min=0)
         return high, nose, wide, creases
 
     def shading(self, high):

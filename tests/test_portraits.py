@@ -56,7 +56,8 @@ def test_portraits_of_another_size_show_the_same_people():
 # Where an attribute is seen: rows from..to (of 1, the top at 0) that hold most of what it changes.
 PLACES = {
     "Eyeglasses": (0.25, 0.65), "Bushy_Eyebrows": (0.2, 0.55), "Bangs": (0.0, 0.5),
-    "Receding_Hairline": (0.0, 0.4), "Smiling": (0.3, 1.0), "Mouth_Slightly_Open": (0.6, 1.0), "Wearing_Hat": (0.0, 0.55)}
+    "Receding_Hairline": (0.0, 0.4), "Smiling": (0.3, 1.0),
+    "Mouth_Slightly_Open": (0.6, 1.0), "Wearing_Hat": (0.0, 0.55)}
 
 
 @pytest.mark.parametrize("name", PLACES)
