@@ -189,7 +189,8 @@ class Portrait:
         # head-wear
         hat = has["Wearing_Hat"]
         form = dice.pick("cap beanie brim", (45, 30, 25))
-        unsaid = 1 - (known + hat + has["Bald"] + has["Bangs"] + has["Straight_Hair"] + has["Wavy_Hair"]).clamp(max=1)
+        said = known + hat + has["Bald"] + has["Bangs"] + has["Straight_Hair"] + has["Wavy_Hair"]
+        unsaid = 1 - said.clamp(max=1)
         covered = unsaid * (1 - child) * (1 - has["Wearing_Earrings"]) * chance(0.55)
         self.turban = covered * torch.maximum(male, chance(0.2))
         self.scarf = covered * (1 - self.turban)
@@ -327,7 +328,7 @@ class Portrait:
         line = self.top + over(0.75, 0.95, self.long) * (self.a / temple) ** 3.5
         sweep = self.s * roll(-1, 1).sign()
         line = line + style["side"] * (0.28 * sweep + 0.14 * (1 - smooth(sweep, -0.7, -0.2)))
-        line = line + style["middle"] * self.long * (0.75 * self.a - 0.2)
+        line = line + style["middle"] * self.long * (0.75 * (self.a**2 + 0.08).sqrt_() - 0.3)
         line = line - has["Receding_Hairline"] * (0.2 + 0.35 * ridge(self.a - 0.55, 0.28))
         fringe = roll(-0.6, -0.34) + roll(-0.12, 0.2) * self.s + 0.045 * strands + 0.25 * self.a**4
         line = over(line, torch.maximum(fringe, line), has["Bangs"])
@@ -557,7 +558,7 @@ class Portrait:
         roll = dice.roll
         man = has["Male"] * (1 - has["Child"])
         smile = self.smile
-        grain = 1 + 0.12 * dice.field(self.side // 2, self.side // 2)
+        grain = 1 + 0.08 * dice.field(self.side // 2, self.side // 2)
         lip = t - 1.0 + 0.02 * smile - 0.2 * a**2 * (1 - smile)  # between nose and mouth
         mustache = ridge(lip, roll(0.06, 0.085)) * smooth(roll(0.42, 0.58) - a, 0, 0.15)
         chin = smooth(t, 1.36, 1.5) * smooth(roll(0.36, 0.5) - a, 0, 0.16)
@@ -565,7 +566,7 @@ class Portrait:
             smooth(roll(0.5, 0.62) - a, 0, 0.1)
             * smooth(a, 0.36, 0.46)
             * smooth(t, 0.98, 1.1)
-            * (1 - smooth(t, 1.5, 1.7))
+            * (1 - smooth(t, 1.5, 1.7)) * has["Mustache"]
             * dice.chance(0.6)
         )
         goatee = torch.maximum(chin, ring)
