@@ -7,7 +7,8 @@ train.py, and the Poisson sampler of the private stage lives in dp_sgd.py.
     registry.py   what a data set is; a new one is a decorated loader
     arrays.py     idx and npz files          photos.py    folders of image files, CelebA's layout
     strokes.py    handwriting, drawn         garments.py  garments and shapes, drawn
-    drawing.py    what drawers share         pixels.py    padding, sizes, ranges, grids
+    portraits.py  faces, drawn               drawing.py   what drawers share
+    pixels.py     padding, sizes, ranges, grids
 
 An own set (folder:PATH, npz:PATH) is split by a checksum of each image's content (of its file, or of its
 pixels in an
@@ -33,14 +34,16 @@ from pathlib import Path
 import torch
 import torchvision
 
+from extensions import captions
 from support import files
 
-from . import arrays, garments, photos, pixels, strokes  # noqa: F401 (their loaders enter the registry)
-from .registry import REGISTRY, DataError, ImageSet, Request, kind_of, numbered
+from . import arrays, garments, photos, pixels, portraits, strokes  # noqa: F401 (their loaders enter the registry)
+from .registry import REGISTRY, DataError, ImageSet, Request, kind_of, numbered, parts
 
 __all__ = ["REGISTRY", "DataError", "ImageSet", "kind_of", "load", "describe", "digests", "same_images", "enlarged",
            "class_list", "names", "numbered", "resolved", "refuse_seen"]
 MOST_CLASSES = 10_000
+FURTHER = "photograph"  # the class of all images of B in a mix A+B
 
 
 def names(role):
@@ -51,7 +54,8 @@ def names(role):
 def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, cache=None, decode=True, **request):
     """Read (or draw) an image set.
 
-    name      a key of REGISTRY; "folder:PATH" and "npz:PATH" for own images, PATH also relative to the data root
+    name      a key of REGISTRY; "folder:PATH" and "npz:PATH" for own images, PATH also relative to the data root;
+              "A+B" for a mix of two public sets, see `mix`
     split     "train" or "test"; sets of the role "public" have no split, every call gives the whole set
     root      data root as str or Path; None: DPLDM_DATA, else ~/.cache/dpldm
     size      side of the returned images in pixels; grey arrays are padded with background on all sides, colour arrays
@@ -67,13 +71,16 @@ def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, ca
     entry = REGISTRY[kind_of(name)]
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
+    if len(parts(name)) == 2:
+        return mix(name, n, request, split=split, root=root, size=size, seed=seed, channels=channels, cache=cache,
+                   decode=decode)
     if request.get("public_classes") is not None and entry.name != "strokes":
         raise ValueError(f"public_classes only applies to strokes, not to {name!r}")
     if n is not None and n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
     root, classes = data_root(root), request.get("classes")
     given = {key: value for key, value in request.items() if value is not None}
-    ask = Request(root, split, str(name).partition(":")[2], seed=seed, download=decode, **given)
+    ask = Request(root, split, str(name).partition(":")[2], seed=seed, size=size, download=decode, **given)
     whole = entry.load(replace(ask, n=n or ask.n))
     if classes and list(classes) != list(whole.classes):
         raise ValueError(f"{name} has the classes {', '.join(whole.classes)}; others were asked for, leave "
@@ -84,6 +91,28 @@ def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, ca
         where = part.images[i] if isinstance(part.images, list) else f"{name}, image {i} of {split}"
         print(f"warning: of one colour, and perhaps not read as it should be: {where}", file=sys.stderr)
     return replace(part, name=name, images=images, side=side)
+
+
+def mix(name, n, request, **common):
+    """"A+B": the images of A, then those of B as one further class. At most n of each; `request` is about A.
+
+    If A has attributes, the captions of its images are sentences about them. The mix has none: nobody knows them of B's.
+    """
+    a, b = parts(name)
+    first = load(a, n=n, **request, **common)
+    other = load(b, n=n if REGISTRY[kind_of(b)].drawn else None, **common)
+    other = subset(other, min(n or len(other), len(other)), common["seed"], b)
+    if first.images.shape[1] != other.images.shape[1]:
+        raise ValueError(f"{name}: one has {first.images.shape[1]} colour channels, the other {other.images.shape[1]}")
+    sentences, generator = first.captions, torch.Generator().manual_seed(common["seed"])
+    if first.attributes:
+        columns = {key: value.tolist() for key, value in first.attributes.items()}
+        people = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+        sentences = [captions.caption(person, generator) for person in people]
+    further = torch.full((len(other),), len(first.classes))
+    return ImageSet(torch.cat([first.images, other.images]), torch.cat([first.labels, further]),
+                    [*first.classes, FURTHER], sentences and sentences + [f"a {FURTHER}"] * len(other), None, first.side,
+                    name)
 
 
 def prepared(images, size, channels, cache, root, decode):
@@ -105,6 +134,9 @@ def prepared(images, size, channels, cache, root, decode):
 def describe(name, root=None, size=32, channels=3, label_attribute="Male", classes=None):
     """An ImageSet without images: the names of classes and attributes, channels and side. No image is read."""
     entry, root = REGISTRY[kind_of(name)], data_root(root)
+    if len(both := parts(name)) == 2:
+        first = describe(both[0], root, size, channels, label_attribute, classes)
+        return replace(first, classes=[*first.classes, FURTHER], attributes=None, name=name)
     side, attributes, found = entry.side, None, list(entry.classes)
     if entry.name == "folder":
         _, _, found, _ = photos.tree(arrays.located(root, str(name).partition(":")[2]), classes)
@@ -112,6 +144,9 @@ def describe(name, root=None, size=32, channels=3, label_attribute="Male", class
         path = arrays.located(root, str(name).partition(":")[2])
         side, colours, found = arrays.describe_npz(path, classes, private=entry.own)
         entry = replace(entry, channels=colours)
+    elif entry.name == "portraits":
+        attributes = dict.fromkeys(portraits.ATTRIBUTES, torch.zeros(0).bool())
+        found = photos.attribute_classes(label_attribute)
     elif entry.name in ("celeba", "faces"):
         attributes = dict.fromkeys(photos.attribute_names(root, entry.name, label_attribute), torch.zeros(0).bool())
         found = photos.attribute_classes(label_attribute)
@@ -124,6 +159,8 @@ def describe(name, root=None, size=32, channels=3, label_attribute="Male", class
 def enlarged(name, size):
     """What to say where the images of a known set are smaller than the networks see them, e.g. CelebA at 256; or ""."""
     entry = REGISTRY[kind_of(name)]
+    if len(both := parts(name)) == 2:
+        return "; ".join(filter(None, (enlarged(part, size) for part in both if part in REGISTRY)))
     small = entry.channels == 3 and 0 < entry.side < size
     return f"{entry.name}'s images of {entry.side} pixels, enlarged to {size}" if small else ""
 
@@ -137,6 +174,9 @@ def same_images(a, b, root=None):
     Judged by names and by where the sets lie, a folder within another included; no image is read. Copies
     elsewhere are found by their digests.
     """
+    pairs = [(one, two) for one in parts(a) for two in parts(b)]
+    if len(pairs) > 1:
+        return any(same_images(one, two, root) for one, two in pairs)
     first, second = place(a, root), place(b, root)
     if first and second and (first == second or first in second.parents or second in first.parents):
         return True

@@ -2,7 +2,7 @@
 import os
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -47,6 +47,7 @@ class Request:
     n: int = 60_000
     seed: int = 0
     label_attribute: str = "Male"
+    size: int = 32  # of the pictures wanted; for those drawn at any size
     download: bool = True
 
 
@@ -68,7 +69,18 @@ class DataSet:
     overlaps: tuple = ()  # sets with images in common, even if encoded anew
 
 
-REGISTRY = {}
+class Registry(dict):
+    """{name: DataSet}. A mix "A+B" has an entry as well, made when it is asked for and in no list."""
+
+    def __missing__(self, name):
+        if len(both := parts(name)) < 2:
+            raise KeyError(name)
+        first, other = (self[part] for part in both)
+        return replace(first, name=name, load=None, about=f"{first.about}; and {other.about}", role="public",
+                       n=first.n + other.n, classes=(), drawn=first.drawn and other.drawn, own=first.own or other.own)
+
+
+REGISTRY = Registry()
 
 
 def dataset(name, about, **facts):
@@ -79,8 +91,19 @@ def dataset(name, about, **facts):
     return enter
 
 
+def parts(name):
+    """A mix "A+B" -> ["A", "B"], any other name -> [name]. A is never an own set: a PATH may have a + in it."""
+    first, plus, other = str(name).partition("+")
+    return [first, other] if plus and ":" not in first else [name]
+
+
 def kind_of(name):
     """The key of REGISTRY that a name stands for; "folder:PATH" -> "folder". ValueError for a name that is none."""
+    if len(both := parts(name)) == 2:
+        kinds = [kind_of(part) for part in both]
+        if private := next((kind for kind in kinds if REGISTRY[kind].role == "private"), None):
+            raise ValueError(f"{name}: a mix is public, and {private} is a private set")
+        return "+".join(kinds)
     kind, colon, place = str(name).partition(":")
     if kind not in REGISTRY or bool(place) != REGISTRY[kind].own:
         names = [f"{entry.name}:PATH" if entry.own else entry.name for entry in REGISTRY.values()]
