@@ -204,7 +204,7 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
         model = network(FEATURES["kind"], channels, size, saved["classes"])
         model.load_state_dict(saved["state"])
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError):
-        n = FEATURE_PICTURES if datasets.REGISTRY[kind].drawn else None
+        n = FEATURE_PICTURES if any(datasets.REGISTRY[part].drawn for part in datasets.parts(kind)) else None
         found = datasets.load(public, "train", root, size, n=n, channels=channels)
         classes = len(found.classes)
         if classes < 2:
@@ -336,6 +336,8 @@ def main(argv=None):
     scored.check_place(args, run, whole)
     public, private = scored.sources(release, run)
     # Before the long work, so that missing images show at once.
+    if whole:
+        scored.check_held_out(run, release, private, args.data_root)
     real_sets = scored.held_out_sets(release, args.data_root, private)
     split, real = next(iter(real_sets.items()))
     if args.memorisation:
@@ -361,7 +363,9 @@ def main(argv=None):
         scores[word] = {name: accuracy(model, held.images, held.labels) for name, held in real_sets.items()}
         lap(word)
     distance = None
-    if not args.no_distance:
+    if len(real) < 4:
+        print(f"note: {len(real)} held-out images are too few for a Frechet distance, which is left out")
+    elif not args.no_distance:
         folder = run / "public" if whole else None
         distance = distance_of(args, release, folder, public, images, split, real, lap)
     result = {"note": "scores on real held-out images, not covered by epsilon", "protocol": args.protocol,

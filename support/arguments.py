@@ -2,6 +2,7 @@
 import sys
 from pathlib import Path
 
+import datasets
 from extensions import text
 
 
@@ -15,7 +16,7 @@ def check_numbers(args, **bounds):
 
 def parse_labels(wanted, classes):
     """ "0-9" or "3,5,A" -> list of label indices. A part is a class name, an index or a range of indices."""
-    labels = []
+    labels, numbers = [], datasets.numbered(classes)
     for part in map(str.strip, wanted.split(",")):
         first, dash, last = part.partition("-")
         if part in classes:
@@ -26,12 +27,12 @@ def parse_labels(wanted, classes):
             raise ValueError(f"--labels: {part!r} is neither a class ({', '.join(classes)}) nor a range "
                              "like 0-9")
         # Before a range is made of them, which could fill the memory.
-        if max(len(first), len(last)) > 9 or int(last) >= len(classes):
-            raise ValueError(f"--labels: not {part[:40]!r}, this model has the labels 0..{len(classes) - 1} "
+        if max(len(first), len(last)) > 9 or not {int(first), int(last)} <= numbers.keys():
+            raise ValueError(f"--labels: not {part[:40]!r}, this model has the labels {min(numbers)}..{max(numbers)} "
                              f"({', '.join(classes)})")
         if int(last) < int(first):
             raise ValueError(f"--labels: the range {part!r} runs backwards")
-        labels += range(int(first), int(last) + 1)
+        labels += [label for number, label in sorted(numbers.items()) if int(first) <= number <= int(last)]
     return labels
 
 

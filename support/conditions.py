@@ -29,7 +29,7 @@ def embedder_entry(s, public, private):
     if s.condition == "class":
         return {**entry, "num_classes": max(len(public.classes), len(private.classes))}
     names = [*(public.attributes or {}), *(private.attributes or {})]
-    words = text.vocabulary(names, public.classes + private.classes)
+    words = text.vocabulary(names, public.classes + private.classes, public.captions)
     return {**entry, "words": words, "length": s.text_length, "width": s.text_width, "layers": s.text_layers}
 
 
@@ -119,7 +119,12 @@ def class_prompts(s, private, n=10):
 
 
 def warn_of_unknown_words(s, public, private, embedder):
-    """Say which words of the class prompts, and how many of the public captions', the vocabulary lacks."""
+    """Say which words of the class prompts, and how many of the public captions', the vocabulary lacks.
+
+    What is said of private captions is fixed, `text.NOTE`: how many of their words are unknown is private.
+    """
+    if s.steps:
+        print(text.NOTE, file=sys.stderr)
     unknown = checkpoints.build_tokenizer(embedder).unknown
     for options in class_prompts(s, private):
         if words := unknown(" ".join(options)):

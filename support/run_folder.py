@@ -20,6 +20,7 @@ import time
 import torch
 
 import accountant
+import datasets
 from support import checkpoints, files
 from support.files import plain
 from support.team import agreed, once, rank
@@ -65,6 +66,8 @@ class RunFolder:
         facts = {**plan, "clip_norm": self.s.clip_norm, "clipping": self.s.clipping, "tuned": names,
                  "private_pictures": hashlib.sha256(private.images.numpy()).hexdigest()}
         once(check_unchanged, plain(facts), self.s.out / "internal" / "plan.json")
+        # For evaluate.py: what was trained on is never called held out, whatever its file's name.
+        files.save({"digests": datasets.digests(private.images)}, self.s.out / "internal" / "digests.pt")
 
 
 def prepare(out, resume):

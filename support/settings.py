@@ -117,6 +117,11 @@ def parse(argv):
           ("guidance", float, "guidance weight, 1: none"))
     defaults = {a.dest: a.default for a in p._actions if a.default is not argparse.SUPPRESS}
     given = {k: v for k, v in vars(p.parse_args(argv)).items() if k not in defaults or v != defaults[k]}
+    for key in {"public", "private"} & given.keys():  # with the whole path: a resumed run may begin elsewhere
+        given[key] = datasets.resolved(given[key], given.get("data_root"))
+    if "public" in given and "public_n" not in given:
+        drawn = any(datasets.REGISTRY[datasets.kind_of(part)].drawn for part in datasets.parts(given["public"]))
+        given |= {} if drawn else {"public_n": None}  # a preset's number is of what it draws
     s = argparse.Namespace(**{**defaults, **presets.DIGITS, **presets.PRESETS[given.get("preset", "digits")], **given})
     s.out = given.get("out", Path("runs") / s.preset)
     levels = int(s.factor).bit_length() if s.factor else len(s.vae.ch_mult)  # every level but the last halves the picture

@@ -119,11 +119,10 @@ def read_sets(s, known):
     else:  # names of classes and attributes only
         find_private = partial(datasets.describe, s.private, s.data_root, s.vae.resolution, s.vae.in_channels,
                                s.label_attribute, declared)
-    drawn = is_drawn(s.public)
-    find_public = partial(
-        find_set, s, s.public, public_classes=s.public_classes if s.public == "strokes" else None,
-        n=200 if drawn and s.dry_run else s.public_n, seed=s.seed
-    )
+    drawn = any(is_drawn(part) for part in datasets.parts(s.public))
+    find_public = partial(find_set, s, s.public, n=200 if drawn and s.dry_run else s.public_n, seed=s.seed,
+                          public_classes=s.public_classes if s.public == "strokes" else None,
+                          label_attribute=s.label_attribute)
     if world() > 1:  # one process downloads what is missing, and tells what is wrong with it
         once(lambda: (find_private(), None)[1])
         once(lambda: (drawn or find_public(), None)[1])
