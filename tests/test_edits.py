@@ -1,0 +1,72 @@
+"""The five edits of docs/exercises.md, each applied in a copy of the program and run."""
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "docs" / "exercises.md").read_text()
+EDITS = re.findall(r"    (python train\.py [^\n]+)\n\n```diff\n(.*?)```", TEXT, re.DOTALL)
+TINY = ("--vae-steps 1 --ldm-steps 1 --public-n 80 --private-n 200 --batch-size 20 --steps 2 --delta 1e-3 "
+        "--sample-steps 1 --device cpu --precision float32 --out runs/edit").split()
+
+
+def test_there_are_five_of_at_most_fifteen_lines():
+    assert len(EDITS) == 5
+    for command, patch in EDITS:
+        added = [line for line in patch.splitlines() if line.startswith("+") and not line.startswith("+++")]
+        assert 1 <= len(added) <= 15, command
+
+
+@pytest.mark.parametrize("command, patch", EDITS, ids=["modules", "clipping", "data", "denoiser", "accountant"])
+def test_an_edit_applies_and_runs(command, patch, tmp_path):
+    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "tests", "docs", "bench", "__pycache__", ".*_cache")
+    copy = Path(shutil.copytree(ROOT, tmp_path / "copy", ignore=ignored))
+    subprocess.run(["git", "apply", "-p0", "-"], input=patch, text=True, cwd=copy, check=True)
+    _, *words = command.split()
+    accountant = [] if "--accountant" in words else ["--accountant", "rdp"]  # faster
+    done = subprocess.run([sys.executable, *words, *TINY, *accountant], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    privacy = json.loads((copy / "runs" / "edit" / "release" / "privacy.json").read_text())
+    assert privacy["steps"] == 2 and 9 < privacy["epsilon"] <= 10
+    assert privacy["public_set"] == ("stripes" if "stripes" in words else "strokes")
+
+
+def test_the_accountant_of_the_edit_never_states_less_than_the_tight_one(tmp_path):
+    import accountant
+    namespace = {**vars(accountant), "ACCOUNTANTS": {}}
+    patch = next(patch for command, patch in EDITS if "moments" in command)
+    exec("\n".join(line[1:] for line in patch.splitlines() if line.startswith("+") and line[:3] != "+++"), namespace)
+    for q, sigma, steps in ((0.5, 1.5, 30), (0.01, 0.8, 500), (1.0, 4.0, 10)):
+        counted = {(q, sigma): steps}
+        found = namespace["moments"](counted, 1e-5)
+        assert accountant.tight(counted, 1e-5) < accountant.epsilon_of(counted, 1e-5) <= found * (1 + 1e-9)
+        assert found < 1.3 * accountant.epsilon_of(counted, 1e-5)
+
+
+def test_the_clipping_of_the_edit_keeps_the_sensitivity():
+    import math
+
+    import torch
+
+    from dp_sgd import SecureGenerator
+    patch = next(patch for command, patch in EDITS if "quantile" in command)
+    lines = re.findall(r"^\+(.*)$", patch.partition("--- train.py")[0], re.MULTILINE)
+    namespace = {"math": math, "CLIPPING": {}}
+    exec("\n".join(line for line in lines if not line.startswith("++")), namespace)
+    clip = namespace["Quantile"]()
+    norms = torch.rand(3, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 4
+    for _ in range(60):
+        lengths = (norms.square().sum(0).sqrt() * clip(norms, 0.7)[0])
+        assert lengths.max() <= 0.7 * (1 + 1e-12)
+        before = clip.count
+        clip(norms[:, :1], 0.7)
+        assert abs(clip.count - before) == 0.5  # one example more moves the query by 1/2
+        clip.count = before
+        clip.update(200, SecureGenerator())
+    median = norms.square().sum(0).sqrt().median()
+    assert 0.6 * median < clip.bound < 1.5 * median
