@@ -11,8 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs" / "exercises.md").read_text()
 EDITS = re.findall(r"    (python train\.py [^\n]+)\n\n```diff\n(.*?)```", TEXT, re.DOTALL)
-TINY = ("--vae-steps 1 --ldm-steps 1 --public-n 80 --private-n 200 --batch-size 20 --steps 2 --delta 1e-3 "
-        "--sample-steps 1 --device cpu --precision float32 --out runs/edit").split()
+TINY = ["--vae-steps", "1", "--ldm-steps", "1", "--public-n", "80", "--private-n", "200", "--batch-size", "20", "--steps", "2", "--delta", "1e-3", "--sample-steps", "1", "--device", "cpu", "--precision", "float32", "--out", "runs/edit"]
 
 
 def test_there_are_five_of_at_most_fifteen_lines():
