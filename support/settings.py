@@ -23,7 +23,7 @@ GRADIENTS = {"bookkeeping": bookkeeping, "loop": dp_sgd.loop, "vmap": dp_sgd.vma
 # These may differ when a run is resumed: they change where and how fast, not what is computed or guaranteed.
 FREE = {"given", "preset", "out", "init", "resume", "dry_run", "device", "precision", "data_root", "cache",
         "micro_batch",
-        "method", "show_private"}
+        "method", "show_private", "watch"}
 # Post-processing: a resumed run keeps them, and may change them.
 SAMPLING = {"sample_steps", "sample_eta", "guidance"}
 LARGEST_RANK = 1024  # of LoRA
@@ -79,6 +79,9 @@ def parse(argv):
                         "operating system's "
                    "CSPRNG; whoever sees enough of the release can compute the noise, and epsilon is then "
                    "infinite [off]")
+    g.add_argument("--watch", type=int, default=None, metavar="N",
+                   help="every N private steps, images of the same noise into release/progress.png; 0: never "
+                   "[ten times in a terminal, else never]")
     g.add_argument("--show-private", action="store_true", default=False,
                    help="for a course: loss, clipped share and examples/s of the private batches in the bar; "
                    "private numbers on the terminal and in whatever keeps its output, NOT covered by epsilon "
@@ -219,7 +222,7 @@ def check(s):
 
     for keys, low, high in (  # the upper ends are far beyond any use, and keep sizes within 64 bits
             ("vae_steps ldm_steps vae_batch ldm_batch batch_size micro_batch public_n private_n", 1, 10 ** 9),
-            ("steps", 0, 10 ** 6), ("from_block adversarial_start", 0, 10 ** 9),
+            ("steps watch", 0, 10 ** 6), ("from_block adversarial_start", 0, 10 ** 9),
             ("noise_multiplicity", 1, 1000),
             ("text_length width latent_channels", 1, 10 ** 4), ("text_layers depth", 1, 100),
             ("seed insecure_seed", 0, 2 ** 62)):

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import accountant
 import datasets
@@ -452,3 +453,16 @@ def test_ema_formula():
     assert torch.allclose(average[0], torch.full((2,), 0.9))  # first step: d = 1/10
     train.update_ema(average, values, 0.5, 1000)
     assert torch.allclose(average[0], torch.full((2,), 0.95))
+
+
+def test_progress_can_be_watched_and_changes_nothing(run, tmp_path):
+    flags = ["--preset", "smoke", "--init", str(run), "--steps", "2", "--insecure-seed", "1"]
+    train.main([*flags, "--out", str(tmp_path / "a"), "--watch", "1"])
+    train.main([*flags, "--out", str(tmp_path / "b")])  # no terminal: nothing is drawn
+    strip = Image.open(tmp_path / "a" / "release" / "progress.png")
+    assert strip.width > 3 * strip.height and not (tmp_path / "b" / "release" / "progress.png").exists()
+    rows = np.asarray(strip.convert("L"), dtype=int)
+    height = strip.height // 3  # the untuned model, and one row after each of two steps
+    assert (rows[:height - 3] != rows[height:2 * height - 3]).any()
+    a, b = (files.load(tmp_path / name / "release" / "model.pt")["model"] for name in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
