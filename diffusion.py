@@ -105,20 +105,19 @@ def signal_and_noise(t, schedule, dtype):
 def ddim(model, shape, cond, steps, eta, guidance, generator, schedule):
     """Latents z_0 (N, C, H, W) float32, drawn from pure noise in `steps` steps (Song et al. 2021, Eq. 12).
 
-    shape: (N, C, H, W). cond: N conditions or None. eta: share of fresh noise per step; 0 is deterministic
-    given the first noise, 1 is DDPM. guidance: the factor w below; 1 is the plain conditional prediction, and
-    above 1 samples are more typical and less varied. ValueError for steps outside 1..T, eta outside 0..1, or
-    guidance without a null condition.
+    shape: (N, C, H, W). cond: N conditions or None. eta: fresh noise per step; 0 is none after the
+    first noise, 1 as much as in DDPM. guidance: weight of the condition; 1 is the plain prediction, and
+    above 1 samples are more typical and less varied. ValueError for steps outside 1..T, eta outside 0..1,
+    or guidance other than 1 without a null condition.
     """
     if not 1 <= steps <= schedule.T or not 0.0 <= eta <= 1.0:
-        raise ValueError(f"ddim: steps must lie in 1..{schedule.T} and eta in 0..1, "
-                         f"got steps={steps}, eta={eta}")
+        raise ValueError(f"ddim: steps must lie in 1..{schedule.T} and eta in 0..1, got {steps=}, {eta=}")
     guided = guidance != 1.0 and cond is not None
     if guided:
         cond = torch.cat([cond, model.embedder.null(cond)])  # one batch for both halves
     device = next(model.parameters()).device
     abar = [1.0, *alphas_cumprod(schedule).tolist()]  # abar[t + 1] is abar_t; abar[0] = 1 is the clean latent
-    # Equal steps from T - 1, pure noise, down to -1, the clean latent ("trailing": Lin et al. 2024).
+    # Equal steps from T - 1, almost pure noise, down to -1, the clean latent ("trailing": Lin et al. 2024).
     times = [round(schedule.T * (1 - i / steps)) - 1 for i in range(steps + 1)]
     z = torch.randn(shape, generator=generator, device=device)
     for t, t_next in zip(times[:-1], times[1:], strict=True):
@@ -127,6 +126,7 @@ def ddim(model, shape, cond, steps, eta, guidance, generator, schedule):
         out = model(both, torch.full((len(both),), t, device=device), cond).float()
         if guided:
             conditional, unconditional = out.chunk(2)
+            # Eq. 6 of Ho and Salimans 2022, whose 1 + w is `guidance` here.
             out = unconditional + guidance * (conditional - unconditional)
         # Solve z = sqrt(a) z0 + sqrt(1 - a) eps for what the network did not predict.
         if schedule.prediction == "eps":
