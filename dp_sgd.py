@@ -31,7 +31,7 @@ from torch import nn
 
 # Outside this range the sums, or their squares in Adam, become 0 or infinity in float32.
 SMALLEST_CLIP_NORM, LARGEST_CLIP_NORM = 1e-10, 1e10
-CHUNK = 16_384  # normals drawn at a time on a CPU, so that their uniforms fit into its cache
+CHUNK = 16_384  # normals drawn at a time: their uniforms fit into a CPU's cache (a GPU draws 256 times more)
 
 
 # ------------------------------------------------------------------------- randomness: noise and sampling
@@ -59,14 +59,14 @@ class SecureGenerator:
         if n == 0:
             return torch.zeros(0, dtype=torch.float64, device=device)
         bits = torch.frombuffer(bytearray(os.urandom(8 * n)), dtype=torch.int64).to(device)
-        bits = bits >> 11 & 2 ** 53 - 1  # 53 of 64 bits; the mask clears copies of the sign bit
+        bits = (bits >> 11) & (2 ** 53 - 1)  # 53 of 64 bits; the mask clears copies of the sign bit
         return bits.double().mul_(2.0 ** -53)
 
     def normals(self, shape, device="cpu"):
         """Standard normals of the given shape, float64."""
         out = torch.empty(math.prod(shape), dtype=torch.float64, device=device)
         for part in out.split(CHUNK if out.device.type == "cpu" else 256 * CHUNK):
-            # Box-Muller makes two normals of two uniforms, and each of the results adds up four of them.
+            # Box-Muller turns 2 uniforms into 2 normals. Each result adds four: 8 uniforms for 2 results.
             half = (len(part) + 1) // 2
             u = self.uniforms(8 * half, out.device).view(2, 4, half)
             radius = u[0].neg_().log1p_().mul_(-2).sqrt_()  # sqrt(-2 ln(1 - u)), where 1 - u > 0
@@ -158,7 +158,7 @@ def flat(norms, clip_norm):
 
 
 def automatic(norms, clip_norm):
-    """C/(|g| + 0.01): every gradient gets a length a little below C (Bu et al. 2022, gamma = 0.01).
+    """C/(|g| + 0.01): the length is below C, and close to C unless |g| is small (Bu et al. 2022).
 
     C is then a mere factor of the gradient, so use C = 1.
     """
@@ -442,4 +442,4 @@ def summary(metrics):
             "nonfinite": metrics.shape[1] - count,
             "loss": float(losses.sum()) / max(count, 1),
             "clipped_fraction": float(clipped.sum()) / max(count, 1),
-            "norm_quantiles": norms.quantile(quantiles).tolist() if count else [0.0] * 5}
+            "norm_quantiles": norms.quantile(quantiles).tolist() if count else [0.0] * 5}  # at 0, 1/4, .., 1
