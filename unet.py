@@ -410,7 +410,7 @@ TUNE = {
 
 
 def select_trainable(model, tune="attention", from_block=0):
-    """Make what DP-SGD trains trainable, by a name of TUNE, and freeze the rest -> names of those parameters.
+    """Make the modules that TUNE[tune] chooses trainable, freeze the rest -> names of trainable parameters.
 
     model: a LatentModel or a bare UNet. from_block: the first so many attention modules stay frozen.
     ValueError for an unknown name, from_block with a `tune` that leaves attention out, or an empty selection.
