@@ -14,8 +14,8 @@ and Algorithm 1. It puts the other files together:
     torchrun --nproc_per_node=4 train.py     four processes, a part of every batch each, the same result
 
 A private step is one Poisson batch, one ledger row, one noise addition, one update of Adam and of the EMA
-(the exponential moving average of the weights, which is what a stage gives). Outside internal/ nothing is
-written that depends on private images, but for what the noisy gradients tell.
+(the exponential moving average of the weights, which is the result of a stage). Nothing outside internal/
+depends on private images, except through the noisy gradients.
 """
 from support import threads  # noqa: F401, I001 (first: before torch)
 
@@ -113,7 +113,7 @@ def train_autoencoder(s, images, facts, stop):
     # At most 4,000 images, or 8 million pixels, so that they fit into memory.
     shown = pixels.to_float(images[:min(4000, 8_000_000 // area)].to(s.device))
     # The scale of PUBLIC images: one of private images would leak (docs/pitfalls.md, row 13).
-    scale = team.agreed(vae.latent_scale(model, shown, max(1, 262_144 // area)))
+    scale = team.agreed(vae.latent_scale(model, shown, max(1, 262_144 // area)))  # 256 at a time of 32 x 32
     with torch.no_grad():
         pairs = torch.stack([shown[:32], model.decode(model.encode(shown[:32]).mean)], 1).flatten(0, 1)
     # Pairs of original and reconstruction, four in a row.
@@ -269,7 +269,7 @@ def main(argv=None):
     # One embedding per private class. A class with a public class's name begins with its embedding.
     ldm_checkpoint = conditions.for_private_classes(ldm_checkpoint, private.classes)
     model = hardware.laid_out(checkpoints.build_model(ldm_checkpoint)[0], s.device)
-    names = lora.tuned(model, s)  # by --tune: attention and condition embedder; the rest is frozen
+    names = lora.tuned(model, s)  # as --tune says; by default attention and condition embedder
     trained, rows = guarantee.print_plan(s, plan, model), []
     if plan["steps"]:
         run.check_unchanged(plan, names, private)
