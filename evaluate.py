@@ -249,7 +249,7 @@ def compare(model, samples, real, seed=0):
 # ---------------------------------------------------------------------------------------------- the program
 
 def table(result):
-    """The result as text; each metric with the settings it belongs to (pitfall 22)."""
+    """The result as text; each metric with the settings it belongs to (docs/pitfalls.md, row 22)."""
     sets, d = result["held_out"], result["distance"]
     lines = [f"protocol {result['protocol']}: {result['n']:,} samples, {result['sampler']}", "",
              f"{'trained on samples only, last epoch':36}" + "".join(f"{name:>28}" for name in sets)]
