@@ -41,7 +41,7 @@ class SecureGenerator:
 
     Ordinary generators have three faults that break the guarantee.
     1. Prediction. The bits of torch's CPU generator are linear in its state, so enough of them give away all
-       others. A release shows such bits (tests/test_noise_attack.py). Here there is no seed and no state.
+       others. A release can show such bits (tests/test_noise_attack.py). Here there is no seed and no state.
     2. Tails. A float32 normal is at most sqrt(2 * 24 ln 2) = 5.77. An output that lies further out proves
        that an example was in the batch. Here the largest normal is `limit` = 17.1.
     3. Rounding (Mironov 2012). A normal made from two uniforms takes few values, so the low bits of a noisy
