@@ -281,7 +281,7 @@ def samples_of(args, release, n):
     steps = protocol["steps"] if args.steps is None else args.steps
     eta = protocol["eta"] if args.eta is None else args.eta
     guidance = 1.0 if args.guidance is None else args.guidance
-    labels = sample.uniform_labels(n, len(release.classes))  # not the private histogram (pitfall 16)
+    labels = sample.uniform_labels(n, len(release.classes))  # not as in the private set
     images = sample.generate(release, labels, steps, eta, guidance, args.seed)
     sampler = f"DDIM, {steps} steps, eta {eta:g}, guidance {guidance:g}, seed {args.seed}, uniform labels"
     return scored.shrink(images), labels, sampler
