@@ -1,14 +1,14 @@
 """Privacy accountant of DP-SGD: what do T noisy steps cost? It never understates epsilon.
 
 One step sums the clipped gradients of a Poisson batch and adds Gaussian noise of deviation sigma. The unit is
-the clip norm C. Neighbouring data sets differ by one example, added or removed. Seen along the gradient of
-that example, the output of one step has the distribution
+the clip norm C = 1. Neighbouring data sets differ by one example, added or removed. At worst its gradient has
+length 1. Then the output of one step, projected on that gradient, has the distribution
 
     Q = N(0, sigma^2) without it,     P = (1-q) N(0, sigma^2) + q N(1, sigma^2) with it.
 
 An accountant is one function, epsilon_of(steps, delta) -> epsilon, where steps is {(q, sigma): T}.
-  rdp   Renyi moments, in this file. They are exact for one step and add up over steps; turning them into
-        epsilon loses 5 to 10 %. (Mironov, Talwar, Zhang 2019; Canonne, Kamath, Steinke 2020)
+  rdp   Renyi moments, in this file. They are exact for one step and add up over steps. Turning them into
+        epsilon loses 5 to 10 % (Mironov, Talwar, Zhang 2019; Canonne, Kamath, Steinke 2020).
   pld   The distribution of the privacy loss log P/Q, in extensions/pld.py. Tight, with certified bounds.
 The argument `method` takes one of these names, or a function of your own.
 Symbols: q sampling probability, sigma noise multiplier, T number of steps (noise additions), alpha order.
@@ -16,7 +16,6 @@ Symbols: q sampling probability, sigma noise multiplier, T number of steps (nois
     python accountant.py --n 60000 --batch 2000 --epochs 200 --delta 1e-5 --sigma 1.47     (or --epsilon 10)
     python accountant.py runs/a runs/b                              (what runs have spent, alone and together)
 """
-import json
 import math
 import sys
 from collections import Counter
@@ -27,13 +26,13 @@ import numpy as np
 from scipy.optimize import brentq, minimize_scalar
 from scipy.special import gammaln, logsumexp, xlog1py
 
-MOST_KINDS = 64  # of steps (q, sigma) in one account; of more, similar ones are merged
+MOST_KINDS = 64  # so many different (q, sigma) are counted; if there are more, similar ones are merged
 
 
 # ----------------------------------------------------------------------------------- steps: what is counted
 
 def check(q=0.0, sigma=1.0, steps=0, delta=0.5):
-    """ValueError, one line, for numbers that mean nothing. nan fails every comparison and is refused too."""
+    """ValueError for numbers out of range; the defaults pass. nan fails every comparison: refused as well."""
     if not 0 <= q <= 1:
         raise ValueError(f"q = {q}: the sampling probability must lie in [0, 1]; it is batch / n")
     if not sigma >= 0:
@@ -45,7 +44,7 @@ def check(q=0.0, sigma=1.0, steps=0, delta=0.5):
 
 
 def one_kind(q, sigma, steps):
-    """{(q, sigma): steps}, empty if they cost nothing. Extreme numbers are replaced by what costs more."""
+    """{(q, sigma): steps}, empty if they cost nothing. Extreme numbers become ones that cost more."""
     if q <= 0 or steps <= 0 or sigma == math.inf:
         return {}
     if sigma < 1e-60 or steps > 1e18:
@@ -56,14 +55,13 @@ def one_kind(q, sigma, steps):
 def count_steps(rows):
     """Rows of a ledger, tuples (q, sigma, T), or {(q, sigma): T} -> {(q, sigma): T}, without free steps.
 
-    Equal steps are counted together, so 60,000 of them take as long as one. ValueError for rows without
-    numbers.
+    Equal steps are counted together, so their cost is computed once. ValueError for rows without numbers.
     """
     counts, kinds = Counter(), Counter()
     try:
         if isinstance(rows, dict):
             rows = [(*kind, count) for kind, count in rows.items()]
-        for row in rows:
+        for row in rows:  # a tuple, or a ledger's dict, which is one step
             q, sigma, count = row if isinstance(row, (tuple, list)) else (row["q"], row["sigma"], 1)
             check(steps=count)
             counts[float(q), float(sigma)] += int(count)
@@ -72,7 +70,7 @@ def count_steps(rows):
     for (q, sigma), count in sorted(counts.items()):
         check(q, sigma)
         kinds.update(one_kind(q, sigma, count))
-    # Of two neighbours in sigma the larger q and the smaller sigma cost at least as much as both.
+    # Merge neighbours in sigma: the larger q with the smaller sigma costs at least as much as either.
     while len(kinds) > MOST_KINDS:
         by_sigma = sorted(kinds.items(), key=lambda item: item[0][1])
         kinds = Counter()
@@ -83,53 +81,21 @@ def count_steps(rows):
     return dict(sorted(kinds.items()))
 
 
-def ledger_rows(text, *known):
-    """Text of a ledger, one JSON row per line -> list of rows. A crash may have left a torn line.
-
-    A torn line counts as one step for every row begun on it, since each was spent. Its q is the largest and
-    its sigma the smallest of all complete rows and of `known` (dicts with q and sigma: the plan). ValueError
-    if a line is torn and nothing tells q and sigma.
-    """
-    def complete(row):
-        q, sigma = (row.get(key) for key in ("q", "sigma")) if isinstance(row, dict) else ("", "")
-        return all(type(x) in (int, float) for x in (q, sigma)) and 0 <= q <= 1 and 0 <= sigma < math.inf
-
-    def read(line):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            return None
-        return row if complete(row) else None
-
-    lines = text.removesuffix("\n").split("\n") if text else []
-    rows = [read(line) for line in lines]
-    if None in rows:
-        whole = [row for row in (*rows, *known) if complete(row)]
-        if not whole:
-            raise ValueError(f"row {rows.index(None) + 1} of the ledger is damaged, and no other row or plan "
-                             "tells its q and sigma")
-        worst = {"q": max(row["q"] for row in whole), "sigma": min(row["sigma"] for row in whole)}
-        more = sum(max(0, line.count("{") - 1) for line, row in zip(lines, rows, strict=True) if row is None)
-        rows = [{**worst, "torn": True} if row is None else row for row in rows]
-        rows += more * [{**worst, "torn": True}]  # rows that ran into one line
-    return rows
-
-
 # ------------------------------------------------------------------------------------- Renyi DP of one step
 
 @lru_cache(maxsize=1 << 14)
 def log_moment(q, sigma, alpha):
     """log A = log E_Q[(P/Q)^alpha] = (alpha - 1) R(alpha) of one step. `rdp` derives it."""
-    if q == 1:
+    if q == 1:  # no sampling: the plain Gaussian mechanism
         return alpha * (alpha - 1) * (1 / sigma) ** 2 / 2
-    if alpha == int(alpha) and alpha <= 1e5:
+    if alpha == int(alpha) and alpha <= 1e5:  # the series has alpha terms
         return moment_by_series(q, sigma, alpha)
     return moment_by_integral(q, sigma, alpha, ratio)
 
 
 def moment_by_series(q, sigma, alpha):
     """log A for an integer order alpha: step 3 of the derivation in `rdp`."""
-    j = np.arange(2, int(alpha) + 1)
+    j = np.arange(2, int(alpha) + 1)  # the terms j = 0 and 1 vanish
     s = j * (j - 1) / (2 * sigma**2)
     log_binomial = gammaln(alpha + 1) - gammaln(j + 1) - gammaln(alpha - j + 1)
     log_expm1 = s + np.log(-np.expm1(-s))  # log(e^s - 1) without overflow
@@ -138,34 +104,34 @@ def moment_by_series(q, sigma, alpha):
 
 
 def ratio(x, q, sigma):
-    """u = P/Q - 1, without cancellation where it is small, and log P/Q at any size, at outputs x (n,)."""
+    """(u, log P/Q) at outputs x (n,), where u = P/Q - 1 is computed without cancellation."""
     w = (x - 0.5) / sigma**2  # log N(1, sigma^2) / N(0, sigma^2) at x
     u = np.maximum(q * np.expm1(np.minimum(w, 600.0)), -1.0)  # 600: e^w must not overflow
     with np.errstate(divide="ignore"):
-        return u, np.where(w > 600, math.log(q) + w, np.log1p(u))
+        return u, np.where(w > 600, math.log(q) + w, np.log1p(u))  # beyond 600, P/Q is q e^w
 
 
 def moment_by_integral(q, sigma, alpha, ratio, k=1):
     """log A for any order alpha: step 4 of the derivation in `rdp`.
 
-    ratio: function (x, q, sigma) -> (u, log P/Q). k: how far P is shifted at most; extensions/pld.py passes
-    more than 1 for a group of k images.
+    ratio: function (x, q, sigma) -> (u, log P/Q), as `ratio`. k: the largest shift of the mean under P, 1 for
+    one example; extensions/pld.py passes k for a group of k.
     """
     # Trapezoid sum over z = x / sigma with spacing h. The integrand is analytic up to |Im z| = pi sigma,
-    # where P = 0, so the error is about exp(-2 pi^2 sigma / h). The factor (P/Q)^alpha moves the bell
-    # by up to alpha k / sigma.
+    # where P = 0. So the error is about exp(-2 pi^2 sigma / h), at most e^-39. The sum ends 10 deviations
+    # beyond alpha k / sigma, to where the factor (P/Q)^alpha moves the bell at most.
     h, top = min(0.5, sigma / (2 * k)), alpha * k / sigma + 10.0
     if top / h * k > 2e5:
-        # Too many points where there is hardly any noise. A sound bound instead, by convexity:
+        # Hardly any noise would need too many points. Use a bound, by convexity with r = N(1, .)/N(0, .):
         # (1-q+qr)^alpha <= 1-q + q r^alpha.
         none = k * math.log1p(-q)  # log of the probability that none of the k is in the batch
-        full = alpha * (alpha - 1) * (k / sigma) ** 2 / 2  # otherwise as if all were
+        full = alpha * (alpha - 1) * (k / sigma) ** 2 / 2  # log E[r^alpha] if all k are
         return float(np.logaddexp(none, math.log(-math.expm1(none)) + full))
     z = np.arange(-10.0, top + h, h)
     u, loss = ratio(z * sigma, q, sigma)
     a, y = alpha, alpha * loss
     with np.errstate(all="ignore"):
-        # log g(u), where e^y = (1+u)^alpha: the first form where e^y is large, Taylor's where u is small
+        # log g(u) in three forms. With e^y = (1+u)^alpha: for y > 1, for other y, and Taylor's for small u.
         log_g = np.where(y > 1, y + np.log1p(-(1 + a * u) * np.exp(-y)), np.log(np.expm1(y) - a * u))
         series = 1 + (a - 2) / 3 * u * (1 + (a - 3) / 4 * u * (1 + (a - 4) / 5 * u))
         log_g = np.where(a * np.abs(u) < 1e-2, np.log(a * (a - 1) / 2 * u * u * series), log_g)
@@ -182,15 +148,15 @@ def rdp(q, sigma, alphas):
         R(alpha) = D_alpha(P || Q) = log A / (alpha - 1),     A = E_Q[(P/Q)^alpha] = E[(1 + u)^alpha]
         u(x)     = P/Q - 1 = q (e^{(2x-1)/(2 sigma^2)} - 1),  E[u] = 0 as P and Q both integrate to 1
 
-    1. The other direction, D_alpha(Q || P), is never larger (Mironov, Talwar, Zhang 2019, Theorem 5), so
-       "one example removed" covers "one example added".
+    1. D_alpha(Q || P) is never larger (Mironov, Talwar, Zhang 2019, Theorem 5). So this one direction holds
+       for an example that is added and for one that is removed.
     2. A is often so close to 1 that float64 loses the difference: 1 + 1e-17 is 1. So A - 1 is computed, as a
        sum of positive terms.
     3. Integer alpha: expand the power. E[e^{j(2x-1)/(2 sigma^2)}] = e^{j(j-1)/(2 sigma^2)}, and the binomial
        weights add to 1. In log space:
            A - 1 = sum_{j=2..alpha} C(alpha, j) (1-q)^{alpha-j} q^j (e^{j(j-1)/(2 sigma^2)} - 1)
-    4. Fractional alpha: that series would alternate in sign. But E[u] = 0, so the tangent at 0 may be
-       subtracted:
+    4. Fractional alpha: that series would alternate in sign. But E[u] = 0, so alpha u may be subtracted
+       within the expectation:
            A - 1 = E[g(u)],   g(u) = (1+u)^alpha - 1 - alpha u >= 0   (Bernoulli's inequality)
        This is a smooth positive integral over one Gaussian, which a trapezoid sum finds.
     """
@@ -199,7 +165,7 @@ def rdp(q, sigma, alphas):
     if not ((alphas > 1) & (alphas < np.inf)).all():
         raise ValueError("alphas: Renyi orders must be above 1 and finite; use 1.01 or more")
     steps = one_kind(q, sigma, 1)
-    if not steps or min(steps)[1] == 0:
+    if not steps or min(steps)[1] == 0:  # free, or without noise
         return np.full(alphas.shape, math.inf if steps else 0.0)
     values = [composed(steps)(a) / (a - 1) for a in alphas.ravel().tolist()]
     return np.array(values).reshape(alphas.shape)
@@ -212,12 +178,12 @@ def best_order(f):
     """(best order, minimum) of f over all real orders alpha > 1. Any order gives a valid bound.
 
     log A and the terms that `log_delta` adds are convex in alpha, so f has one valley. Walk downhill in
-    log(alpha - 1), then refine by Brent's method. There is no grid of orders that could end too early.
+    t = log(alpha - 1), then refine by Brent's method. There is no grid of orders that could end too early.
     """
     g = lru_cache(maxsize=None)(lambda t: f(1 + math.exp(t)))
-    t = math.log(7.0)
+    t = math.log(7.0)  # begin at order 8
     step = 1.0 if g(t + 1) < g(t) else -1.0
-    while -12 < t < 40 and g(t + step) < g(t):
+    while -12 < t < 40 and g(t + step) < g(t):  # orders from 1 + 6e-6 to 2e17
         t += step
     best = minimize_scalar(g, bounds=(t - 1, t + 1), method="bounded", options={"xatol": 1e-4})
     t = min(t, float(best.x), key=g)
@@ -225,21 +191,22 @@ def best_order(f):
 
 
 def log_delta(moment, alpha, eps):
-    """log delta at eps by order alpha; moment(alpha) is log A of all steps together.
+    """log of the delta that order alpha proves at eps; moment(alpha) is log A of all steps together.
 
-    Canonne, Kamath, Steinke 2020, Prop. 12: Markov's inequality on the privacy loss, with the best constant.
+    It is Prop. 12 of Canonne, Kamath, Steinke 2020, a sharper form of Markov's inequality on (P/Q)^alpha.
     """
     return moment(alpha) - (alpha - 1) * eps + (alpha - 1) * math.log1p(-1 / alpha) - math.log(alpha)
 
 
 def epsilon_by_moments(moment, delta):
     """(epsilon, the order that gave it): the smallest bound over all orders."""
+    # log_delta falls by a - 1 for each unit of eps. Solve log_delta = log(delta) for eps.
     order, eps = best_order(lambda a: (log_delta(moment, a, 0.0) - math.log(delta)) / (a - 1))
     return max(0.0, eps), order
 
 
 def composed(steps):
-    """The function alpha -> log A of all steps {(q, sigma): T}: moments of independent steps multiply."""
+    """The function alpha -> log A of all steps {(q, sigma): T}. The A of the steps multiply, so logs add."""
     return lambda alpha: sum(T * log_moment(q, sigma, alpha) for (q, sigma), T in steps.items())
 
 
@@ -255,7 +222,7 @@ def renyi(steps, delta):
 # --------------------------------------------------------------------------------------------- accountants
 
 def epsilon_of(steps, delta):
-    """The accountant "rdp": epsilon of steps {(q, sigma): T} at delta, by Renyi moments."""
+    """The accountant "rdp": epsilon of steps {(q, sigma): T} at delta, the first result of `renyi`."""
     return renyi(steps, delta)[0]
 
 
@@ -277,7 +244,7 @@ def accountant(method):
 
 
 def cost(steps, delta, method):
-    """epsilon of steps {(q, sigma): T} by the accountant `method`. ValueError if it gives no epsilon."""
+    """epsilon of steps {(q, sigma): T} by the accountant `method`. ValueError if its result is no epsilon."""
     value = float(accountant(method)(steps, delta))
     if not value >= 0:  # nan would pass every comparison with a target
         raise ValueError(f"the accountant {method} gives epsilon {value}")
@@ -304,9 +271,9 @@ def epsilon_of_ledger(rows, delta, method="rdp"):
 
 
 def noise_multiplier(epsilon, delta, q, steps, method="rdp"):
-    """Smallest sigma (>= 1e-3) whose epsilon does not exceed the target; it errs on the safe side.
+    """Smallest sigma, within rounding and at least 1e-3, whose epsilon does not exceed the target.
 
-    0 if there is nothing to protect (q = 0 or steps = 0). ValueError if even sigma = 1e6 is not enough.
+    Rounding errs towards more noise. 0 if q = 0 or steps = 0. ValueError if even sigma = 1e6 is not enough.
     """
     check(q, 1.0, steps, delta)
     if not 0 < epsilon <= 1e308:
@@ -314,12 +281,13 @@ def noise_multiplier(epsilon, delta, q, steps, method="rdp"):
     if q == 0 or steps == 0:
         return 0.0
 
-    def excess(log_sigma):  # falls as log sigma grows; finite, as brentq wants it
+    def excess(log_sigma):  # epsilon above the target; falls as sigma grows; finite, as brentq wants it
         return min(cost(one_kind(q, math.exp(log_sigma), steps), delta, method), 1e308) - epsilon
 
+    # All three in log sigma. Other accountants are slow, so they begin near Renyi's sigma with small steps.
     if accountant(method) is epsilon_of:
         start, step, tolerance = 0.0, 1.0, 1e-8
-    else:  # begin near Renyi's sigma, which is found quickly
+    else:
         start, step, tolerance = math.log(noise_multiplier(epsilon, delta, q, steps)), 0.08, 1e-6
     # A bracket: epsilon is too large at low, and not too large at high.
     high = low = start
@@ -330,7 +298,7 @@ def noise_multiplier(epsilon, delta, q, steps, method="rdp"):
     while excess(low) <= 0 and low > math.log(1e-3):
         low, high = max(low - step, math.log(1e-3)), low
     log_sigma = brentq(excess, low, high, xtol=tolerance) if excess(low) > 0 else low
-    # The root is known up to the tolerance: step to its safe side.
+    # The root is known up to the tolerance. Enlarge sigma until epsilon is on the safe side.
     while excess(log_sigma) > 0:
         log_sigma, tolerance = log_sigma + tolerance, 2 * tolerance
     sigma = math.exp(log_sigma)
@@ -339,10 +307,7 @@ def noise_multiplier(epsilon, delta, q, steps, method="rdp"):
 
 
 def round_up(x, digits=4):
-    """x as text with so many significant digits, rounded towards +inf: what is printed never understates.
-
-    A float means its shortest decimal form: 10 -> "10", 9.99999999 -> "10".
-    """
+    """x as text of so many digits, rounded up from the decimal form Python prints: 9.99999999 -> "10"."""
     x = float(x)
     if not math.isfinite(x):
         return str(x)
@@ -350,7 +315,7 @@ def round_up(x, digits=4):
 
 
 def main(argv=None):
-    from support import calculator  # flags and table of the command line
+    from support import calculator  # the command line
     return calculator.main(argv)
 
 

@@ -14,12 +14,12 @@ Symbols
     C      clip_norm, the sensitivity: adding or removing one example moves the sum by at most C (L2 norm)
     sigma  noise_multiplier: the standard deviation of the noise, in units of C
     B      expected_batch_size = q * n, fixed before training, because the actual size is private
-    N      examples of a micro-batch;  L  number of trainable layers
+    N      number of examples of a micro-batch;  L  number of trainable layers
 
-The paper's C = 1e-3 looks tiny. But Adam divides by the gradient's own size, so C only decides how many
-examples are clipped; the learning rate is separate. Only sigma * C / B must stay well above Adam's eps.
+The paper's C = 1e-3 looks tiny, but Adam divides by the gradient's own size. So C decides how many examples
+are clipped, and does not act as a learning rate. sigma * C / B must stay well above Adam's eps.
 
-Not covered: a loss_fn that calls autograd itself, and what running times tell.
+Not covered: a loss_fn that calls autograd itself, and what the duration of a step tells about its batch.
 """
 import math
 import os
@@ -29,26 +29,26 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-# Outside this range float32 rounds sums, or their squares in Adam, to 0 or infinity.
+# Outside this range the sums, or their squares in Adam, become 0 or infinity in float32.
 SMALLEST_CLIP_NORM, LARGEST_CLIP_NORM = 1e-10, 1e10
-CHUNK = 16_384  # normals drawn at a time: their uniforms fit into the processor's cache
+CHUNK = 16_384  # normals drawn at a time: their uniforms fit into a CPU's cache (a GPU draws 256 times more)
 
 
 # ------------------------------------------------------------------------- randomness: noise and sampling
 
 class SecureGenerator:
-    """Randomness for noise and batches: every number is float64, from the operating system (os.urandom).
+    """Randomness for noise and batches, in float64, from the operating system (os.urandom).
 
     Ordinary generators have three faults that break the guarantee.
-    1. Prediction. torch's CPU generator is linear in its state. Some outputs of a release show signs of the
-       noise, and enough signs give all other noise away (tests/test_noise_attack.py does it).
-    2. Tails. float32 normals end at sqrt(2 * 24 ln 2) = 5.77. An output beyond proves that an example is
-       there. Here normals end at `limit` = 17.1.
-    3. Floating point (Mironov 2012; Holohan and Braghin 2021). A normal made from two uniforms takes few
-       values, and the low bits of an output tell which. Here a normal is the sum of FOUR Box-Muller draws,
-       divided by 2, and `privatise` rounds the noisy sum to float32, which drops those bits.
+    1. Prediction. The bits of torch's CPU generator are linear in its state, so enough of them give away all
+       others. A release can show such bits (tests/test_noise_attack.py). Here there is no seed and no state.
+    2. Tails. A float32 normal is at most sqrt(2 * 24 ln 2) = 5.77. An output that lies further out proves
+       that an example was in the batch. Here the largest normal is `limit` = 17.1.
+    3. Rounding (Mironov 2012). A normal made from two uniforms takes few values, so the low bits of a noisy
+       sum tell which sum it was. Here a normal is made from eight: four Box-Muller draws, added and divided
+       by 2 (Holohan and Braghin 2021). Then `privatise` drops the low bits by rounding to float32.
 
-    There is no seed and no state, so nothing can be replayed. The bytes come from the host for CUDA as well.
+    For CUDA the bytes come from the host as well.
     """
 
     device = torch.device("cpu")
@@ -59,28 +59,29 @@ class SecureGenerator:
         if n == 0:
             return torch.zeros(0, dtype=torch.float64, device=device)
         bits = torch.frombuffer(bytearray(os.urandom(8 * n)), dtype=torch.int64).to(device)
-        bits = bits >> 11 & 2 ** 53 - 1  # the shift keeps the sign, the mask drops it
+        bits = (bits >> 11) & (2 ** 53 - 1)  # 53 of 64 bits; the mask clears copies of the sign bit
         return bits.double().mul_(2.0 ** -53)
 
     def normals(self, shape, device="cpu"):
         """Standard normals of the given shape, float64."""
         out = torch.empty(math.prod(shape), dtype=torch.float64, device=device)
         for part in out.split(CHUNK if out.device.type == "cpu" else 256 * CHUNK):
-            half = (len(part) + 1) // 2  # Box-Muller makes two normals of two uniforms
+            # Box-Muller turns 2 uniforms into 2 normals. Each result adds four: 8 uniforms for 2 results.
+            half = (len(part) + 1) // 2
             u = self.uniforms(8 * half, out.device).view(2, 4, half)
-            radius = u[0].neg_().log1p_().mul_(-2).sqrt_()  # sqrt(-2 ln(1 - u)); 1 - u is never 0
+            radius = u[0].neg_().log1p_().mul_(-2).sqrt_()  # sqrt(-2 ln(1 - u)), where 1 - u > 0
             angle = u[1].mul_(2 * math.pi)
             part[:half] = (radius * angle.cos()).sum(0)
             part[half:] = (radius * angle.sin_()).sum(0)[:len(part) - half]
-        return out.div_(2).view(shape)
+        return out.div_(2).view(shape)  # the sum of four has deviation 2
 
 
 def fresh_generator(device="cpu"):
-    """An ordinary torch.Generator with an unknown seed, for what is no secret: the draws of the loss."""
+    """A torch.Generator with an unknown seed, for the draws of the loss, or for --fast-noise."""
     generator = torch.Generator(device).manual_seed(int.from_bytes(os.urandom(8), "little"))
     if generator.device.type == "cpu":
-        # manual_seed keeps only 32 bits of a seed, few enough to try them all. So fill the whole state. Its
-        # bytes: seed (8), left (4), seeded (4), next (8), then 624 words of 8 bytes each.
+        # manual_seed keeps 32 bits of a seed, few enough to try them all. So the whole state is filled. Its
+        # bytes: seed (8), left (4), seeded (4), next (8), then 624 words of 32 bits, each in 8 bytes.
         state = generator.get_state()
         words = torch.frombuffer(bytearray(os.urandom(624 * 4)), dtype=torch.int32).to(torch.int64)
         state[24:24 + 624 * 8] = (words & 0xFFFFFFFF).view(torch.uint8)
@@ -89,16 +90,16 @@ def fresh_generator(device="cpu"):
 
 
 def largest_normal(generator):
-    """Bound on every normal that `privatise` draws, in standard deviations; 8.57 for torch's float64 ones."""
+    """Largest normal that `privatise` can draw. torch's float64 normals are single draws: half of `limit`."""
     return generator.limit if isinstance(generator, SecureGenerator) else SecureGenerator.limit / 2
 
 
 def beyond_the_noise(generator, q, sigma, steps, k=1):
-    """Bound on the probability that k examples push an output to where the noise alone cannot get.
+    """Bound on the probability that k examples push an output further than the largest normal alone can.
 
-    Such an output proves that the examples are there, so this must be far below delta. Each step has j of the
-    k examples in the batch with probability Bin(j; k, q). They move the sum by at most j clip norms, which is
-    j / sigma standard deviations of the noise.
+    Such an output proves that the examples were in the data, so the probability must be far below delta. In a
+    step j of the k are in the batch with probability Bin(j; k, q). They move the sum by at most j clip norms,
+    which is j / sigma deviations of the noise. Then a normal above limit - j / sigma is enough.
     """
     if sigma == 0:
         return 1.0
@@ -113,8 +114,8 @@ def poisson_sample(n, q, generator=None):
     """A Poisson batch: each of n examples independently with probability q (Abadi et al. 2016, section 3.1).
 
     Returns sorted indices, a LongTensor of random length Binomial(n, q). An empty one is a batch like any
-    other. The accounting holds for this scheme only, and for batches that nobody can guess; so there is no
-    shuffling, and generator None means `SecureGenerator`. ValueError for q outside (0, 1] or negative n.
+    other. The accounting does not hold for shuffled batches, nor for batches that an attacker can guess. So
+    generator None means `SecureGenerator`. ValueError for q outside (0, 1] or negative n.
     """
     if not 0 < q <= 1:
         raise ValueError(f"q is the probability that an example enters a batch, in (0, 1], got {q}")
@@ -129,10 +130,10 @@ def poisson_sample(n, q, generator=None):
 
 
 def privatise(sums, clip_norm, noise_multiplier, expected_batch_size, generator):
-    """Clipped sums -> noisy mean gradients (sum + N(0, sigma^2 C^2 I)) / B, tensor by tensor (new tensors).
+    """Clipped sums, a list of tensors -> new noisy mean gradients (sum + N(0, sigma^2 C^2 I)) / B.
 
-    Every coordinate gets noise, because which ones the batch touched is private. B is the expected batch
-    size: dividing by the actual one would reveal it and change the sensitivity.
+    Every coordinate gets noise, because it is private which ones the batch touched. B is the expected batch
+    size. Dividing by the actual size would reveal it and change the sensitivity.
     """
     std = noise_multiplier * clip_norm
     noisy = []
@@ -150,7 +151,6 @@ def privatise(sums, clip_norm, noise_multiplier, expected_batch_size, generator)
 # A clipping rule maps the norms of the per-example gradients, layer by layer (L, N), to factors (L, N).
 # Whatever the norms are, the clipped gradient of one example, all layers together, has length C at most.
 
-
 def flat(norms, clip_norm):
     """min(1, C/|g|) with |g| over all layers: no clipped gradient is longer than C (Abadi et al. 2016)."""
     total = norms.square().sum(0).sqrt()  # (N,)
@@ -158,9 +158,9 @@ def flat(norms, clip_norm):
 
 
 def automatic(norms, clip_norm):
-    """C/(|g| + 0.01): the length C |g|/(|g| + 0.01) is below C (Bu et al. 2022).
+    """C/(|g| + 0.01): the length is below C, and close to C unless |g| is small (Bu et al. 2022).
 
-    All examples count about equally. C acts like the learning rate, so use C = 1.
+    C is then a mere factor of the gradient, so use C = 1.
     """
     return (clip_norm / (norms.square().sum(0).sqrt() + 0.01)).expand_as(norms)
 
@@ -181,25 +181,24 @@ def finite_examples(norms, losses):
 def usable(factors, norms, losses):
     """Factors (L, N), set to 0 for examples that are not finite: they must contribute exactly nothing.
 
-    Factors below float32's normal range become 0 too: rounded up, they would let more than C through.
+    Factors below float32's normal range become 0 too: rounded up, they would make a gradient longer than C.
     """
     normal = factors > torch.finfo(torch.float32).tiny
     return torch.where(finite_examples(norms, losses) & normal, factors, 0.0)
 
 
 # ----------------------------------------------------------------------------------- per-example gradients
-# A method takes (model, layers, loss_fn, batch). It returns the norms of the per-example gradients (L, N) in
-# float64, the losses (N,), and a function from factors (L, N) to the weighted sum of the gradients, one
-# tensor per parameter. `loop` is the definition; extensions/bookkeeping.py needs one backward pass only.
-
+# A method takes (model, layers, loss_fn, batch) and returns three things: the norms of the per-example
+# gradients (L, N) float64, the losses (N,), and a function from factors (L, N) to the weighted sum of the
+# gradients, one tensor per parameter. `loop` defines the result. extensions/bookkeeping.py is the fast one.
 
 def loop(model, layers, loss_fn, batch):
-    """One backward pass per example. Slow and obvious: what the other methods are tested against."""
+    """One backward pass per example: slow and obvious. The other methods are tested against it."""
     params = [p for layer in layers for p in layer.params.values()]
     grads, losses = [], []
     for i in range(rows(batch)):
         loss = checked(loss_fn(model, *(b if b is None else b[i:i + 1] for b in batch)), 1)
-        found = torch.autograd.grad(loss.sum(), params, allow_unused=True)
+        found = torch.autograd.grad(loss.sum(), params, allow_unused=True)  # None: not used by this example
         grads.append([torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)])
         losses.append(loss.detach())
     return from_gradients(layers, [torch.stack(g) for g in zip(*grads, strict=True)], torch.cat(losses))
@@ -207,8 +206,10 @@ def loop(model, layers, loss_fn, batch):
 
 def vmap(model, layers, loss_fn, batch):
     """The gradient function of one example, vectorised by torch.func. Needs memory for N gradients."""
-    root = nn.Module()  # one module that holds the model and computes the loss, as functional_call wants it
+    # functional_call replaces parameters of a module whose forward is the loss. So wrap the model in one.
+    root = nn.Module()
     root.model, root.forward = model, lambda *example: loss_fn(root.model, *example)
+    # The name of a parameter is model.LAYER.weight; the layer's name is "" if the model itself is the layer.
     params = {f"model.{layer.name}.{k}".replace("..", "."): p.detach()
               for layer in layers for k, p in layer.params.items()}
 
@@ -223,7 +224,7 @@ def vmap(model, layers, loss_fn, batch):
 
 def from_gradients(layers, grads, losses):
     """Per-example gradients (N, *parameter.shape), in the layers' order -> what a method returns."""
-    owner = [i for i, layer in enumerate(layers) for _ in layer.params]
+    owner = [i for i, layer in enumerate(layers) for _ in layer.params]  # number of each gradient's layer
     with exact(losses.device):
         squared = torch.zeros(len(layers), len(losses), dtype=torch.float64, device=losses.device)
         for i, g in zip(owner, grads, strict=True):
@@ -236,31 +237,31 @@ def from_gradients(layers, grads, losses):
 
 
 def squared_norm(a):
-    """(N, ...) -> (N,) float64; only the last dimension is summed in the tensor's own precision."""
+    """|a_n|^2 of each row, (N, ...) -> (N,) float64; only the last dimension is summed in a's precision."""
     return torch.linalg.vector_norm(a.reshape(len(a), -1, a.shape[-1]), dim=-1).double().square().sum(-1)
 
 
 def weighted_sum(a, factor, keep):
-    """sum_n factor[n] * a[n], (N, ...) -> (...), over the examples that are kept."""
+    """sum_n factor[n] * a[n], (N, ...) -> (...), over the examples that are kept (`kept`; None: all)."""
     a = a if keep is None else masked(a, keep)
     return (factor.to(a.dtype) @ a.flatten(1)).view(a.shape[1:])
 
 
 def kept(factors):
-    """(L, N) -> (N,) bool: which examples contribute at all; None if every one does."""
+    """Factors (L, N) -> (N,) bool: which examples contribute at all. None if every one does."""
     keep = factors.any(0)
     return None if keep.all() else keep
 
 
 def masked(a, keep):
-    """Zero the rows (n*K, ...) of examples that are not kept (n,). A factor 0 will not do: 0 * inf is NaN."""
+    """Zero the rows (N*K, ...) of examples that are not kept (N,). A factor 0 will not do: 0 * inf is NaN."""
     rows_kept = keep.repeat_interleave(len(a) // len(keep)).view(-1, *[1] * (a.dim() - 1))
     return torch.where(rows_kept, a, 0.0) if a.is_floating_point() else a  # integers are finite
 
 
 @contextmanager
 def exact(device):
-    """Norms and sums in full precision: no autocast, no TF32, no graph, whatever the region around."""
+    """Within it norms and sums have full precision: no autocast, no TF32. No graph is recorded either."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -296,6 +297,7 @@ def trainable_layers(model):
         if isinstance(rate, (int, float)) and rate > 0:
             raise ValueError(f"{title} has dropout {rate}; set it to 0 for the private stage")
         params = {k: p for k, p in m.named_parameters(recurse=False) if p.requires_grad}
+        # setdefault returns the name of the first layer that had the parameter.
         shared = [owner[p] for p in params.values() if owner.setdefault(p, name) != name]
         if shared:
             raise ValueError(f"{title} shares a parameter with layer {shared[0]!r}; untie or freeze it")
@@ -326,7 +328,7 @@ def checked(losses, n):
 
 
 def zeros(params):
-    """Where sums are gathered: float32, or float64 for float64 parameters."""
+    """Empty sums, one tensor per parameter: float32, or float64 for float64 parameters."""
     dtypes = [torch.promote_types(p.dtype, torch.float32) for p in params]
     return [torch.zeros_like(p, dtype=d, requires_grad=False) for p, d in zip(params, dtypes, strict=True)]
 
@@ -343,13 +345,11 @@ class DPSGD:
     gradients            method: `loop`, `vmap` or extensions.bookkeeping.bookkeeping, with equal results
     generator            of the noise; None for `SecureGenerator`. A torch.Generator makes it predictable
 
-    Raises ValueError for other values, and for the layers that `trainable_layers` refuses.
+    ValueError for values out of range and for layers that `trainable_layers` refuses.
 
-    `sums` holds the clipped sum, one tensor per trainable parameter in the order of `names`. It is not
-    private. Neither is `last`, the metrics of the last step: examples, nonfinite, loss (mean),
-    clipped_fraction, norm_quantiles (0, 1/4, 1/2, 3/4, 1).
-
-    The caller may run loss_fn under bfloat16 autocast; norms and sums are float32, the noise float64.
+    `sums` holds the clipped sums, one tensor per trainable parameter in the order of `names`. `last` holds
+    metrics of the last step (`summary`). Neither has noise, so neither may be published. The caller may run
+    loss_fn under bfloat16 autocast: norms and sums are taken in full precision all the same.
     """
 
     def __init__(self, model, clip_norm, noise_multiplier, expected_batch_size, clip=flat, gradients=loop,
@@ -365,7 +365,7 @@ class DPSGD:
         self.clip_norm, self.noise_multiplier = clip_norm, noise_multiplier
         self.expected_batch_size = expected_batch_size
         self.layers = trainable_layers(model)
-        if refuse := getattr(gradients, "refuse", None):  # a method may know some kinds of layers only
+        if refuse := getattr(gradients, "refuse", None):  # a method may refuse layers that it does not know
             refuse(self.layers)
         self.names = [f"{layer.name}.{k}".lstrip(".") for layer in self.layers for k in layer.params]
         self.parameters = [p for layer in self.layers for p in layer.params.values()]
@@ -393,11 +393,11 @@ class DPSGD:
         self.metrics.append(metrics)
 
     def step(self, optimizer):
-        """Noise once, division by B, optimizer.step(). Without any accumulate before, a step of noise."""
+        """Noise once, division by B, optimizer.step(). An empty batch (no `accumulate`) is a step too."""
         grads = privatise(self.sums, self.clip_norm,
                           self.noise_multiplier, self.expected_batch_size, self.generator)
         self.last = summary(self.metrics)
-        self.sums, self.metrics = zeros(self.parameters), []  # before anything can fail: these sums are spent
+        self.sums, self.metrics = zeros(self.parameters), []  # now, so that no error leaves sums to use twice
         for p, g in zip(self.parameters, grads, strict=True):
             p.grad = g.to(p.dtype)
         optimizer.step()
@@ -408,8 +408,8 @@ class DPSGD:
 def check_against_loop(engine, loss_fn, *batch):
     """ValueError unless the engine's method finds the norms and the sum that `loop` finds on this batch.
 
-    For random data, once before the first step. Hooks see layers only: they miss a weight that is used
-    outside its layer, or an input whose rows are not examples. Then the two results differ.
+    Call it with random data before the first step. Book-keeping watches layers by hooks. It misses a weight
+    that is used outside its layer, or an input whose rows are not examples; then the results differ.
     """
     def found(method):
         norms, _, weighted = method(engine.model, engine.layers, loss_fn, batch)
@@ -420,7 +420,7 @@ def check_against_loop(engine, loss_fn, *batch):
 
     with torch.enable_grad():
         (expected, size), (got, _) = found(loop), found(engine.gradients)
-    # 1e-12: where all gradients are 0, book-keeping adds what underflow may have taken.
+    # 2 % is above rounding and below a missed gradient. 1e-12: book-keeping adds a bound on underflow.
     if (got - expected).norm() > 0.02 * size + 1e-12:
         raise ValueError(f"{engine.gradients.__name__} and the loop disagree about the gradients of random "
                          "examples: the model uses a trained layer in a way that hooks do not see; choose "
@@ -428,13 +428,13 @@ def check_against_loop(engine, loss_fn, *batch):
 
 
 def measure(norms, losses, factors):
-    """Rows (4, N) float64 for `summary`: norm, loss, is it clipped, is it finite."""
+    """(4, N) float64, one column per example, for `summary`: norm, loss, is it clipped, is it finite."""
     parts = (norms.square().sum(0).sqrt(), losses, (factors < 1).any(0), finite_examples(norms, losses))
     return torch.stack([part.double() for part in parts])
 
 
 def summary(metrics):
-    """List of rows (4, N) from `measure` -> the dict `DPSGD.last`, over the finite examples."""
+    """Results of `measure`, one per micro-batch -> the dict `DPSGD.last`; means are over finite examples."""
     metrics = torch.cat(metrics, 1).cpu() if metrics else torch.zeros(4, 0, dtype=torch.float64)
     norms, losses, clipped, _ = good = metrics[:, metrics[3] > 0]
     count, quantiles = good.shape[1], torch.linspace(0, 1, 5, dtype=torch.float64)
@@ -442,4 +442,4 @@ def summary(metrics):
             "nonfinite": metrics.shape[1] - count,
             "loss": float(losses.sum()) / max(count, 1),
             "clipped_fraction": float(clipped.sum()) / max(count, 1),
-            "norm_quantiles": norms.quantile(quantiles).tolist() if count else [0.0] * 5}
+            "norm_quantiles": norms.quantile(quantiles).tolist() if count else [0.0] * 5}  # at 0, 1/4, .., 1

@@ -1,15 +1,15 @@
 """How good are the samples? Downstream accuracy, Frechet distance, precision and recall.
 
 The evaluation of DP-LDM (Liu et al. 2024, experiments): train a classifier on generated images only, test it
-on real ones. The classifiers are those of DPDM (Dockhorn et al. 2023). There are two protocols, and every
-metric is reported with its protocol:
+on real ones. The paper's classifiers are those of DPDM (Dockhorn et al. 2023). There are two protocols, and
+every metric is reported with its protocol:
 
     quick   10,000 samples, 30 DDIM steps, eta 0; small CNN, 12 epochs, images shifted and rotated a little
     table   50,000 samples, 200 DDIM steps, eta 1; the authors' networks, 50 epochs of batch 128, Adam 3e-4
 
-The classifier after the LAST epoch counts. No held-out image reaches the training loop, so none can choose an
-epoch (pitfall 15). Deviations: the authors choose the epoch on a validation set and enlarge MNIST to 32.
-Images of more than 64 pixels are judged at 64, generated and real alike.
+The classifier after the LAST epoch counts. Held-out images never reach the training loop, so they cannot
+choose an epoch (docs/pitfalls.md, row 15). The authors choose it on a validation set, and they enlarge MNIST
+to 32 pixels. Here images of more than 64 pixels are reduced to 64, generated and real alike.
 
     python evaluate.py runs/digits                       JSON goes to runs/digits/internal/evaluation.json
     python evaluate.py release --out scores.json         a release without its run folder
@@ -44,6 +44,7 @@ def network(kind, channels, size, classes):
     small-cnn has 0.43 M parameters; it reaches 98 % when trained on 8,000 real digits. The others are those
     of DPDM's script: paper-cnn (from 18 pixels), mlp, logreg. ValueError for another kind or too few pixels.
     """
+    # Height and width before Flatten: two poolings; or two 3x3 convolutions with poolings, and one without.
     side = size // 4 if kind == "small-cnn" else ((size - 2) // 2 - 2) // 2 - 2
     if kind == "small-cnn":
         return nn.Sequential(
@@ -66,10 +67,11 @@ def network(kind, channels, size, classes):
                      "logreg")
 
 
+# Arguments of train_classifier. augment: shifts and rotations. anneal: the learning rate falls to 0.
 STRONG = {"kind": "small-cnn", "epochs": 12, "lr": 2e-3, "anneal": True, "augment": True, "smoothing": 0.1}
 SIMPLE = {"epochs": 20, "lr": 1e-3, "anneal": True}
 PAPER = {"epochs": 50, "lr": 3e-4}
-PROTOCOLS = {  # sampler, and for each classifier the arguments of train_classifier
+PROTOCOLS = {  # number of samples, steps and eta of DDIM, and the recipe of each classifier
     "quick": {"n": 10_000, "steps": 30, "eta": 0.0, "recipes": {
         "cnn": STRONG,
         "mlp": {"kind": "mlp", **SIMPLE},
@@ -80,17 +82,17 @@ PROTOCOLS = {  # sampler, and for each classifier the arguments of train_classif
         "logreg": {"kind": "logreg", **PAPER}}},
 }
 FEATURES = {**STRONG, "epochs": 4}  # the feature network is the same in both protocols, so that runs compare
-FEATURE_PICTURES = 12_000
-NEIGHBOURS, MANIFOLD = 3, 2_000  # precision and recall: k, and at most so many images of each kind
+FEATURE_PICTURES = 12_000  # at most so many public images train it
+NEIGHBOURS, MANIFOLD = 3, 2_000  # precision and recall: k, and at most so many generated and real images each
 
 
 def train_classifier(kind, images, labels, num_classes, epochs, lr, batch=128, anneal=False, augment=False,
                      smoothing=0.0, generator=None, device="cpu", progress=True, bf16=False):
     """A network trained on the given images and nothing else, after the LAST step, in eval mode.
 
-    kind: see `network`. images (N,C,S,S) uint8, labels (N,) int64. Adam with rate lr; anneal lets it fall to
-    0 as a cosine. augment: random shifts and rotations. smoothing: of the labels. generator (CPU) seeds all
-    randomness, and torch's global state stays as it was. ValueError if kind, images or labels do not fit.
+    kind: see `network`. images (N,C,S,S) uint8, labels (N,) int64. Adam with learning rate lr; with anneal it
+    falls to 0 as a cosine. augment: see `jiggle`. smoothing: of the labels. A number from generator (on the
+    CPU) seeds everything, and torch's global state is restored. ValueError if labels or sizes do not fit.
     """
     if not len(images) == len(labels) > 0 or not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise ValueError(f"a classifier needs images, each with one label in 0..{num_classes - 1}")
@@ -122,7 +124,8 @@ def train_classifier(kind, images, labels, num_classes, epochs, lr, batch=128, a
 def jiggle(x, shift=2.0, degrees=10.0):
     """Each image (N,C,S,S) shifted by up to `shift` pixels both ways and rotated by up to `degrees`."""
     angle = (2 * torch.rand(len(x), device=x.device) - 1) * math.radians(degrees)
-    move = (2 * torch.rand(len(x), 2, 1, device=x.device) - 1) * shift * 2 / x.shape[-1]  # the grid is 2 wide
+    # affine_grid counts positions from -1 to 1, so a pixel is 2 / S wide.
+    move = (2 * torch.rand(len(x), 2, 1, device=x.device) - 1) * shift * 2 / x.shape[-1]
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
     grid = F.affine_grid(torch.cat([turn, move], dim=2), x.shape, align_corners=False)  # (N,S,S,2)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
@@ -131,7 +134,7 @@ def jiggle(x, shift=2.0, degrees=10.0):
 @torch.no_grad()
 def predict(model, images):
     """uint8 (N,C,S,S) -> the model's output (N,D), on the CPU, in batches."""
-    device = next(model.parameters(), images).device  # a model may have no parameters
+    device = next(model.parameters(), images).device  # without parameters (a bare Flatten) that of the images
     return torch.cat([model(pixels.to_float(part.to(device))).cpu() for part in images.split(500)])
 
 
@@ -143,7 +146,7 @@ def accuracy(model, images, labels):
 # ---------------------------------------------------------------------------------- distances in features
 
 def features(model, images):
-    """The input of the last linear layer: uint8 (N,C,S,S) -> (N,D) float64."""
+    """What the last linear layer of model (a Sequential) receives: uint8 (N,C,S,S) -> (N,D) float64."""
     return predict(model[:-1], images).double()
 
 
@@ -156,9 +159,10 @@ def symmetric_root(matrix):
 def frechet(a, b):
     """Squared Frechet distance of the Gaussians fitted to a (N,D) and b (M,D): Heusel et al. 2017, Eq. 6.
 
-    |mu_a - mu_b|^2 + tr A + tr B - 2 tr (AB)^(1/2). The last trace is the sum of the singular values of
-    A^(1/2) B^(1/2), which is exact for singular covariances too (fewer images than features). Small N and M
-    bias it upwards: compare at equal sizes. ValueError for fewer than two rows or unequal D.
+    |mu_a - mu_b|^2 + tr A + tr B - 2 tr (AB)^(1/2), with A and B the covariances. The last trace is the sum
+    of the singular values of A^(1/2) B^(1/2), also where a covariance is singular (fewer images than
+    features). Few images bias the distance upwards, so compare at equal N and M. ValueError for fewer than
+    two rows or unequal D.
     """
     if a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(f"frechet: needs 2 rows or more and equal widths, got {tuple(a.shape)} and "
@@ -171,10 +175,11 @@ def frechet(a, b):
 
 
 def covered(points, centres, k=NEIGHBOURS):
-    """Share of points (N,D) that lie within the k-th nearest neighbour distance of some centre (M,D).
+    """Share, 0..1, of points (N,D) in the union of balls around the centres (M,D).
 
-    Precision is covered(generated, real), recall is covered(real, generated) (Kynkaanniemi et al. 2019, Eqs.
-    1 and 2). The neighbours of a centre are other centres. ValueError for k centres or fewer.
+    The radius of a ball is the distance to the k-th nearest other centre. Precision is covered(generated,
+    real), recall is covered(real, generated) (Kynkaanniemi et al. 2019, Eqs. 1 and 2). ValueError for k
+    centres or fewer.
     """
     if len(centres) <= k:
         raise ValueError(f"precision and recall need more than {k} images of each kind, got {len(centres)}")
@@ -187,15 +192,16 @@ def covered(points, centres, k=NEIGHBOURS):
 def public_features(public_folder, public, channels, size, root=None, device="cpu", progress=True):
     """(model, name) of the feature network: a small CNN, trained on the PUBLIC set and kept as features.pt.
 
-    It is trained anew if the file is missing, damaged or made with other settings; with public_folder None it
-    is not kept. Runs must be measured alike, so "strokes" means all its 36 classes, and it replaces omniglot,
-    which has no labels. datasets.DataError if the set is absent or has one class only.
+    It is trained anew if the file is missing, damaged or made with other settings. With public_folder None it
+    is not kept. Omniglot has no labels, so "strokes" stands for it. A run whose public set is a part of the
+    strokes is measured with all of them, like the others. datasets.DataError if the set is absent or has one
+    class only.
     """
     public = "strokes" if public == "omniglot" else public
     kind = datasets.kind_of(public)
     path = Path(public_folder or "") / "features.pt"
     settings = [kind, channels, size, FEATURE_PICTURES, FEATURES]
-    try:
+    try:  # read the file; whatever is wrong with it leads to training
         if public_folder is None:
             raise ValueError("there is no run folder")
         saved = files.load(path)
@@ -204,6 +210,7 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
         model = network(FEATURES["kind"], channels, size, saved["classes"])
         model.load_state_dict(saved["state"])
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError):
+        # Of a set that a program draws, draw no more than needed; n None reads a whole set.
         n = FEATURE_PICTURES if any(datasets.REGISTRY[part].drawn for part in datasets.parts(kind)) else None
         found = datasets.load(public, "train", root, size, n=n, channels=channels)
         classes = len(found.classes)
@@ -226,7 +233,10 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
 
 
 def compare(model, samples, real, seed=0):
-    """Frechet distance, the same between two halves of the real images, precision and recall: a dict."""
+    """A dict of the Frechet distance, that between two halves of the real images, precision and recall.
+
+    The second number shows what the distance is where nothing differs but the images.
+    """
     generator = torch.Generator().manual_seed(seed)
     a, b = (features(model, x[torch.randperm(len(x), generator=generator)]) for x in (samples, real))
     half, few_a, few_b = len(b) // 2, a[:MANIFOLD], b[:MANIFOLD]
@@ -239,12 +249,12 @@ def compare(model, samples, real, seed=0):
 # ---------------------------------------------------------------------------------------------- the program
 
 def table(result):
-    """The result as text; each metric with the settings it belongs to (pitfall 22)."""
+    """The result as text; each metric with the settings it belongs to (docs/pitfalls.md, row 22)."""
     sets, d = result["held_out"], result["distance"]
     lines = [f"protocol {result['protocol']}: {result['n']:,} samples, {result['sampler']}", "",
              f"{'trained on samples only, last epoch':36}" + "".join(f"{name:>28}" for name in sets)]
     for word, scores in result["accuracy"].items():
-        errors = {k: math.sqrt(p * (1 - p) / sets[k]) for k, p in scores.items()}  # standard errors
+        errors = {k: math.sqrt(p * (1 - p) / sets[k]) for k, p in scores.items()}  # binomial standard error
         cells = [f"{100 * p:.2f} +- {100 * errors[k]:.2f} %" for k, p in scores.items()]
         name = f"{word} ({result['recipes'][word]['kind']}, {result['recipes'][word]['epochs']} epochs)"
         lines.append(f"{name:36}" + "".join(f"{cell:>28}" for cell in cells))
@@ -271,14 +281,18 @@ def samples_of(args, release, n):
     steps = protocol["steps"] if args.steps is None else args.steps
     eta = protocol["eta"] if args.eta is None else args.eta
     guidance = 1.0 if args.guidance is None else args.guidance
-    labels = sample.uniform_labels(n, len(release.classes))  # not the private histogram (pitfall 16)
+    labels = sample.uniform_labels(n, len(release.classes))  # not as in the private set
     images = sample.generate(release, labels, steps, eta, guidance, args.seed)
     sampler = f"DDIM, {steps} steps, eta {eta:g}, guidance {guidance:g}, seed {args.seed}, uniform labels"
     return scored.shrink(images), labels, sampler
 
 
 def distance_of(args, release, folder, public, images, split, real, lap):
-    """Frechet distance, precision and recall as a dict; None if the public set is not on this machine."""
+    """Result of `compare` and its circumstances, a dict; None if the public set is not on this machine.
+
+    folder: public/ of the run, or None. images: samples. split, real: name and ImageSet of the held-out set.
+    lap: notes the seconds since its last call under a name.
+    """
     size = images.shape[-1]
     try:
         judge, name = public_features(folder, public, images.shape[1], size, args.data_root, args.device)
@@ -332,14 +346,14 @@ def main(argv=None):
     release = sample.load_release(args.run, args.device, hardware.choose_bf16(args.precision, args.device))
     if args.n is not None and args.n < len(release.classes):
         raise ValueError(f"--n must be at least {len(release.classes)}, one sample of each class")
-    run, whole = scored.find_run(args.run)
+    run, whole = scored.find_run(args.run)  # whole: a run folder, not a release that was copied
     scored.check_place(args, run, whole)
     public, private = scored.sources(release, run)
-    # Before the long work, so that missing images show at once.
+    # Read the held-out images before the long work, so that missing ones are reported at once.
     if whole:
         scored.check_held_out(run, release, private, args.data_root)
     real_sets = scored.held_out_sets(release, args.data_root, private)
-    split, real = next(iter(real_sets.items()))
+    split, real = next(iter(real_sets.items()))  # the first one is for the distance; accuracy uses all
     if args.memorisation:
         from extensions import memorisation  # here, because it imports this file
         return memorisation.report(args, release, run, public, private, real)
@@ -363,7 +377,7 @@ def main(argv=None):
         scores[word] = {name: accuracy(model, held.images, held.labels) for name, held in real_sets.items()}
         lap(word)
     distance = None
-    if len(real) < 4:
+    if len(real) < 4:  # two halves of two, the least that has a covariance
         print(f"note: {len(real)} held-out images are too few for a Frechet distance, which is left out")
     elif not args.no_distance:
         folder = run / "public" if whole else None

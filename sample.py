@@ -1,8 +1,8 @@
 """Images from a released model: DDIM in latent space with guidance, then the decoder.
 
 The last step of DP-LDM (Liu et al. 2024, section 3). Everything here is post-processing of a model that was
-trained with differential privacy. So any number of images, any label, prompt or seed leaves epsilon as it is.
-Only `release/model.pt` is needed.
+trained with differential privacy. So epsilon stays as it is, however many images are drawn. Only
+`release/model.pt` is needed.
 
     python sample.py runs/digits --labels 0-9 --n 100 --out grid.png
     python sample.py runs/digits --n 60000 --npz synthetic.npz
@@ -30,23 +30,24 @@ class Release:
     """A released model, ready to sample."""
     vae: vae.AutoencoderKL
     model: unet.LatentModel
-    scale: float  # the model sees latents times scale
+    scale: float  # the model sees the autoencoder's latents times scale
     schedule: diffusion.Schedule
-    classes: list  # names
+    classes: list  # names; label i means the i-th
     crop: int  # side of the finished image in pixels: 28 for MNIST, whose networks see 32
     data: dict  # names of the public and the private set
     privacy: dict  # the content of privacy.json
-    tokenizer: text.Tokenizer | None = None  # of models conditioned on text, as are the prompts
-    prompts: list | None = None  # for each class a list of prompts that mean it
+    tokenizer: text.Tokenizer | None = None  # this and prompts: only of models conditioned on text
+    prompts: list | None = None  # for each class a list of prompts that describe it
     bf16: bool = False  # networks in bfloat16; the sampler stays in float32
 
 
 def load_release(path, device="cpu", bf16=False):
     """Read a release from a run folder, a release folder or a model.pt; bf16: see `Release`.
 
-    ValueError, one line, if the file is missing, damaged, or not a release.
+    ValueError if the file is missing, damaged, or not a release.
     """
     path = Path(path)
+    # A file itself, else release/model.pt of a run folder, else model.pt of a release folder.
     file = path if path.is_file() else path / "release" / "model.pt"
     if not file.exists() and (path / "model.pt").exists():
         file = path / "model.pt"
@@ -69,17 +70,17 @@ def load_release(path, device="cpu", bf16=False):
 def generate(release, labels, steps=30, eta=0.0, guidance=1.0, seed=None, batch=None, progress=True):
     """Images of the given classes or prompts: labels (N,) int64, or N prompts -> uint8 (N, C, crop, crop).
 
-    A model conditioned on text draws a class by one of its prompts, at random. An unconditional model only
-    counts the labels. steps, eta, guidance: see `diffusion.ddim`. The same call with the same seed gives the
-    same images; None takes a fresh seed. batch: images at a time, by default 500 of 32 pixels; another batch
-    gives other images. ValueError for labels or prompts that the model does not know.
+    An unconditional model uses only the number of labels. steps, eta, guidance: see `diffusion.ddim`. batch:
+    images at a time. The same seed with the same batch gives the same images; None takes a fresh seed.
+    ValueError for labels or prompts that the model does not know.
     """
     device = next(release.model.parameters()).device
     generator = torch.Generator(device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
     conditions = find_conditions(release, labels, generator.initial_seed())
     config = release.vae.config
-    batch = batch or max(1, 512_000 // config.resolution ** 2)
+    batch = batch or max(1, 512_000 // config.resolution ** 2)  # 512,000 pixels at a time
+    # The empty first part gives the result its shape if N is 0.
     images = [torch.empty(0, config.out_ch, release.crop, release.crop, dtype=torch.uint8)]
     with tqdm(total=len(labels), desc="sampling", unit="image", disable=not progress) as bar:
         for part in conditions.split(batch) if len(labels) else ():
@@ -97,13 +98,13 @@ def generate(release, labels, steps=30, eta=0.0, guidance=1.0, seed=None, batch=
 def find_conditions(release, labels, seed):
     """What the model's embedder takes: labels (N,) int64, or the tokens (N, L) of prompts.
 
-    A model conditioned on text turns a label into one of its prompts; seed rules which.
+    For a model conditioned on text a label becomes one of the prompts of its class, drawn with the seed.
     """
     if all(isinstance(label, str) for label in labels) and len(labels):
         if release.tokenizer is None:
             raise ValueError("this model was not trained with prompts; ask for classes (--labels)")
         return release.tokenizer.encode(labels)
-    labels = torch.as_tensor(labels, dtype=torch.int64)
+    labels = torch.as_tensor(labels, dtype=torch.int64)  # so these are no prompts
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(release.classes):
         raise ValueError(f"labels must lie in 0..{len(release.classes) - 1} ({', '.join(release.classes)})")
     if release.tokenizer is None:
@@ -116,7 +117,7 @@ def find_conditions(release, labels, seed):
 
 
 def uniform_labels(n, num_classes):
-    """n labels, the classes in turn: uniform, never the private histogram (pitfall 16)."""
+    """n labels, the classes in turn: the private labels' histogram would leak (docs/pitfalls.md, row 16)."""
     return torch.arange(n) % num_classes
 
 
@@ -152,14 +153,15 @@ def main(argv=None):
     if release.model.embedder is None and (args.labels or args.guidance != 1):
         raise ValueError("this model is unconditional: it has no use for --labels or --guidance")
     prompts = arguments.read_prompts(args, release)
+    # Prompts, or the labels of --labels, or all labels; drawn in turn until there are n.
     wanted = prompts or range(len(release.classes))
     if args.labels:
         wanted = arguments.parse_labels(args.labels, release.classes)
     labels = [wanted[i] for i in uniform_labels(args.n, len(wanted)).tolist()]
     images = generate(release, labels, args.steps, args.eta, args.guidance, args.seed, args.batch)
     if args.npz:
-        last = images.permute(0, 2, 3, 1)  # (N, H, W, C)
-        arrays = {"images": (last[..., 0] if last.shape[3] == 1 else last).numpy()}
+        # (N, C, H, W) -> (N, H, W, C), or (N, H, W) for grey images.
+        arrays = {"images": (images[:, 0] if images.shape[1] == 1 else images.permute(0, 2, 3, 1)).numpy()}
         if prompts:
             arrays["prompts"] = np.array(labels)
         elif release.model.embedder is not None:

@@ -1,7 +1,7 @@
 """DP-LDM from start to end: two public stages, one private stage, and a release folder that may be published.
 
 Implements *Differentially Private Latent Diffusion Models* (Liu, Lyu, Vinaroz, Park; TMLR 2024), section 3
-and Algorithm 1; the only file that knows all the others:
+and Algorithm 1. It puts the other files together:
 
     1  train_autoencoder   KL autoencoder on public images               -> public/vae.pt
     2  train_diffusion     latent diffusion model on public latents      -> public/ldm.pt
@@ -13,9 +13,9 @@ and Algorithm 1; the only file that knows all the others:
     python train.py --epsilon 1 --init runs/digits --out runs/digits-eps1     only the private stage anew
     torchrun --nproc_per_node=4 train.py     four processes, a part of every batch each, the same result
 
-"Step" always means a logical step: one Poisson batch, one ledger row, one noise addition, one optimiser and
-EMA update. Nothing derived from private images is written outside internal/, except through the noisy
-gradient.
+A private step is one Poisson batch, one ledger row, one noise addition, one update of Adam and of the EMA
+(the exponential moving average of the weights, which is the result of a stage). Nothing outside internal/
+depends on private images, except through the noisy gradients.
 """
 from support import threads  # noqa: F401, I001 (first: before torch)
 
@@ -51,10 +51,10 @@ def learning_rate(step, steps, peak):
 
 @torch.no_grad()
 def update_ema(average, parameters, decay, step):
-    """average <- d average + (1 - d) parameters, in place, once per logical step (pitfall 17).
+    """average <- d average + (1 - d) parameters, in place, once per step.
 
-    d = min(decay, (1 + step) / (10 + step)): early on the average follows quickly, so the start is soon
-    forgotten.
+    d = min(decay, (1 + step) / (10 + step)). It begins at 1/10 and grows, so that the initial weights are
+    soon forgotten.
     """
     torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(decay, (1 + step) / (10 + step)))
 
@@ -62,9 +62,9 @@ def update_ema(average, parameters, decay, step):
 def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=None):
     """The loop of stages 1 and 2: AdamW on public data. On return the model holds the EMA of its weights.
 
-    loss_fn(generator) -> (loss of one batch, {name: metric} for the bar)
-    also: a module that loss_fn trains by itself, whose state is to be saved as well
-    Several processes draw their shares of the batch with seeds of their own, and all apply the mean gradient.
+    loss_fn(generator) -> (loss of one batch, {name: metric} for the bar). also: the discriminator or None; it
+    trains itself within loss_fn, and its state is saved with the model's. Of several processes each draws its
+    share of the batch with its own seed, and all apply the mean gradient.
     """
     parameters = list(model.parameters())
     average = [p.detach().clone() for p in parameters]
@@ -79,28 +79,26 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=Non
         optimizer.zero_grad()
         loss.backward()
         team.mean_gradients(parameters, also)
-        # Adam does not mind the scale of the gradient, but this limit does: losses are about 1 when training
-        # begins.
+        # The limit of 1 fits losses that are about 1 when training begins.
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         update_ema(average, parameters, decay, step)
         state.show(step, metrics)
         state.keep(step + 1)  # for --resume, once a minute; leaves here after Ctrl-C
     torch._foreach_copy_([p.data for p in parameters], average)
-    team.broadcast(parameters)  # the same anyway, but for what different machines round
+    team.broadcast(parameters)  # machines may round differently: all go on with rank 0's
     state.finish()
 
 
 def train_autoencoder(s, images, facts, stop):
-    """Stage 1 (Rombach et al. 2022, section 3.1): public images (N, C, H, W) uint8 -> content of
-    public/vae.pt.
+    """Stage 1 (Rombach et al. 2022, section 3.1): images (N, C, H, W) uint8 -> content of public/vae.pt.
 
     facts: what the checkpoint says of the public set (`start.facts`). The perceptual and the adversarial term
     of the paper are used where their weights are above 0 (extensions/perceptual.py).
     """
     torch.manual_seed(s.seed)
     model = hardware.laid_out(vae.AutoencoderKL(s.vae), s.device)
-    looks, distance, adversary = perceptual.terms(s)
+    perceptual_name, distance, adversary = perceptual.terms(s)
 
     def loss_fn(generator):
         index = torch.randint(len(images), (share(s.vae_batch),), generator=generator, device=s.device)
@@ -113,55 +111,52 @@ def train_autoencoder(s, images, facts, stop):
     fit(s, "1/3 autoencoder", model, loss_fn, s.vae_steps, s.vae_lr, 0.99, state_path, stop, adversary)
     model.eval()
     area = s.vae.resolution ** 2
+    # At most 4,000 images, or 8 million pixels, so that they fit into memory.
     shown = pixels.to_float(images[:min(4000, 8_000_000 // area)].to(s.device))
-    # Latents are divided by their standard deviation, that of PUBLIC images: one of private images would leak
-    # (pitfall 13).
-    scale = team.agreed(vae.latent_scale(model, shown, max(1, 262_144 // area)))
+    # The scale of PUBLIC images: one of private images would leak (docs/pitfalls.md, row 13).
+    scale = team.agreed(vae.latent_scale(model, shown, max(1, 262_144 // area)))  # 256 at a time of 32 x 32
     with torch.no_grad():
         pairs = torch.stack([shown[:32], model.decode(model.encode(shown[:32]).mean)], 1).flatten(0, 1)
-    # original, reconstruction, ...
+    # Pairs of original and reconstruction, four in a row.
     pixels.save_grid(pixels.to_uint8(pairs), s.out / "public" / "autoencoder.png", 8)
     return {"config": asdict(s.vae), "state": model.state_dict(), "scale": scale, "steps": s.vae_steps,
-            "perceptual": looks, **facts}
+            "perceptual": perceptual_name, **facts}
 
 
 def train_diffusion(s, latents, labels, embedder, facts, stop):
     """Stage 2 (Liu et al. 2024, section 3): public latents (N, F, C, h, w) -> content of public/ldm.pt.
 
-    labels: N conditions, classes or tokens, or None; embedder: what they are (`conditions.embedder_entry`).
+    F orientations: the image and maybe its mirror image. labels: N classes, N rows of tokens, or None.
+    embedder: the description of the condition embedder (`conditions.embedder_entry`).
     """
     torch.manual_seed(s.seed)
-    model = hardware.laid_out(
-        unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(embedder)), s.device
-    )
-    null = conditions.null(s, model, labels)
+    network = unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(embedder))
+    model = hardware.laid_out(network, s.device)
+    null = conditions.null(s, model, labels)  # "no condition", or None if conditions are never dropped
 
     def loss_fn(generator):
         index = torch.randint(len(latents), (share(s.ldm_batch),), generator=generator, device=s.device)
-        batch = diffusion.draw(
-            latents[index], select(labels, index), 1, generator, s.schedule, null, s.cond_drop
-        )
+        chosen = latents[index], select(labels, index)
+        batch = diffusion.draw(*chosen, 1, generator, s.schedule, null, s.cond_drop)  # K = 1
         loss = diffusion.loss(model, *batch, schedule=s.schedule).mean()
         return loss, {"loss": loss.detach()}
 
     state_path = s.out / "internal" / "ldm_state.pt"
     fit(s, "2/3 latent diffusion", model, loss_fn, s.ldm_steps, s.ldm_lr, 0.995, state_path, stop)
-    return {
-        "unet": asdict(s.unet), "embedder": embedder, "schedule": asdict(s.schedule),
-        "model": model.state_dict(), "steps": s.ldm_steps, **facts
-    }
+    return {"unet": asdict(s.unet), "embedder": embedder, "schedule": asdict(s.schedule),
+            "model": model.state_dict(), "steps": s.ldm_steps, **facts}
 
 
 @torch.no_grad()
 def encode(s, autoencoder, images, scale):
-    """Images (N, C, H, W) uint8 -> scaled latents (N, F, embed_dim, h, w), F = 2 with the mirror images; once
-    for all.
+    """Images (N, C, H, W) uint8 -> scaled latents (N, F, embed_dim, h, w), F = 2 with mirror images, else 1.
 
-    The mean of the posterior is used: at a KL weight of 1e-6 its standard deviation is tiny. A latent depends
-    on its own image only.
+    Done once, before training. A latent is the mean of the posterior, whose standard deviation is tiny at a
+    KL weight of 1e-6. It depends on its own image only, so clipping per example bounds what the image does.
     """
     autoencoder = hardware.laid_out(autoencoder, s.device)
     latents = []
+    # As many images at a time as have 512,000 pixels: 500 of 32 x 32.
     parts = images.split(max(1, 512_000 // s.vae.resolution ** 2))
     for part in tqdm(parts, desc="    encoding", unit="batch", leave=False, disable=rank() > 0):
         x = pixels.to_float(part.to(s.device))
@@ -174,11 +169,11 @@ def encode(s, autoencoder, images, scale):
 
 
 class Randomness(NamedTuple):
-    """Generators of the private stage: no seed that anybody knows, never saved or set back (pitfall 12).
+    """Generators of the private stage. Their seeds are unknown, never saved and never set back.
 
-    sampling   which images enter a batch: the accountant's amplification needs batches that nobody can guess
-    noise      the DP noise: whoever can compute it can subtract it
-    diffusion  timesteps and noise of the diffusion loss: no secrets of the mechanism
+    sampling   which images enter a batch; the accountant assumes that nobody can guess it
+    noise      the noise of DP-SGD; whoever can compute it can subtract it
+    diffusion  timesteps and noise of the diffusion loss; the guarantee does not need them secret
     """
 
     sampling: object
@@ -187,12 +182,12 @@ class Randomness(NamedTuple):
 
 
 def randomness(s):
-    """The operating system's CSPRNG for what must be secret, but for --fast-noise and --insecure-seed."""
+    """`Randomness` from the operating system, except with --fast-noise and --insecure-seed."""
     sampling = noise = dp_sgd.SecureGenerator()
     draws = dp_sgd.fresh_generator(s.device)
     if s.fast_noise:
         sampling, noise = dp_sgd.fresh_generator(), dp_sgd.fresh_generator(s.device)
-    if s.insecure_seed is not None:  # for debugging: NOT private
+    if s.insecure_seed is not None:  # for debugging: NOT private; two seeds per process
         sampling = torch.Generator().manual_seed(s.insecure_seed + 1 + 2 * rank())
         noise = draws = torch.Generator(s.device).manual_seed(s.insecure_seed + 2 * rank())
     return Randomness(sampling, noise, draws)
@@ -201,8 +196,8 @@ def randomness(s):
 def tune_privately(s, model, latents, labels, plan, stop, watch=None):
     """Stage 3, Algorithm 1 of the paper: DP-SGD on the trainable parameters of `model` -> ledger rows.
 
-    latents (n, F, C, h, w) of the private images; labels: n conditions or None. With several processes, both
-    are of this one's shard. On return the tuned parameters hold their EMA (on rank 0).
+    latents (n, F, C, h, w) of the private images; labels: n conditions or None. Each of several processes
+    gets its own part of both. On return the tuned parameters hold their EMA (with several, on rank 0).
     """
     rng = randomness(s)
     clip, gradients = dp_sgd.CLIPPING[s.clipping], GRADIENTS[s.method]
@@ -211,10 +206,10 @@ def tune_privately(s, model, latents, labels, plan, stop, watch=None):
     average = [p.detach().clone() for p in engine.parameters]
     state = progress.Private(s, plan, engine, average, adam, stop)
     loss_fn, null = partial(diffusion.loss, schedule=s.schedule), conditions.null(s, model, labels)
-    # Is the fast method right about this network? Asked with random latents: nothing private is seen.
+    # Does the fast method find this network's gradients? Tried on random latents, so nothing private is seen.
     z, y = torch.randn(3, *latents.shape[2:], device=s.device), hardware.stand_in(model, 3, s.device)
     dp_sgd.check_against_loop(engine, loss_fn, *diffusion.draw(z, y, s.noise_multiplicity, None, s.schedule))
-    team.broadcast(engine.parameters)  # LoRA pairs start at random
+    team.broadcast(engine.parameters)  # all start from rank 0's: LoRA matrices are drawn at random
 
     for step in state.steps():
         # A Poisson batch: every image independently with probability q. An empty one is a step too.
@@ -229,7 +224,8 @@ def tune_privately(s, model, latents, labels, plan, stop, watch=None):
         team.reduce_sums(engine)
         # The step is spent BEFORE its result exists: a crash may lose a result, never a ledger row.
         state.spend(step)
-        # Noise N(0, sigma^2 C^2) once, division by the EXPECTED batch size, Adam, then the EMA.
+        # Noise N(0, sigma^2 C^2) once, division by the EXPECTED batch size, Adam, then the EMA. state.done
+        # is the number of updates before this one; a crash may have lost some of the spent steps.
         if rank() == 0:
             engine.step(adam)
             update_ema(average, engine.parameters, s.ema, state.done)
@@ -247,7 +243,7 @@ def tune_privately(s, model, latents, labels, plan, stop, watch=None):
 
 
 def inputs(s, autoencoder, scale, found, embedder):
-    """What the diffusion model sees of an ImageSet: (latents, conditions), of this process's part of it."""
+    """What the diffusion model sees of this process's part of an ImageSet: (latents, conditions)."""
     part = team.own_part(found)
     return encode(s, autoencoder, part.images, scale), conditions.of(s, part, embedder)
 
@@ -258,7 +254,8 @@ def main(argv=None):
     begin = time.monotonic()
     s, known = start.settings_of(argv)  # preset and flags; `known`: public networks that exist already
     public, private = start.read_sets(s, known)  # refused if a public network knows a private image
-    plan = team.once(guarantee.privacy_plan, s, len(private) if s.steps else 0)  # q, sigma, T; delta < 1/n
+    # The plan holds q, sigma and T; delta must be below 1/n. Without private steps n does not matter.
+    plan = team.once(guarantee.privacy_plan, s, len(private) if s.steps else 0)
     embedder = start.embedder(s, known, public, private)  # the kind of condition; uses names of classes only
     if s.dry_run:
         return dry_run.report(s, plan, embedder, public, private, known)
@@ -272,9 +269,10 @@ def main(argv=None):
         s, *inputs(s, autoencoder, scale, public, embedder), embedder, facts, run.stop))
 
     # ---- private stage: the only block that uses a private image
+    # One embedding per private class. A class with a public class's name begins with its embedding.
     ldm_checkpoint = conditions.for_private_classes(ldm_checkpoint, private.classes)
     model = hardware.laid_out(checkpoints.build_model(ldm_checkpoint)[0], s.device)
-    names = lora.tuned(model, s)  # attention and condition embedder; all other parameters are frozen
+    names = lora.tuned(model, s)  # as --tune says; by default attention and condition embedder
     trained, rows = guarantee.print_plan(s, plan, model), []
     if plan["steps"]:
         run.check_unchanged(plan, names, private)

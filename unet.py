@@ -1,8 +1,8 @@
 """The latent UNet of latent diffusion, its class embedder, and the choice of what is tuned privately.
 
 Implements the denoiser epsilon_theta(z_t, t, c) of *High-Resolution Image Synthesis with Latent Diffusion
-Models* (Rombach et al. 2022, sections 3.2 and 3.3) as *Differentially Private Latent Diffusion Models* (Liu
-et al. 2024, section 3) uses it. The file imports nothing of the project.
+Models* (Rombach et al. 2022, sections 3.2 and 3.3), as DP-LDM uses it (Liu et al. 2024, section 3). The file
+imports nothing of the project.
 
 Symbols: z_t noisy latent (N, C, H, W) · t timestep (N,) · c condition, embedded as context (N, L, D).
 
@@ -14,8 +14,8 @@ The paper's network for MNIST: 64 channels, multipliers 1 and 2, attention at ev
               +--------+-------------+-----> skip connections -> 2x[Res + ST], Res-up -> 2x[Res + ST] -> conv
 
 Res is a ResBlock: it knows the timestep and mixes neighbouring pixels. ST is a SpatialTransformer:
-self-attention over the pixels, then cross-attention to the condition, which enters nowhere else. ST and the
-embedder are what DP-LDM tunes on private images (`select_trainable`).
+self-attention over the pixels, then cross-attention to the condition. The condition enters nowhere else. ST
+and the embedder are what DP-LDM tunes on private images (`select_trainable`).
 
 All weights live in Linear, Conv2d, GroupNorm, LayerNorm and Embedding layers, because for these
 extensions/bookkeeping.py knows the per-example gradient. So nn.MultiheadAttention is not used.
@@ -35,21 +35,21 @@ class UNetConfig:
     in_channels: int = 3
     out_channels: int = 3
     model_channels: int = 64
-    channel_mult: tuple = (1, 2)
-    num_res_blocks: int = 1
+    channel_mult: tuple = (1, 2)  # width of each level in units of model_channels
+    num_res_blocks: int = 1  # per level on the way down; one more on the way up
     attention_resolutions: tuple = (1, 2)  # *downsampling factors* at which blocks have attention
     num_heads: int = 2
     num_head_channels: int | None = None  # if given: width of a head, and num_heads is not used
     use_spatial_transformer: bool = True  # False: `AttentionBlock`, for networks without condition
     transformer_depth: int = 1
     context_dim: int | None = 5  # D of the context; None: there is no condition
-    use_scale_shift_norm: bool = True
+    use_scale_shift_norm: bool = True  # how the timestep enters: see `ResBlock`
     resblock_updown: bool = True  # ResBlocks change the size, not plain convolutions
     num_groups: int = 32  # of every GroupNorm; fewer in narrow networks
 
 
 def timestep_embedding(t, dim):
-    """Sinusoids [cos, sin] of t * 10000^(-i/half): (N,) -> (N, dim) float32 (Vaswani et al. 2017)."""
+    """[cos, sin] of t * 10000^(-i/half), i < half = dim/2: (N,) -> (N, dim) float32 (Vaswani et al. 2017)."""
     half = dim // 2
     i = torch.arange(half, dtype=torch.float32, device=t.device)
     frequencies = torch.exp(-math.log(10000) * i / half)
@@ -58,7 +58,7 @@ def timestep_embedding(t, dim):
 
 
 def zero_init(layer):
-    """Zero the layer's weights, so that the residual block behind it starts as the identity."""
+    """Set the last layer of a residual branch to zero, so that its block starts as the identity."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -89,9 +89,9 @@ class Upsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + two 3x3 convolutions of x that know the timestep; may halve or double the size.
+    """x + two 3x3 convolutions that know the timestep; resample "down" halves the size, "up" doubles it.
 
-    With scale_shift the timestep sets scale and shift of the second GroupNorm; without, it is added.
+    With scale_shift the timestep gives scale and shift of the second GroupNorm, else it is added before it.
     """
 
     def __init__(self, channels, time_dim, out_channels, scale_shift, groups, resample=None):
@@ -109,7 +109,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x, time):
         """x (N, C, H, W), time (N, time_dim) -> (N, out_channels, H', W')."""
-        # Resampled before the convolution, not after it: the original order.
+        # Resampled before the first convolution, as in the original.
         h = self.conv1(self.resample(F.silu(self.norm1(x))))
         time = self.time_proj(F.silu(time))[:, :, None, None]  # (N, out or 2*out, 1, 1)
         if self.scale_shift:
@@ -136,11 +136,11 @@ class Attention(nn.Module):
     def forward(self, x, context, mask=None):
         """Queries from x (N, T, C), keys and values from context (N, L, D) -> (N, T, C); (N, 1, C) for L = 1.
 
-        mask (N, L) is False where the context is padding; None: it is nowhere padding.
+        mask (N, L) is False where the context is padding. None means no padding.
         """
         if context.shape[1] == 1:
-            # A softmax over one token is 1 whatever Q and K are, so the answer is V at every pixel. Hence Q
-            # and K of the cross-attention get no gradient if the condition is a class: `without_gradient`.
+            # A softmax over one token is 1 whatever Q and K are. So every pixel gets the same V, which the
+            # caller broadcasts, and Q and K get no gradient (`without_gradient`). A class is one token.
             return self.to_out(self.to_v(context))
         q = split_heads(self.to_q(x), self.num_heads)  # (N, heads, T, d)
         k = split_heads(self.to_k(context), self.num_heads)  # (N, heads, L, d)
@@ -151,10 +151,8 @@ class Attention(nn.Module):
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(d)) v: q (N, heads, T, d), k, v (N, heads, L, d), mask (N, 1, 1, L) -> like q.
-
-    By torch's fused kernel, but for bfloat16 on a CPU, where the plain formula is up to five times as fast.
-    """
+    """softmax(q k^T / sqrt(d)) v: q (N, heads, T, d), k, v (N, heads, L, d), mask (N, 1, 1, L) -> like q."""
+    # For bfloat16 on a CPU the plain formula is up to five times as fast as torch's fused kernel.
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (N, heads, T, L)
@@ -169,7 +167,7 @@ def split_heads(x, heads):
 
 
 class FeedForward(nn.Module):
-    """GEGLU feed-forward layer (Shazeer 2020): (a, b) = W x, then W' (a * gelu(b)); 4 times wider inside."""
+    """GEGLU (Shazeer 2020): W' (a * gelu(b)) with (a, b) = W x, where a and b are 4 times as wide as x."""
 
     def __init__(self, dim):
         super().__init__()
@@ -194,14 +192,15 @@ class TransformerBlock(nn.Module):
     def forward(self, x, context, mask=None):
         y = self.norm1(x)
         x = x + self.attn1(y, y)
-        # With a context of one token the queries do not matter (`Attention`), so no norm is computed.
+        # Queries do not matter where the context is one token (`Attention`), so the norm is left out there.
         y = self.norm2(x) if context is None or context.shape[1] > 1 else x
+        # As in the original, attn2 is a second self-attention where there is no context.
         x = x + (self.attn2(y, y) if context is None else self.attn2(y, context, mask))
         return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
-    """Pixels become tokens, a transformer that sees the condition runs over them, its output is added."""
+    """x + transformer blocks over the pixels of x as tokens; each block also attends to the condition."""
 
     def __init__(self, channels, num_heads, depth, context_dim, groups):
         super().__init__()
@@ -239,7 +238,7 @@ class AttentionBlock(nn.Module):
 # ------------------------------------------------------------------------------------------------ the network
 
 class UNet(nn.Module):
-    """The denoiser. ValueError if a width of the configuration cannot be split into groups and heads."""
+    """The denoiser. ValueError if the width of a level is not divisible by the groups and by the heads."""
 
     def __init__(self, config):
         super().__init__()
@@ -253,7 +252,7 @@ class UNet(nn.Module):
         time_dim = 4 * width
         self.time_embed = nn.Sequential(nn.Linear(width, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
 
-        w, factor = width, 1  # width and downsampling factor at this point of the network
+        w, factor = width, 1  # width and downsampling factor where the next block is built
 
         def res(in_width, out_width, resample=None):
             return ResBlock(in_width, time_dim, out_width, c.use_scale_shift_norm, c.num_groups, resample)
@@ -264,12 +263,11 @@ class UNet(nn.Module):
                 return SpatialTransformer(w, heads, c.transformer_depth, c.context_dim, c.num_groups)
             return AttentionBlock(w, heads, c.num_groups)
 
-        def block(in_width, out_width):
+        def block(in_width, out_width):  # reads the present `factor`
             layers = [res(in_width, out_width)]
             return layers + [attention(out_width)] if factor in c.attention_resolutions else layers
 
-        # Each input block makes a skip connection, each output block takes one. Names and order are those of
-        # the original code.
+        # Each input block makes a skip connection, each output block takes one. The order is the original's.
         self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(c.in_channels, width, 3, padding=1)])])
         skips = [width]  # widths of the skip connections
         for level, level_width in enumerate(widths):
@@ -285,7 +283,7 @@ class UNet(nn.Module):
         self.middle_block = nn.ModuleList([res(w, w), attention(w), res(w, w)])
         self.output_blocks = nn.ModuleList()
         for level, level_width in reversed(list(enumerate(widths))):
-            for i in range(c.num_res_blocks + 1):
+            for i in range(c.num_res_blocks + 1):  # one more: the skip from before this level
                 layers = block(w + skips.pop(), level_width)
                 w = level_width
                 if level > 0 and i == c.num_res_blocks:
@@ -335,7 +333,7 @@ class ClassEmbedder(nn.Module):
     def __init__(self, num_classes, dim, null_class=False):
         super().__init__()
         self.num_classes, self.dim, self.null_class = num_classes, dim, null_class
-        self.embedding = nn.Embedding(num_classes + null_class, dim)
+        self.embedding = nn.Embedding(num_classes + null_class, dim)  # a bool: one row more if True
 
     def forward(self, labels):
         return self.embedding(labels)[:, None]
@@ -361,7 +359,7 @@ class LatentModel(nn.Module):
     def forward(self, z_t, t, cond=None):
         """z_t (N*K, C, H, W), t (N*K,), cond N conditions or None -> (N*K, C, H, W).
 
-        Rows n*K to n*K + K-1 belong to example n. Its condition is embedded once and used K times.
+        Rows n*K to n*K + K-1 belong to example n. Its condition is embedded once and repeated K times.
         """
         context = mask = None
         if self.embedder is not None and cond is not None:
@@ -381,9 +379,9 @@ def of_type(model, *types):
 
 
 def attention_modules(model, from_block=0):
-    """The attention modules in forward order, without the first from_block ones.
+    """The attention modules in forward order, without the first from_block of them.
 
-    The authors' `ablation_blocks` is from_block + 1. ValueError for a from_block that leaves nothing.
+    from_block is the authors' `ablation_blocks` minus 1. ValueError if no module is left.
     """
     found = of_type(model, SpatialTransformer, AttentionBlock)
     if not 0 <= from_block < max(len(found), 1):
@@ -393,7 +391,7 @@ def attention_modules(model, from_block=0):
 
 
 def embedder_of(model):
-    """[the condition embedder]; [] for an unconditional model or a bare UNet."""
+    """A list of the condition embedder; empty for an unconditional model or a bare UNet."""
     embedder = getattr(model, "embedder", None)
     return [] if embedder is None else [embedder]
 
@@ -401,7 +399,8 @@ def embedder_of(model):
 # What `--tune NAME` tunes: name -> function(model) -> modules, with all their parameters. A new choice is a
 # new line. `--tune lora:RANK` is not here, because it inserts layers first (extensions/lora.py).
 TUNE = {
-    "attention": lambda model: attention_modules(model) + embedder_of(model),  # the paper, section 3
+    # The paper's choice (section 3): the attention and the condition embedder.
+    "attention": lambda model: attention_modules(model) + embedder_of(model),
     "attention-only": attention_modules,
     "all": lambda model: [model],
     "resblocks": lambda model: of_type(model, ResBlock) + embedder_of(model),
@@ -411,10 +410,10 @@ TUNE = {
 
 
 def select_trainable(model, tune="attention", from_block=0):
-    """Choose by a name of TUNE what DP-SGD trains, and freeze the rest -> names of the trainable parameters.
+    """Make the modules that TUNE[tune] chooses trainable, freeze the rest -> names of trainable parameters.
 
-    model: a LatentModel or a bare UNet. from_block leaves out so many attention modules, the first in forward
-    order. ValueError for an unknown name, a from_block that does not apply, and an empty selection.
+    model: a LatentModel or a bare UNet. from_block: the first so many attention modules stay frozen.
+    ValueError for an unknown name, from_block with a `tune` that leaves attention out, or an empty selection.
     """
     if tune not in TUNE:
         raise ValueError(f"unknown tune={tune!r}; choose one of {', '.join(TUNE)}, lora:RANK")
@@ -431,8 +430,8 @@ def select_trainable(model, tune="attention", from_block=0):
 def train_only(model, modules):
     """Make the parameters inside `modules` trainable and freeze the others -> names of the trainable ones.
 
-    Weights `without_gradient` stay frozen: DP-SGD would add noise to them and nothing else, and the release
-    would show that noise. ValueError if nothing is left.
+    Weights `without_gradient` stay frozen. DP-SGD would train them on noise alone, and the release would show
+    an attacker that noise. ValueError if nothing is left.
     """
     chosen = {id(p) for module in modules for p in module.parameters()}
     silent = set(without_gradient(model))
@@ -450,13 +449,14 @@ def without_gradient(model):
     They are Q and K of the cross-attention, and the norm before them.
     """
     embedder = getattr(model, "embedder", None)
+    # One token: a class, or text of length 1.
     if not isinstance(embedder, ClassEmbedder) and getattr(embedder, "length", None) != 1:
         return []
     return [n for n, _ in model.named_parameters() if re.search(r"attn2\.to_[qk]\.|blocks\.\d+\.norm2\.", n)]
 
 
-PAPER = {  # the authors' networks; tests/test_unet.py asserts their parameter counts
-    "mnist": UNetConfig(num_heads=4),  # 2 heads in public pre-training, 4 in tuning: the same weights
+PAPER = {  # the authors' networks, with the fields in the order of UNetConfig
+    "mnist": UNetConfig(num_heads=4),  # pre-trained with 2 heads, tuned with 4: the weights' shapes agree
     "cifar10": UNetConfig(3, 3, 128, (1, 2, 2, 4), 2, (1, 2, 4), 8, None, True, 1, 512, False, False),
     "celeba32": UNetConfig(3, 3, 192, (1, 2, 4), 2, (4, 2, 1), 8, 32, False, 1, None, True, True),
     "celeba64": UNetConfig(3, 3, 128, (1, 2, 4), 2, (4, 2, 1), 8, None, False, 1, None, True, True),

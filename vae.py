@@ -3,14 +3,11 @@
 Implements the first stage of *High-Resolution Image Synthesis with Latent Diffusion Models* (Rombach et al.
 2022, section 3.1 and appendix G). An encoder gives a Gaussian posterior q(z|x), and a decoder gives x back.
 The loss is the reconstruction error plus a very small KL term. In DP-LDM (Liu et al. 2024, section 3, step 1)
-the autoencoder is trained on PUBLIC images only and then frozen, so it costs no privacy. The file imports
-nothing of the project.
+the autoencoder is trained on PUBLIC images only and then frozen, so it costs no privacy. The names of
+attributes are those of the original code, whose weights fit. The file imports nothing of the project.
 
-Symbols: x image (N, C, H, W) in [-1, 1] · z latent (N, embed_dim, H/f, W/f), f = 2^(levels-1) · mu, sigma^2
-mean and variance of q(z|x).
-
-The diffusion model sees z * scale with scale = 1 / (standard deviation of the public latents), because its
-noise schedule assumes unit variance (`latent_scale`).
+Symbols: x image (N, C, H, W) in [-1, 1] · z latent (N, embed_dim, H/f, W/f) · f = 2^(levels-1) ·
+mu, sigma^2 mean and variance of q(z|x).
 """
 from dataclasses import dataclass
 
@@ -24,13 +21,13 @@ class VAEConfig:
     """Shape of an autoencoder, field names as in the original code. Defaults: a small one for digits."""
     in_channels: int = 1
     out_ch: int = 1
-    ch: int = 16
-    ch_mult: tuple = (1, 2, 4, 4)  # one entry per level; between two levels the image is halved
-    num_res_blocks: int = 1
-    attn_resolutions: tuple = ()  # image sizes, in pixels, with self-attention
-    resolution: int = 32
-    z_channels: int = 4
-    embed_dim: int = 4
+    ch: int = 16  # width: number of channels before the first level
+    ch_mult: tuple = (1, 2, 4, 4)  # width of each level in units of ch; between two levels the size is halved
+    num_res_blocks: int = 1  # per level of the encoder
+    attn_resolutions: tuple = ()  # sizes, in pixels, of the levels with self-attention
+    resolution: int = 32  # height and width of an image
+    z_channels: int = 4  # width of the decoder's input; the encoder's output has twice as many
+    embed_dim: int = 4  # channels of a latent
     num_groups: int = 8  # of GroupNorm; 32 in the paper's networks
 
 
@@ -61,7 +58,7 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if in_channels != out_channels:
+        if in_channels != out_channels:  # "network in network": a 1x1 convolution
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x):
@@ -71,7 +68,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head self-attention over all pixels, around a residual."""
+    """x + self-attention over all pixels of norm(x), with a single head."""
 
     def __init__(self, channels, groups):
         super().__init__()
@@ -81,7 +78,7 @@ class AttnBlock(nn.Module):
     def forward(self, x):
         h = self.norm(x)
         q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))  # (N, H*W, C)
-        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]  # one head
+        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]  # [:, None]: one head
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
 
 
@@ -121,15 +118,16 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, each with attention behind it if asked for, then the change of size.
+    """The residual blocks at one resolution, with self-attention behind each if `attention` is true.
 
-    Encoder and decoder set `downsample` or `upsample` where the size changes.
+    Encoder and decoder add the attribute `downsample` or `upsample` where the size changes afterwards.
     """
 
     def __init__(self, in_channels, out_channels, num_blocks, attention, groups):
         super().__init__()
         self.block = nn.ModuleList(
             ResnetBlock(out_channels if i else in_channels, out_channels, groups) for i in range(num_blocks))
+        # `attention` is a bool, so the product is num_blocks or 0.
         self.attn = nn.ModuleList(AttnBlock(out_channels, groups) for _ in range(num_blocks * attention))
 
     def forward(self, h):
@@ -145,10 +143,11 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """x (N, in_channels, H, W) -> (N, 2 * z_channels, H/f, W/f), from which comes the posterior."""
+    """x (N, in_channels, H, W) -> (N, 2 * z_channels, H/f, W/f), for mean and log variance of q(z|x)."""
 
     def __init__(self, c):
         super().__init__()
+        # Level i goes from widths[i] to widths[i + 1] channels.
         widths, size = [c.ch * mult for mult in (1, *c.ch_mult)], c.resolution
         self.conv_in = nn.Conv2d(c.in_channels, c.ch, 3, padding=1)
         self.down = nn.ModuleList()
@@ -169,7 +168,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z (N, z_channels, H/f, W/f) -> x (N, out_ch, H, W). A level has one block more than in the encoder."""
+    """z (N, z_channels, H/f, W/f) -> x (N, out_ch, H, W). Levels have one block more than in the encoder."""
 
     def __init__(self, c):
         super().__init__()
@@ -198,7 +197,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Encoder, decoder and the 1x1 convolutions between them. ValueError for an impossible configuration."""
+    """Encoder, decoder and the 1x1 convolutions between them. ValueError for sizes that do not divide."""
 
     def __init__(self, config):
         super().__init__()
@@ -210,8 +209,8 @@ class AutoencoderKL(nn.Module):
         self.encoder, self.decoder = Encoder(c), Decoder(c)
         self.quant_conv = nn.Conv2d(2 * c.z_channels, 2 * c.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(c.embed_dim, c.z_channels, 1)
-        # Begin with a posterior deviation of e^-3. At the usual 1 the decoder would see mostly noise for
-        # hundreds of steps. Not in the original; it helps short runs.
+        # Lower the initial log variance to about -6, a standard deviation of e^-3. At the usual 1 the decoder
+        # sees mostly noise for hundreds of steps. This is not in the original; it shortens training.
         with torch.no_grad():
             self.quant_conv.bias[c.embed_dim:] -= 6.0
 
@@ -232,33 +231,35 @@ class AutoencoderKL(nn.Module):
 
 
 def loss(model, x, kl_weight=1e-6, generator=None, perceptual=None, perceptual_weight=1.0, adversary=None):
-    """Training loss of the first stage (Rombach et al. 2022, appendix G).
+    """Training loss of the first stage (Rombach et al. 2022, appendix G), the mean over the batch.
 
-    Per image: the sum over pixels of |x - decode(z)| with z ~ q(z|x), plus kl_weight * KL. The loss is the
-    mean over the batch. Large images may use two further terms of extensions/perceptual.py: perceptual, a
-    function (x, y) -> (N,), and adversary, a discriminator. Returns three scalars: the loss, with gradient;
-    the mean absolute error per pixel; the mean KL in nats.
+    Per image it is the sum over pixels of |x - decode(z)| with z ~ q(z|x), plus kl_weight * KL. Large images
+    may use two more terms of extensions/perceptual.py: perceptual, a function (x, y) -> (N,), and adversary,
+    an `Adversary`. Returns scalars: the loss, with gradient; the mean absolute error per pixel; the mean KL.
     """
     posterior = model.encode(x)
-    y = model.decode(posterior.sample(generator))
+    y = model.decode(posterior.sample(generator))  # the reconstruction
     error, kl = (x - y).abs(), posterior.kl().mean()
     reconstruction = error.sum(dim=(1, 2, 3)).mean()
-    if perceptual is not None:  # counted once per number of the image, as in the original
+    if perceptual is not None:  # one distance per image, times its C*H*W numbers: on the scale of the sum
         reconstruction = reconstruction + perceptual_weight * x[0].numel() * perceptual(x, y).mean()
     total = reconstruction + kl_weight * kl
-    if adversary is not None:
+    if adversary is not None:  # weighted by comparing the gradients at the decoder's last layer
         total = total + adversary(x, y, reconstruction, model.decoder.conv_out.weight)
     return total, error.mean().detach(), kl.detach()
 
 
 @torch.no_grad()
 def latent_scale(model, x, batch=256):
-    """1 / (standard deviation of all numbers in the latents of x), a float. x: PUBLIC images (pitfall 13)."""
+    """1 / (standard deviation of the latents of PUBLIC images x), a float; of private ones it would leak.
+
+    The diffusion model sees z * scale, because its noise schedule assumes unit variance.
+    """
     z = torch.cat([model.encode(part).mean for part in x.split(batch)])
     return 1.0 / z.double().std().item()
 
 
-PAPER = {  # the authors' networks; tests/test_vae.py asserts their parameter counts
+PAPER = {  # the authors' networks, with the fields in the order of VAEConfig
     "mnist": VAEConfig(3, 3, 128, (1, 2, 3, 5), 2, (32, 16, 8), 32, 3, 3, 32),
     "cifar10": VAEConfig(3, 3, 128, (1, 2), 2, (16, 8), 32, 3, 3, 32),
     "celeba64": VAEConfig(3, 3, 192, (1, 2), 2, (16, 8), 64, 3, 3, 32),

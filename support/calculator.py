@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 import accountant
-from accountant import check, count_steps, ledger_rows, one_kind, renyi, round_up
+from accountant import check, count_steps, one_kind, renyi, round_up
 from extensions import pld
+from support import files
 
 STATED = ("q", "sigma", "steps", "delta", "epsilon")  # numbers of a privacy.json
 
@@ -47,7 +48,7 @@ def _read_run(path):
         raise ValueError("neither internal/ledger.jsonl nor release/privacy.json is there")
     notes, counts = [], Counter()
     if ledger.exists():
-        rows = ledger_rows(ledger.read_bytes().decode(errors="replace"), planned)
+        rows = files.ledger_rows(ledger.read_bytes().decode(errors="replace"), planned)
         counts = Counter(count_steps(rows))
     if stated:
         check(privacy["q"], privacy["sigma"], privacy["steps"], privacy.get("delta", 0.5))

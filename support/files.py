@@ -206,7 +206,7 @@ def append_row(row, path):
 
 
 def read_ledger(path):
-    """Text of the ledger, "" if there is none, for accountant.ledger_rows. A torn line stays where it is, as
+    """Text of the ledger, "" if there is none, for `ledger_rows`. A torn line stays where it is, as
     a step that was spent; only its line end is added, so that the next row stands on a line of its own."""
     if not Path(path).exists():
         return ""
@@ -230,3 +230,36 @@ def plain(value):
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def ledger_rows(text, *known):
+    """Text of a ledger, one JSON row per line -> list of rows. A crash may have left a torn line.
+
+    Every row begun on a torn line was spent, so each counts as one step. It gets the largest q and the
+    smallest sigma of all complete rows and of `known` (dicts with q and sigma, as a plan). ValueError if a
+    line is torn and nothing tells q and sigma.
+    """
+    def complete(row):  # a dict with usable numbers q and sigma; "" stands for what is no number
+        q, sigma = (row.get(key) for key in ("q", "sigma")) if isinstance(row, dict) else ("", "")
+        return all(type(x) in (int, float) for x in (q, sigma)) and 0 <= q <= 1 and 0 <= sigma < math.inf
+
+    def read(line):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            return None
+        return row if complete(row) else None
+
+    lines = text.removesuffix("\n").split("\n") if text else []
+    rows = [read(line) for line in lines]
+    if None in rows:
+        whole = [row for row in (*rows, *known) if complete(row)]
+        if not whole:
+            raise ValueError(f"row {rows.index(None) + 1} of the ledger is damaged, and no other row or plan "
+                             "tells its q and sigma")
+        worst = {"q": max(row["q"] for row in whole), "sigma": min(row["sigma"] for row in whole)}
+        # Several rows may have run into one torn line: each "{" begins one.
+        more = sum(max(0, line.count("{") - 1) for line, row in zip(lines, rows, strict=True) if row is None)
+        rows = [{**worst, "torn": True} if row is None else row for row in rows]
+        rows += more * [{**worst, "torn": True}]
+    return rows

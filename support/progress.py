@@ -100,7 +100,7 @@ class Private:
         self.s, self.plan, self.engine, self.average = s, plan, engine, average
         self.optimizer, self.stop = optimizer, stop
         self.folder = s.out / "internal"
-        self.rows = accountant.ledger_rows(files.read_ledger(self.folder / "ledger.jsonl"), plan)
+        self.rows = files.ledger_rows(files.read_ledger(self.folder / "ledger.jsonl"), plan)
         self.done = resume(self.folder / "state.pt", engine, average, optimizer)
         self.covered = len(self.rows)  # the bar shows epsilon of so many steps
         self.epsilon = epsilon_after(s, plan, self.covered)

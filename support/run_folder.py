@@ -20,7 +20,6 @@ import time
 
 import torch
 
-import accountant
 import datasets
 from support import checkpoints, files
 from support.files import plain
@@ -166,7 +165,7 @@ def check_spent(out, plan):
     release.
     """
     internal, release = out / "internal", out / "release"
-    spent = len(accountant.ledger_rows(files.read_ledger(internal / "ledger.jsonl"), plan))
+    spent = len(files.ledger_rows(files.read_ledger(internal / "ledger.jsonl"), plan))
     done = 0
     if (internal / "state.pt").exists():
         state = files.load(internal / "state.pt")

@@ -621,7 +621,7 @@ def test_a_damaged_ledger_is_read_alike_by_resume_and_calculator(text, known, ex
     if known:
         (tmp_path / "internal" / "plan.json").write_text(json.dumps(known[0]))
     for reader in (lambda: calculator.read_run(tmp_path)[0],
-                   lambda: accountant.count_steps(accountant.ledger_rows(files.read_ledger(ledger), *known)),
+                   lambda: accountant.count_steps(files.ledger_rows(files.read_ledger(ledger), *known)),
                    # again, after resume has added a missing line end
                    lambda: calculator.read_run(tmp_path)[0]):
         if expected is None:

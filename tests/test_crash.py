@@ -60,7 +60,7 @@ def ledger(out):
 
 def check_whole(out, spent):
     """What must hold at any moment. spent: how often noise was ever added."""
-    rows = accountant.ledger_rows(ledger(out).decode(),
+    rows = files.ledger_rows(ledger(out).decode(),
                                   files.read_json(out / "internal" / "plan.json")) if ledger(out) else []
     assert len(rows) >= spent
     if (out / "internal" / "state.pt").exists():
@@ -75,7 +75,7 @@ def check_finished(out, steps):
     counted, _ = calculator.read_run(out)
     assert sum(counted.values()) == privacy["steps"] == steps
     plan = files.read_json(out / "internal" / "plan.json")
-    rows = accountant.ledger_rows(ledger(out).decode(), plan)
+    rows = files.ledger_rows(ledger(out).decode(), plan)
     assert accountant.epsilon_of_ledger(rows, 1e-5) <= privacy["epsilon"] <= plan["epsilon"] <= 10
     assert sample.generate(sample.load_release(out), [1], steps=1, progress=False).shape == (1, 1, 28, 28)
     assert not list(out.rglob("*.tmp"))

@@ -280,7 +280,7 @@ def read_json_files(place):
 def read_ledger(place):
     counted, _ = calculator.read_run(place)
     assert sum(counted.values()) >= 1
-    rows = accountant.ledger_rows(files.read_ledger(place / "internal" / "ledger.jsonl"), PLAN)
+    rows = files.ledger_rows(files.read_ledger(place / "internal" / "ledger.jsonl"), PLAN)
     # at least the rows; the statement may know of more steps
     assert all(counted[step] >= count for step, count in accountant.count_steps(rows).items())
 
