@@ -16,7 +16,6 @@ import numpy as np
 import accountant
 from accountant import check, count_steps, one_kind, renyi, round_up
 from extensions import pld
-from support import files
 
 STATED = ("q", "sigma", "steps", "delta", "epsilon")  # numbers of a privacy.json
 
