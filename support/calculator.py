@@ -16,6 +16,7 @@ import numpy as np
 import accountant
 from accountant import check, count_steps, one_kind, renyi, round_up
 from extensions import pld
+from support import files
 
 STATED = ("q", "sigma", "steps", "delta", "epsilon")  # numbers of a privacy.json
 
@@ -40,8 +41,8 @@ def read_run(path):
 
 def _read_run(path):
     ledger, internal = path / "internal" / "ledger.jsonl", path / "internal"
-    files = (path / "release" / "privacy.json", internal / "plan.json", internal / "settings.json")
-    stated, planned, chosen = (json.loads(file.read_bytes()) if file.exists() else {} for file in files)
+    places = (path / "release" / "privacy.json", internal / "plan.json", internal / "settings.json")
+    stated, planned, chosen = (json.loads(file.read_bytes()) if file.exists() else {} for file in places)
     privacy = {key: float(stated[key]) for key in STATED if key in stated}
     if not ledger.exists() and not stated:
         raise ValueError("neither internal/ledger.jsonl nor release/privacy.json is there")
