@@ -21,6 +21,8 @@ Metrics on held-out images are NOT covered by epsilon, hence internal/. Publish 
 public anyway, as MNIST's are. The Frechet distance is no "FID": its features come from a small CNN trained on
 PUBLIC images, not from Inception. So it compares runs of this project only.
 """
+from support import threads  # noqa: F401, I001 (first: before torch)
+
 import hashlib
 import math
 import time

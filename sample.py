@@ -8,6 +8,8 @@ trained with differential privacy. So epsilon stays as it is, however many image
     python sample.py runs/digits --n 60000 --npz synthetic.npz
     python sample.py runs/faces --prompt "a smiling young woman with eyeglasses" --n 16 --guidance 2
 """
+from support import threads  # noqa: F401, I001 (first: before torch)
+
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -37,6 +37,7 @@ RUNS = {  # name: (label, flags of train.py, run folder)
     **both("fashion8", "Fashion-MNIST, public MNIST, latents 8x8x4", "--preset fashion-8x8",
            "runs/fashion-8x8"),
     **both("photos8", "Fashion-MNIST, public photographs in grey, latents 8x8x4", PHOTOS8, "runs/photos-8x8"),
+    **both("garments", "Fashion-MNIST, drawn garments, latents 4x4x16", "--preset garments", "runs/garments"),
     "photos8-all": again("Fashion-MNIST, public photographs in grey, latents 8x8x4, all parameters",
                          f"{PHOTOS8} --tune all",
                          "runs/photos-8x8", "all"),

@@ -3,3 +3,4 @@
 Method files at the top level do not need it, but for names in their registries. Plumbing belongs into
 support/.
 """
+from support import threads  # noqa: F401 (before torch)

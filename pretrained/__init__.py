@@ -3,3 +3,4 @@ pretrained/NAME`.
 
 Here belong networks of drawn images only. Not here: releases, and anything tuned on private images.
 """
+from support import threads  # noqa: F401 (before torch)
