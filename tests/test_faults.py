@@ -717,7 +717,7 @@ def test_the_limit_of_an_autoencoder_is_measured_on_own_sets(monkeypatch, capsys
     )
     name = f"npz:{tmp_path / 'own.npz'}"
     monkeypatch.setattr(autoencoder_limit.sample, "load_release", lambda run: release)
-    monkeypatch.setattr(autoencoder_limit.evaluate, "sources", lambda release, run: [name, name])
+    monkeypatch.setattr(autoencoder_limit.scored, "sources", lambda release, run: [name, name])
     asked = []
 
     def stop(folder, public, *args):
