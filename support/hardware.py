@@ -35,7 +35,7 @@ def bf16_wins(device):
                 break
         return min(times)
     plain = seconds(torch.float32)
-    # Emulated bfloat16 takes a hundred times as long: once is enough. A GPU's first call is slow whatever it can.
+    # Emulated bfloat16 takes a hundred times as long: once is enough. Any GPU's first call is slow.
     return seconds(torch.bfloat16, 20 * plain if "cpu" in str(device) else 0.0) < 0.8 * plain
 
 
