@@ -37,7 +37,8 @@ import torchvision
 from extensions import captions
 from support import files
 
-from . import arrays, garments, photos, pixels, portraits, strokes  # noqa: F401 (their loaders enter the registry)
+# Their loaders enter the registry.
+from . import arrays, garments, photos, pixels, portraits, strokes  # noqa: F401
 from .registry import REGISTRY, DataError, ImageSet, Request, kind_of, numbered, parts
 
 __all__ = ["REGISTRY", "DataError", "ImageSet", "kind_of", "load", "describe", "digests", "same_images", "enlarged",

@@ -11,8 +11,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs" / "exercises.md").read_text()
 EDITS = re.findall(r"    (python train\.py [^\n]+)\n\n```diff\n(.*?)```", TEXT, re.DOTALL)
-TINY = ("--vae-steps 1 --ldm-steps 1 --public-n 80 --private-n 200 --batch-size 20 --steps 2 --delta 1e-3 "
-        "--sample-steps 1 --device cpu --precision float32 --out runs/edit").split()
+TINY = [
+    "--vae-steps", "1", "--ldm-steps", "1", "--public-n", "80", "--private-n", "200", "--batch-size", "20",
+    "--steps", "2", "--delta", "1e-3", "--sample-steps", "1", "--device", "cpu", "--precision", "float32",
+    "--out", "runs/edit"
+]
 
 
 def test_there_are_five_of_at_most_fifteen_lines():
@@ -24,12 +27,16 @@ def test_there_are_five_of_at_most_fifteen_lines():
 
 @pytest.mark.parametrize("command, patch", EDITS, ids=["modules", "clipping", "data", "denoiser", "accountant"])
 def test_an_edit_applies_and_runs(command, patch, tmp_path):
-    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "tests", "docs", "bench", "__pycache__", ".*_cache")
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv", "runs", "tests", "docs", "bench", "__pycache__", ".*_cache"
+    )
     copy = Path(shutil.copytree(ROOT, tmp_path / "copy", ignore=ignored))
     subprocess.run(["git", "apply", "-p0", "-"], input=patch, text=True, cwd=copy, check=True)
     _, *words = command.split()
     accountant = [] if "--accountant" in words else ["--accountant", "rdp"]  # faster
-    done = subprocess.run([sys.executable, *words, *TINY, *accountant], cwd=copy, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *words, *TINY, *accountant], cwd=copy, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     privacy = json.loads((copy / "runs" / "edit" / "release" / "privacy.json").read_text())
     assert privacy["steps"] == 2 and 9 < privacy["epsilon"] <= 10
@@ -40,7 +47,10 @@ def test_the_accountant_of_the_edit_never_states_less_than_the_tight_one(tmp_pat
     import accountant
     namespace = {**vars(accountant), "ACCOUNTANTS": {}}
     patch = next(patch for command, patch in EDITS if "moments" in command)
-    exec("\n".join(line[1:] for line in patch.splitlines() if line.startswith("+") and line[:3] != "+++"), namespace)
+    exec(
+        "\n".join(line[1:] for line in patch.splitlines() if line.startswith("+") and line[:3] != "+++"),
+        namespace,
+    )
     for q, sigma, steps in ((0.5, 1.5, 30), (0.01, 0.8, 500), (1.0, 4.0, 10)):
         counted = {(q, sigma): steps}
         found = namespace["moments"](counted, 1e-5)
