@@ -39,6 +39,7 @@ from support.hardware import autocast, select
 from support.release import write_release
 from support.settings import GRADIENTS
 from support.team import rank, share
+from support.watch import watcher
 
 # ------------------------------------------------------------------------------------------ the public stages
 
@@ -197,7 +198,7 @@ def randomness(s):
     return Randomness(sampling, noise, draws)
 
 
-def tune_privately(s, model, latents, labels, plan, stop):
+def tune_privately(s, model, latents, labels, plan, stop, watch=None):
     """Stage 3, Algorithm 1 of the paper: DP-SGD on the trainable parameters of `model` -> ledger rows.
 
     latents (n, F, C, h, w) of the private images; labels: n conditions or None. With several processes, both
@@ -235,6 +236,8 @@ def tune_privately(s, model, latents, labels, plan, stop):
         team.broadcast(engine.parameters)
         # From here on everything is post-processing.
         state.keep(step)
+        if watch:
+            watch(step)
 
     torch._foreach_copy_([p.data for p in engine.parameters], average)
     return state.rows
@@ -276,7 +279,8 @@ def main(argv=None):
     if plan["steps"]:
         run.check_unchanged(plan, names, private)
         seen = inputs(s, autoencoder, scale, private, ldm_checkpoint["embedder"])
-        rows = tune_privately(s, model, *seen, plan, run.stop)
+        watch = watcher(s, plan, model, autoencoder, scale, private, ldm_checkpoint["embedder"])
+        rows = tune_privately(s, model, *seen, plan, run.stop, watch)
 
     # ---- release: post-processing, by one process
     if team.dismissed():

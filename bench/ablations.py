@@ -1,7 +1,9 @@
-"""One row per choice of the method, each under 15 minutes on two cores: `python -m bench.ablations NAME`. See `bench.runs`.
+"""One row per choice of the method, each under 15 minutes on two cores: `python -m bench.ablations NAME`. See
+`bench.runs`.
 
-All rows reuse the public stages of the default run (`python train.py` first) and change one thing of its private stage: what
-is tuned (the paper's claim), the privacy level, or the recipe. Attention at epsilon 1 and `--tune all` are `bench.digits`'s.
+All rows reuse the public stages of the default run (`python train.py` first) and change one thing of its
+private stage: what is tuned (the paper's claim), the privacy level, or the recipe. Attention at epsilon 1 and
+`--tune all` are `bench.digits`'s.
 """
 from bench.digits import BASE, again
 from bench.runs import Row, main
@@ -33,7 +35,8 @@ SAMPLING = {  # post-processing: the default run, sampled otherwise
 }
 
 ROWS = {name: again(label, name, flags) for name, (label, flags) in TUNED.items()}
-ROWS |= {f"{name}-eps1": again(label, f"{name}-eps1", f"{flags} --epsilon 1 --lr 2e-3") for name, (label, flags) in TUNED.items()}
+ROWS |= {f"{name}-eps1": again(label, f"{name}-eps1", f"{flags} --epsilon 1 --lr 2e-3") for name,
+         (label, flags) in TUNED.items()}
 ROWS |= {"all-eps1": again("all parameters", "all-eps1", "--tune all --epsilon 1 --lr 2e-3")}
 ROWS |= {name: again(label, name, flags) for name, (label, flags) in RECIPE.items()}
 ROWS |= {name: Row(label, None, BASE, f"{flags} --out {BASE}/internal/{name}.json".strip())

@@ -1,7 +1,9 @@
-"""Time and accuracy of the accountant, the table of docs/speed.md: OMP_NUM_THREADS=1 python -m bench.accountant  (about 10 s)
+"""Time and accuracy of the accountant, the table of docs/speed.md: OMP_NUM_THREADS=1 python -m
+bench.accountant  (about 10 s)
 
-Measured elsewhere, on other machines, for one epsilon at (q 0.0333, sigma 1.5, 6000 steps): Opacus RDP 0.011 s,
-dp_accounting RDP 0.020 s, dp_accounting PLD 0.33 s (interval 1e-4), Opacus PRV 0.42 s.  Magnitudes, not digits.
+Measured elsewhere, on other machines, for one epsilon at (q 0.0333, sigma 1.5, 6000 steps): Opacus RDP 0.011
+s, dp_accounting RDP 0.020 s, dp_accounting PLD 0.33 s (interval 1e-4), Opacus PRV 0.42 s.  Magnitudes, not
+digits.
 """
 
 import time
@@ -36,12 +38,14 @@ def timed(call):
 
 
 def main():
-    print("     q sigma   steps delta |  RDP eps      s |  PLD eps      s     gap  above exact | noise PLD saves")
+    print("     q sigma   steps delta |  RDP eps      s |  PLD eps      s     gap  above exact | noise PLD "
+          "saves")
     for q, sigma, steps, delta, exact in CASES:
         by_rdp, rdp_time = timed(lambda a=(q, sigma, steps, delta): accountant.epsilon(*a))
         (lower, upper), pld_time = timed(lambda a=(q, sigma, steps, delta): pld.pld_epsilon(*a))
         gap, above = (upper - lower) / upper, "-" if exact is None else f"{upper / exact - 1:.1e}"
-        saved = 1 - sigma / accountant.noise_multiplier(upper, delta, q, steps)  # RDP's sigma for the same epsilon
+        # RDP's sigma for the same epsilon
+        saved = 1 - sigma / accountant.noise_multiplier(upper, delta, q, steps)
         case = f"{q:6.4g} {sigma:5.3g} {steps:7d} {delta:5.0e}"
         by_pld = f"{upper:8.5f} {pld_time:6.3f} {gap:7.1e} {above:>12}"
         print(f"{case} | {by_rdp:8.5f} {rdp_time:6.3f} | {by_pld} | {saved:15.1%}")

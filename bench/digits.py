@@ -1,4 +1,5 @@
-"""The table `digits` of docs/results.md: the default run, its privacy levels and what it is compared with. See `bench.runs`.
+"""The table `digits` of docs/results.md: the default run, its privacy levels and what it is compared with.
+See `bench.runs`.
 
 All rows but `letters`, whose public set is another, share the public stages of the first (`--init`).
 """
@@ -19,7 +20,8 @@ ROWS = {
     "eps3": again("attention, epsilon 3", "eps3", "--epsilon 3"),
     "inf": again("attention, no noise (not private)", "inf", "--epsilon inf"),
     "all": again("all parameters, epsilon 10", "all", "--tune all"),
-    "letters": Row("attention, epsilon 10, public letters only", f"--public-classes letters --out {BASE}-letters",
+    "letters": Row("attention, epsilon 10, public letters only",
+                   f"--public-classes letters --out {BASE}-letters",
                    f"{BASE}-letters"),
 }
 

@@ -1,4 +1,5 @@
-"""Real faces at 32x32: `python -m bench.faces`. See `bench.runs`. Needs the sets faces and public32 in the data root.
+"""Real faces at 32x32: `python -m bench.faces`. See `bench.runs`. Needs the sets faces and public32 in the
+data root.
 
 The first row trains the public stages that the others reuse; the text rows reuse its autoencoder only.
 """
@@ -18,7 +19,8 @@ ROWS = {
     "eps1": again("class, epsilon 1", "eps1", "--epsilon 1 --lr 2e-3"),
     "inf": again("class, no noise (not private)", "inf", "--epsilon inf"),
     "text": again("text, epsilon 10", "text", "--condition text --ldm-steps 1500"),
-    "text-eps1": again("text, epsilon 1", "text-eps1", "--condition text --epsilon 1 --lr 2e-3", f"{BASE}-text"),
+    "text-eps1": again("text, epsilon 1", "text-eps1", "--condition text --epsilon 1 --lr 2e-3",
+                       f"{BASE}-text"),
     "64": Row("class, 64 x 64 pixels, epsilon 10",
               "--preset faces --size 64 --vae-batch 16 --vae-steps 1500 --ldm-batch 64 --ldm-steps 1500 "
               f"--out {BASE}-64", f"{BASE}-64", SCORE),

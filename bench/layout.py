@@ -1,9 +1,10 @@
-"""Precision and memory layout, measured for each network at its own size: `python -m bench.layout [PRESET ...]`.
+"""Precision and memory layout, measured for each network at its own size: `python -m bench.layout [PRESET
+...]`.
 
-Examples per second of a training step of the autoencoder and of the UNet, of a private step (attention tuned, book-keeping)
-and of one evaluation while sampling; float32 and bfloat16 autocast, images contiguous and channels-last. All of a row in one
-run; the four ways take turns, and the best of the rounds counts. It is why `sample.laid_out` and `sample.bf16_wins` are what
-they are.
+Examples per second of a training step of the autoencoder and of the UNet, of a private step (attention tuned,
+book-keeping) and of one evaluation while sampling; float32 and bfloat16 autocast, images contiguous and
+channels-last. All of a row in one run; the four ways take turns, and the best of the rounds counts. It is why
+`sample.laid_out` and `sample.bf16_wins` are what they are.
 
     OMP_NUM_THREADS=1 python -m bench.layout digits mnist-strokes faces
 """
@@ -36,7 +37,8 @@ def unet_steps(s, layout, n=256):
     batch = diffusion.draw(torch.randn(n, *shape), torch.arange(n) % 10, 1, None, s["schedule"])
 
     def make(tune):
-        model = unet.LatentModel(unet.UNet(s["unet"]), checkpoints.build_embedder(entry)).to(memory_format=layout)
+        model = unet.LatentModel(unet.UNet(s["unet"]),
+                                 checkpoints.build_embedder(entry)).to(memory_format=layout)
         unet.select_trainable(model, tune)
         return model
 
@@ -59,9 +61,11 @@ def main():
     presets = parser.parse_args().presets
     if unknown := [name for name in presets if name not in presets.PRESETS]:
         parser.error(f"no preset {unknown[0]!r}; choose among {', '.join(presets.PRESETS)}")
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter  # alone on a core, whatever else runs
+    # alone on a core, whatever else runs
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s); examples/s\n")
-    print("| preset | step | float32 | float32, channels-last | bf16 | bf16, channels-last |\n|---|---|---|---|---|---|")
+    print("| preset | step | float32 | float32, channels-last | bf16 | bf16, channels-last "
+          "|\n|---|---|---|---|---|---|")
     for name in presets:
         s = {**presets.DIGITS, **presets.PRESETS[name]}
         for build in (autoencoder_steps, unet_steps):
@@ -74,7 +78,8 @@ def main():
                         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                             steps[step]()
                         best[i] = min(best[i], clock() - begin)
-                print(f"| {name} | {step} | " + " | ".join(f"{made[0][1][0] / b:,.0f}" for b in best) + " |", flush=True)
+                print(f"| {name} | {step} | " + " | ".join(f"{made[0][1][0] / b:,.0f}" for b in best) + " |",
+                      flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""What cryptographic noise costs: CPU time per step to draw the noise and add it, for a number of tuned parameters.
+"""What cryptographic noise costs: CPU time per step to draw the noise and add it, for a number of tuned
+parameters.
 
     python -m bench.noise [--parameters 401248] [--rounds 7]
 
-One step draws one normal per tuned parameter, whatever the batch size; 401,248 is the default run's. Process CPU time,
-median over the rounds after the first, the two generators taking turns; the Poisson draw for 8,000 pictures is timed as well.
+One step draws one normal per tuned parameter, whatever the batch size; 401,248 is the default run's. Process
+CPU time, median over the rounds after the first, the two generators taking turns; the Poisson draw for 8,000
+pictures is timed as well.
 """
 import argparse
 import statistics
@@ -17,14 +19,16 @@ from support import run_folder
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Cost of the secure noise generator per private step.")
-    parser.add_argument("--parameters", type=int, default=401_248, help="tuned parameters [401,248, the default run]")
+    parser.add_argument("--parameters", type=int, default=401_248,
+                        help="tuned parameters [401,248, the default run]")
     parser.add_argument("--rounds", type=int, default=7, help="repeats, of which the median counts [7]")
     args = parser.parse_args(argv)
     if args.parameters < 1 or args.rounds < 1:
         raise ValueError("--parameters and --rounds must be at least 1")
     sums = [torch.zeros(args.parameters)]
     generators = {"secure": dp_sgd.SecureGenerator(), "fast": dp_sgd.fresh_generator()}
-    work = {"noise": lambda g: dp_sgd.privatise(sums, 0.1, 1.5, 4000, g), "sample": lambda g: dp_sgd.poisson_sample(8000, 0.5, g)}
+    work = {"noise": lambda g: dp_sgd.privatise(sums, 0.1, 1.5, 4000, g),
+            "sample": lambda g: dp_sgd.poisson_sample(8000, 0.5, g)}
     seconds = {(name, what): [] for name in generators for what in work}
     for _ in range(args.rounds + 1):
         for (name, what), times in seconds.items():

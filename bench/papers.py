@@ -1,12 +1,15 @@
-"""Rows on the full data sets, to stand beside the paper's numbers: `python -m bench.papers`. See `bench.runs`.
+"""Rows on the full data sets, to stand beside the paper's numbers: `python -m bench.papers`. See
+`bench.runs`.
 
-Need the data root (--data-root or DPLDM_DATA); rows eps1 reuse the public stages of rows eps10. Each run is scored with
-several sampling seeds.
+Need the data root (--data-root or DPLDM_DATA); rows eps1 reuse the public stages of rows eps10. Each run is
+scored with several sampling seeds.
 """
 from bench.runs import Row, main
 
-EPS1 = "--epsilon 1 --batch-size 10000 --steps 30 --lr 5e-3 --ema 0.9"  # as much noise per step as the default run has at 10
-PHOTOS = "--preset fashion --public public32 --vae-steps 6000"  # 1,500 lose more of a garment (docs/lab-notebook.md)
+# as much noise per step as the default run has at 10
+EPS1 = "--epsilon 1 --batch-size 10000 --steps 30 --lr 5e-3 --ema 0.9"
+# 1,500 lose more of a garment (docs/lab-notebook.md)
+PHOTOS = "--preset fashion --public public32 --vae-steps 6000"
 PHOTOS8 = "--preset fashion-8x8 --public public32"
 
 
@@ -17,28 +20,34 @@ def again(label, flags, base, name):
 
 def both(name, label, flags, out):
     """The rows of one pair of sets: all stages at epsilon 10, and the private stage anew at epsilon 1."""
-    return {f"{name}-eps10": (label, flags, out), f"{name}-eps1": again(label, f"{flags} {EPS1}", out, "eps1")}
+    return {f"{name}-eps10": (label, flags, out),
+            f"{name}-eps1": again(label, f"{flags} {EPS1}", out, "eps1")}
 
 
 RUNS = {  # name: (label, flags of train.py, run folder)
     **both("mnist", "MNIST, public strokes", "--preset mnist-strokes", "runs/mnist-strokes"),
-    "mnist-public": again("MNIST, public strokes, before tuning", "--preset mnist-strokes --steps 0", "runs/mnist-strokes",
+    "mnist-public": again("MNIST, public strokes, before tuning", "--preset mnist-strokes --steps 0",
+                          "runs/mnist-strokes",
                           "public"),
     **both("letters", "MNIST, public stroke letters", "--preset mnist-letters", "runs/mnist-letters"),
     **both("fashion", "Fashion-MNIST, public MNIST", "--preset fashion", "runs/fashion"),
     **both("photos", "Fashion-MNIST, public photographs in grey", PHOTOS, "runs/fashion-photos"),
     "photos-all": again("Fashion-MNIST, public photographs in grey, all parameters", f"{PHOTOS} --tune all",
                         "runs/fashion-photos", "all"),
-    **both("fashion8", "Fashion-MNIST, public MNIST, latents 8x8x4", "--preset fashion-8x8", "runs/fashion-8x8"),
+    **both("fashion8", "Fashion-MNIST, public MNIST, latents 8x8x4", "--preset fashion-8x8",
+           "runs/fashion-8x8"),
     **both("photos8", "Fashion-MNIST, public photographs in grey, latents 8x8x4", PHOTOS8, "runs/photos-8x8"),
-    "photos8-all": again("Fashion-MNIST, public photographs in grey, latents 8x8x4, all parameters", f"{PHOTOS8} --tune all",
+    "photos8-all": again("Fashion-MNIST, public photographs in grey, latents 8x8x4, all parameters",
+                         f"{PHOTOS8} --tune all",
                          "runs/photos-8x8", "all"),
 }
-# 200 steps with eta 1 would take thirteen times as long; 15 do as well as 30 (rows steps15 and steps30 of bench.ablations).
+# 200 steps with eta 1 would take thirteen times as long; 15 do as well as 30 (rows steps15 and steps30 of
+# bench.ablations).
 SCORE = "--protocol table --steps 15 --eta 0 --classifiers cnn"
 ROWS = {name: Row(label, f"{flags} --out {out}", out, SCORE) for name, (label, flags, out) in RUNS.items()}
 ROWS |= {f"{name}-seed{seed}": Row(row.label, None, row.out,
-                                   f"{SCORE} --seed {seed} --no-distance --out {row.out}/internal/seed{seed}.json")
+                                   f"{SCORE} --seed {seed} --no-distance --out "
+                                   f"{row.out}/internal/seed{seed}.json")
          for name, row in list(ROWS.items()) for seed in (1, 2)}
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""A pretend-private set on which recipes are chosen without spending anyone's privacy: stroke digits in another hand.
+"""A pretend-private set on which recipes are chosen without spending anyone's privacy: stroke digits in
+another hand.
 
     python -m bench.pretend FILE.npz     60,000 and a tenth more, for --private npz:FILE.npz
 
-The other hand: each picture is bent by a smooth random field, leant by a further slant, and its pen made bolder or
-finer. A CNN that learned plain strokes reads about as many of these as of real digits (printed), so that the step from
-public to pretend-private is about as wide as that from strokes to MNIST. No real picture is used for them.
+The other hand: each picture is bent by a smooth random field, leant by a further slant, and its pen made
+bolder or finer. A CNN that learned plain strokes reads about as many of these as of real digits (printed), so
+that the step from public to pretend-private is about as wide as that from strokes to MNIST. No real picture
+is used for them.
 """
 import sys
 from pathlib import Path
@@ -32,10 +34,12 @@ def rewrite(images, generator):
     finer = -F.max_pool2d(-x, 3, 1, 1)
     pen = 0.5 * normal(1, 1, 1)
     x = torch.where(pen > 0, x.lerp(bolder, pen.clamp(0, 1)), x.lerp(finer, (-pen).clamp(0, 0.5)))
-    bend = F.interpolate(normal(2, 4, 4) * 0.06, size=28, mode="bicubic", align_corners=True)  # in half pictures
+    # in half pictures
+    bend = F.interpolate(normal(2, 4, 4) * 0.06, size=28, mode="bicubic", align_corners=True)
     slant, angle, size = 0.15 * normal(1), 0.08 * normal(1), (0.06 * normal(2)).exp()
     zero = torch.zeros(n, 1)
-    matrix = torch.stack([torch.cat([size[:, :1], slant + angle, zero], 1), torch.cat([-angle, size[:, 1:], zero], 1)], 1)
+    matrix = torch.stack([torch.cat([size[:, :1], slant + angle, zero], 1),
+                          torch.cat([-angle, size[:, 1:], zero], 1)], 1)
     grid = F.affine_grid(matrix, x.shape, align_corners=False) + bend.permute(0, 2, 3, 1)
     return pixels.to_uint8(2 * F.grid_sample(x, grid, align_corners=False) - 1)
 
@@ -57,7 +61,8 @@ def main():
     share = evaluate.accuracy(reader, images[:10_000], labels[:10_000])
     real = datasets.load("mnist10k", "test", size=28)
     digits = evaluate.accuracy(reader, real.images, real.labels)
-    print(f"{path}: a CNN trained on 10,000 plain strokes reads {share:.2%} of 10,000 of them, {digits:.2%} of {len(real):,} "
+    print(f"{path}: a CNN trained on 10,000 plain strokes reads {share:.2%} of 10,000 of them, {digits:.2%} "
+          f"of {len(real):,} "
           "held-out MNIST digits")
 
 

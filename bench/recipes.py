@@ -1,8 +1,9 @@
-"""The recipe, by measurement on a pretend-private set (`bench.pretend`): `python -m bench.recipes`. See `bench.runs`.
+"""The recipe, by measurement on a pretend-private set (`bench.pretend`): `python -m bench.recipes`. See
+`bench.runs`.
 
-Stroke digits in another hand take the place of MNIST, so nobody's privacy pays for the search: 8,000 of them with the default
-recipe and one change, at equal numbers of images seen unless the row says otherwise. The rows of CHANGES reuse the public
-stages of `python train.py`; first: python -m bench.pretend runs/pretend.npz
+Stroke digits in another hand take the place of MNIST, so nobody's privacy pays for the search: 8,000 of them
+with the default recipe and one change, at equal numbers of images seen unless the row says otherwise. The
+rows of CHANGES reuse the public stages of `python train.py`; first: python -m bench.pretend runs/pretend.npz
 """
 from bench.runs import Row, main
 

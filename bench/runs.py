@@ -1,8 +1,9 @@
-"""Measured training runs: a row of a table of docs/results.md is a train command and an evaluate command, run and written down.
+"""Measured training runs: a row of a table of docs/results.md is a train command and an evaluate command, run
+and written down.
 
-Used by `bench.digits`, `bench.papers` and `bench.ablations`, which only list rows. Each run adds one JSON line to
-bench/results.jsonl: commands, commit, date, seconds, threads, privacy statement, all metrics with their protocol.
-`python -m bench.tables --write` turns the lines into the tables, so that no number is typed.
+Used by `bench.digits`, `bench.papers` and `bench.ablations`, which only list rows. Each run adds one JSON
+line to bench/results.jsonl: commands, commit, date, seconds, threads, privacy statement, all metrics with
+their protocol. `python -m bench.tables --write` turns the lines into the tables, so that no number is typed.
 
     python -m bench.NAME            all rows of that table that results.jsonl does not have yet
     python -m bench.NAME ROW ...    some rows, anew
@@ -27,7 +28,9 @@ RESULTS = Path(__file__).with_name("results.jsonl")
 
 
 class Row(NamedTuple):
-    """label in the table; flags of train.py ("" for a row that only evaluates `out` again); run folder; flags of evaluate.py."""
+    """label in the table; flags of train.py ("" for a row that only evaluates `out` again); run folder; flags
+    of evaluate.py.
+    """
 
     label: str
     train: str
@@ -36,20 +39,25 @@ class Row(NamedTuple):
 
 
 def commands(row):
-    """The commands of a row as a user would type them: [train, evaluate], or [evaluate] for a run that another row made."""
+    """The commands of a row as a user would type them: [train, evaluate], or [evaluate] for a run that
+    another row made.
+    """
     evaluate = f"python evaluate.py {row.out} {row.evaluate}".strip()
     train = f"python train.py {row.train}".strip()
     return [evaluate] if row.train is None else [train, evaluate]
 
 
 def measure(table, name, row):
-    """Run a row's commands from the beginning and append the line. Raises CalledProcessError if a command fails."""
+    """Run a row's commands from the beginning and append the line. Raises CalledProcessError if a command
+    fails.
+    """
     out, seconds = Path(row.out), {}
     evaluation = Path(row.evaluate.partition("--out ")[2] or out / "internal" / "evaluation.json")
     for command in commands(row):
         training = command.startswith("python train.py")
         if training and out.exists():  # its ledger may be somebody's only record of what was spent
-            old = next(p for p in (out.with_name(f"{out.name}.old{i}") for i in itertools.count(1)) if not p.exists())
+            old = next(p for p in (out.with_name(f"{out.name}.old{i}") for i in itertools.count(1))
+                       if not p.exists())
             print(f"{out} exists and is kept as {out.rename(old)}", flush=True)
         print(f"$ {command}", flush=True)
         begin = time.monotonic()
@@ -67,7 +75,9 @@ def measure(table, name, row):
 
 
 def cpu():
-    """What the processor can do that matters here, e.g. "AMD EPYC, avx512_bf16"; its bare name where that cannot be read."""
+    """What the processor can do that matters here, e.g. "AMD EPYC, avx512_bf16"; its bare name where that
+    cannot be read.
+    """
     try:
         first = Path("/proc/cpuinfo").read_text().replace("\t", "").partition("\n\n")[0]
         lines = dict(line.split(":", 1) for line in first.splitlines())
@@ -81,8 +91,10 @@ def cpu():
 def commit():
     """Short name of the commit, with -dirty if any program differs from it (results and texts may)."""
     def git(*words):
-        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent.parent).stdout.strip()
-    return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
+        return subprocess.run(["git", *words], capture_output=True, text=True,
+                              cwd=Path(__file__).parent.parent).stdout.strip()
+    return git("rev-parse", "--short", "HEAD") + ("-dirty"
+                                                  if git("status", "--porcelain", "--", "*.py") else "")
 
 
 def main(table, rows, argv=None):

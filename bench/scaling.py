@@ -2,10 +2,11 @@
 
     python -m bench.scaling [--processes 1 2] [--batch 2000] [--micro-batch 256] [--steps 5]
 
-The networks are those of the preset `digits`, on random latents. A step is what train.py does: every process samples its
-shard, accumulates, the sums go to rank 0, which adds the noise and hands out the parameters. Every process has one
-thread, so OMP_NUM_THREADS=1 for one process and two of them compare one core with two; more processes than cores only
-share them. The clock runs from the second step to the end of the slowest process.
+The networks are those of the preset `digits`, on random latents. A step is what train.py does: every process
+samples its shard, accumulates, the sums go to rank 0, which adds the noise and hands out the parameters.
+Every process has one thread, so OMP_NUM_THREADS=1 for one process and two of them compare one core with two;
+more processes than cores only share them. The clock runs from the second step to the end of the slowest
+process.
 """
 import argparse
 import multiprocessing
@@ -34,7 +35,8 @@ def worker(number, world, port, args, results):
     model = unet.LatentModel(unet.UNet(config), unet.ClassEmbedder(10, config.context_dim))
     unet.select_trainable(model)
     n, q = 4 * args.batch, 1 / 4
-    latents, labels = team.shard(torch.randn(n, 1, config.in_channels, 4, 4)), team.shard(torch.arange(n) % 10)
+    latents, labels = team.shard(torch.randn(n, 1, config.in_channels, 4,
+                                             4)), team.shard(torch.arange(n) % 10)
     engine = dp_sgd.DPSGD(model, 0.1, 1.0, args.batch, gradients=bookkeeping)
     optimizer = torch.optim.Adam(engine.parameters, 1e-3)
     schedule = presets.DIGITS["schedule"]
@@ -65,13 +67,16 @@ def worker(number, world, port, args, results):
 
 
 def measure(world, args):
-    """(examples per second, part of rank 0's time that is not computing gradients: noise, optimiser, waiting)."""
+    """(examples per second, part of rank 0's time that is not computing gradients: noise, optimiser,
+    waiting).
+    """
     context = multiprocessing.get_context("spawn")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     results = context.SimpleQueue()
-    processes = [context.Process(target=worker, args=(number, world, port, args, results)) for number in range(world)]
+    processes = [context.Process(target=worker, args=(number, world, port, args, results))
+                 for number in range(world)]
     for process in processes:
         process.start()
     for process in processes:
@@ -84,14 +89,16 @@ def measure(world, args):
 def main():
     parser = argparse.ArgumentParser(prog="bench.scaling", description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes (1 2)")
-    parser.add_argument("--batch", type=int, default=2000, help="expected batch size of all processes together (2000)")
+    parser.add_argument("--batch", type=int, default=2000,
+                        help="expected batch size of all processes together (2000)")
     parser.add_argument("--micro-batch", type=int, default=256, help="examples at a time in a process (256)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps after one to warm up (5)")
     args = parser.parse_args()
     if min(*args.processes, args.batch, args.micro_batch, args.steps) < 1:
         parser.error("all numbers must be at least 1")
     print(f"torch {torch.__version__}, one thread per process, {os.cpu_count()} cores, B {args.batch}\n")
-    print("| processes | examples/s | speed-up | rank 0 not computing gradients |\n|---|---|---|---|", flush=True)
+    print("| processes | examples/s | speed-up | rank 0 not computing gradients |\n|---|---|---|---|",
+          flush=True)
     first = None
     for world in args.processes:
         rate, rest = measure(world, args)

@@ -2,11 +2,11 @@
 
     python -m bench.strokes_realism [--data-root DIR] [--n 40000] [--epochs 4] [--seed 0]
 
-Prints the accuracy on the 2,000 held-out digits of data/mnist10k.npz, on the official 10,000 test digits when the data
-root has them, which digits are taken for which, and the drawing speed. No real picture is used in training. The
-held-out digits guided the hand that wrote the skeletons (their confusions showed which ways of writing were missing),
-so the figure on the official test digits, first looked at when the skeletons were done, is the fairer one.
-About 90 s on one core.
+Prints the accuracy on the 2,000 held-out digits of data/mnist10k.npz, on the official 10,000 test digits when
+the data root has them, which digits are taken for which, and the drawing speed. No real picture is used in
+training. The held-out digits guided the hand that wrote the skeletons (their confusions showed which ways of
+writing were missing), so the figure on the official test digits, first looked at when the skeletons were
+done, is the fairer one. About 90 s on one core.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Image sets, public and private, as uint8 tensors with labels.
 
-The method (Liu, Lyu, Vinaroz, Park: Differentially Private Latent Diffusion Models, TMLR 2024, section 3) pairs a public
-set with a private one. This package only reads or draws images. Who may look at them, and how often, is decided in
-train.py, and the Poisson sampler of the private stage lives in dp_sgd.py.
+The method (Liu, Lyu, Vinaroz, Park: Differentially Private Latent Diffusion Models, TMLR 2024, section 3)
+pairs a public set with a private one. This package only reads or draws images. Who may look at them, and how
+often, is decided in train.py, and the Poisson sampler of the private stage lives in dp_sgd.py.
 
     registry.py   what a data set is; a new one is a decorated loader
     arrays.py     idx and npz files          photos.py    folders of image files, CelebA's layout
@@ -22,7 +22,8 @@ The data root is --data-root, else the environment variable DPLDM_DATA, else ~/.
 here where there is no home directory. Decoded photographs are kept
 in its folder cache if it may be written to: they are as private as the originals.
 
-Alone: `python -m datasets NAME [SPLIT]` prints the metrics of a set and writes its first hundred images to NAME.png.
+Alone: `python -m datasets NAME [SPLIT]` prints the metrics of a set and writes its first hundred images to
+NAME.png.
 """
 import hashlib
 import os
@@ -41,7 +42,8 @@ from support import files
 from . import arrays, garments, photos, pixels, portraits, strokes  # noqa: F401
 from .registry import REGISTRY, DataError, ImageSet, Request, kind_of, numbered, parts
 
-__all__ = ["REGISTRY", "DataError", "ImageSet", "kind_of", "load", "describe", "digests", "same_images", "enlarged",
+__all__ = ["REGISTRY", "DataError", "ImageSet", "kind_of", "load", "describe", "digests", "same_images",
+           "enlarged",
            "class_list", "names", "numbered", "resolved", "refuse_seen"]
 MOST_CLASSES = 10_000
 FURTHER = "photograph"  # the class of all images of B in a mix A+B
@@ -52,20 +54,22 @@ def names(role):
     return [key for key, entry in REGISTRY.items() if entry.role in (role, "either")]
 
 
-def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, cache=None, decode=True, **request):
+def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, cache=None, decode=True,
+         **request):
     """Read (or draw) an image set.
 
-    name      a key of REGISTRY; "folder:PATH" and "npz:PATH" for own images, PATH also relative to the data root;
-              "A+B" for a mix of two public sets, see `mix`
+    name      a key of REGISTRY; "folder:PATH" and "npz:PATH" for own images, PATH also relative to the data
+              root; "A+B" for a mix of two public sets, see `mix`
     split     "train" or "test"; sets of the role "public" have no split, every call gives the whole set
     root      data root as str or Path; None: DPLDM_DATA, else ~/.cache/dpldm
-    size      side of the returned images in pixels; grey arrays are padded with background on all sides, colour arrays
-              resized; photographs are cut to the central square (CelebA: 178 x 178) and resized
+    size      side of the returned images in pixels; grey arrays are padded with background on all sides,
+              colour arrays resized; photographs are cut to the central square (CelebA: 178 x 178) and resized
     n         number of images; a seeded subset in the set's order, or how many to draw (default 60,000)
     seed      rules the drawing and the subset; never the private stage
     channels  3, or 1: colour images and photographs become grey; grey images stay grey
     cache     folder of decoded photographs; None: "cache" in the data root if that may be written to
-    decode    False: photographs are only listed, images is an empty shape on the meta device; nothing is downloaded
+    decode    False: photographs are only listed, images is an empty shape on the meta device; nothing is
+              downloaded
     request   further fields of `registry.Request`; None stands for its default
     Returns ImageSet. Raises DataError if files are missing or damaged, ValueError for arguments out of range.
     """
@@ -73,7 +77,8 @@ def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, ca
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
     if len(parts(name)) == 2:
-        return mix(name, n, request, split=split, root=root, size=size, seed=seed, channels=channels, cache=cache,
+        return mix(name, n, request, split=split, root=root, size=size, seed=seed, channels=channels,
+                   cache=cache,
                    decode=decode)
     if request.get("public_classes") is not None and entry.name != "strokes":
         raise ValueError(f"public_classes only applies to strokes, not to {name!r}")
@@ -97,14 +102,16 @@ def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, ca
 def mix(name, n, request, **common):
     """"A+B": the images of A, then those of B as one further class. At most n of each; `request` is about A.
 
-    If A has attributes, the captions of its images are sentences about them. The mix has none: nobody knows them of B's.
+    If A has attributes, the captions of its images are sentences about them. The mix has none: nobody knows
+    them of B's.
     """
     a, b = parts(name)
     first = load(a, n=n, **request, **common)
     other = load(b, n=n if REGISTRY[kind_of(b)].drawn else None, **common)
     other = subset(other, min(n or len(other), len(other)), common["seed"], b)
     if first.images.shape[1] != other.images.shape[1]:
-        raise ValueError(f"{name}: one has {first.images.shape[1]} colour channels, the other {other.images.shape[1]}")
+        raise ValueError(f"{name}: one has {first.images.shape[1]} colour channels, the other "
+                         f"{other.images.shape[1]}")
     sentences, generator = first.captions, torch.Generator().manual_seed(common["seed"])
     if first.attributes:
         columns = {key: value.tolist() for key, value in first.attributes.items()}
@@ -112,7 +119,8 @@ def mix(name, n, request, **common):
         sentences = [captions.caption(person, generator) for person in people]
     further = torch.full((len(other),), len(first.classes))
     return ImageSet(torch.cat([first.images, other.images]), torch.cat([first.labels, further]),
-                    [*first.classes, FURTHER], sentences and sentences + [f"a {FURTHER}"] * len(other), None, first.side,
+                    [*first.classes, FURTHER], sentences and sentences + [f"a {FURTHER}"] * len(other), None,
+                    first.side,
                     name)
 
 
@@ -133,7 +141,8 @@ def prepared(images, size, channels, cache, root, decode):
 
 
 def describe(name, root=None, size=32, channels=3, label_attribute="Male", classes=None):
-    """An ImageSet without images: the names of classes and attributes, channels and side. No image is read."""
+    """An ImageSet without images: the names of classes and attributes, channels and side. No image is read.
+    """
     entry, root = REGISTRY[kind_of(name)], data_root(root)
     if len(both := parts(name)) == 2:
         first = describe(both[0], root, size, channels, label_attribute, classes)
@@ -149,16 +158,20 @@ def describe(name, root=None, size=32, channels=3, label_attribute="Male", class
         attributes = dict.fromkeys(portraits.ATTRIBUTES, torch.zeros(0).bool())
         found = photos.attribute_classes(label_attribute)
     elif entry.name in ("celeba", "faces"):
-        attributes = dict.fromkeys(photos.attribute_names(root, entry.name, label_attribute), torch.zeros(0).bool())
+        attributes = dict.fromkeys(photos.attribute_names(root, entry.name, label_attribute),
+                                   torch.zeros(0).bool())
         found = photos.attribute_classes(label_attribute)
     colour = entry.channels == 3
     shape = (0, channels if colour else 1, size, size)
-    return ImageSet(torch.empty(shape, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), found, None, attributes,
+    return ImageSet(torch.empty(shape, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), found, None,
+                    attributes,
                     size if colour else side, name)
 
 
 def enlarged(name, size):
-    """What to say where the images of a known set are smaller than the networks see them, e.g. CelebA at 256; or ""."""
+    """What to say where the images of a known set are smaller than the networks see them, e.g. CelebA at 256;
+    or "".
+    """
     entry = REGISTRY[kind_of(name)]
     if len(both := parts(name)) == 2:
         return "; ".join(filter(None, (enlarged(part, size) for part in both if part in REGISTRY)))
@@ -166,7 +179,7 @@ def enlarged(name, size):
     return f"{entry.name}'s images of {entry.side} pixels, enlarged to {size}" if small else ""
 
 
-# ---- the same images twice? --------------------------------------------------------------------------------------
+# ---- the same images twice? --------------------------------------------------------------------------------
 
 
 def same_images(a, b, root=None):
@@ -181,8 +194,10 @@ def same_images(a, b, root=None):
     first, second = place(a, root), place(b, root)
     if first and second and (first == second or first in second.parents or second in first.parents):
         return True
-    known = {place(entry.name, root): entry for entry in REGISTRY.values() if not entry.own}  # whose file an own set may be
-    kinds = [known.get(where) or REGISTRY.get(str(name).partition(":")[0]) for name, where in ((a, first), (b, second))]
+    # whose file an own set may be
+    known = {place(entry.name, root): entry for entry in REGISTRY.values() if not entry.own}
+    kinds = [known.get(where) or REGISTRY.get(str(name).partition(":")[0]) for name,
+             where in ((a, first), (b, second))]
     if None in kinds or any(kind.own for kind in kinds):
         return False
     return kinds[0].name == kinds[1].name or kinds[0].name in kinds[1].overlaps
@@ -233,7 +248,7 @@ def digests(images):
     return torch.tensor(numbers, dtype=torch.int64).sort().values
 
 
-# ---- parts of a set, places --------------------------------------------------------------------------------------
+# ---- parts of a set, places --------------------------------------------------------------------------------
 
 
 def class_list(text):
@@ -263,12 +278,15 @@ def subset(whole, n, seed, title):
 
 
 def data_root(root=None):
-    """The folder of the full sets: the argument, else the environment variable DPLDM_DATA, else ~/.cache/dpldm."""
+    """The folder of the full sets: the argument, else the environment variable DPLDM_DATA, else
+    ~/.cache/dpldm.
+    """
     place = files.expanded(root or os.environ.get("DPLDM_DATA") or "~/.cache/dpldm")
     return Path("dpldm-data") if str(place).startswith("~") else place
 
 
 def cache_folder(root):
     """ROOT/cache if it may be written to, else None: data roots are often shared and read-only."""
-    allowed = root.is_dir() and os.access(root, os.W_OK) and root.stat().st_mode & 0o222  # root may write regardless
+    # root may write regardless
+    allowed = root.is_dir() and os.access(root, os.W_OK) and root.stat().st_mode & 0o222
     return root / "cache" if allowed else None

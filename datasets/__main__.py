@@ -1,4 +1,5 @@
-"""`python -m datasets NAME [SPLIT]`: print the metrics of a set, write its first hundred images to NAME.png."""
+"""`python -m datasets NAME [SPLIT]`: print the metrics of a set, write its first hundred images to NAME.png.
+"""
 import sys
 
 from . import REGISTRY, __doc__, kind_of, load, pixels
@@ -9,5 +10,6 @@ try:
 except ValueError as error:
     print(f"datasets: {error}", file=sys.stderr)
     sys.exit(2)
-print(f"{chosen.name}: {tuple(chosen.images.shape)}, mean {chosen.images.float().mean():.1f}, {chosen.classes}")
+print(f"{chosen.name}: {tuple(chosen.images.shape)}, mean {chosen.images.float().mean():.1f}, "
+      f"{chosen.classes}")
 pixels.save_grid(chosen.images[:100], f"{kind_of(name)}.png")

@@ -26,15 +26,17 @@ from .registry import WAYS_OUT, DataError, ImageSet, dataset, named, readable
 
 EMBEDDED = Path(__file__).resolve().parent / "mnist10k.npz"
 EMBEDDED_TRAIN = 8_000  # private images of mnist10k; the rest is held out
-DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts its files
+# where the package dataset-fashion-mnist puts its files
+DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 STEMS = {"train": "train", "test": "t10k"}
 DIGITS = [str(d) for d in range(10)]
 LETTERS = [chr(ord("a") + i) for i in range(26)]
-GARMENTS = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+GARMENTS = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
+            "ankle boot"]
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
-# ---- the sets ----------------------------------------------------------------------------------------------------
+# ---- the sets ----------------------------------------------------------------------------------------------
 
 
 @dataset("mnist10k", "10,000 MNIST training digits, embedded: 8,000 private, 2,000 held out", role="private",
@@ -46,7 +48,8 @@ def load_mnist10k(ask):
     return ImageSet(images[part], labels[part], DIGITS)
 
 
-@dataset("mnist", "MNIST, downloaded through torchvision when absent", n=60_000, classes=DIGITS, files="MNIST",
+@dataset("mnist", "MNIST, downloaded through torchvision when absent", n=60_000, classes=DIGITS,
+         files="MNIST",
          overlaps=("mnist10k",))
 def load_mnist(ask):
     return ImageSet(*read_pair([ask.root / "MNIST" / "raw"], STEMS[ask.split], ask.root, "MNIST"), DIGITS)
@@ -62,18 +65,22 @@ def load_fashion(ask):
 @dataset("emnist", "EMNIST letters, downloaded through torchvision when absent", n=124_800, classes=LETTERS,
          files="EMNIST")
 def load_emnist(ask):
-    """EMNIST stores images column by column, transposed against MNIST. Labels of its letters run from 1 to 26."""
+    """EMNIST stores images column by column, transposed against MNIST. Labels of its letters run from 1 to
+    26.
+    """
     folders, stem = [ask.root / "EMNIST" / "raw", ask.root], f"emnist-letters-{ask.split}"
     images, labels = read_pair(folders, stem, ask.root, "EMNIST", 1, 26, split="letters")
     return ImageSet(images.transpose(2, 3).contiguous(), labels - 1, LETTERS)
 
 
-@dataset("omniglot", "handwriting of 50 alphabets without labels, omniglot.npz in the data root", role="public",
+@dataset("omniglot", "handwriting of 50 alphabets without labels, omniglot.npz in the data root",
+         role="public",
          n=32_000, classes=("handwriting",), files="omniglot.npz")
 def load_omniglot(ask):
     path = ask.root / "omniglot.npz"
     if not path.exists():
-        raise DataError(f"{path} not found: {WAYS_OUT}, or draw public handwriting instead (data set strokes)")
+        raise DataError(f"{path} not found: {WAYS_OUT}, or draw public handwriting instead (data set "
+                        "strokes)")
     images = read_npz(path, ("images",))["images"]
     return ImageSet(*check(images, np.zeros(len(images), np.uint8), path, 0, 0), ["handwriting"])
 
@@ -90,7 +97,8 @@ def load_cifar10(ask):
     return ImageSet(*check(read.data, np.array(read.targets), ask.root, 0, 9), list(read.classes))
 
 
-@dataset("public32", "small colour photographs, public32.npz in the data root", role="public", channels=3, side=32,
+@dataset("public32", "small colour photographs, public32.npz in the data root", role="public", channels=3,
+         side=32,
          n=12_000, files="public32.npz", overlaps=("cifar10",))
 def load_public32(ask):
     path = ask.root / "public32.npz"
@@ -198,7 +206,8 @@ def matched(labels, names, path):
 
 
 def declared_classes(path, arrays, classes, private):
-    """Names of an npz's classes: class_names, else `classes`; [] if a public set says nothing and has labels."""
+    """Names of an npz's classes: class_names, else `classes`; [] if a public set says nothing and has labels.
+    """
     names = [readable(x) for x in np.ravel(arrays.get("class_names", classes or []))]
     if not any(role == "labels" for role, _ in roles(arrays)):
         return names or ["0"]
@@ -223,11 +232,13 @@ def describe_npz(path, classes=None, private=False):
         return side, channels, declared_classes(path, arrays, classes, private)
 
 
-# ---- files -------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def held_out(key):
-    """Whether the image with these bytes as its key is on the "test" side: one in ten, whatever the others are."""
+    """Whether the image with these bytes as its key is on the "test" side: one in ten, whatever the others
+    are.
+    """
     return zlib.crc32(key) % 10 == 0
 
 
@@ -262,7 +273,8 @@ def fetched(name, root, there=False, **options):
 
 
 def read_pair(folders, stem, root, name, first_label=0, last_label=9, **options):
-    """Images and labels stem-images-idx3-ubyte, stem-labels-idx1-ubyte from the first folder that has both."""
+    """Images and labels stem-images-idx3-ubyte, stem-labels-idx1-ubyte from the first folder that has both.
+    """
     paths, reason = find(folders, stem), ""
     if paths is None:
         _, reason = fetched(name, root, **options)
@@ -294,7 +306,9 @@ def find(folders, stem):
 
 
 def read_idx(path):
-    """One idx file of unsigned bytes (LeCun's MNIST page): 0 0 8 ndim, ndim big-endian uint32 sizes, then the bytes."""
+    """One idx file of unsigned bytes (LeCun's MNIST page): 0 0 8 ndim, ndim big-endian uint32 sizes, then the
+    bytes.
+    """
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except Exception as error:  # of gzip, zlib and the file system

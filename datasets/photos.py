@@ -1,8 +1,8 @@
 """Photographs: CelebA's layout and plain folders of image files, decoded once to small squares.
 
-The colour sets of DP-LDM (Liu et al. 2024, experiments on CelebA and CIFAR-10) begin here. Everything is cut to its
-central square, CelebA's 178 x 218 pixels to 178 x 178 as the authors do, and resized with antialiasing. All functions
-raise ValueError, one line that names the file.
+The colour sets of DP-LDM (Liu et al. 2024, experiments on CelebA and CIFAR-10) begin here. Everything is cut
+to its central square, CelebA's 178 x 218 pixels to 178 x 178 as the authors do, and resized with
+antialiasing. All functions raise ValueError, one line that names the file.
 
 Look at a folder from the shell: `python -m datasets folder:PATH`.
 """
@@ -32,7 +32,8 @@ from . import pixels
 from .arrays import fetched, located
 from .registry import WAYS_OUT, DataError, ImageSet, dataset, named, natural, readable
 
-ATTRIBUTE_CLASSES = {"Male": ["female", "male"], "Young": ["not young", "young"]}  # others: "not NAME", "NAME"
+# others: "not NAME", "NAME"
+ATTRIBUTE_CLASSES = {"Male": ["female", "male"], "Young": ["not young", "young"]}
 CACHE_FROM = 1000  # fewer images are decoded faster than anybody notices
 Image.MAX_IMAGE_PIXELS = 300_000_000  # PIL refuses twice as many, lest a small file fill the memory
 Image.init()
@@ -46,10 +47,11 @@ CROP = "central square"  # part of a cache's name: change it with the crop
 CACHED = f"*{'[0-9a-f]' * 24}.npy*"  # names of files in the cache, unfinished ones included
 
 
-# ---- the sets: images of the result is the list of paths ---------------------------------------------------------
+# ---- the sets: images of the result is the list of paths ---------------------------------------------------
 
 
-@dataset("folder", "your own image files: one subfolder per class, or one flat folder; captions.txt is optional "
+@dataset("folder",
+         "your own image files: one subfolder per class, or one flat folder; captions.txt is optional "
          "(lines \"filename TAB caption\")", channels=3, side=0, own=True)
 def load_folder(ask):
     base = located(ask.root, ask.where)
@@ -87,7 +89,8 @@ def left_out(others):
     return f"; left out, no format that Pillow reads here: {found}" if found else ""
 
 
-@dataset("celeba", "CelebA's folder as distributed; --label-attribute gives the two classes", role="private", channels=3,
+@dataset("celeba", "CelebA's folder as distributed; --label-attribute gives the two classes", role="private",
+         channels=3,
          side=178, n=162_770)
 def load_celeba(ask, name="celeba"):
     reason, attempted = "", name == "celeba" and ask.download and celeba_lists(ask.root, name)[0] is None
@@ -104,7 +107,8 @@ def load_celeba(ask, name="celeba"):
     return ImageSet(paths, labels, attribute_classes(ask.label_attribute), None, attributes)
 
 
-@dataset("faces", "other photographs of faces in CelebA's layout, in the folder faces of the data root", role="private",
+@dataset("faces", "other photographs of faces in CelebA's layout, in the folder faces of the data root",
+         role="private",
          channels=3, side=178, n=5_000)
 def load_faces(ask):
     return load_celeba(ask, "faces")
@@ -135,7 +139,7 @@ def attribute_classes(name):
     return list(ATTRIBUTE_CLASSES.get(name, [f"not {words}", words]))
 
 
-# ---- lists -------------------------------------------------------------------------------------------------------
+# ---- lists -------------------------------------------------------------------------------------------------
 
 
 def celeba(base, listed, partition, split):
@@ -210,9 +214,9 @@ def tree(base, classes=None):
     """Image files under a folder -> (paths relative to it, sorted; class of each; class names; the other
     files).
 
-    One subfolder per class, as torchvision's ImageFolder has it, or one flat folder, whose only class is "picture".
-    A class is a subfolder, empty or not: no image makes or unmakes one. `classes` gives their order and may
-    name more. Links are followed; folders that are hidden or of the system are left out.
+    One subfolder per class, as torchvision's ImageFolder has it, or one flat folder, whose only class is
+    "picture". A class is a subfolder, empty or not: no image makes or unmakes one. `classes` gives their
+    order and may name more. Links are followed; folders that are hidden or of the system are left out.
     """
     if not base.is_dir():
         raise ValueError(f"{base} is no folder; say npz:{shlex.quote(str(base))} of arrays, unpack an "
@@ -356,14 +360,15 @@ def read_lines(path):
     return [(number, line.replace(",", " ").split()) for number, line in lines if line.strip(" ,\t")]
 
 
-# ---- pixels ------------------------------------------------------------------------------------------------------
+# ---- pixels ------------------------------------------------------------------------------------------------
 
 
 def decode(paths, size, channels=3, cache=None):
     """Picture files -> (N, channels, size, size) uint8, in as many threads as torch uses.
 
-    From CACHE_FROM pictures on the result is kept in the folder `cache` (None: not), under a name made from all it depends
-    on: the files, their sizes and times, `size`, `channels`. A cache that cannot be read or written is done without.
+    From CACHE_FROM pictures on the result is kept in the folder `cache` (None: not), under a name made from
+    all it depends on: the files, their sizes and times, `size`, `channels`. A cache that cannot be read or
+    written is done without.
     """
     stats = [(str(path), *state(path)) for path in paths]
     shape = (len(paths), channels, size, size)
@@ -386,8 +391,10 @@ def decode(paths, size, channels=3, cache=None):
         except ValueError as error:
             broken[i] = str(error)
 
-    with ThreadPool(torch.get_num_threads()) as pool:  # threads suffice: PIL decodes outside the interpreter's lock
-        for _ in tqdm(pool.imap(fill, range(len(paths)), 16), "    decoding", len(paths), leave=False, unit="picture",
+    # threads suffice: PIL decodes outside the interpreter's lock
+    with ThreadPool(torch.get_num_threads()) as pool:
+        for _ in tqdm(pool.imap(fill, range(len(paths)), 16), "    decoding", len(paths), leave=False,
+                      unit="picture",
                       disable=len(paths) < CACHE_FROM):
             pass
     if broken:  # all at once: nobody mends a folder file by file

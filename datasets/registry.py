@@ -16,10 +16,12 @@ class DataError(ValueError):
 
 @dataclass
 class ImageSet:
-    """Images in memory: images (N,C,H,W) uint8, labels (N,) int64 in 0..len(classes)-1. Grey ones are light on dark.
+    """Images in memory: images (N,C,H,W) uint8, labels (N,) int64 in 0..len(classes)-1. Grey ones are light
+    on dark.
 
-    captions: one sentence per image; attributes: {name: (N,) bool}; None where the set has none. side: of the images
-    before padding, to which a finished sample is cropped. A loader may return paths instead of a tensor of images.
+    captions: one sentence per image; attributes: {name: (N,) bool}; None where the set has none. side: of the
+    images before padding, to which a finished sample is cropped. A loader may return paths instead of a
+    tensor of images.
     """
 
     images: torch.Tensor | list[Path]
@@ -36,7 +38,9 @@ class ImageSet:
 
 @dataclass
 class Request:
-    """What a loader is asked for. Own sets use `where`, `classes` and `private`; drawn ones `public_classes`, n, seed."""
+    """What a loader is asked for. Own sets use `where`, `classes` and `private`; drawn ones `public_classes`,
+    n, seed.
+    """
 
     root: Path  # the folder of the full data sets
     split: str = "train"  # or "test", what is held out
@@ -53,7 +57,9 @@ class Request:
 
 @dataclass
 class DataSet:
-    """One entry of REGISTRY. What is said here is known without reading an image, so it may be said in a dry run."""
+    """One entry of REGISTRY. What is said here is known without reading an image, so it may be said in a dry
+    run.
+    """
 
     name: str
     load: callable  # Request -> ImageSet
@@ -77,7 +83,8 @@ class Registry(dict):
             raise KeyError(name)
         first, other = (self[part] for part in both)
         return replace(first, name=name, load=None, about=f"{first.about}; and {other.about}", role="public",
-                       n=first.n + other.n, classes=(), drawn=first.drawn and other.drawn, own=first.own or other.own)
+                       n=first.n + other.n, classes=(), drawn=first.drawn and other.drawn,
+                       own=first.own or other.own)
 
 
 REGISTRY = Registry()
@@ -92,13 +99,16 @@ def dataset(name, about, **facts):
 
 
 def parts(name):
-    """A mix "A+B" -> ["A", "B"], any other name -> [name]. A is never an own set: a PATH may have a + in it."""
+    """A mix "A+B" -> ["A", "B"], any other name -> [name]. A is never an own set: a PATH may have a + in it.
+    """
     first, plus, other = str(name).partition("+")
     return [first, other] if plus and ":" not in first else [name]
 
 
 def kind_of(name):
-    """The key of REGISTRY that a name stands for; "folder:PATH" -> "folder". ValueError for a name that is none."""
+    """The key of REGISTRY that a name stands for; "folder:PATH" -> "folder". ValueError for a name that is
+    none.
+    """
     if len(both := parts(name)) == 2:
         kinds = [kind_of(part) for part in both]
         if private := next((kind for kind in kinds if REGISTRY[kind].role == "private"), None):

@@ -1,16 +1,18 @@
 """Procedural handwriting: the public data that costs no privacy because no data went into it.
 
-The paper pre-trains on public pictures (Sec. 3, step 1; EMNIST letters for MNIST). Here a program draws them: a class
-is a few skeletons, the ways in which people write it; a picture is one skeleton with jittered points, a smooth random
-warp, slant, rotation, aspect and pen width, scaled to a box of 20 pixels and centred by mass in 28 x 28 as MNIST is,
-and rendered by the distance of every pixel to the stroke. Pre-training on procedural pictures: Tang et al. 2023
-(DP-RandP). The numbers below are judgement about handwriting, and none was computed from a picture. While writing them
-the author watched one figure from real data, the accuracy and confusions of `python -m bench.strokes_realism` on the
-2,000 held-out digits of datasets/mnist10k.npz; the 8,000 private ones were never used.
+The paper pre-trains on public pictures (Sec. 3, step 1; EMNIST letters for MNIST). Here a program draws them:
+a class is a few skeletons, the ways in which people write it; a picture is one skeleton with jittered points,
+a smooth random warp, slant, rotation, aspect and pen width, scaled to a box of 20 pixels and centred by mass
+in 28 x 28 as MNIST is, and rendered by the distance of every pixel to the stroke. Pre-training on procedural
+pictures: Tang et al. 2023 (DP-RandP). The numbers below are judgement about handwriting, and none was
+computed from a picture. While writing them the author watched one figure from real data, the accuracy and
+confusions of `python -m bench.strokes_realism` on the 2,000 held-out digits of datasets/mnist10k.npz; the
+8,000 private ones were never used.
 
-A skeleton is text. "xxyy" is a control point (x to the right, y down, both 00..99), a blank goes on along a smooth
-curve, "/" turns a corner at the last point, "|" lifts the pen; "3:" in front makes it three times as likely. A skeleton
-becomes one matrix from control points to the ends of short segments, so a batch of handwriting is one matrix product.
+A skeleton is text. "xxyy" is a control point (x to the right, y down, both 00..99), a blank goes on along a
+smooth curve, "/" turns a corner at the last point, "|" lifts the pen; "3:" in front makes it three times as
+likely. A skeleton becomes one matrix from control points to the ends of short segments, so a batch of
+handwriting is one matrix product.
 
 Alone:  python -m datasets strokes     writes strokes.png.
 """
@@ -28,18 +30,24 @@ CLASSES = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 # fmt: off
 SKELETONS = {
-    "0": ["2:6205 4201 2528 2060 3592 5598 7680 8045 7015 5504 4306", "7008 4512 2555 2588 4298 6880 8040 7505 6003",
+    "0": ["2:6205 4201 2528 2060 3592 5598 7680 8045 7015 5504 4306",
+          "7008 4512 2555 2588 4298 6880 8040 7505 6003",
           "2:4803 2525 2068 4298 6592 8060 7622 5003", "5502 7515 8050 7090 4599 2575 2035 4005 6000",
-          "2602 2050 3292 5299 7590 8045 6810 3503", "7006 5003 3025 2260 3892 5899 7880 7845 6515 4505 3010"],
-    "1": ["5:5000 5050 5099", "2:3222 5500 / 5550 5599", "1:2820 5000 / 5050 5099 / 2899 7599", "5400 4850 5299",
+          "2602 2050 3292 5299 7590 8045 6810 3503",
+          "7006 5003 3025 2260 3892 5899 7880 7845 6515 4505 3010"],
+    "1": ["5:5000 5050 5099", "2:3222 5500 / 5550 5599", "1:2820 5000 / 5050 5099 / 2899 7599",
+          "5400 4850 5299",
           "3512 5000 / 5299"],
     "2": ["2:2222 3505 5800 7618 7040 4570 2097 / 5096 8096",
-          "2:2225 4003 6803 7628 5570 3093 1890 2478 4582 6598 8590", "2220 4502 7212 7038 4572 2095 / 5088 8598",
+          "2:2225 4003 6803 7628 5570 3093 1890 2478 4582 6598 8590",
+          "2220 4502 7212 7038 4572 2095 / 5088 8598",
           "2518 5000 7520 6548 4078 2092 2378 4080 6096 8894", "2008 5004 7808 / 5052 2096 / 5094 8294",
-          "2:2222 4503 7015 6545 3592 1588 2572 4578 6592 8590", "2228 4004 6805 7228 5565 3095 1285 2568 5082 8888",
+          "2:2222 4503 7015 6545 3592 1588 2572 4578 6592 8590",
+          "2228 4004 6805 7228 5565 3095 1285 2568 5082 8888",
           "3027 2413 4502 7015 6545 3090 1292 2272 5088 8898"],
     "3": ["2:2212 4500 7012 6835 4248 / 7058 7585 4599 1988",
-          "2212 5000 7215 5842 4549 4245 5545 7668 6092 4098 2088", "2205 5003 7502 / 4842 / 7255 7582 5098 2290",
+          "2212 5000 7215 5842 4549 4245 5545 7668 6092 4098 2088",
+          "2205 5003 7502 / 4842 / 7255 7582 5098 2290",
           "2510 5500 7220 5943 4550 6055 7575 5598 2092", "2208 5000 6818 5540 3847 / 6550 7872 6095 1898"],
     "4": ["2:2800 2548 / 5048 8046 | 7005 6850 6699", "6500 1862 / 5061 8560 | 6530 6499",
           "2505 2238 4054 7045 / 7805 / 7250 6899", "2503 2035 3550 6545 8003 / 7050 6599",
@@ -48,7 +56,8 @@ SKELETONS = {
     "5": ["7503 3004 / 2842 5536 7855 7088 4599 2090", "3005 2644 5538 7862 6092 4099 2092 | 3005 5503 8002",
           "8002 5004 3018 3540 6555 7278 5098 2092", "3004 2645 / 5538 7660 6590 4098 1890 | 3004 5506 7803",
           "8503 4004 / 3442 5540 7060 6085 3898 1592", "7005 3504 / 2840 5535 7657 6592 4098 2685"],
-    "6": ["2:6500 4015 2545 2280 4599 7288 7465 5552 3560 2478", "7002 4030 2565 3094 5598 7580 6558 4556 2872",
+    "6": ["2:6500 4015 2545 2280 4599 7288 7465 5552 3560 2478",
+          "7002 4030 2565 3094 5598 7580 6558 4556 2872",
           "6002 3030 2070 4098 7390 7855 5045 2872", "5500 3035 2575 4598 7085 6860 4555 2880",
           "7804 5008 2845 2582 4898 7588 7262 4855 2668", "5505 2830 2075 5098 8075 7350 5042 2862",
           "5800 3035 2075 4898 8082 7058 4855 2572"],
@@ -57,9 +66,11 @@ SKELETONS = {
           "1508 5006 8005 / 7045 6899", "1530 1806 / 5006 8004 / 6040 5099", "1808 5005 7808 7025 5055 3599",
           "1508 5006 7510 6545 5599"],
     "8": ["7215 5000 2818 5046 7575 5099 2578 5048 7520 6804",
-          "7014 5002 2820 4543 7268 6094 4098 2578 4252 7028 6806", "5047 2825 5000 7222 5047 7878 5099 2275 5047",
+          "7014 5002 2820 4543 7268 6094 4098 2578 4252 7028 6806",
+          "5047 2825 5000 7222 5047 7878 5099 2275 5047",
           "5047 7525 5000 2522 5047 2278 5099 7875 5047", "2612 4542 7275 5598 3080 5052 7822 6003 3508 2618",
-          "6810 5002 3520 5045 8072 5099 2072 4848 6522 6010", "7014 4802 2028 5055 6578 5099 3578 5055 8025 6806",
+          "6810 5002 3520 5045 8072 5099 2072 4848 6522 6010",
+          "7014 4802 2028 5055 6578 5099 3578 5055 8025 6806",
           "7512 4503 2520 5547 7275 4898 2880 4555 7828"],
     "9": ["2:7215 5002 2520 2842 5548 7222 / 7050 6899", "7212 5002 2522 3046 5545 7420 / 7060 6099",
           "7020 4802 2522 3545 6538 7515 / 7560 6090 3598", "7025 5502 2825 4545 7022 / 6860 5099",
@@ -67,10 +78,12 @@ SKELETONS = {
           "7820 5002 1828 2850 5855 7530 / 7265 6299", "6840 4550 2525 5002 7225 6865 4599"],
     "a": ["7215 4808 2545 3088 6075 7412 / 7285 8595", "1899 5000 / 8099 | 3062 7062",
           "7030 5010 2048 3592 6580 7030 / 7298"],
-    "b": ["2600 2550 2599 / 2570 5048 7870 5598 2590", "2202 2250 2299 | 2202 6505 6842 2248 | 2248 7855 7592 2298"],
+    "b": ["2600 2550 2599 / 2570 5048 7870 5598 2590",
+          "2202 2250 2299 | 2202 6505 6842 2248 | 2248 7855 7592 2298"],
     "c": ["7820 5502 2240 2880 5598 8085", "7530 5010 2050 4595 7885"],
     "d": ["7065 4548 2070 4598 7075 / 7200 / 7299", "2202 2250 2299 | 2202 6012 7850 6088 2299"],
-    "e": ["2252 5050 7840 5812 2545 3088 5599 8085", "2402 2250 2499 | 2402 5002 8002 | 2348 6548 | 2499 8098",
+    "e": ["2252 5050 7840 5812 2545 3088 5599 8085",
+          "2402 2250 2499 | 2402 5002 8002 | 2348 6548 | 2499 8098",
           "7510 4002 2525 5045 / 2560 3092 8088"],
     "f": ["7808 5503 4540 4599 | 2245 7545", "2402 2450 2499 | 2402 8003 | 2448 7048",
           "8010 6000 4825 4060 2599 | 2050 7048"],
@@ -94,7 +107,8 @@ SKELETONS = {
     "v": ["1802 5098 / 8202", "2005 4595 / 7020 8008"],
     "w": ["1205 3298 / 5035 / 6898 / 8805", "1510 2590 4580 5030 / 5590 7590 8510"],
     "x": ["2002 8098 | 8002 2098", "2010 4550 8095 | 7808 5050 2298"],
-    "y": ["2002 5052 / 8002 | 5052 5099", "2205 3045 6540 / 7505 / 7265 5598 2592", "2008 4858 / 7808 / 5065 3099"],
+    "y": ["2002 5052 / 8002 | 5052 5099", "2205 3045 6540 / 7505 / 7265 5598 2592",
+          "2008 4858 / 7808 / 5065 3099"],
     "z": ["2004 8004 / 2097 / 8296", "2008 5005 7808 / 4548 / 7065 5598 2595",
           "2004 8004 / 2097 / 8296 | 3250 7048"],
 }
@@ -105,13 +119,14 @@ BOX = 20  # longer side of the ink in pixels, as in MNIST
 
 
 def parse(text):
-    """One skeleton -> weight, control points (K,2) in -1..1, the stroke number of each (K,), curves as lists of
-    point indices, the stroke number of each curve."""
+    """One skeleton -> weight, control points (K,2) in -1..1, the stroke number of each (K,), curves as lists
+    of point indices, the stroke number of each curve."""
     weight, _, body = text.rpartition(":")
     points, stroke, curves, strokes_of_curves = [], [], [], []
     for number, part in enumerate(body.split("|")):
         for corner, piece in enumerate(part.split("/")):
-            first = len(points) - 1 if corner else len(points)  # after a corner the curve starts at the last point
+            # after a corner the curve starts at the last point
+            first = len(points) - 1 if corner else len(points)
             points += [(int(token[:2]), int(token[2:])) for token in piece.split()]
             curves.append(list(range(first, len(points))))
             strokes_of_curves.append(number)
@@ -120,7 +135,9 @@ def parse(text):
 
 
 def segment_matrix(points, curves, strokes_of_curves):
-    """The linear map from K control points to segments: (sharp or smoothed corners, start or end, SEGMENTS, K)."""
+    """The linear map from K control points to segments: (sharp or smoothed corners, start or end, SEGMENTS,
+    K).
+    """
     lengths = [np.linalg.norm(np.diff(points[c], axis=0), axis=1).sum() for c in curves]
     counts = [max(1, int(SEGMENTS * length / sum(lengths))) for length in lengths]
     counts[int(np.argmax(lengths))] += SEGMENTS - sum(counts)
@@ -129,13 +146,15 @@ def segment_matrix(points, curves, strokes_of_curves):
         gaps = np.linalg.norm(np.diff(points[curve], axis=0), axis=1)
         knots = np.concatenate([[0], np.cumsum(gaps**0.5)])  # centripetal: no overshoot at close points
         rows = np.zeros((count + 1, len(points)))
-        rows[:, curve] = CubicSpline(knots, np.eye(len(curve)), bc_type="natural")(np.linspace(0, knots[-1], count + 1))
+        rows[:, curve] = CubicSpline(knots, np.eye(len(curve)),
+                                     bc_type="natural")(np.linspace(0, knots[-1], count + 1))
         samples[number] = np.concatenate([samples[number], rows[1:]]) if number in samples else rows
     ends = []
     for rows in samples.values():
         smooth = rows
         for _ in range(4):
-            smooth = np.concatenate([smooth[:1], (smooth[:-2] + 2 * smooth[1:-1] + smooth[2:]) / 4, smooth[-1:]])
+            smooth = np.concatenate([smooth[:1], (smooth[:-2] + 2 * smooth[1:-1] + smooth[2:]) / 4,
+                                     smooth[-1:]])
         ends.append(np.stack([[rows[:-1], rows[1:]], [smooth[:-1], smooth[1:]]]))  # (2,2,s,K)
     return np.concatenate(ends, axis=2)
 
@@ -159,25 +178,32 @@ POINTS, STROKE, MATRIX, CHANCE = _compile()
 
 
 def draw(labels, generator=None, size=28):
-    """One picture per label: labels (N,) integers in 0..35 (index into CLASSES) -> (N,1,size,size) uint8, ink 255 on 0.
+    """One picture per label: labels (N,) integers in 0..35 (index into CLASSES) -> (N,1,size,size) uint8, ink
+    255 on 0.
 
-    The ink fits a box of 20 pixels (times size / 28), its centre of mass lies within about a pixel of the picture's
-    centre. Deterministic for a given CPU generator. ValueError for labels out of range.
+    The ink fits a box of 20 pixels (times size / 28), its centre of mass lies within about a pixel of the
+    picture's centre. Deterministic for a given CPU generator. ValueError for labels out of range.
     """
     labels = torch.as_tensor(labels)
     if labels.numel() and not 0 <= labels.min() <= labels.max() < len(CLASSES):
         raise ValueError(f"labels must lie in 0..{len(CLASSES) - 1}")
-    # Filled in place: a list of small results between large temporaries would fragment the heap (4 GB instead of 0.8).
+    # Filled in place: a list of small results between large temporaries would fragment the heap (4 GB instead
+    # of 0.8).
     pictures = torch.empty(len(labels), 1, size, size, dtype=torch.uint8)
-    for part, target in zip(labels.split(512), pictures.split(512), strict=True):  # bounds the memory, whatever N
-        ends, radius = pen_path(part, generator) if len(part) else (torch.empty(0, 2, 1, 2), torch.empty(0, 1, 1))
-        for e, r, t in zip(ends.split(32), radius.split(32), target.split(32), strict=True):  # what fits the cache
+    # bounds the memory, whatever N
+    for part, target in zip(labels.split(512), pictures.split(512), strict=True):
+        ends, radius = pen_path(part, generator) if len(part) else (torch.empty(0, 2, 1, 2),
+                                                                    torch.empty(0, 1, 1))
+        # what fits the cache
+        for e, r, t in zip(ends.split(32), radius.split(32), target.split(32), strict=True):
             t[:, 0] = render(e, r, size)
     return pictures
 
 
 def pen_path(labels, generator):
-    """Random handwriting: segment ends (N,2,S,2) and pen radius (N,1,S), both in pixels of MNIST's 20-pixel box."""
+    """Random handwriting: segment ends (N,2,S,2) and pen radius (N,1,S), both in pixels of MNIST's 20-pixel
+    box.
+    """
     n = len(labels)
 
     def normal(*shape):
@@ -188,7 +214,8 @@ def pen_path(labels, generator):
 
     variant = torch.multinomial(CHANCE[labels], 1, generator=generator)[:, 0]
     points, stroke, matrix = POINTS[variant], STROKE[variant], MATRIX[variant]
-    # the hand: points miss their place, neighbours in like manner (a 0 stays round), and so does the whole stroke
+    # the hand: points miss their place, neighbours in like manner (a 0 stays round), and so does the whole
+    # stroke
     miss = normal(points.shape[1] + 2, 2)
     miss = (miss[:, :-2] + miss[:, 1:-1] + miss[:, 2:]) / 3**0.5  # (N,K,2), unit variance
     points = points + miss * (0.03 + 0.1 * uniform(1, 1))
@@ -225,11 +252,13 @@ def pen_path(labels, generator):
 
 
 def render(ends, radius, size):
-    """(N,2,S,2), (N,1,S) -> (N,size,size) uint8: coverage of each pixel by the nearest round-ended segment."""
+    """(N,2,S,2), (N,1,S) -> (N,size,size) uint8: coverage of each pixel by the nearest round-ended segment.
+    """
     zoom = size / 28
     ends, radius = ends * zoom, radius[:, 0, :, None] * zoom
     axis = torch.arange(size) - (size - 1) / 2
-    grid = torch.stack([axis.repeat(size), axis.repeat_interleave(size), torch.ones(size * size)])  # (3,P): x, y, 1
+    # (3,P): x, y, 1
+    grid = torch.stack([axis.repeat(size), axis.repeat_interleave(size), torch.ones(size * size)])
     start, way = ends[:, 0], ends[:, 1] - ends[:, 0]  # (N,S,2)
     length = way.norm(dim=-1, keepdim=True).clamp(min=1e-4)
     along = way / length
@@ -247,7 +276,8 @@ def render(ends, radius, size):
 GROUPS = {"digits": CLASSES[:10], "letters": CLASSES[10:], "all": CLASSES}  # --public-classes
 
 
-@dataset("strokes", "handwriting drawn by a program, nothing stored", role="public", n=60_000, classes=CLASSES, drawn=True)
+@dataset("strokes", "handwriting drawn by a program, nothing stored", role="public", n=60_000,
+         classes=CLASSES, drawn=True)
 def load_strokes(ask):
     if ask.public_classes not in GROUPS:
         raise ValueError(f"public_classes must be one of {', '.join(GROUPS)}, not {ask.public_classes!r}")

@@ -1,52 +1,61 @@
 """An attack on the real engine: a measured lower bound on epsilon, to hold against the computed upper bound.
 
-The worst case that DP-SGD (Liu et al. 2024, Algorithm 1) promises to withstand is built and attacked, once, with the
-sampler, clipping, sum and noise that train.py uses (dp_sgd.poisson_sample, DPSGD.accumulate, DPSGD.step):
+The worst case that DP-SGD (Liu et al. 2024, Algorithm 1) promises to withstand is built and attacked, once,
+with the sampler, clipping, sum and noise that train.py uses (dp_sgd.poisson_sample, DPSGD.accumulate,
+DPSGD.step):
 
-  canaries   m examples, each in the data with probability 1/2 (a secret coin). Example j has a gradient of length 10 C
-             along a coordinate of its own, so clipping leaves C: the most that one example may do ("Dirac canaries",
-             Nasr et al. 2023). The model is one number per example, an Embedding (m, 1), with a linear loss.
-  attacker   sees every noisy gradient y_t (m,), unit C, and gives canary j a score that is high if it seems to be in:
+  canaries   m examples, each in the data with probability 1/2 (a secret coin). Example j has a gradient of
+             length 10 C along a coordinate of its own, so clipping leaves C: the most that one example may do
+             ("Dirac canaries", Nasr et al. 2023). The model is one number per example, an Embedding (m, 1),
+             with a linear loss.
+  attacker   sees every noisy gradient y_t (m,), unit C, and gives canary j a score that is high if it seems
+             to be in:
                sum           sum_t (q_t / sigma_t^2) y_t[j]; the weights matter only where steps differ
                differences   sum_t |y_t[j] - y_(t-1)[j]|: sees noise that is the same in every step
                regenerated   the sum, minus the noise which the same program draws when it is run again
 
-    python -m extensions.audit runs/digits       q, sigma, T of that run's ledger and privacy.json; the default
-    python -m extensions.audit --q 0.1 --sigma 1 --steps 300 --delta 1e-5
+    python -m extensions.audit runs/digits       q, sigma, T of that run's ledger and privacy.json; the
+    default python -m extensions.audit --q 0.1 --sigma 1 --steps 300 --delta 1e-5
 
-Two bounds at 95 % confidence
------------------------------
-RIGOROUS, whatever the mechanism does (Steinke, Nasr, Jagielski 2023, Theorem 5.2). The attacker guesses "in" for the r/2
-highest scores and "out" for the r/2 lowest; r is fixed before the run, from (q, sigma, T, m, delta) by a simulation.
-  delta = 0   Given the output and the other coins, epsilon-DP bounds the odds of a coin by e^epsilon: a guess is right
-              with probability at most p = e^epsilon / (1 + e^epsilon), so W, the number of right guesses, is
-              stochastically at most V ~ Binomial(r, p).
-  delta > 0   An (epsilon, delta)-DP mechanism does as an epsilon-DP one except with probability about delta per coin and
-              neighbour; then a guess may be right for free. So W is at most V + F, where F >= 0 comes with the output,
-              E[F] <= 2 m delta, and V, the coins that are left given the output, is independent of it. Hence
-                  P[W >= v] <= sum_i P[F = i] P[V >= v - i] = P[V >= v] + sum_(i > 0) P[F = i] P[v - i <= V < v]
+Two bounds at 95 % confidence ----------------------------- RIGOROUS, whatever the mechanism does (Steinke,
+Nasr, Jagielski 2023, Theorem 5.2). The attacker guesses "in" for the r/2 highest scores and "out" for the r/2
+lowest; r is fixed before the run, from (q, sigma, T, m, delta) by a simulation.
+  delta = 0   Given the output and the other coins, epsilon-DP bounds the odds of a coin by e^epsilon: a guess
+              is right with probability at most p = e^epsilon / (1 + e^epsilon), so W, the number of right
+              guesses, is stochastically at most V ~ Binomial(r, p).
+  delta > 0   An (epsilon, delta)-DP mechanism does as an epsilon-DP one except with probability about delta
+              per coin and neighbour; then a guess may be right for free. So W is at most V + F, where F >= 0
+              comes with the output, E[F] <= 2 m delta, and V, the coins that are left given the output, is
+              independent of it. Hence
+                  P[W >= v] <= sum_i P[F = i] P[V >= v - i] = P[V >= v] + sum_(i > 0) P[F = i] P[v - i <= V <
+                  v]
                             <= P[V >= v] + 2 m delta max_(i = 1..m) P[v - i <= V < v] / i,
               the last step because P[F = i] = i P[F = i] / i and sum_i i P[F = i] = E[F].
-  The bound is the first epsilon, coming from 0, at which that is not below 5 %. Since even r = m right guesses happen
-  with probability p^m, it never exceeds about ln(m / 3): 8.1 for m = 10,000. It is valid, and far from tight.
-Each score has its own bound, at 95 % by itself; the verdict is about any of the three, so its false alarms may be thrice 5 %.
-ESTIMATE. The coordinates are independent, so m canaries are m independent trials. Clopper-Pearson bounds (97.5 % each) on
-the false positives and negatives of "sum above its expected midpoint" give mu = z(1 - fpr) - z(fnr), and the epsilon of the
-Gaussian mechanism with that mu at delta. Close to the truth, but it trusts that the whole trade-off curve is Gaussian,
-which subsampling (q < 1) bends. A mechanism that is not the one claimed may break it: an estimate, no proof.
+  The bound is the first epsilon, coming from 0, at which that is not below 5 %. Since even r = m right
+  guesses happen with probability p^m, it never exceeds about ln(m / 3): 8.1 for m = 10,000. It is valid, and
+  far from tight.
+Each score has its own bound, at 95 % by itself; the verdict is about any of the three, so its false alarms
+may be thrice 5 %. ESTIMATE. The coordinates are independent, so m canaries are m independent trials.
+Clopper-Pearson bounds (97.5 % each) on the false positives and negatives of "sum above its expected midpoint"
+give mu = z(1 - fpr) - z(fnr), and the epsilon of the Gaussian mechanism with that mu at delta. Close to the
+truth, but it trusts that the whole trade-off curve is Gaussian, which subsampling (q < 1) bends. A mechanism
+that is not the one claimed may break it: an estimate, no proof.
 
-What this cannot see: one linear layer and one kind of gradient go through the engine. Whether the per-example gradients of
-attention, convolutions or norms are right (a wrong norm is a wrong sensitivity), whether examples mix inside the
-network, whether train.py feeds the engine rightly: those are the subject of tests/test_dp_sgd.py (every layer against
-a float64 loop, neighbouring data sets) and tests/test_pitfalls.py. Nor does it see leaks outside the gradients (files,
-timing, floating point), nor a violation smaller than the gap between its bound and the claim: passing is no proof.
-Two faults of the noise that this repository once had passed this audit, and would pass it again:
-  predictable noise   torch's CPU generator is linear over two-element arithmetic: enough signs of noise-only weights give
-                      its state, and with it all the noise. The attacker here adds scores; it solves no equations. Its score
-                      "regenerated" only sees a program that starts with the same seed.
-  a tail that ends    float32 normals of torch end at 5.77 standard deviations, and what lies beyond is impossible without the
-                      example. That happens to about one canary in 10^8 per step; the scores sum over all steps and the bounds
-                      count thousands of guesses, so no sample of a feasible size holds such an event.
+What this cannot see: one linear layer and one kind of gradient go through the engine. Whether the per-example
+gradients of attention, convolutions or norms are right (a wrong norm is a wrong sensitivity), whether
+examples mix inside the network, whether train.py feeds the engine rightly: those are the subject of
+tests/test_dp_sgd.py (every layer against a float64 loop, neighbouring data sets) and tests/test_pitfalls.py.
+Nor does it see leaks outside the gradients (files, timing, floating point), nor a violation smaller than the
+gap between its bound and the claim: passing is no proof. Two faults of the noise that this repository once
+had passed this audit, and would pass it again:
+  predictable noise   torch's CPU generator is linear over two-element arithmetic: enough signs of noise-only
+                      weights give its state, and with it all the noise. The attacker here adds scores; it
+                      solves no equations. Its score "regenerated" only sees a program that starts with the
+                      same seed.
+  a tail that ends    float32 normals of torch end at 5.77 standard deviations, and what lies beyond is
+                      impossible without the example. That happens to about one canary in 10^8 per step; the
+                      scores sum over all steps and the bounds count thousands of guesses, so no sample of a
+                      feasible size holds such an event.
 Both are kept out by the generator (dp_sgd.SecureGenerator) and by tests of its own, not by this audit.
 """
 from pathlib import Path
@@ -68,7 +77,7 @@ from support.calculator import read_run
 CONFIDENCE = 0.95
 LONGER = 10  # raw gradient of a canary, in units of C
 
-# -------------------------------------------------------------------------------------------------------- the attack
+# ------------------------------------------------------------------------------------------------- the attack
 
 
 class Eavesdropper:
@@ -82,10 +91,12 @@ class Eavesdropper:
 
 
 def attack(schedule, m, clip_norm=1.0, clipping="flat", fast=False, rng=None):
-    """One run of the real engine on m canaries -> (in the data? (m,) bool, {name of score: (m,) float64}), numpy.
+    """One run of the real engine on m canaries -> (in the data? (m,) bool, {name of score: (m,) float64}),
+    numpy.
 
-    schedule: [(q, sigma, steps), ...], the order does not matter. fast: noise and sampling from an ordinary generator
-    instead of SecureGenerator. rng (numpy) throws the secret coins; None: seeded by the operating system.
+    schedule: [(q, sigma, steps), ...], the order does not matter. fast: noise and sampling from an ordinary
+    generator instead of SecureGenerator. rng (numpy) throws the secret coins; None: seeded by the operating
+    system.
     """
     member = (np.random.default_rng() if rng is None else rng).random(m) < 0.5
     present = torch.from_numpy(member.nonzero()[0])
@@ -95,7 +106,8 @@ def attack(schedule, m, clip_norm=1.0, clipping="flat", fast=False, rng=None):
     listener = Eavesdropper(model)
     scores = {name: torch.zeros(m, dtype=torch.float64) for name in ("sum", "differences", "regenerated")}
 
-    def loss_fn(model, rows):  # linear: the gradient of each example is known, LONGER * C along its own coordinate
+    # linear: the gradient of each example is known, LONGER * C along its own coordinate
+    def loss_fn(model, rows):
         return LONGER * clip_norm * model(rows)[:, 0]
 
     def released(engine, sigma):
@@ -123,19 +135,24 @@ def attack(schedule, m, clip_norm=1.0, clipping="flat", fast=False, rng=None):
     return member, {name: score.numpy() for name, score in scores.items()}
 
 
-# ----------------------------------------------------------------------------------------------------- the two bounds
+# --------------------------------------------------------------------------------------------- the two bounds
 
 
 def p_value(correct, guesses, m, epsilon, delta):
-    """Bound on P[at least `correct` of `guesses` right] for any (epsilon, delta)-DP mechanism; epsilon an array (E,)."""
+    """Bound on P[at least `correct` of `guesses` right] for any (epsilon, delta)-DP mechanism; epsilon an
+    array (E,).
+    """
     p = expit(np.asarray(epsilon, dtype=float))
-    missing = binom.pmf(np.arange(correct - 1, -1, -1), guesses, p[:, None]).cumsum(1)  # (E, v): P[v - i <= V < v]
+    # (E, v): P[v - i <= V < v]
+    missing = binom.pmf(np.arange(correct - 1, -1, -1), guesses, p[:, None]).cumsum(1)
     worst = (missing / np.arange(1, correct + 1)).max(1, initial=0.0)
     return np.minimum(1.0, binom.sf(correct - 1, guesses, p) + 2 * m * delta * worst)
 
 
 def rigorous_bound(correct, guesses, m, delta, confidence=CONFIDENCE):
-    """Lower bound on epsilon from `correct` right guesses (Steinke et al. 2023, Theorem 5.2), rounded down to 0.01."""
+    """Lower bound on epsilon from `correct` right guesses (Steinke et al. 2023, Theorem 5.2), rounded down to
+    0.01.
+    """
     top = np.log(m) + 1  # above the largest possible answer
     for start in np.arange(0, top, 0.5):
         epsilons = start + 0.01 * np.arange(50)
@@ -152,7 +169,9 @@ def right_guesses(score, member, guesses):
 
 
 def estimate(score, member, threshold, delta, confidence=CONFIDENCE):
-    """Estimate of a lower bound on epsilon: Clopper-Pearson rates of score > threshold, read as a Gaussian mechanism."""
+    """Estimate of a lower bound on epsilon: Clopper-Pearson rates of score > threshold, read as a Gaussian
+    mechanism.
+    """
     def at_most(errors, trials):
         return beta.ppf((1 + confidence) / 2, errors + 1, trials - errors) if errors < trials else 1.0
 
@@ -163,21 +182,26 @@ def estimate(score, member, threshold, delta, confidence=CONFIDENCE):
 
 
 def plan_guesses(schedule, m, delta, rounds=4):
-    """The number of guesses with the best rigorous bound, on average over a simulation that knows no secret coin."""
+    """The number of guesses with the best rigorous bound, on average over a simulation that knows no secret
+    coin.
+    """
     rng, candidates = np.random.default_rng(0), np.unique(np.geomspace(10, m, 12).astype(int) // 2 * 2)
     bounds = np.zeros(len(candidates))
     for _ in range(rounds):
         member = rng.random(m) < 0.5
-        score = sum(q / s ** 2 * (member * rng.binomial(t, q, m) + s * t ** 0.5 * rng.standard_normal(m)) for q, s, t in schedule)
+        score = sum(q / s ** 2 * (member * rng.binomial(t, q, m) + s * t ** 0.5 * rng.standard_normal(m))
+                    for q, s, t in schedule)
         bounds += [rigorous_bound(right_guesses(score, member, r), r, m, delta) for r in candidates]
     return int(candidates[bounds.argmax()])
 
 
 def audit(schedule, delta, m=10_000, guesses=None, **how):
-    """Attack and bounds. schedule [(q, sigma, steps), ...]; guesses None: planned; how: see `attack`. Returns a dict:
+    """Attack and bounds. schedule [(q, sigma, steps), ...]; guesses None: planned; how: see `attack`. Returns
+    a dict:
 
     upper_rdp, upper_pld   what the accountant claims       member, scores   what `attack` returned
-    lower                  {score: rigorous lower bound}    right            {score: right guesses out of `guesses`}
+    lower                  {score: rigorous lower bound}    right            {score: right guesses out of
+                           `guesses`}
     estimate               of the score "sum"               threshold        of that estimate
     Raises ValueError for a schedule without noise or m below 10.
     """
@@ -186,17 +210,20 @@ def audit(schedule, delta, m=10_000, guesses=None, **how):
     if not schedule or any(sigma <= 0 or not 0 < q <= 1 for q, sigma, _ in schedule):
         raise ValueError("nothing to audit: a private run has sigma > 0, q in (0, 1] and at least one step")
     rows = [{"q": q, "sigma": sigma} for q, sigma, steps in schedule for _ in range(steps)]
-    upper = {f"upper_{method}": accountant.epsilon_of_ledger(rows, delta, method) for method in ("rdp", "pld")}
+    upper = {f"upper_{method}": accountant.epsilon_of_ledger(rows, delta, method)
+             for method in ("rdp", "pld")}
     guesses = plan_guesses(schedule, m, delta) if guesses is None else guesses  # before any coin is thrown
-    threshold = sum(steps * (q / sigma) ** 2 for q, sigma, steps in schedule) / 2  # half the mean of a member's score
+    # half the mean of a member's score
+    threshold = sum(steps * (q / sigma) ** 2 for q, sigma, steps in schedule) / 2
     member, scores = attack(schedule, m, **how)
     right = {name: right_guesses(score, member, guesses) for name, score in scores.items()}
-    return {**upper, "guesses": guesses, "right": right, "member": member, "scores": scores, "threshold": threshold,
+    return {**upper, "guesses": guesses, "right": right, "member": member, "scores": scores,
+            "threshold": threshold,
             "lower": {name: rigorous_bound(v, guesses, m, delta) for name, v in right.items()},
             "estimate": estimate(scores["sum"], member, threshold, delta)}
 
 
-# ------------------------------------------------------------------------------------------------------------ program
+# ---------------------------------------------------------------------------------------------------- program
 
 
 def histogram(result, caption, path, width=800, height=400):
@@ -207,9 +234,13 @@ def histogram(result, caption, path, width=800, height=400):
     top = max(c.max() for c in counts)
     image = Image.new("RGB", (width, height), "white")
     draw, (left, right, up, down) = ImageDraw.Draw(image), (60, width - 20, 60, height - 50)
-    x, y = (lambda s: left + (right - left) * (s - edges[0]) / (edges[-1] - edges[0])), (lambda c: down - (down - up) * c / top)
+    x, y = (
+        (lambda s: left + (right - left) * (s - edges[0]) / (edges[-1] - edges[0])),
+        (lambda c: down - (down - up) * c / top),
+    )
     for a, b, n_in, n_out in zip(edges[:-1], edges[1:], *counts, strict=True):
-        for n, colour in ((n_in, (70, 120, 220)), (n_out, (240, 150, 50)), (min(n_in, n_out), (140, 140, 140))):
+        for n, colour in ((n_in, (70, 120, 220)), (n_out, (240, 150, 50)),
+                          (min(n_in, n_out), (140, 140, 140))):
             if n > 0 and (n != min(n_in, n_out) or colour[0] == 140):
                 draw.rectangle([x(a), y(n), x(b) - 1, down], fill=colour)
     draw.line([left, up, left, down, right, down], fill="black")
@@ -221,15 +252,19 @@ def histogram(result, caption, path, width=800, height=400):
         draw.text((left - 8, y(c)), f"{c:.0f}", fill="black", anchor="rm")
     draw.line([x(result["threshold"]), up, x(result["threshold"]), down], fill="black")
     draw.text((left, 10), caption, fill="black")
-    draw.text((left, 30), "canaries with that score: blue in the data, orange not, grey both; line: threshold of the estimate",
+    draw.text((left, 30),
+              "canaries with that score: blue in the data, orange not, grey both; line: threshold of the "
+              "estimate",
               fill="black")
-    draw.text((right, height - 20), "score: weighted sum of the canary's noisy gradients", fill="black", anchor="ra")
+    draw.text((right, height - 20), "score: weighted sum of the canary's noisy gradients", fill="black",
+              anchor="ra")
     with files.replacing(path) as file:
         image.save(file, "PNG")
 
 
 def main(argv=None):
-    parser = run_folder.Parser(description="Attack the DP-SGD engine; print lower and upper bounds on epsilon.")
+    parser = run_folder.Parser(description="Attack the DP-SGD engine; print lower and upper bounds on "
+                                           "epsilon.")
     add = parser.add_argument
     add("run", nargs="?", help="run folder whose q, sigma, steps, C and clipping are audited [runs/digits]")
     add("--q", type=float, help="without a run: sampling probability, 0..1")
@@ -253,7 +288,8 @@ def main(argv=None):
         schedule = [(q, sigma, steps) for (q, sigma), steps in counted.items()]
         out = out or Path(args.run, "internal", "audit.png")
         if privacy.get("insecure_seed"):
-            raise ValueError(f"{args.run} ran with a known noise seed: it is not private, there is nothing to audit")
+            raise ValueError(f"{args.run} ran with a known noise seed: it is not private, there is nothing "
+                             "to audit")
     else:
         if args.steps < 1:
             raise ValueError(f"--steps must be at least 1, got {args.steps}")
@@ -265,16 +301,25 @@ def main(argv=None):
                    clip_norm=privacy.get("clip_norm", 1.0), clipping=privacy.get("clipping", "flat"))
     plan = "; ".join(f"q {q:.4g}, sigma {sigma:.4g}, {steps} steps" for q, sigma, steps in schedule[:3])
     best = max(result["lower"].values())
-    print(f"{plan}{'; ...' if schedule[3:] else ''}; delta {delta:g}; {args.canaries:,} canaries, {result['guesses']} guesses")
-    print(f"epsilon at most     {result['upper_pld']:6.2f}   claimed: tight accountant (Renyi: {result['upper_rdp']:.2f})")
-    print(f"epsilon estimated   {result['estimate']:6.2f}   Gaussian trade-off, Clopper-Pearson {CONFIDENCE:.0%}: no proof")
+    print(f"{plan}{'; ...' if schedule[3:] else ''}; delta {delta:g}; {args.canaries:,} canaries, "
+          f"{result['guesses']} guesses")
+    print(f"epsilon at most     {result['upper_pld']:6.2f}   claimed: tight accountant (Renyi: "
+          f"{result['upper_rdp']:.2f})")
+    print(f"epsilon estimated   {result['estimate']:6.2f}   Gaussian trade-off, Clopper-Pearson "
+          f"{CONFIDENCE:.0%}: no proof")
     for name, bound in result["lower"].items():
-        print(f"epsilon at least    {bound:6.2f}   rigorous at {CONFIDENCE:.0%} (Steinke et al. 2023), score {name}: "
+        print(f"epsilon at least    {bound:6.2f}   rigorous at {CONFIDENCE:.0%} (Steinke et al. 2023), "
+              f"score {name}: "
               f"{result['right'][name]} of {result['guesses']} guesses right")
-    verdict = "VIOLATED: the engine does not keep its promise" if best > result["upper_pld"] else "no violation found"
+    verdict = (
+        "VIOLATED: the engine does not keep its promise"
+        if best > result["upper_pld"]
+        else "no violation found"
+    )
     print(verdict)
     if out:
-        caption = (f"{plan[:60]}: epsilon at least {result['lower']['sum']:.2f} (rigorous), about {result['estimate']:.2f} "
+        caption = (f"{plan[:60]}: epsilon at least {result['lower']['sum']:.2f} (rigorous), about "
+                   f"{result['estimate']:.2f} "
                    f"(estimate), at most {result['upper_pld']:.2f}")
         histogram(result, caption, out)
         print(f"{out}: histograms of the scores")

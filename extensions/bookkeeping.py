@@ -1,37 +1,44 @@
 """Book-keeping: all per-example gradient norms and the clipped sum from ONE forward and ONE backward pass.
 
-The fastest of the three methods for `dp_sgd.DPSGD(..., gradients=bookkeeping)`, with the same result as `dp_sgd.loop`,
-which tests/test_dp_sgd.py holds against it to 1e-10, layer by layer. Not in the paper; first read dp_sgd.py.
+The fastest of the three methods for `dp_sgd.DPSGD(..., gradients=bookkeeping)`, with the same result as
+`dp_sgd.loop`, which tests/test_dp_sgd.py holds against it to 1e-10, layer by layer. Not in the paper; first
+read dp_sgd.py.
 
-The derivation
---------------
-A linear layer maps x_p -> W x_p + b at P positions. Backpropagating the *summed* loss of a micro-batch gives the
-gradient g_p of each output, and since examples do not mix, the g_p of example n depend on its own loss only. With
-X (P, d) and G (P, p) of that example, its gradient is
+The derivation -------------- A linear layer maps x_p -> W x_p + b at P positions. Backpropagating the
+*summed* loss of a micro-batch gives the gradient g_p of each output, and since examples do not mix, the g_p
+of example n depend on its own loss only. With X (P, d) and G (P, p) of that example, its gradient is
 
-    grad_W = sum_p g_p x_p^T = G^T X   (p, d)             and bias is the weight of a further input that is always 1.
+    grad_W = sum_p g_p x_p^T = G^T X   (p, d)             and bias is the weight of a further input that is
+                                       always 1.
 
-(1) Its norm does not need the matrix:  |G^T X|^2 = tr(X X^T G G^T) = sum over p, p' of (X X^T)[p,p'] (G G^T)[p,p'],
-    two Gram matrices: P^2 (d + p) multiplications instead of P d p. P = 1: |x|^2 |g|^2 (Goodfellow 2015). Convolutions
-    are the same on unfolded patches (Rochette et al. 2019); sequences: "ghost clipping" (Li et al. 2022).
-(2) The clipped sum needs no second backward pass: with the factors c_n, sum_n c_n G_n^T X_n is one matrix product of
-    the stacked (c G)^T (p, N P) and X (N P, d): "book-keeping" (Bu et al. 2023). X and G of the trained layers are kept.
-(3) Where the matrix itself is the cheaper way (many positions, few channels) it is formed once, (N, p, d); it gives the
+(1) Its norm does not need the matrix:  |G^T X|^2 = tr(X X^T G G^T) = sum over p, p' of (X X^T)[p,p'] (G
+G^T)[p,p'],
+    two Gram matrices: P^2 (d + p) multiplications instead of P d p. P = 1: |x|^2 |g|^2 (Goodfellow 2015).
+    Convolutions are the same on unfolded patches (Rochette et al. 2019); sequences: "ghost clipping" (Li et
+    al. 2022).
+(2) The clipped sum needs no second backward pass: with the factors c_n, sum_n c_n G_n^T X_n is one matrix
+product of
+    the stacked (c G)^T (p, N P) and X (N P, d): "book-keeping" (Bu et al. 2023). X and G of the trained
+    layers are kept.
+(3) Where the matrix itself is the cheaper way (many positions, few channels) it is formed once, (N, p, d); it
+gives the
     norm, is kept in place of X and G, and the clipped sum is sum_n c_n grad_n.
 
-Autograd does none of that work a second time: weights do not require grad in the meantime, and the graph starts at the
-output of the first trainable layer. An embedding is a linear layer on one-hot inputs; a 3x3 convolution is nine linear
-layers on shifted images; the scales of norm layers have few enough numbers to be formed per example.
+Autograd does none of that work a second time: weights do not require grad in the meantime, and the graph
+starts at the output of the first trainable layer. An embedding is a linear layer on one-hot inputs; a 3x3
+convolution is nine linear layers on shifted images; the scales of norm layers have few enough numbers to be
+formed per example.
 
-Rounding. Gram products cancel: where positions of opposite sign leave a small norm as the difference of large numbers,
-rounding may make it too small, and that breaks the sensitivity. The error is a few float epsilons (more for sums over wide
-layers) times (sum_p |x_p||g_p|)^2, which the two diagonals tell. A bound of 8 epsilons, and of 8 per 256 inputs or outputs
-where there are more, is *added*: rounding can only clip harder, by about 1e-4. (Measured errors: up to 20 epsilons at 1,280
-inputs, 79 at 5,120.)
+Rounding. Gram products cancel: where positions of opposite sign leave a small norm as the difference of large
+numbers, rounding may make it too small, and that breaks the sensitivity. The error is a few float epsilons
+(more for sums over wide layers) times (sum_p |x_p||g_p|)^2, which the two diagonals tell. A bound of 8
+epsilons, and of 8 per 256 inputs or outputs where there are more, is *added*: rounding can only clip harder,
+by about 1e-4. (Measured errors: up to 20 epsilons at 1,280 inputs, 79 at 5,120.)
 
-Underflow. Squares of entries below 1e-19 vanish in float32, and a tiny input may meet a huge gradient. What a Gram matrix
-may have lost that way is at most (number of products) * 1e-38 per entry; the norm is computed as if it had lost all of it.
-Overflow makes the norm infinite, and such an example contributes zero, as all non-finite ones.
+Underflow. Squares of entries below 1e-19 vanish in float32, and a tiny input may meet a huge gradient. What a
+Gram matrix may have lost that way is at most (number of products) * 1e-38 per entry; the norm is computed as
+if it had lost all of it. Overflow makes the norm infinite, and such an example contributes zero, as all
+non-finite ones.
 """
 from collections import Counter
 from contextlib import ExitStack
@@ -42,15 +49,17 @@ from torch import nn
 
 from dp_sgd import checked, exact, kept, masked, rows, squared_norm, weighted_sum, zeros
 
-# Layers with a rule for the per-example gradient, and how many dimensions a batch of their inputs has at least.
+# Layers with a rule for the per-example gradient, and how many dimensions a batch of their inputs has at
+# least.
 FEWEST_DIMS = {nn.Linear: 2, nn.Conv2d: 4, nn.GroupNorm: 2, nn.LayerNorm: 2, nn.Embedding: 1}
 
 
 def bookkeeping(model, layers, loss_fn, batch):
-    """-> (norms (L, N), losses (N,), function from factors (L, N) to the weighted sum): see dp_sgd.py, per-example gradients.
+    """-> (norms (L, N), losses (N,), function from factors (L, N) to the weighted sum): see dp_sgd.py,
+    per-example gradients.
 
-    One forward and one backward pass of the summed loss. Norms are computed as the output gradients arrive; inputs and
-    output gradients are kept for the weighted sum.
+    One forward and one backward pass of the summed loss. Norms are computed as the output gradients arrive;
+    inputs and output gradients are kept for the weighted sum.
     """
     n, uses, stored, grams, views = rows(batch), Counter(), {}, {}, []
     params = [p for layer in layers for p in layer.params.values()]
@@ -61,8 +70,10 @@ def bookkeeping(model, layers, loss_fn, batch):
         if not torch.is_grad_enabled():
             return  # used as a constant
         if x.dim() < FEWEST_DIMS[type(layers[i].module)] or len(x) % n:
-            raise ValueError(f"layer {layers[i].name!r} saw an input of shape {tuple(x.shape)} in a micro-batch of {n} "
-                             f"examples; its first dimension must be a multiple of {n}, example after example")
+            raise ValueError(f"layer {layers[i].name!r} saw an input of shape {tuple(x.shape)} in a "
+                             f"micro-batch of {n} "
+                             f"examples; its first dimension must be a multiple of {n}, example after "
+                             "example")
         uses[i] += 1
         if not out.requires_grad:
             out.requires_grad_()  # the graph starts here: no trainable layer before this one
@@ -76,7 +87,8 @@ def bookkeeping(model, layers, loss_fn, batch):
         layer = layers[i]
         unchanged("input", i, x, version)
         with exact(g.device):
-            if getattr(layer.module, "padding_idx", None) is not None:  # an embedding's padding row gets no gradient
+            # an embedding's padding row gets no gradient
+            if getattr(layer.module, "padding_idx", None) is not None:
                 g = g.masked_fill((x == layer.module.padding_idx)[..., None], 0.0)
             if uses[i] == 1 and grams_are_cheaper(layer, x, g, n):
                 squared[i], stored[i] = gram_squared_norm(layer, x, g, n, grams), (x, g, version)
@@ -86,7 +98,8 @@ def bookkeeping(model, layers, loss_fn, batch):
 
     def unchanged(what, i, tensor, version):
         if tensor._version != version:
-            raise ValueError(f"the {what} of layer {layers[i].name!r} was changed in place after the layer had used it")
+            raise ValueError(f"the {what} of layer {layers[i].name!r} was changed in place after the layer "
+                             "had used it")
 
     with ExitStack() as undo:
         for p in params:  # or autograd would compute the sum of the unclipped gradients as well
@@ -97,7 +110,8 @@ def bookkeeping(model, layers, loss_fn, batch):
         losses = checked(loss_fn(model, *batch), n)
         while views:
             unchanged("output", *views.pop())
-        losses.sum().backward()  # one NaN makes the sum NaN, but not its gradient: that is 1 for every example
+        # one NaN makes the sum NaN, but not its gradient: that is 1 for every example
+        losses.sum().backward()
 
     losses = losses.detach()
     with exact(losses.device):
@@ -125,12 +139,16 @@ def bookkeeping(model, layers, loss_fn, batch):
 
 
 def joined(parts):
-    """Weight gradients of a layer's linear parts -> of the layer: the kernel's offsets are the last dimensions."""
+    """Weight gradients of a layer's linear parts -> of the layer: the kernel's offsets are the last
+    dimensions.
+    """
     return parts[0] if len(parts) == 1 else torch.stack(parts, -1)
 
 
 def grams_are_cheaper(layer, x, g, n):
-    """Count multiplications per example, P^2 (d + p) against P d p; the scales of norm layers are always formed."""
+    """Count multiplications per example, P^2 (d + p) against P d p; the scales of norm layers are always
+    formed.
+    """
     m = layer.module
     if isinstance(m, (nn.GroupNorm, nn.LayerNorm)) or "weight" not in layer.params:
         return False
@@ -144,11 +162,13 @@ def grams_are_cheaper(layer, x, g, n):
 def gram_squared_norm(layer, x, g, n, grams):
     """Squared norms (n,) float64 of the per-example gradients of weight (and bias) from two Gram matrices.
 
-    grams keeps the Gram matrix of an input for the layers that share it, such as the queries, keys and values of an
-    attention; an input is known by its address, which nothing else takes while `bookkeeping` keeps the input itself.
+    grams keeps the Gram matrix of an input for the layers that share it, such as the queries, keys and values
+    of an attention; an input is known by its address, which nothing else takes while `bookkeeping` keeps the
+    input itself.
     """
     m, g = layer.module, wide(g)
-    if isinstance(m, nn.Embedding):  # one-hot inputs: the Gram matrix says which positions hold the same token
+    # one-hot inputs: the Gram matrix says which positions hold the same token
+    if isinstance(m, nn.Embedding):
         tokens, g = x.reshape(n, -1), positions(g, n)
         gram_x = (tokens[:, :, None] == tokens[:, None, :]).to(g.dtype)
     else:
@@ -162,8 +182,10 @@ def gram_squared_norm(layer, x, g, n, grams):
             gram_x = patches_gram(m, gram_x.view(n, *2 * (shape[0] // n, *shape[2:])), size_out)
         if "bias" in layer.params:
             gram_x = gram_x + 1  # the further input that is always 1
-    products, limits, most = g @ g.mT, torch.finfo(g.dtype), max(m.weight[0].numel(), len(m.weight))  # (n, P, P)
-    x_squared, g_squared = (a.diagonal(dim1=1, dim2=2).double() for a in (gram_x, products))  # (n, P): |x_p|^2, |g_p|^2
+    # (n, P, P)
+    products, limits, most = g @ g.mT, torch.finfo(g.dtype), max(m.weight[0].numel(), len(m.weight))
+    # (n, P): |x_p|^2, |g_p|^2
+    x_squared, g_squared = (a.diagonal(dim1=1, dim2=2).double() for a in (gram_x, products))
     lengths = (x_squared * g_squared).sqrt().sum(-1)  # sum_p |x_p||g_p|
     lost = most * limits.tiny  # see "Underflow" above
     longest = ((x_squared + lost) * (g_squared + lost)).sqrt().sum(-1)
@@ -175,8 +197,9 @@ def gram_squared_norm(layer, x, g, n, grams):
 def patches_gram(conv, gram, size_out):
     """Gram matrix of a convolution's pixels (n, K, H, W, K, H, W) -> of its patches (n, P, P), P = K H' W'.
 
-    The inner product of two patches is the sum over the kernel's offsets of the inner products of their pixels: the
-    patches, nine times the size of the input, need not exist. First the offsets in height are summed, then in width.
+    The inner product of two patches is the sum over the kernel's offsets of the inner products of their
+    pixels: the patches, nine times the size of the input, need not exist. First the offsets in height are
+    summed, then in width.
     """
     rows, columns = taps(conv, gram.shape[2:4], size_out)
     (n, k, _, w), (h_out, w_out) = gram.shape[:4], size_out
@@ -190,7 +213,9 @@ def patches_gram(conv, gram, size_out):
 
 
 def per_example(layer, x, g, n):
-    """Per-example gradients {weight: (n, *weight.shape), bias: (n, p)} of one use of a layer, whichever are trained."""
+    """Per-example gradients {weight: (n, *weight.shape), bias: (n, p)} of one use of a layer, whichever are
+    trained.
+    """
     m, x, g, weight = layer.module, wide(x), wide(g), None
     if isinstance(m, nn.LayerNorm):
         scaled = g * F.layer_norm(x, m.normalized_shape, eps=m.eps)
@@ -209,7 +234,9 @@ def per_example(layer, x, g, n):
 
 
 def weighted_product(layer, x, g, factor):
-    """Clipped sum {weight, bias} of a layer from inputs x, output gradients g and one factor (n,) per example."""
+    """Clipped sum {weight, bias} of a layer from inputs x, output gradients g and one factor (n,) per
+    example.
+    """
     m, x, g, n = layer.module, wide(x), wide(g), len(factor)
     factor = factor.to(g.dtype)
     if isinstance(m, nn.Embedding):
@@ -220,7 +247,8 @@ def weighted_product(layer, x, g, factor):
         x = scaled(x, factor)
     else:
         g = scaled(g, factor)
-    parts = [b.flatten(0, 1).mT @ a.flatten(0, 1) for a, b in linear_parts(layer, x, g, n)]  # (p, n P) @ (n P, d)
+    # (p, n P) @ (n P, d)
+    parts = [b.flatten(0, 1).mT @ a.flatten(0, 1) for a, b in linear_parts(layer, x, g, n)]
     return {"weight": joined(parts).view(m.weight.shape), **bias}
 
 
@@ -235,7 +263,9 @@ def wide(a):
 
 
 def channels_last(layer, a):
-    """Images (n*K, c, H, W) of a convolution -> (n*K, H, W, c); rows of a Linear layer (n*K, ..., c) as they are."""
+    """Images (n*K, c, H, W) of a convolution -> (n*K, H, W, c); rows of a Linear layer (n*K, ..., c) as they
+    are.
+    """
     return a.movedim(1, -1) if isinstance(layer.module, nn.Conv2d) else a
 
 
@@ -245,13 +275,15 @@ def positions(a, n):
 
 
 def taps(conv, size_in, size_out):
-    """For each offset of a kernel in height, and in width: [(slice of outputs, slice of the inputs they meet), ...].
+    """For each offset of a kernel in height, and in width: [(slice of outputs, slice of the inputs they
+    meet), ...].
 
-    A 3x3 convolution is nine linear layers, one per offset, between images shifted against each other. The slices leave
-    out what meets the zero padding: on a 2x2 image more than half.
+    A 3x3 convolution is nine linear layers, one per offset, between images shifted against each other. The
+    slices leave out what meets the zero padding: on a 2x2 image more than half.
     """
     axes = []
-    for k, s, p, d, n_in, n_out in zip(conv.kernel_size, conv.stride, conv.padding, conv.dilation, size_in, size_out,
+    for k, s, p, d, n_in, n_out in zip(conv.kernel_size, conv.stride, conv.padding, conv.dilation, size_in,
+                                       size_out,
                                        strict=True):
         axes.append([])
         for shift in range(-p, k * d - p, d):  # output o meets input o*s + shift, if 0 <= o*s + shift < n_in
@@ -262,7 +294,9 @@ def taps(conv, size_in, size_out):
 
 
 def linear_parts(layer, x, g, n):
-    """Inputs (n, P, d) and output gradients (n, P, p) of a Linear layer, or of each linear layer of a convolution."""
+    """Inputs (n, P, d) and output gradients (n, P, p) of a Linear layer, or of each linear layer of a
+    convolution.
+    """
     x, g = channels_last(layer, x), channels_last(layer, g)
     if isinstance(layer.module, nn.Linear):
         return [(positions(x, n), positions(g, n))]
@@ -271,17 +305,21 @@ def linear_parts(layer, x, g, n):
 
 
 def refuse(layers):
-    """Raise ValueError, by name, for the first layer whose per-example gradient book-keeping has no rule for."""
+    """Raise ValueError, by name, for the first layer whose per-example gradient book-keeping has no rule for.
+    """
     for name, module, params in layers:
         if reason := without_rule(module, params):
-            raise ValueError(f"layer {name!r} ({type(module).__name__}): {reason}; freeze it or choose --method vmap")
+            raise ValueError(f"layer {name!r} ({type(module).__name__}): {reason}; freeze it or choose "
+                             "--method vmap")
 
 
 bookkeeping.refuse = refuse  # asked by DPSGD before the first step
 
 
 def without_rule(m, params):
-    """Why book-keeping cannot train this layer, or "". Subclasses may compute anything: the type must match exactly."""
+    """Why book-keeping cannot train this layer, or "". Subclasses may compute anything: the type must match
+    exactly.
+    """
     if type(m) not in FEWEST_DIMS or not set(params) <= {"weight", "bias"}:
         return f"book-keeping has no rule for its trainable parameters ({', '.join(params)})"
     if isinstance(m, nn.Conv2d) and (m.groups > 1 or m.padding_mode != "zeros" or isinstance(m.padding, str)):

@@ -236,8 +236,8 @@ def convert(s, unet_file, vae_file, scale, images, digests, embedder, average=Fa
 def ldm_checkpoint(s, weights, path, digests, embedder):
     """The UNet's tensors -> content of public/ldm.pt.
 
-    embedder: the entry of the condition embedder that the private set needs (`conditions.embedder_entry`). The
-    file's class embedder is taken if it has the right width and at least as many classes. Otherwise the
+    embedder: the entry of the condition embedder that the private set needs (`conditions.embedder_entry`).
+    The file's class embedder is taken if it has the right width and at least as many classes. Otherwise the
     embedder starts afresh, as our text encoder always does.
     """
     s.unet = replace(s.unet, num_groups=GROUPS)
@@ -283,7 +283,8 @@ PASSED_ON = ("size", "factor", "latent-channels", "width", "depth", "condition",
 
 
 def main(argv=None):
-    parser = run_folder.Parser(description="Make the public stages of a run from a latent-diffusion checkpoint.")
+    parser = run_folder.Parser(description="Make the public stages of a run from a latent-diffusion "
+                                           "checkpoint.")
     add = parser.add_argument
     add("checkpoint", type=Path, nargs="?", help="file of the original code with a UNet; without it only the "
         "autoencoder is converted, and its latent scale is that of the preset's public images")
@@ -307,7 +308,8 @@ def main(argv=None):
         images = start.find_set(s, s.public, public_classes=only, n=s.public_n, seed=s.seed).images
         digests = start.public_digests(s, images)
     declared = s.classes and datasets.class_list(s.classes)
-    private = datasets.describe(s.private, s.data_root, s.vae.resolution, s.vae.in_channels, s.label_attribute, declared)
+    private = datasets.describe(s.private, s.data_root, s.vae.resolution, s.vae.in_channels,
+                                s.label_attribute, declared)
     stages = convert(s, args.checkpoint, args.autoencoder, args.scale, images, digests,
                      conditions.embedder_entry(s, private, private), args.average)
     run_folder.prepare(args.out, resume=False)

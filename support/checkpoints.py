@@ -1,4 +1,6 @@
-"""Networks from the dicts that train.py writes, and back: what a checkpoint says is all that is needed to build them."""
+"""Networks from the dicts that train.py writes, and back: what a checkpoint says is all that is needed to
+build them.
+"""
 import torch
 
 import diffusion
@@ -10,12 +12,16 @@ from support import files
 
 
 def condition_kind(entry):
-    """ "none", "class" or "text" from a checkpoint's entry `embedder`; the first checkpoints knew only classes."""
+    """ "none", "class" or "text" from a checkpoint's entry `embedder`; the first checkpoints knew only
+    classes.
+    """
     return entry.get("kind", "class") if entry else "none"
 
 
 def build_embedder(entry):
-    """Condition embedder from a checkpoint's entry: None, {"kind": "class", ...} or {"kind": "text", "words": ...}."""
+    """Condition embedder from a checkpoint's entry: None, {"kind": "class", ...} or {"kind": "text", "words":
+    ...}.
+    """
     kind, rest = condition_kind(entry), {k: v for k, v in (entry or {}).items() if k not in ("kind", "words")}
     if kind == "text":
         return text.TextEncoder(vocabulary_size=len(build_tokenizer(entry)), **rest)
@@ -47,18 +53,21 @@ def check_schedule(schedule):
 def build_vae(checkpoint):
     """AutoencoderKL from the dict that train.py wrote (keys config, state)."""
     config = vae.VAEConfig(**checkpoint["config"])
-    return build(lambda: vae.AutoencoderKL(config), checkpoint["state"], checkpoint["config"]).eval().requires_grad_(False)
+    return build(lambda: vae.AutoencoderKL(config), checkpoint["state"],
+                 checkpoint["config"]).eval().requires_grad_(False)
 
 
 def build(make, state, *configs):
-    """make() with the weights `state`. Tried without memory first: sizes in a damaged or hostile file that do not fit its
-    weights are refused before they cost terabytes or hours. Raises whatever the networks do about them."""
+    """make() with the weights `state`. Tried without memory first: sizes in a damaged or hostile file that do
+    not fit its weights are refused before they cost terabytes or hours. Raises whatever the networks do about
+    them."""
     for key, value in (item for config in configs for item in (config or {}).items()):
         if key in ("num_res_blocks", "transformer_depth", "layers") and value > 100 or \
                 isinstance(value, (list, tuple)) and key != "words" and len(value) > 20:
             raise ValueError(f"{key} = {value!r:.20} is out of range")
     with torch.device("meta"):
-        make().load_state_dict(dict(state), assign=True)  # dict: a state_dict would remember `assign`, and share its memory below
+        # dict: a state_dict would remember `assign`, and share its memory below
+        make().load_state_dict(dict(state), assign=True)
     model = make()
     model.load_state_dict(state)
     return model
@@ -78,7 +87,8 @@ def load_public(path):
 
 
 def check_finite(title, checkpoint):
-    """Refuse a public network whose training has diverged; nothing is spent on it yet. ValueError, one line."""
+    """Refuse a public network whose training has diverged; nothing is spent on it yet. ValueError, one line.
+    """
     weights = checkpoint.get("state", checkpoint.get("model"))
     numbers = [*weights.values(), torch.tensor(float(checkpoint.get("scale", 1.0)))]
     if not all(bool(a.isfinite().all()) for a in numbers):

@@ -1,4 +1,6 @@
-"""What a run will spend, known before it begins: epsilon, memory, minutes. `train.py --dry-run` prints it and stops."""
+"""What a run will spend, known before it begins: epsilon, memory, minutes. `train.py --dry-run` prints it and
+stops.
+"""
 import os
 from functools import partial
 
@@ -15,7 +17,9 @@ from support.settings import GRADIENTS
 
 
 def report(s, plan, embedder, public, private, known):
-    """Print the privacy plan, the memory and the minutes. known: public networks that exist already, by file name."""
+    """Print the privacy plan, the memory and the minutes. known: public networks that exist already, by file
+    name.
+    """
     with torch.device("meta"):  # shapes only
         model = unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(embedder))
         lora.tuned(model, s)
@@ -26,17 +30,19 @@ def report(s, plan, embedder, public, private, known):
         return print("time           not measured: networks of this size are for a GPU; run --dry-run there")
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     if s.device == "cpu" and needed > have:
-        return print(f"time           not measured: a public step needs {needed:.0f} GB, this machine has {have:.0f}; choose "
+        return print(f"time           not measured: a public step needs {needed:.0f} GB, this machine has "
+                     f"{have:.0f}; choose "
                      "a smaller --vae-batch or --ldm-batch, or a larger --factor")
     return estimate(s, plan, embedder, known)
 
 
 def print_memory(s, model, public, private):
-    """Print where the bytes go: weights with gradient, Adam and EMA, activations of one picture, pictures and latents.
+    """Print where the bytes go: weights with gradient, Adam and EMA, activations of one picture, pictures and
+    latents.
 
-    Runs the networks on the meta device, which computes shapes only: no memory, no time, however large they are. All that
-    autograd keeps of one picture is counted; the private stage keeps about the same (bench/dp_step.py). Returns the GB of
-    the larger of the two public steps, batch included.
+    Runs the networks on the meta device, which computes shapes only: no memory, no time, however large they
+    are. All that autograd keeps of one picture is counted; the private stage keeps about the same
+    (bench/dp_step.py). Returns the GB of the larger of the two public steps, batch included.
     """
     with torch.device("meta"):
         autoencoder = vae.AutoencoderKL(s.vae)
@@ -45,9 +51,11 @@ def print_memory(s, model, public, private):
 
     def kept(network, f):
         weights, seen = {p.untyped_storage()._cdata for p in network.parameters()}, {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda a: seen.update({a.untyped_storage()._cdata: a}) or a, lambda a: a):
+        with torch.autograd.graph.saved_tensors_hooks(lambda a: seen.update({a.untyped_storage()._cdata: a})
+                                                      or a, lambda a: a):
             out = f()  # keeps the graph, and with it the storages, until they are counted
-        return sum(a.untyped_storage().nbytes() for key, a in seen.items() if key not in weights) + 0 * len(out)
+        return sum(a.untyped_storage().nbytes() for key,
+                   a in seen.items() if key not in weights) + 0 * len(out)
 
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(True)
@@ -58,15 +66,21 @@ def print_memory(s, model, public, private):
     stored = (s.public_n or len(public)) + len(private)
     stored *= x.numel() + 4 * (1 + s.flips) * z.numel()
     # Weights, gradient, two moments, EMA; tuned ones: moments, EMA, clipped sum, a micro-batch's sum, noise.
-    trained, total, big = count(p for p in model.parameters() if p.requires_grad), count(model.parameters()), 1e9
-    print(f"memory, GB     autoencoder {20 * count(autoencoder.parameters()) / big:.2f} + {first / big:.3f} a picture, latent "
-          f"diffusion {20 * total / big:.2f} + {second / big:.3f}, private tuning {(4 * total + 24 * trained) / big:.2f} + "
+    trained, total, big = count(p for p in model.parameters()
+                                if p.requires_grad), count(model.parameters()), 1e9
+    print(f"memory, GB     autoencoder {20 * count(autoencoder.parameters()) / big:.2f} + {first / big:.3f} "
+          "a picture, latent "
+          f"diffusion {20 * total / big:.2f} + {second / big:.3f}, private tuning "
+          f"{(4 * total + 24 * trained) / big:.2f} + "
           f"{second / big:.3f}; pictures and latents {stored / big:.2f} in all")
-    return max(20 * count(autoencoder.parameters()) + s.vae_batch * first, 20 * total + s.ldm_batch * second) / big
+    return max(20 * count(autoencoder.parameters()) + s.vae_batch * first,
+               20 * total + s.ldm_batch * second) / big
 
 
 def estimate(s, plan, embedder, known=()):
-    """Print the minutes of each stage, extrapolated from one step on random data; 0 for networks that are `known`."""
+    """Print the minutes of each stage, extrapolated from one step on random data; 0 for networks that are
+    `known`.
+    """
     with torch.device(s.device):
         autoencoder = vae.AutoencoderKL(s.vae)
         model = unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(embedder))
@@ -76,20 +90,25 @@ def estimate(s, plan, embedder, known=()):
     z = torch.randn(s.ldm_batch, *autoencoder.latent_shape, device=s.device)
     y = hardware.stand_in(model, s.ldm_batch, s.device)
     loss_fn = partial(diffusion.loss, schedule=s.schedule)
-    engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, dp_sgd.CLIPPING[s.clipping], GRADIENTS[s.method])
+    engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, dp_sgd.CLIPPING[s.clipping],
+                          GRADIENTS[s.method])
     size = s.micro_batch
     few = slice(0, min(size, len(z)))
 
     def minutes(times, f):
         f()
-        return 1.1 * times * hardware.seconds(s, f) / 60  # optimiser, data and checkpoints: about a tenth on top
+        # optimiser, data and checkpoints: about a tenth on top
+        return 1.1 * times * hardware.seconds(s, f) / 60
 
     private = minutes(plan["steps"] * s.batch_size / len(z[few]),
-                      lambda: engine.accumulate(loss_fn, *diffusion.draw(z[few], select(y, few), s.noise_multiplicity, None,
+                      lambda: engine.accumulate(loss_fn,
+                                                *diffusion.draw(z[few], select(y, few), s.noise_multiplicity,
+                                                                None,
                                                                        s.schedule)))
     model.requires_grad_(True)
     first = 0.0 if "vae.pt" in known else minutes(s.vae_steps, lambda: vae.loss(autoencoder, x)[0].backward())
     second = 0.0 if "ldm.pt" in known else minutes(
         s.ldm_steps, lambda: loss_fn(model, *diffusion.draw(z, y, 1, None, s.schedule)).mean().backward())
-    print(f"time           autoencoder {first:.1f}, latent diffusion {second:.1f}, private tuning {private:.1f} minutes "
+    print(f"time           autoencoder {first:.1f}, latent diffusion {second:.1f}, private tuning "
+          f"{private:.1f} minutes "
           f"({'bf16' if s.bf16 else 'float32'} on {s.device}, {torch.get_num_threads()} threads)")

@@ -1,8 +1,8 @@
 """How files are written: nothing torn, nothing lost, nothing executed on reading.
 
-DP-LDM's guarantee needs it: a private step that is not in the ledger is epsilon that nobody counts. Files are written
-beside their place and renamed. Ledger rows are on the disk before the noisy step is applied. Checkpoints are read with
-weights_only=True, so that a file from elsewhere cannot run code.
+DP-LDM's guarantee needs it: a private step that is not in the ledger is epsilon that nobody counts. Files are
+written beside their place and renamed. Ledger rows are on the disk before the noisy step is applied.
+Checkpoints are read with weights_only=True, so that a file from elsewhere cannot run code.
 """
 import contextlib
 import errno
@@ -21,7 +21,8 @@ from support.team import rank
 
 @contextlib.contextmanager
 def replacing(path, private=False):
-    """Open a file to write bytes; it takes the place of `path` when complete: a crash leaves the old or the new.
+    """Open a file to write bytes; it takes the place of `path` when complete: a crash leaves the old or the
+    new.
 
     Only plain files are replaced. A link's target is; what goes to a device or a pipe is written into it when
     complete. private: only its owner may read it, as all in internal/ (`opening`). ValueError, one line, on a
@@ -150,7 +151,9 @@ def expanded(path):
 
 @contextlib.contextmanager
 def understanding(path, kind="checkpoint"):
-    """Reading a file that may be missing, damaged or made to harm: whatever the readers raise -> ValueError, one line."""
+    """Reading a file that may be missing, damaged or made to harm: whatever the readers raise -> ValueError,
+    one line.
+    """
     try:
         yield
     except FileNotFoundError:
@@ -161,7 +164,9 @@ def understanding(path, kind="checkpoint"):
 
 
 def load(path):
-    """A dict by torch.load, on the CPU, without code execution (pitfall 21). ValueError, one line, if missing or damaged."""
+    """A dict by torch.load, on the CPU, without code execution (pitfall 21). ValueError, one line, if missing
+    or damaged.
+    """
     with understanding(path):
         value = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(value, dict):
@@ -201,8 +206,8 @@ def append_row(row, path):
 
 
 def read_ledger(path):
-    """Text of the ledger, "" if there is none, for accountant.ledger_rows. A torn line stays where it is, as a step that
-    was spent; only its line end is added, so that the next row stands on a line of its own."""
+    """Text of the ledger, "" if there is none, for accountant.ledger_rows. A torn line stays where it is, as
+    a step that was spent; only its line end is added, so that the next row stands on a line of its own."""
     if not Path(path).exists():
         return ""
     text = Path(path).read_bytes().decode(errors="replace")
@@ -213,7 +218,9 @@ def read_ledger(path):
 
 
 def plain(value):
-    """A value as JSON gives it back: dataclasses as dicts, tuples as lists, numpy numbers as floats, infinity as text."""
+    """A value as JSON gives it back: dataclasses as dicts, tuples as lists, numpy numbers as floats, infinity
+    as text.
+    """
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else str(float(value))
     if is_dataclass(value):

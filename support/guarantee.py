@@ -1,7 +1,8 @@
 """The privacy plan before the first private step, and the privacy statement after the last one.
 
-Both come from the same numbers. The plan (q = B/n, T, sigma) is that of Algorithm 1 of DP-LDM (Liu et al. 2024), sigma
-calibrated so that the whole run costs the epsilon asked for. Nothing here reads a private image, a loss or a norm.
+Both come from the same numbers. The plan (q = B/n, T, sigma) is that of Algorithm 1 of DP-LDM (Liu et al.
+2024), sigma calibrated so that the whole run costs the epsilon asked for. Nothing here reads a private image,
+a loss or a norm.
 """
 import math
 import sys
@@ -25,10 +26,12 @@ SAME = 1e-6  # relative: numbers of two machines that differ by less are the sam
 
 
 def privacy_numbers(s, steps, delta):
-    """What the statement says about steps, ledger rows or [(q, sigma, T)]: both accountants, a group of 20, the attacker.
+    """What the statement says about steps, ledger rows or [(q, sigma, T)]: both accountants, a group of 20,
+    the attacker.
 
-    Never raises for a plan that `privacy_plan` lets through: what cannot be computed is replaced by what is never below
-    it. The group's epsilon is infinite as well where 20 images together reach beyond the largest noise.
+    Never raises for a plan that `privacy_plan` lets through: what cannot be computed is replaced by what is
+    never below it. The group's epsilon is infinite as well where 20 images together reach beyond the largest
+    noise.
     """
     found = pld.statement_numbers(steps, delta, 20, FALSE_POSITIVES)
     kinds = Counter()
@@ -57,16 +60,18 @@ def settled(planned, found):
 def privacy_plan(s, n):
     """What will be spent and stated, known before the first private step.
 
-    A dict of n, q, steps, sigma, epsilon, delta and numbers, those of the statement. A resumed run keeps the plan
-    it began with. Raises ValueError for impossible plans.
+    A dict of n, q, steps, sigma, epsilon, delta and numbers, those of the statement. A resumed run keeps the
+    plan it began with. Raises ValueError for impossible plans.
     """
     if s.steps == 0:
         return {"n": n, "q": 0.0, "steps": 0, "sigma": 0.0, "epsilon": 0.0, "delta": s.delta,
                 "numbers": privacy_numbers(s, [], s.delta)}
     if s.batch_size > n:
-        raise ValueError(f"--batch-size {s.batch_size} exceeds the {n} private pictures: q = B/n must be at most 1")
+        raise ValueError(f"--batch-size {s.batch_size} exceeds the {n} private pictures: q = B/n must be at "
+                         "most 1")
     if s.delta >= 1 / n:
-        raise ValueError(f"--delta {s.delta:g} is not below 1/n = {1 / n:.2g}: publishing one random picture in the clear would "
+        raise ValueError(f"--delta {s.delta:g} is not below 1/n = {1 / n:.2g}: publishing one random "
+                         "picture in the clear would "
                          "satisfy it; choose a smaller delta")
     plan = {"n": n, "q": s.batch_size / n, "steps": s.steps, "delta": s.delta}
     if s.resume and (path := s.out / "internal" / "plan.json").exists():
@@ -78,12 +83,15 @@ def privacy_plan(s, n):
 
 
 def with_numbers(s, plan):
-    """The plan and what it costs: epsilon by the chosen accountant, and the other numbers of the statement."""
+    """The plan and what it costs: epsilon by the chosen accountant, and the other numbers of the statement.
+    """
     q, sigma, steps, delta = (plan[key] for key in ("q", "sigma", "steps", "delta"))
     generator = noise_of(s)
     if sigma and dp_sgd.beyond_the_noise(generator, q, sigma, steps) > NEGLIGIBLE * delta:
-        raise ValueError(f"sigma = {sigma:g} is so little noise that its largest value, {dp_sgd.largest_normal(generator):.1f} "
-                         "standard deviations, would give examples away; choose a smaller --epsilon or a larger --sigma")
+        raise ValueError(f"sigma = {sigma:g} is so little noise that its largest value, "
+                         f"{dp_sgd.largest_normal(generator):.1f} "
+                         "standard deviations, would give examples away; choose a smaller --epsilon or a "
+                         "larger --sigma")
     epsilon = float(accountant.epsilon(q, sigma, steps, delta, s.accountant))
     return {**plan, "epsilon": epsilon, "numbers": privacy_numbers(s, [(q, sigma, steps)], delta)}
 
@@ -121,9 +129,12 @@ def stored_plan(s, asked, path):
 def print_plan(s, plan, model):
     """Print plan and share of tuned parameters -> number of tuned parameters."""
     trained, total = count(p for p in model.parameters() if p.requires_grad), count(model.parameters())
-    print(f"privacy plan   epsilon {round_up(plan['epsilon'])} at delta {round_up(plan['delta'])} ({s.accountant}); "
-          f"unit: one picture, added or removed\n               n {plan['n']}, Poisson sampling with q {plan['q']:.4g} "
-          f"(expected batch {s.batch_size}), T {plan['steps']} steps, sigma {plan['sigma']:.4g}, C {s.clip_norm:g} "
+    print(f"privacy plan   epsilon {round_up(plan['epsilon'])} at delta {round_up(plan['delta'])} "
+          f"({s.accountant}); "
+          f"unit: one picture, added or removed\n               n {plan['n']}, Poisson sampling with q "
+          f"{plan['q']:.4g} "
+          f"(expected batch {s.batch_size}), T {plan['steps']} steps, sigma {plan['sigma']:.4g}, C "
+          f"{s.clip_norm:g} "
           f"{s.clipping}, K {s.noise_multiplicity}\n"
           f"tuned          {s.tune}: {trained:,} of {total:,} parameters ({trained / total:.1%})")
     if plan["steps"] and (plan["sigma"] == 0 or s.insecure_seed is not None) and rank() == 0:
@@ -132,17 +143,25 @@ def print_plan(s, plan, model):
 
 
 # How the presets' hyper-parameters were chosen, where private results had a part in it (docs/privacy.md).
-SEEN = ("partly by looking at results on private data: batch size, steps and learning rate of the private stage{} were compared "
-        "by scores on held-out and on test digits of MNIST, and the public strokes were drawn while watching them; epsilon does "
+SEEN = ("partly by looking at results on private data: batch size, steps and learning rate of the private "
+        "stage{} were compared "
+        "by scores on held-out and on test digits of MNIST, and the public strokes were drawn while watching "
+        "them; epsilon does "
         "not cover that choice")
 LOOKED = {
-    "mnist10k": SEEN.format(""), "mnist": SEEN.format(", the size of the networks and the length of the public stages"),
-    "faces": ("partly by looking at results on private data: size of the latents and of the UNet and length of the public stages "
-              "were changed after seeing how the autoencoder draws held-out faces; epsilon does not cover that choice"),
-    "fashion": ("partly by looking at private data: photographs as a public set, and the shape and training of the autoencoder, "
-                "were chosen after measuring how others draw garments, and the drawn garments were improved while watching how "
+    "mnist10k": SEEN.format(""),
+    "mnist": SEEN.format(", the size of the networks and the length of the public stages"),
+    "faces": ("partly by looking at results on private data: size of the latents and of the UNet and length "
+    "of the public stages "
+              "were changed after seeing how the autoencoder draws held-out faces; epsilon does not cover "
+              "that choice"),
+    "fashion": ("partly by looking at private data: photographs as a public set, and the shape and training "
+    "of the autoencoder, "
+                "were chosen after measuring how others draw garments, and the drawn garments were improved "
+                "while watching how "
                 "well they teach the classes of test images; epsilon does not cover that choice")}
-BEFOREHAND = ("taken as chosen without results on these pictures; if other runs on them were compared to choose, their epsilons "
+BEFOREHAND = ("taken as chosen without results on these pictures; if other runs on them were compared to "
+              "choose, their epsilons "
               "add up")
 
 
@@ -164,26 +183,35 @@ def privacy_statement(s, plan, rows, trained, stages=()):
         **{f"epsilon_{name}": numbers[f"epsilon_{name}"] for name in accountant.ACCOUNTANTS},
         GROUP: numbers[GROUP],  # of one person
         ATTACKER: numbers[ATTACKER],  # what an optimal membership test can do at most, per picture
-        "adjacency": "add or remove one picture", "unit": "one picture", "sampling": "Poisson", "n": plan["n"], "q": plan["q"],
-        "expected_batch_size": s.batch_size, "steps": len(rows), "sigma": plan["sigma"], "clip_norm": s.clip_norm,
-        "clipping": s.clipping, "noise_multiplicity": s.noise_multiplicity, "tune": s.tune, "from_block": s.from_block,
+        "adjacency": "add or remove one picture", "unit": "one picture", "sampling": "Poisson",
+        "n": plan["n"], "q": plan["q"],
+        "expected_batch_size": s.batch_size, "steps": len(rows), "sigma": plan["sigma"],
+        "clip_norm": s.clip_norm,
+        "clipping": s.clipping, "noise_multiplicity": s.noise_multiplicity, "tune": s.tune,
+        "from_block": s.from_block,
         "condition": s.condition, "trained_parameters": trained,
         "public_set": " and ".join(trained_on), "private_set": datasets.kind_of(s.private),
         "enlarged": datasets.enlarged(s.private, s.vae.resolution),
         "hyper_parameters": LOOKED.get(datasets.kind_of(s.private), BEFOREHAND),
         "public_weights": weights,
         "insecure_seed": s.insecure_seed is not None, "fast_noise": s.fast_noise,
-        "noise": "float64 from torch's generator (--fast-noise): Mersenne twister (CPU) or Philox (CUDA), no cryptographic ones"
+        "noise": "float64 from torch's generator (--fast-noise): Mersenne twister (CPU) or Philox (CUDA), no "
+        "cryptographic ones"
                  if s.fast_noise or s.insecure_seed is not None else
-                 "float64 from the operating system's CSPRNG, four Box-Muller draws each (dp_sgd.SecureGenerator)",
+                 "float64 from the operating system's CSPRNG, four Box-Muller draws each "
+                 "(dp_sgd.SecureGenerator)",
         "covers": "everything in release/ and whatever is made from it",
         "does_not_cover": [
-            "the number n of private pictures and the names of their classes and attributes, which are treated as public",
+            "the number n of private pictures and the names of their classes and attributes, which are "
+            "treated as public",
             "hyper-parameters, taken as chosen beforehand",
-            *(["the choice of these n pictures from a larger set: neighbours differ in a chosen picture"] if s.private_n else []),
-            "other runs on the same private pictures: their epsilons add up", "internal/ (losses, gradient norms)",
+            *(["the choice of these n pictures from a larger set: neighbours differ in a chosen picture"]
+              if s.private_n else []),
+            "other runs on the same private pictures: their epsilons add up",
+            "internal/ (losses, gradient norms)",
             "several pictures of one person: the guarantee is for one picture",
             "pictures that weights taken from elsewhere (public_weights) were trained on",
-            *(["an attacker who computes the noise from the release: its generator is not a cryptographic one (--fast-noise), "
+            *(["an attacker who computes the noise from the release: its generator is not a cryptographic "
+               "one (--fast-noise), "
                "and epsilon is then infinite"] if s.fast_noise else []), "timing"],
     })

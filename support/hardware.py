@@ -7,9 +7,11 @@ from extensions import text
 
 
 def laid_out(network, device):
-    """The network on the device, its images laid out in memory as suits: channels last for a GPU's tensor cores, contiguous on
-    a CPU, where group norm and bfloat16 convolutions prefer it (up to 1.6 times: `python -m bench.layout`)."""
-    return network.to(device, memory_format=torch.channels_last if "cuda" in str(device) else torch.contiguous_format)
+    """The network on the device, its images laid out in memory as suits: channels last for a GPU's tensor
+    cores, contiguous on a CPU, where group norm and bfloat16 convolutions prefer it (up to 1.6 times: `python
+    -m bench.layout`)."""
+    return network.to(device, memory_format=torch.channels_last
+                      if "cuda" in str(device) else torch.contiguous_format)
 
 
 def choose_bf16(precision, device):
@@ -18,9 +20,12 @@ def choose_bf16(precision, device):
 
 
 def bf16_wins(device):
-    """Time a convolution and a matrix product of the UNet's size in both precisions: some CPUs only emulate bfloat16."""
+    """Time a convolution and a matrix product of the UNet's size in both precisions: some CPUs only emulate
+    bfloat16.
+    """
     def seconds(dtype):
-        x, w, a = (torch.randn(shape, device=device, dtype=dtype) for shape in ((256, 128, 4, 4), (128, 128, 3, 3), (1024, 512)))
+        x, w, a = (torch.randn(shape, device=device, dtype=dtype)
+                   for shape in ((256, 128, 4, 4), (128, 128, 3, 3), (1024, 512)))
         times = []
         for _ in range(4):
             begin = time.perf_counter()
@@ -37,7 +42,8 @@ def check_device(device):
             raise RuntimeError("choose cpu, cuda or cuda:i")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} is not usable here ({str(error).splitlines()[0][:80]})") from None
+        raise ValueError(f"--device {device} is not usable here "
+                         f"({str(error).splitlines()[0][:80]})") from None
 
 
 def seconds(s, f):

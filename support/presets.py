@@ -1,4 +1,5 @@
-"""Presets: the settings of `digits`, the default, and what the others change. Every key is a flag or a network.
+"""Presets: the settings of `digits`, the default, and what the others change. Every key is a flag or a
+network.
 
 The authors' settings (DP-LDM, Liu et al. 2024, appendix) are the presets mnist-paper, cifar10 and celeba*.
 """
@@ -8,62 +9,82 @@ import diffusion
 import unet
 import vae
 
-DIGITS = dict(  # every key is a flag or a network; a preset overrides some of them, the command line overrides both
+# every key is a flag or a network; a preset overrides some of them, the command line overrides both
+DIGITS = dict(
     public="strokes", public_classes="all", public_n=36_000, private="mnist10k", private_n=None,
     classes=None, label_attribute="Male", size=None, flips=False, condition="class",
     text_length=32, text_width=64, text_layers=2,
     vae=vae.VAEConfig(ch=8, ch_mult=(1, 2, 4, 8)), vae_steps=900, vae_batch=64, vae_lr=3e-3, kl_weight=1e-6,
     perceptual_weight=0.0, adversarial_weight=0.0, adversarial_start=0,
-    unet=unet.UNetConfig(4, 4, 32, num_heads=4, context_dim=64, num_groups=8), schedule=diffusion.Schedule("cosine", "v"),
+    unet=unet.UNetConfig(4, 4, 32, num_heads=4, context_dim=64, num_groups=8),
+    schedule=diffusion.Schedule("cosine", "v"),
     factor=None, latent_channels=None, width=None, depth=None, prediction=None,
     ldm_steps=1600, ldm_batch=256, ldm_lr=2e-3, cond_drop=0.1,
-    epsilon=10.0, delta=1e-5, sigma=None, accountant="pld", batch_size=4000, steps=30, clip_norm=0.1, clipping="flat",
-    noise_multiplicity=1, tune="attention", from_block=0, lr=5e-3, ema=0.9, method="bookkeeping", micro_batch=256,
+    epsilon=10.0, delta=1e-5, sigma=None, accountant="pld", batch_size=4000, steps=30, clip_norm=0.1,
+    clipping="flat",
+    noise_multiplicity=1, tune="attention", from_block=0, lr=5e-3, ema=0.9, method="bookkeeping",
+    micro_batch=256,
     sample_steps=30, sample_eta=0.0, guidance=1.0,
 )
 LARGE = dict(  # for 60,000 private pictures: the noise allows more steps, and the public model is what limits
     unet=replace(DIGITS["unet"], model_channels=48), vae_steps=1500, ldm_steps=3500, ldm_lr=1.5e-3,
     batch_size=6000, steps=150, lr=3e-3, ema=0.95)
 WIDE = LARGE | dict(  # the same, larger still: 98.2 instead of 97.8 % (docs/results.md)
-    unet=replace(DIGITS["unet"], model_channels=64), vae_steps=2500, ldm_steps=5000, ldm_lr=1.2e-3, batch_size=10_000)
+    unet=replace(DIGITS["unet"], model_channels=64), vae_steps=2500, ldm_steps=5000, ldm_lr=1.2e-3,
+    batch_size=10_000)
 CELEBA = dict(  # the authors' settings for faces; large, for GPUs
-    public="folder:imagenet/train", public_n=None, private="celeba", delta=1e-6, clip_norm=5e-4, ema=0.9999, cond_drop=0.0,
-    schedule=diffusion.Schedule(beta_end=0.0195), micro_batch=64, vae_steps=200_000, vae_batch=16, vae_lr=1.6e-5,
+    public="folder:imagenet/train", public_n=None, private="celeba", delta=1e-6, clip_norm=5e-4, ema=0.9999,
+    cond_drop=0.0,
+    schedule=diffusion.Schedule(beta_end=0.0195), micro_batch=64, vae_steps=200_000, vae_batch=16,
+    vae_lr=1.6e-5,
     perceptual_weight=1.0, adversarial_weight=0.5, adversarial_start=50_000, ldm_steps=500_000,
     sample_steps=200, sample_eta=1.0)
-PRESETS = {  # epochs are turned into steps: epochs * n / batch, with n = 50,000 (CIFAR-10) and 162,770 (CelebA)
+# epochs are turned into steps: epochs * n / batch, with n = 50,000 (CIFAR-10) and 162,770 (CelebA)
+PRESETS = {
     "digits": {},
     "mnist": dict(public="emnist", private="mnist", public_n=None, **WIDE),
     "mnist-strokes": dict(private="mnist", public_n=72_000, **WIDE),
     "mnist-letters": dict(private="mnist", public_n=72_000, public_classes="letters", **WIDE),
-    "fashion": dict(public="mnist", private="fashion", public_n=None, latent_channels=16, **LARGE),  # more than strokes
-    "fashion-8x8": dict(  # an autoencoder that carries over to other images (docs/results.md), slower: 64 tokens instead of 16
+    # more than strokes
+    "fashion": dict(public="mnist", private="fashion", public_n=None, latent_channels=16, **LARGE),
+    # an autoencoder that carries over to other images (docs/results.md), slower: 64 tokens instead of 16
+    "fashion-8x8": dict(
         public="mnist", private="fashion", public_n=None, **LARGE | dict(
-            vae=vae.VAEConfig(ch=8, ch_mult=(1, 2, 4), num_groups=1), vae_steps=10_000, vae_batch=16, unet=DIGITS["unet"])),
+            vae=vae.VAEConfig(ch=8, ch_mult=(1, 2, 4), num_groups=1), vae_steps=10_000, vae_batch=16,
+            unet=DIGITS["unet"])),
     "mnist-paper": dict(  # the authors' networks and settings (theirs on grey pictures); large, for a GPU
         public="emnist", private="mnist", public_n=None,
-        vae=replace(vae.PAPER["mnist"], in_channels=1, out_ch=1), vae_steps=60_000, vae_batch=100, vae_lr=4.5e-4,
+        vae=replace(vae.PAPER["mnist"], in_channels=1, out_ch=1), vae_steps=60_000, vae_batch=100,
+        vae_lr=4.5e-4,
         perceptual_weight=1.0, adversarial_weight=0.5, adversarial_start=50_000,
-        unet=unet.PAPER["mnist"], schedule=diffusion.PAPER, ldm_steps=50_000, ldm_batch=512, ldm_lr=2.5e-3, cond_drop=0.0,
+        unet=unet.PAPER["mnist"], schedule=diffusion.PAPER, ldm_steps=50_000, ldm_batch=512, ldm_lr=2.5e-3,
+        cond_drop=0.0,
         batch_size=2000, steps=6000, clip_norm=1e-3, lr=1e-3, ema=0.9999, sample_steps=200, sample_eta=1.0),
     "faces": dict(  # colour at 32 pixels on two CPU cores: 4x4x16 latents, 256 numbers for 3,072
         public="public32", public_n=None, private="faces", flips=True,
-        vae=vae.VAEConfig(3, 3, 16, (1, 2, 4, 8), z_channels=16, embed_dim=16), vae_steps=5000, vae_batch=64, vae_lr=2e-3,
+        vae=vae.VAEConfig(3, 3, 16, (1, 2, 4, 8), z_channels=16, embed_dim=16), vae_steps=5000, vae_batch=64,
+        vae_lr=2e-3,
         unet=unet.UNetConfig(16, 16, 64, num_heads=4, context_dim=64, num_groups=16),
         ldm_steps=3000, ldm_batch=256, ldm_lr=1.2e-3, batch_size=2500, steps=40),
     "cifar10": CELEBA | dict(
-        private="cifar10", delta=1e-5, vae=vae.PAPER["cifar10"], unet=unet.PAPER["cifar10"], schedule=diffusion.PAPER,
-        ldm_batch=200, ldm_lr=2e-4, cond_drop=0.1, batch_size=2000, steps=750, clip_norm=1e-6, lr=2e-3, from_block=8),
+        private="cifar10", delta=1e-5, vae=vae.PAPER["cifar10"], unet=unet.PAPER["cifar10"],
+        schedule=diffusion.PAPER,
+        ldm_batch=200, ldm_lr=2e-4, cond_drop=0.1, batch_size=2000, steps=750, clip_norm=1e-6, lr=2e-3,
+        from_block=8),
     "celeba32": CELEBA | dict(vae=vae.PAPER["cifar10"], unet=unet.PAPER["celeba32"], condition="none",
                               ldm_batch=384, ldm_lr=1.9e-4, batch_size=2048, steps=5563, lr=1e-3),
     "celeba64": CELEBA | dict(vae=vae.PAPER["celeba64"], unet=unet.PAPER["celeba64"], condition="none",
                               ldm_batch=75, ldm_lr=7.5e-5, batch_size=8192, steps=1391, lr=8.2e-4),
-    "celeba256-text": CELEBA | dict(  # theirs: LAION, then 30,000 pictures of CelebA-HQ; here all of CelebA, 1/n < delta
+    # theirs: LAION, then 30,000 pictures of CelebA-HQ; here all of CelebA, 1/n < delta
+    "celeba256-text": CELEBA | dict(
         public="folder:laion", vae=vae.PAPER["celeba256-text"], unet=unet.PAPER["celeba256-text"],
-        schedule=diffusion.Schedule(beta_start=0.00085, beta_end=0.012), vae_batch=4, ldm_batch=16, ldm_lr=5e-5,
+        schedule=diffusion.Schedule(beta_start=0.00085, beta_end=0.012), vae_batch=4, ldm_batch=16,
+        ldm_lr=5e-5,
         condition="text", text_length=56, text_width=512, text_layers=4,  # theirs: 32 layers of width 1280
         cond_drop=0.1, batch_size=256, steps=6358, clip_norm=1e-3, lr=2.6e-7),
-    "smoke": dict(public_n=400, private_n=1000, vae=vae.VAEConfig(ch=8, ch_mult=(1, 1, 2, 2)), vae_steps=20, vae_batch=32,
-                  unet=unet.UNetConfig(4, 4, 32, attention_resolutions=(2,), context_dim=8, num_groups=8), ldm_steps=20,
+    "smoke": dict(public_n=400, private_n=1000, vae=vae.VAEConfig(ch=8, ch_mult=(1, 1, 2, 2)), vae_steps=20,
+                  vae_batch=32,
+                  unet=unet.UNetConfig(4, 4, 32, attention_resolutions=(2,), context_dim=8, num_groups=8),
+                  ldm_steps=20,
                   ldm_batch=64, batch_size=100, steps=4, micro_batch=32, sample_steps=4),
 }

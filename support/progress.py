@@ -121,12 +121,8 @@ class Private:
 
     def spend(self, step):
         """Write the step's ledger row, and return only when it is on the disk."""
-        self.rows.append(
-            {
-                "step": step, "q": self.plan["q"], "sigma": self.plan["sigma"],
-                "clip_norm": self.s.clip_norm, "batch_size": self.s.batch_size
-            }
-        )
+        row = {"step": step, "q": self.plan["q"], "sigma": self.plan["sigma"]}
+        self.rows.append({**row, "clip_norm": self.s.clip_norm, "batch_size": self.s.batch_size})
         files.append_row(self.rows[-1], self.folder / "ledger.jsonl")
 
     def keep(self, step):
@@ -148,9 +144,8 @@ class Private:
         if spent > self.covered:  # of the last step that the bar will show it for, so it is never too small
             self.covered = min(spent + every - 1, total)
             self.epsilon = epsilon_after(self.s, self.plan, self.covered)
-        files.append_row(
-            {"step": step, "epsilon": plain(self.epsilon), **engine.last}, self.folder / "log.jsonl"
-        )
+        row = {"step": step, "epsilon": plain(self.epsilon), **engine.last}
+        files.append_row(row, self.folder / "log.jsonl")
         shown = {"epsilon": round_up(self.epsilon)}
         if self.s.show_private:  # exact numbers of private batches: epsilon does not cover them
             shown |= {

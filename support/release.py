@@ -1,11 +1,13 @@
 """What a run publishes: release/model.pt, privacy.json and pictures, all of it covered by epsilon.
 
-The statement says what the guarantee is and what it is not (pitfalls 20, 24, 25); nothing here reads a private
-picture, a loss or a gradient norm.
+The statement says what the guarantee is and what it is not (pitfalls 20, 24, 25); nothing here reads a
+private picture, a loss or a gradient norm.
 """
 import math
+import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -16,6 +18,8 @@ from datasets import pixels
 from extensions import lora
 from support import checkpoints, conditions, files, guarantee
 
+TEMPLATE = Path(__file__).with_name("model_card.md")
+
 
 def write_release(s, vae_checkpoint, ldm_checkpoint, model, private, privacy, public):
     """release/: model.pt, privacy.json, samples.png, comparison.png (real public | before | after tuning).
@@ -25,10 +29,12 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, private, privacy, pu
     lora.merge(model)
     classes, prompts = private.classes, conditions.class_prompts(s, private)
     content = {"format": sample.FORMAT, "vae": {k: vae_checkpoint[k] for k in ("config", "state")},
-               "scale": vae_checkpoint["scale"], **{k: ldm_checkpoint[k] for k in ("unet", "embedder", "schedule")},
+               "scale": vae_checkpoint["scale"],
+               **{k: ldm_checkpoint[k] for k in ("unet", "embedder", "schedule")},
                "classes": classes, "crop": s.crop, "prompts": prompts,
                "data": {"public": datasets.kind_of(s.public), "public_classes": s.public_classes,
-                        "private": datasets.kind_of(s.private), "label_attribute": s.label_attribute}, "privacy": privacy}
+                        "private": datasets.kind_of(s.private), "label_attribute": s.label_attribute},
+                        "privacy": privacy}
     files.save({**content, "model": model.state_dict()}, s.out / "release" / "model.pt")
     files.write_json(privacy, s.out / "release" / "privacy.json")
     lines = max(1, (6 if s.crop < 128 else 2) // len(classes))  # of ten pictures, for each class
@@ -40,7 +46,8 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, private, privacy, pu
         labels = [prompt for prompt in row_prompts for _ in range(10)]
         with files.replacing(s.out / "release" / "prompts.txt") as file:
             file.write("".join(f"{prompt}\n" for prompt in row_prompts).encode())
-    draw = partial(sample.generate, labels=labels, steps=s.sample_steps, eta=s.sample_eta, guidance=s.guidance, seed=s.seed)
+    draw = partial(sample.generate, labels=labels, steps=s.sample_steps, eta=s.sample_eta,
+                   guidance=s.guidance, seed=s.seed)
     released = sample.load_release(s.out, s.device, s.bf16)
     after = draw(released)
     public_model, _ = checkpoints.build_model(ldm_checkpoint)
@@ -49,7 +56,9 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, private, privacy, pu
     rows, gap = [], torch.full((1, *after.shape[1:]), 96, dtype=torch.uint8)
     for i, label in enumerate(row_classes):
         alike = classes[label] in public.classes  # else any public pictures stand on the left
-        shown = public.images[public.labels == public.classes.index(classes[label])] if alike else public.images
+        shown = (
+            public.images[public.labels == public.classes.index(classes[label])] if alike else public.images
+        )
         real = pixels.crop(shown[4 * (i % lines if alike else i):][:4], s.crop)
         first = slice(10 * i, 10 * i + 6)
         rows += [real, gap.expand(5 - len(real), -1, -1, -1), before[first], gap, after[first]]
@@ -59,62 +68,25 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, private, privacy, pu
 
 
 def model_card(privacy, classes, name):
-    """release/MODEL_CARD.md: what the release is and promises, in plain words; every number is one of privacy.json's."""
-    def at_most(rate):
-        return f"{math.ceil(1e4 * float(rate)) / 100:g} %"  # rounded up: nothing is understated
-
+    """release/MODEL_CARD.md: what the release is and promises, in plain words; every number is one of
+    privacy.json's.
+    """
     p, rates = privacy, privacy[guarantee.ATTACKER]
-    epsilon = round_up(float(p["epsilon"]))
-    table = "\n".join(f"| {float(fpr):.1%} | {at_most(rate)} |" for fpr, rate in rates.items())
-    limits = "\n".join(f"- {item}" for item in p["does_not_cover"])
-    tuned = f"""Then {p["trained_parameters"]:,} of their parameters ({p["tune"]}) were
-tuned in {p["steps"]} steps on {p["n"]:,} private pictures (`{p["private_set"]}`) with differential privacy (DP-SGD)."""
-    promise = f"""An attacker who sees this release and knows everything but one picture, and who accepts 1 % false alarms,
-detects that picture's presence in at most {at_most(rates["0.01"])} of the cases. (By guessing: 1 %.)
+    words = {
+        **p, "name": name, "classes": ", ".join(classes), "number": len(classes),
+        "epsilon": round_up(float(p["epsilon"])), "delta": round_up(p["delta"]),
+        "group": round_up(float(p[guarantee.GROUP])), "detected": at_most(rates["0.01"]),
+        "table": "\n".join(f"| {float(fpr):.1%} | {at_most(rate)} |" for fpr, rate in rates.items()),
+        "limits": "\n".join(f"- {item}" for item in p["does_not_cover"]),
+        "enlarged": f"\nSharper than they are they cannot be: it was shown {p['enlarged']}."
+        if p["enlarged"] else "",
+    }
+    parts = dict(re.findall(r"<!-- (\w+) -->\n(.*?)\n<!-- end -->\n", TEMPLATE.read_text(), flags=re.DOTALL))
+    kind = "unread" if not p["steps"] else "promise" if p["private"] else "void"
+    tuned = parts["tuned"].format(**words) if p["steps"] else ""
+    return parts["card"].format(**words, tuned=tuned, promise=parts[kind].format(**words))
 
-| false alarms | detected at most |
-|---|---|
-{table}
 
-In figures: epsilon {epsilon} at delta {round_up(p["delta"])}; neighbours: {p["adjacency"]};
-unit: {p["unit"]}.
-The unit is a picture, not a person: for someone who has 20 of the pictures, epsilon is
-{round_up(float(p[guarantee.GROUP]))}."""
-    small = f"\nSharper than they are they cannot be: it was shown {p['enlarged']}." if p["enlarged"] else ""
-    if not p["steps"]:
-        tuned, promise = "", "No private picture was read: this is the public model."
-    elif not p["private"]:
-        promise = "Nothing: this model was trained without noise, or with noise that can be repeated. Do not publish it."
-    return f"""# Model card: {name}
-
-![samples](samples.png)
-
-A latent diffusion model that draws pictures of {len(classes)} classes: {", ".join(classes)}. Its networks were trained on the
-public set `{p["public_set"]}`. {tuned}
-The method is that of Liu, Lyu, Vinaroz, Park: Differentially Private Latent Diffusion Models (TMLR 2024). Above: pictures
-drawn by the model. In comparison.png, from left to right: public pictures, drawn before and after the private tuning.{small}
-
-## What is promised
-
-{p["statement"]}.
-
-{promise}
-
-Covered: {p["covers"]}. Not covered:
-
-{limits}
-
-All figures, and how they were found: privacy.json.
-
-## Use
-
-    python sample.py FOLDER --n 100 --out grid.png
-
-with the folder that holds this file. Drawing more pictures costs no privacy. What the model draws shows how the private
-set looks as a whole, its faults and prejudices included.
-
-## Licence and terms
-
-To be filled in by the holder of the private pictures: licence of the weights, terms of use, contact. The terms of the
-public set apply as well.
-"""
+def at_most(rate):
+    """A rate as text, rounded up: nothing is understated."""
+    return f"{math.ceil(1e4 * float(rate)) / 100:g} %"

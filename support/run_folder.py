@@ -1,4 +1,5 @@
-"""A run folder from its making to its end: locked, resumed only with what it began with, stopped without loss.
+"""A run folder from its making to its end: locked, resumed only with what it began with, stopped without
+loss.
 
     runs/NAME/public/     autoencoder and diffusion model, trained on public data only
     runs/NAME/release/    model, privacy statement, images: covered by epsilon, may be published
@@ -34,9 +35,9 @@ ADD_UP = "a new run on the same pictures would add its epsilon to what this one 
 class RunFolder:
     """The folder of one run, locked until the process ends.
 
-    known: public checkpoints {"vae.pt": ..., "ldm.pt": ...} of --init, which are copied into it. `stop` says whether
-    Ctrl-C was pressed. Raises ValueError, one line, where a new run would be mixed into an old one, and where a resumed
-    run's files contradict each other.
+    known: public checkpoints {"vae.pt": ..., "ldm.pt": ...} of --init, which are copied into it. `stop` says
+    whether Ctrl-C was pressed. Raises ValueError, one line, where a new run would be mixed into an old one,
+    and where a resumed run's files contradict each other.
     """
 
     def __init__(self, s, plan, known):
@@ -46,13 +47,17 @@ class RunFolder:
         if not s.resume:
             for name, checkpoint in known.items():
                 files.save(checkpoint, s.out / "public" / name)
-            if rank() == 0 and s.init and (s.init / "public" / "features.pt").exists():  # evaluate.py's: judged alike
+            # evaluate.py's: judged alike
+            if rank() == 0 and s.init and (s.init / "public" / "features.pt").exists():
                 shutil.copy(s.init / "public" / "features.pt", s.out / "public")
-            files.write_json({key: plain(value) for key, value in vars(s).items()}, s.out / "internal" / "settings.json")
+            files.write_json({key: plain(value) for key, value in vars(s).items()},
+                             s.out / "internal" / "settings.json")
         agreed(None)  # nobody looks before all is written
 
     def cached(self, name, make):
-        """A public checkpoint: read from public/NAME where that exists, else made by make() and written there."""
+        """A public checkpoint: read from public/NAME where that exists, else made by make() and written
+        there.
+        """
         path = self.s.out / "public" / name
         there = path.exists()
         checkpoint = checkpoints.load_public(path) if there else make()
@@ -71,8 +76,9 @@ class RunFolder:
 
 
 def prepare(out, resume):
-    """Make the run folder, lock it until this process ends, clear up after a crash. Raises ValueError where a new run would
-    be mixed into an old one, or while another process trains there: two of them would each spend the whole budget."""
+    """Make the run folder, lock it until this process ends, clear up after a crash. Raises ValueError where a
+    new run would be mixed into an old one, or while another process trains there: two of them would each
+    spend the whole budget."""
     if not resume:
         refuse_used(out)
     for part in PARTS:
@@ -87,15 +93,17 @@ def prepare(out, resume):
 def refuse_used(out):
     """ValueError where `out` holds a run already."""
     if any((out / part).exists() and any((out / part).iterdir()) for part in PARTS):
-        raise ValueError(f"{out} already holds a run; go on with it (--resume --out {quoted(out)}), or choose another "
+        raise ValueError(f"{out} already holds a run; go on with it (--resume --out {quoted(out)}), or "
+                         "choose another "
                          f"--out; {ADD_UP}")
 
 
 def lock(out):
-    """Lock the folder until this process ends. ValueError while another process holds it, or where nothing can be locked.
+    """Lock the folder until this process ends. ValueError while another process holds it, or where nothing
+    can be locked.
 
-    Some file systems have no locks. There a file, made only if there is none, takes its place; it is removed at the end,
-    but not after a crash.
+    Some file systems have no locks. There a file, made only if there is none, takes its place; it is removed
+    at the end, but not after a crash.
     """
     import fcntl  # here: sampling and evaluation, which need no lock, also run where there is none
     busy = f"another process is at work in {out}; wait for it, or choose another --out"
@@ -111,7 +119,8 @@ def lock(out):
     try:
         os.close(os.open(held, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
     except FileExistsError:
-        raise ValueError(f"{busy}. The file system of {out} has no locks; if no process is at work there, remove "
+        raise ValueError(f"{busy}. The file system of {out} has no locks; if no process is at work there, "
+                         "remove "
                          f"{held}, which a crash has left") from None
     atexit.register(held.unlink, missing_ok=True)
 
@@ -122,7 +131,9 @@ def quoted(path):
 
 
 def handlers_restored(main):
-    """Decorator: the handlers of signals are afterwards what they were before, for whoever calls main() in a program."""
+    """Decorator: the handlers of signals are afterwards what they were before, for whoever calls main() in a
+    program.
+    """
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
         before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -136,7 +147,9 @@ def handlers_restored(main):
 
 
 def check_unchanged(facts, path):
-    """Write down what the guarantee depends on; where it is written already (resume), refuse if any of it differs."""
+    """Write down what the guarantee depends on; where it is written already (resume), refuse if any of it
+    differs.
+    """
     if not path.exists():
         return files.write_json(facts, path)
     for key, value in files.read_json(path).items():
@@ -149,7 +162,8 @@ def check_spent(out, plan):
 
     Ledger, checkpoint, log and release each tell how many there were; the ledger must know of all. Raises
     ValueError, one line, where rows are missing, where the plan they belong to is missing, and where the
-    checkpoint with their result is gone: the untuned public model would be released, or replace a good release.
+    checkpoint with their result is gone: the untuned public model would be released, or replace a good
+    release.
     """
     internal, release = out / "internal", out / "release"
     spent = len(accountant.ledger_rows(files.read_ledger(internal / "ledger.jsonl"), plan))
@@ -178,16 +192,19 @@ def check_spent(out, plan):
                          f"{ADD_UP}")
     if stated and not done:
         raise ValueError("cannot resume: internal/state.pt is missing, and the untuned public model would "
-                         f"replace the release, which is finished: draw from it with python sample.py {quoted(out)}")
+                         f"replace the release, which is finished: draw from it with python sample.py "
+                         f"{quoted(out)}")
     if spent and spent >= plan["steps"] and not done:
         raise ValueError(f"cannot resume: all {spent} private steps are spent, and internal/state.pt, their "
                          f"result, is missing. Bring it back from a copy, or this run is lost; {ADD_UP}")
 
 
 class Stop:
-    """First Ctrl-C (or SIGTERM, SIGUSR1): finish the step, save, leave with code 130. Second one: leave at once.
+    """First Ctrl-C (or SIGTERM, SIGUSR1): finish the step, save, leave with code 130. Second one: leave at
+    once.
 
-    Signals within a second of the first are taken as the same one: torchrun passes on what the terminal has sent already.
+    Signals within a second of the first are taken as the same one: torchrun passes on what the terminal has
+    sent already.
     """
 
     def __init__(self):
@@ -207,12 +224,14 @@ class Stop:
 
     def leave(self, out):
         if not rank():
-            print(f"stopped, nothing is lost; go on with: python train.py --resume --out {quoted(out)}", file=sys.stderr)
+            print(f"stopped, nothing is lost; go on with: python train.py --resume --out {quoted(out)}",
+                  file=sys.stderr)
         raise SystemExit(130)
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are one line, as all others are: ValueError instead of the whole usage."""
+    """A command line whose mistakes are one line, as all others are: ValueError instead of the whole usage.
+    """
 
     def error(self, message):
         raise ValueError(f"{message} (see --help)")

@@ -51,15 +51,19 @@ def sources(release, run):
 
 
 def check_held_out(run, release, private, root=None):
-    """ValueError where a set of one's own calls images held out that were trained on, in this run folder's words."""
+    """ValueError where a set of one's own calls images held out that were trained on, in this run folder's
+    words.
+    """
     path = run / "internal" / "digests.pt"
     if not datasets.REGISTRY[datasets.kind_of(private)].own or not release.privacy.get("steps"):
         return
     if not path.exists():
-        raise ValueError(f"{run}: this run is older than {path.name}, and which images were held out was decided by "
+        raise ValueError(f"{run}: this run is older than {path.name}, and which images were held out was "
+                         "decided by "
                          "their names then; train again, or evaluate on images of their own")
     config = release.vae.config
-    held = datasets.load(private, "test", root, config.resolution, channels=config.in_channels, classes=release.classes,
+    held = datasets.load(private, "test", root, config.resolution, channels=config.in_channels,
+                         classes=release.classes,
                          label_attribute=release.data.get("label_attribute"))
     datasets.refuse_seen(files.load(path)["digests"], datasets.digests(held.images), private)
 

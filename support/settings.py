@@ -1,7 +1,8 @@
 """Settings of a run: presets, the command line of train.py, and the refusal of what cannot be.
 
-One flat namespace: a preset overrides the defaults of `digits`, a flag overrides both. The authors' settings (DP-LDM, Liu et al.
-2024, appendix) are the presets mnist-paper, cifar10 and celeba*. `python train.py --help` shows all flags.
+One flat namespace: a preset overrides the defaults of `digits`, a flag overrides both. The authors' settings
+(DP-LDM, Liu et al. 2024, appendix) are the presets mnist-paper, cifar10 and celeba*. `python train.py --help`
+shows all flags.
 """
 import argparse
 import math
@@ -20,12 +21,14 @@ from support.files import plain
 
 GRADIENTS = {"bookkeeping": bookkeeping, "loop": dp_sgd.loop, "vmap": dp_sgd.vmap}  # --method
 # These may differ when a run is resumed: they change where and how fast, not what is computed or guaranteed.
-FREE = {"given", "preset", "out", "init", "resume", "dry_run", "device", "precision", "data_root", "cache", "micro_batch",
-        "method", "show_private"}
+FREE = {"given", "preset", "out", "init", "resume", "dry_run", "device", "precision", "data_root", "cache",
+        "micro_batch",
+        "method", "show_private", "watch"}
 # Post-processing: a resumed run keeps them, and may change them.
 SAMPLING = {"sample_steps", "sample_eta", "guidance"}
 LARGEST_RANK = 1024  # of LoRA
-VAE_FLAGS = {"vae_steps", "vae_batch", "vae_lr", "kl_weight", "perceptual_weight", "adversarial_weight", "adversarial_start"}
+VAE_FLAGS = {"vae_steps", "vae_batch", "vae_lr", "kl_weight", "perceptual_weight", "adversarial_weight",
+             "adversarial_start"}
 
 
 def yes_or_no(word):
@@ -36,42 +39,59 @@ def yes_or_no(word):
 
 
 def parse(argv):
-    """Command line -> settings: the preset's values, overridden by the flags given. ValueError for impossible ones."""
+    """Command line -> settings: the preset's values, overridden by the flags given. ValueError for impossible
+    ones.
+    """
     p = run_folder.Parser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS,
                                 epilog="Defaults in brackets are those of the preset `digits`.")
 
     def flags(title, *rows):
         group = p.add_argument_group(title)
         for key, kind, meaning, *choices in rows:
-            group.add_argument("--" + key.replace("_", "-"), type=kind, choices=choices[0] if choices else None,
+            group.add_argument("--" + key.replace("_", "-"), type=kind,
+                               choices=choices[0] if choices else None,
                                help=f"{meaning} [{presets.DIGITS[key]}]")
 
     g = p.add_argument_group("run")
-    g.add_argument("--preset", choices=presets.PRESETS, default="digits", help="data sets, networks and defaults [digits]")
+    g.add_argument("--preset", choices=presets.PRESETS, default="digits",
+                   help="data sets, networks and defaults [digits]")
     g.add_argument("--out", type=Path, help="run folder to write [runs/PRESET]")
-    g.add_argument("--init", type=Path, default=None, help="run folder whose public networks are reused; where it has no "
+    g.add_argument("--init", type=Path, default=None,
+                   help="run folder whose public networks are reused; where it has no "
                    "diffusion model, or one with another --condition, only its autoencoder [train them]")
     g.add_argument("--resume", nargs="?", const="yes", choices=("yes", "auto"), default=False,
-                   help="go on with the run in --out; auto: begin it if it never began (for a scheduler that restarts "
+                   help="go on with the run in --out; auto: begin it if it never began (for a scheduler "
+                        "that restarts "
                    "one command) [off]")
-    g.add_argument("--dry-run", action="store_true", default=False, help="print plan, sizes and times, then stop")
+    g.add_argument("--dry-run", action="store_true", default=False,
+                   help="print plan, sizes and times, then stop")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cpu, cuda or cuda:i [cuda where present]")
     g.add_argument("--precision", choices=("auto", "float32", "bf16"), default="auto",
-                   help="of the networks; norms, sums and noise are always float32 [auto: the faster, measured]")
-    g.add_argument("--seed", type=int, default=0, help="of the PUBLIC stages only; the private stage has none [0]")
+                   help="of the networks; norms, sums and noise are always float32 [auto: the faster, "
+                        "measured]")
+    g.add_argument("--seed", type=int, default=0,
+                   help="of the PUBLIC stages only; the private stage has none [0]")
     g.add_argument("--insecure-seed", type=int, default=None,
                    help="debugging: seed the private stage too, which VOIDS the guarantee [none]")
     g.add_argument("--fast-noise", action="store_true", default=False,
-                   help="experiments only: noise and Poisson batches from torch's generator instead of the operating system's "
-                   "CSPRNG; whoever sees enough of the release can compute the noise, and epsilon is then infinite [off]")
+                   help="experiments only: noise and Poisson batches from torch's generator instead of the "
+                        "operating system's "
+                   "CSPRNG; whoever sees enough of the release can compute the noise, and epsilon is then "
+                   "infinite [off]")
+    g.add_argument("--watch", type=int, default=None, metavar="N",
+                   help="every N private steps, images of the same noise into release/progress.png; 0: never "
+                   "[ten times in a terminal, else never]")
     g.add_argument("--show-private", action="store_true", default=False,
                    help="for a course: loss, clipped share and examples/s of the private batches in the bar; "
                    "private numbers on the terminal and in whatever keeps its output, NOT covered by epsilon "
                    "[off]")
-    g.add_argument("--data-root", default=None, help="folder of the full data sets [$DPLDM_DATA or ~/.cache/dpldm]")
-    g.add_argument("--cache", default=None, help="folder for decoded photographs, as private as they are [DATA_ROOT/cache]")
-    flags("data", ("public", str, f"public set: {', '.join(datasets.names('public'))} (folder:PATH, npz:PATH)"),
+    g.add_argument("--data-root", default=None,
+                   help="folder of the full data sets [$DPLDM_DATA or ~/.cache/dpldm]")
+    g.add_argument("--cache", default=None,
+                   help="folder for decoded photographs, as private as they are [DATA_ROOT/cache]")
+    flags("data",
+          ("public", str, f"public set: {', '.join(datasets.names('public'))} (folder:PATH, npz:PATH)"),
           ("public_classes", str, "classes of the set strokes", ("digits", "letters", "all")),
           ("public_n", int, "public pictures to use or draw"),
           ("private", str, f"private set: {', '.join(datasets.names('private'))}"),
@@ -80,12 +100,15 @@ def parse(argv):
            "for 0 to N-1; None: its class folders or its array class_names"),
           ("label_attribute", str, "attribute of celeba and faces that gives the two classes"),
           ("size", int, "side of the pictures the networks see, in pixels; None: the preset's"),
-          ("condition", str, "what a picture is made from: its class, a text (captions, or sentences about attributes or "
+          ("condition", str,
+           "what a picture is made from: its class, a text (captions, or sentences about attributes or "
            "classes), nothing", ("class", "text", "none")),
-          ("text_length", int, "most words of a prompt, and one"), ("text_width", int, "width of the text encoder"),
+          ("text_length", int, "most words of a prompt, and one"),
+          ("text_width", int, "width of the text encoder"),
           ("text_layers", int, "transformer blocks of the text encoder"),
           ("flips", yes_or_no, "mirror pictures at random, yes or no"))
-    flags("stage 1, autoencoder (public)", ("factor", int, "f, side of a picture over that of its latent; None: the preset's"),
+    flags("stage 1, autoencoder (public)",
+          ("factor", int, "f, side of a picture over that of its latent; None: the preset's"),
           ("latent_channels", int, "channels of a latent; None: the preset's"),
           ("vae_steps", int, "steps"), ("vae_batch", int, "pictures per step"),
           ("vae_lr", float, "peak learning rate of AdamW"),
@@ -93,7 +116,8 @@ def parse(argv):
           ("perceptual_weight", float, "weight of the distance in VGG16's features, per pixel; 0: off"),
           ("adversarial_weight", float, "weight of the patch discriminator's term; 0: off"),
           ("adversarial_start", int, "steps before the discriminator begins"))
-    flags("stage 2, latent diffusion (public)", ("width", int, "channels of the UNet's first level; None: the preset's"),
+    flags("stage 2, latent diffusion (public)",
+          ("width", int, "channels of the UNet's first level; None: the preset's"),
           ("depth", int, "ResBlocks per level of the UNet; None: the preset's"),
           ("prediction", str, "what the UNet predicts, noise or velocity; None: the preset's", ("eps", "v")),
           ("ldm_steps", int, "steps"), ("ldm_batch", int, "latents per step"),
@@ -101,16 +125,19 @@ def parse(argv):
           ("cond_drop", float, "probability of dropping the condition, for guidance; 0: no null class"))
     flags("stage 3, privacy", ("epsilon", float, "privacy budget; inf: no noise, NOT private"),
           ("delta", float, "probability of failure, below 1/n"),
-          ("sigma", float, "noise multiplier in units of the clip norm, instead of calibrating it to --epsilon"),
+          ("sigma", float,
+           "noise multiplier in units of the clip norm, instead of calibrating it to --epsilon"),
           ("accountant", str, "calibrates sigma and gives the headline epsilon", [*accountant.ACCOUNTANTS]),
           ("batch_size", int, "EXPECTED pictures per Poisson batch, B = q*n"),
           ("steps", int, "private steps; 0 releases the public model, private pictures unread"),
           ("clip_norm", float, "clip norm C of a per-example gradient"),
           ("clipping", str, "how gradients are clipped", [*dp_sgd.CLIPPING]))
-    flags("stage 3, tuning", ("noise_multiplicity", int, "K: (t, noise) draws averaged per example before clipping"),
+    flags("stage 3, tuning", ("noise_multiplicity", int,
+                              "K: (t, noise) draws averaged per example before clipping"),
           ("tune", str, f"what is tuned: {', '.join(unet.TUNE)}, lora:RANK"),
           ("from_block", int, "leave out the first attention modules in forward order"),
-          ("lr", float, "learning rate of Adam"), ("ema", float, "decay of the average of the tuned parameters, per step"),
+          ("lr", float, "learning rate of Adam"),
+          ("ema", float, "decay of the average of the tuned parameters, per step"),
           ("method", str, "how per-example gradients are found, same result", [*GRADIENTS]),
           ("micro_batch", int, "images at a time: memory and speed only"))
     flags("pictures at the end", ("sample_steps", int, "DDIM steps"), ("sample_eta", float, "DDIM eta, 0..1"),
@@ -120,16 +147,22 @@ def parse(argv):
     for key in {"public", "private"} & given.keys():  # with the whole path: a resumed run may begin elsewhere
         given[key] = datasets.resolved(given[key], given.get("data_root"))
     if "public" in given and "public_n" not in given:
-        drawn = any(datasets.REGISTRY[datasets.kind_of(part)].drawn for part in datasets.parts(given["public"]))
+        drawn = any(datasets.REGISTRY[datasets.kind_of(part)].drawn
+                    for part in datasets.parts(given["public"]))
         given |= {} if drawn else {"public_n": None}  # a preset's number is of what it draws
-    s = argparse.Namespace(**{**defaults, **presets.DIGITS, **presets.PRESETS[given.get("preset", "digits")], **given})
+    s = argparse.Namespace(**{**defaults, **presets.DIGITS, **presets.PRESETS[given.get("preset", "digits")],
+                              **given})
     s.out = given.get("out", Path("runs") / s.preset)
-    levels = int(s.factor).bit_length() if s.factor else len(s.vae.ch_mult)  # every level but the last halves the picture
-    s.vae = replace(s.vae, resolution=s.size or s.vae.resolution, z_channels=s.latent_channels or s.vae.z_channels,
+    # every level but the last halves the picture
+    levels = int(s.factor).bit_length() if s.factor else len(s.vae.ch_mult)
+    s.vae = replace(s.vae, resolution=s.size or s.vae.resolution,
+                    z_channels=s.latent_channels or s.vae.z_channels,
                     embed_dim=s.latent_channels or s.vae.embed_dim,
                     ch_mult=(*s.vae.ch_mult, *s.vae.ch_mult[-1:] * levels)[:levels])
-    s.unet = replace(s.unet, model_channels=s.width or s.unet.model_channels, num_res_blocks=s.depth or s.unet.num_res_blocks,
-                     in_channels=s.latent_channels or s.unet.in_channels, out_channels=s.latent_channels or s.unet.out_channels)
+    s.unet = replace(s.unet, model_channels=s.width or s.unet.model_channels,
+                     num_res_blocks=s.depth or s.unet.num_res_blocks,
+                     in_channels=s.latent_channels or s.unet.in_channels,
+                     out_channels=s.latent_channels or s.unet.out_channels)
     s.schedule = replace(s.schedule, prediction=s.prediction or s.schedule.prediction)
     s.given = sorted(given)
     if s.resume == "auto" and not (s.out / "internal" / "settings.json").exists():
@@ -138,7 +171,9 @@ def parse(argv):
         adopt_settings(s, given)
     if s.condition == "none":  # cross-attention then asks the pixels themselves
         s.unet, s.cond_drop = replace(s.unet, context_dim=None), 0.0
-    elif not (s.unet.use_spatial_transformer and s.unet.context_dim):  # the authors' faces have no condition: give it a way in
+    elif not (
+        s.unet.use_spatial_transformer and s.unet.context_dim
+    ):  # the authors' faces have no condition: give it a way in
         s.unet = replace(s.unet, use_spatial_transformer=True, context_dim=512)
     try:
         check(s)
@@ -161,12 +196,19 @@ def adopt_settings(s, given):
 
 
 def restored(default, value):
-    """A setting as JSON gave it back -> of its default's type (None: none or any). TypeError, ValueError if it cannot be."""
+    """A setting as JSON gave it back -> of its default's type (None: none or any). TypeError, ValueError if
+    it cannot be.
+    """
     if is_dataclass(default):
         return type(default)(**value)
     if isinstance(default, float):
         return float(value)  # also "inf"
-    if value is not None and default is not None and type(value) is not type(default) or isinstance(value, (dict, list)):
+    if (
+        value is not None
+        and default is not None
+        and type(value) is not type(default)
+        or isinstance(value, (dict, list))
+    ):
         raise ValueError(f"{value!r:.40} where {default!r} might be")
     return value
 
@@ -180,7 +222,7 @@ def check(s):
 
     for keys, low, high in (  # the upper ends are far beyond any use, and keep sizes within 64 bits
             ("vae_steps ldm_steps vae_batch ldm_batch batch_size micro_batch public_n private_n", 1, 10 ** 9),
-            ("steps", 0, 10 ** 6), ("from_block adversarial_start", 0, 10 ** 9),
+            ("steps watch", 0, 10 ** 6), ("from_block adversarial_start", 0, 10 ** 9),
             ("noise_multiplicity", 1, 1000),
             ("text_length width latent_channels", 1, 10 ** 4), ("text_layers depth", 1, 100),
             ("seed insecure_seed", 0, 2 ** 62)):
@@ -218,7 +260,8 @@ def check(s):
 
 
 def check_sampling(s):
-    """Refuse settings of the pictures at the end that cannot be followed; nothing is spent yet. ValueError."""
+    """Refuse settings of the pictures at the end that cannot be followed; nothing is spent yet. ValueError.
+    """
     if not 1 <= s.sample_steps <= s.schedule.T:
         raise ValueError(f"--sample-steps must lie in 1..{s.schedule.T}, the steps of the noise schedule, "
                          f"got {s.sample_steps}")

@@ -218,6 +218,9 @@ def embedder(s, known, public, private):
     )
     with torch.device("meta"):  # no memory, no time
         lora.tuned(unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(entry)), s)
+    names = ", ".join(private.classes)
+    print(f"classes        {len(private.classes)}, public knowledge: "
+          f"{names[:200]}{'...' * (len(names) > 200)}")
     if s.condition == "text" and rank() == 0:
         conditions.warn_of_unknown_words(s, public, private, entry)
     return entry

@@ -1,8 +1,9 @@
 """Several processes that train together, under `torchrun --nproc_per_node=N train.py ...`.
 
-No wrapper around the model: micro-batch counts differ between processes. In the public stages each draws its share of a
-batch and all apply the mean of the gradients; in the private stage each Poisson-samples its own shard, and rank 0 alone
-writes the ledger and adds the noise (`reduce_sums`). In a process of its own every function here does the obvious.
+No wrapper around the model: micro-batch counts differ between processes. In the public stages each draws its
+share of a batch and all apply the mean of the gradients; in the private stage each Poisson-samples its own
+shard, and rank 0 alone writes the ledger and adds the noise (`reduce_sums`). In a process of its own every
+function here does the obvious.
 """
 import os
 import sys
@@ -15,16 +16,21 @@ import torch.distributed as dist
 
 import dp_sgd
 
-PATIENCE = timedelta(minutes=10)  # a dead process is noticed at once, by its closed connection; a hanging one after this
+# a dead process is noticed at once, by its closed connection; a hanging one after this
+PATIENCE = timedelta(minutes=10)
 
 
 def rank():
-    """This process's number among those of a torchrun, 0 when alone. Only rank 0 writes: for others the writers do nothing."""
+    """This process's number among those of a torchrun, 0 when alone. Only rank 0 writes: for others the
+    writers do nothing.
+    """
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def join():
-    """Under torchrun: meet the other processes (gloo for tensors on the CPU, NCCL on CUDA). Only rank 0 prints and writes."""
+    """Under torchrun: meet the other processes (gloo for tensors on the CPU, NCCL on CUDA). Only rank 0
+    prints and writes.
+    """
     if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not dist.is_initialized():
         dist.init_process_group(timeout=PATIENCE)
     if rank():
@@ -45,7 +51,9 @@ def agreed(value):
 
 
 def once(f, *args):
-    """f(*args) by rank 0 alone -> its result, for all. Where it raises, the error is told once: the others leave quietly."""
+    """f(*args) by rank 0 alone -> its result, for all. Where it raises, the error is told once: the others
+    leave quietly.
+    """
     result = error = None
     if rank() == 0:
         try:
@@ -61,7 +69,9 @@ def once(f, *args):
 
 
 def share(batch):
-    """This rank's part of a batch of the public stages; parts differ by one picture at most, add up to the batch."""
+    """This rank's part of a batch of the public stages; parts differ by one picture at most, add up to the
+    batch.
+    """
     return batch // world() + (rank() < batch % world())
 
 
@@ -80,24 +90,29 @@ def own_part(found):
 def own_device(device):
     """cuda -> cuda:i, the i-th for the i-th process of this machine."""
     if world() > 1 and device == "cuda":
-        local, needed = int(os.environ.get("LOCAL_RANK", rank())), int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+        local, needed = int(os.environ.get("LOCAL_RANK",
+                                           rank())), int(os.environ.get("LOCAL_WORLD_SIZE", world()))
         if torch.cuda.device_count() < needed:
-            raise ValueError(f"{needed} processes need as many CUDA devices, found {torch.cuda.device_count()}; or --device cpu")
+            raise ValueError(f"{needed} processes need as many CUDA devices, found "
+                             f"{torch.cuda.device_count()}; or --device cpu")
         torch.cuda.set_device(local)
         return f"cuda:{local}"
     return device
 
 
 def collective(operation, tensors):
-    """operation(flat tensor), one of torch.distributed's, on all tensors laid end to end; the result is copied into them.
+    """operation(flat tensor), one of torch.distributed's, on all tensors laid end to end; the result is
+    copied into them.
 
-    Raises ConnectionError, one line, when another process is dead or silent for longer than the group's timeout.
+    Raises ConnectionError, one line, when another process is dead or silent for longer than the group's
+    timeout.
     """
     flat = torch.cat([a.detach().flatten() for a in tensors])
     try:
         operation(flat)
     except RuntimeError:
-        raise ConnectionError("another process of this run has died or hangs, so the step cannot be finished; all stop here, "
+        raise ConnectionError("another process of this run has died or hangs, so the step cannot be "
+                              "finished; all stop here, "
                               "the ledger is whole, go on with --resume") from None
     with torch.no_grad():
         for a, part in zip(tensors, flat.split([a.numel() for a in tensors]), strict=True):
@@ -105,19 +120,25 @@ def collective(operation, tensors):
 
 
 def mean_gradients(parameters, also=None):
-    """The mean of all processes' gradients, in place; and of the weights of `also`, a module that trains by itself."""
+    """The mean of all processes' gradients, in place; and of the weights of `also`, a module that trains by
+    itself.
+    """
     if world() > 1:
-        together = [p.grad for p in parameters if p.grad is not None] + list(() if also is None else also.parameters())
+        together = [p.grad for p in parameters if p.grad is not None] + list(
+            () if also is None else also.parameters()
+        )
         collective(lambda flat: dist.all_reduce(flat.div_(world())), together)
 
 
 def reduce_sums(engine):
-    """Called by every process between accumulate and step: the sums of all ranks -> their total on rank 0, zeros elsewhere.
+    """Called by every process between accumulate and step: the sums of all ranks -> their total on rank 0,
+    zeros elsewhere.
 
-    Each rank samples a shard of its own with the same q, so an example is on one rank and moves the total by at most C,
-    as in one process. Rank 0 alone then writes the ledger row, steps (all the noise, once) and hands out the parameters
-    by `broadcast`. A share of the noise on each rank would be smaller than it looks: a rank knows, and can subtract, its
-    own. Not DistributedDataParallel, which waits for as many backward passes on every rank: numbers of micro-batches differ.
+    Each rank samples a shard of its own with the same q, so an example is on one rank and moves the total by
+    at most C, as in one process. Rank 0 alone then writes the ledger row, steps (all the noise, once) and
+    hands out the parameters by `broadcast`. A share of the noise on each rank would be smaller than it looks:
+    a rank knows, and can subtract, its own. Not DistributedDataParallel, which waits for as many backward
+    passes on every rank: numbers of micro-batches differ.
     """
     if world() == 1:
         return

@@ -1,4 +1,6 @@
-"""accountant.py against closed forms, the definition integrated here, reference values and simulation (about 15 s)."""
+"""accountant.py against closed forms, the definition integrated here, reference values and simulation (about
+15 s).
+"""
 
 import json
 import math
@@ -16,8 +18,8 @@ import accountant
 from extensions import pld
 from support import calculator, files
 
-# T-fold Poisson-subsampled Gaussian: q, sigma, steps, delta, exact epsilon (two PLD programs agreeing to 5e-6, or a
-# closed form), epsilon of a perfect RDP accountant, its order.
+# T-fold Poisson-subsampled Gaussian: q, sigma, steps, delta, exact epsilon (two PLD programs agreeing to
+# 5e-6, or a closed form), epsilon of a perfect RDP accountant, its order.
 EPSILON = [
     (0.01, 1.0, 10000, 1e-5, 6.187713704150723, 6.712271762509994, 4.135065062637973),
     (0.01, 4.0, 10000, 1e-5, 0.9468676308626676, 1.0353840019440974, 17.219882225772615),
@@ -36,21 +38,26 @@ ALPHAS = [1.25, 1.5, 2, 2.5, 3, 4, 7.3, 16, 32, 64, 256]
 RDP = {  # one step at ALPHAS, 70-digit quadrature of the definition, the larger direction
     (0.01, 1.0): [
         0.00010539800509817623, 0.00012725374332744983, 0.00017181342207454794, 0.00021757533228188047,
-        0.00026463757458466134, 0.0003631540489107567, 0.0007584451070574613, 3.0878507836962448, 11.246275937048068,
+        0.00026463757458466134, 0.0003631540489107567, 0.0007584451070574613, 3.0878507836962448,
+        11.246275937048068,
         27.32173187455178, 123.37677032308646,
     ],
     (0.1, 2.0): [
-        0.0017376548494981814, 0.0020989345957101767, 0.002836228266263623, 0.0035940771994132283, 0.004373658348577059,
-        0.006003282964489649, 0.012204206046469148, 0.045291839083621964, 1.6272023010194359, 5.660867258415199,
+        0.0017376548494981814, 0.0020989345957101767, 0.002836228266263623, 0.0035940771994132283,
+        0.004373658348577059,
+        0.006003282964489649, 0.012204206046469148, 0.045291839083621964, 1.6272023010194359,
+        5.660867258415199,
         29.688385161543234,
     ],
     (0.5, 5.0): [
-        0.006296759008076031, 0.0075750621768063365, 0.010150997399574098, 0.01275302543498481, 0.015381536839590202,
+        0.006296759008076031, 0.0075750621768063365, 0.010150997399574098, 0.01275302543498481,
+        0.015381536839590202,
         0.02071960305344124, 0.03913957860647934, 0.09444635581299195, 0.2293931405608046, 0.66339328189197,
         4.4241719178133225,
     ],
 }  # fmt: skip
-HARD = [  # q, sigma, alpha, 50-digit quadrature: corners where float64 loses its digits if the code is careless
+# q, sigma, alpha, 50-digit quadrature: corners where float64 loses its digits if the code is careless
+HARD = [
     (1e-05, 100.0, 1.01, 5.050252503416736e-15),
     (1e-05, 0.3, 1.01, 5.991892621995651e-07),
     (1e-05, 100.0, 999.5, 4.997754868957092e-12),
@@ -67,7 +74,7 @@ NOISE = [  # epsilon, delta, q, steps, exact sigma, sigma of a perfect RDP accou
 ]
 
 
-# ---- independent oracles -------------------------------------------------------------------------------------------
+# ---- independent oracles -----------------------------------------------------------------------------------
 
 
 def renyi(q, sigma, alpha, added=False):
@@ -81,13 +88,15 @@ def renyi(q, sigma, alpha, added=False):
 
     edges = [-alpha - 12 * sigma, -4 * sigma, 0, 4 * sigma, alpha, alpha + 12 * sigma]
     parts = [
-        quad(integrand, a, b, epsabs=0, epsrel=1e-11, limit=500)[0] for a, b in zip(edges, edges[1:], strict=False)
+        quad(integrand, a, b, epsabs=0, epsrel=1e-11, limit=500)[0] for a,
+        b in zip(edges, edges[1:], strict=False)
     ]
     return math.log(sum(parts)) / (alpha - 1)
 
 
 def exact_delta(groups, eps, theta, added):
-    """delta(eps) = integral of M(s) e^{-s eps} / (s(s+1)) ds / (2 pi i) over Re s = theta, with M(s) = E[e^{sY}].
+    """delta(eps) = integral of M(s) e^{-s eps} / (s(s+1)) ds / (2 pi i) over Re s = theta, with M(s) =
+    E[e^{sY}].
 
     The inverse Laplace transform of the definition: no grid of losses, nothing shared with the FFT."""
     scale = math.sqrt(sum(t * q * q * math.expm1(1 / sigma**2) for (q, sigma), t in groups))
@@ -97,7 +106,8 @@ def exact_delta(groups, eps, theta, added):
         step = min(0.05, sigma / 30)
         z = np.arange(-12 - (theta + 1) / sigma * added, 13 + (theta + 1) / sigma * (not added), step)
         loss = np.log1p(q * np.expm1((2 * z * sigma - 1) / (2 * sigma**2)))
-        p = np.exp(-z * z / 2 + (-theta * loss if added else (theta + 1) * loss)) * step / math.sqrt(2 * math.pi)
+        p = np.exp(-z * z / 2 + (-theta * loss
+                                 if added else (theta + 1) * loss)) * step / math.sqrt(2 * math.pi)
         base += t * math.log(p.sum())
         keep = p > 1e-22 * p.sum()
         p, loss = p[keep] / p.sum(), loss[keep] * (-1 if added else 1)
@@ -121,7 +131,7 @@ def sample_losses(q, sigma, steps, n, rng, shifts=1):
     return with_it, without
 
 
-# ---- Renyi ---------------------------------------------------------------------------------------------------------
+# ---- Renyi -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("q, sigma", RDP)
@@ -162,8 +172,10 @@ def test_rdp_closed_forms_and_shapes():
     near = [accountant.rdp(0.02, 1.3, a) for a in (3 - 1e-9, 3, 3 + 1e-9)]  # the two routes meet
     assert near[0] == pytest.approx(near[1], rel=1e-8) and near[2] == pytest.approx(near[1], rel=1e-8)
     assert (accountant.rdp(0, 1.0, alphas) == 0).all() and np.isinf(accountant.rdp(0.1, 0, alphas)).all()
-    assert np.isinf(accountant.rdp(0.1, 1e-200, alphas)).all() and (accountant.rdp(0.1, 1e300, alphas) < 1e-99).all()
-    assert float(accountant.rdp(0.1, 1e-4, 1.5)) <= 1.5 / 2e-8  # next to no noise: still finite, never above q = 1
+    assert np.isinf(accountant.rdp(0.1, 1e-200,
+                                   alphas)).all() and (accountant.rdp(0.1, 1e300, alphas) < 1e-99).all()
+    # next to no noise: still finite, never above q = 1
+    assert float(accountant.rdp(0.1, 1e-4, 1.5)) <= 1.5 / 2e-8
 
 
 @pytest.mark.parametrize("q, sigma, steps, delta, exact, by_rdp, order", EPSILON)
@@ -175,13 +187,14 @@ def test_rdp_epsilon_over_all_orders(q, sigma, steps, delta, exact, by_rdp, orde
     assert pld.delta_by_moments(moment, eps)[0] == pytest.approx(delta, rel=1e-5)  # the conversion inverts
 
 
-# ---- privacy loss distributions ------------------------------------------------------------------------------------
+# ---- privacy loss distributions ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("q, sigma, steps, delta, exact, by_rdp, order", EPSILON)
 def test_pld_brackets_exact(q, sigma, steps, delta, exact, by_rdp, order):
     lower, upper = pld.pld_epsilon(q, sigma, steps, delta)
-    assert lower <= exact * (1 + 5e-6) and exact * (1 - 5e-6) <= upper <= exact * 1.0005  # 5e-6: of the references
+    # 5e-6: of the references
+    assert lower <= exact * (1 + 5e-6) and exact * (1 - 5e-6) <= upper <= exact * 1.0005
     assert upper - lower < 1e-3 * exact
     assert accountant.epsilon(q, sigma, steps, delta, "pld") == upper <= by_rdp
 
@@ -197,7 +210,9 @@ CONTOUR = [
 @pytest.mark.parametrize("groups", CONTOUR)
 @pytest.mark.parametrize("coarse", [1, 20])
 def test_pld_certificate_holds_on_every_grid(groups, coarse):
-    """lower <= exact <= upper in each direction, also on a grid so coarse that no slack can hide a missing term."""
+    """lower <= exact <= upper in each direction, also on a grid so coarse that no slack can hide a missing
+    term.
+    """
     full = tuple(((q, sigma, 1), t) for (q, sigma), t in groups)
     eps, order = accountant.renyi(dict(groups), 1e-5)
     theta, steps = order - 1, sum(t for _, t in groups)
@@ -210,7 +225,9 @@ def test_pld_certificate_holds_on_every_grid(groups, coarse):
 
 
 def test_pld_certificate_counts_cut_tails_and_rounding(monkeypatch):
-    """The same with coarse tails (infinite losses of one percent) and with cell masses as if float64 had 8 digits."""
+    """The same with coarse tails (infinite losses of one percent) and with cell masses as if float64 had 8
+    digits.
+    """
     groups, eps = (((0.02, 1.0), 500),), 1.6
     full = (((0.02, 1.0, 1), 500),)
     exact = [exact_delta(groups, eps, 6.0, added) for added in (False, True)]
@@ -222,7 +239,9 @@ def test_pld_certificate_counts_cut_tails_and_rounding(monkeypatch):
 
 
 def test_pld_delta_against_simulation():
-    """The definition, E[(1 - e^{eps - Y})_+], over simulated outputs of the composed mechanism, both directions."""
+    """The definition, E[(1 - e^{eps - Y})_+], over simulated outputs of the composed mechanism, both
+    directions.
+    """
     q, sigma, steps, n = 0.15, 1.2, 12, 300_000
     losses = sample_losses(q, sigma, steps, n, np.random.default_rng(1))
     for eps in (0.3, 1.0, 2.0):
@@ -245,14 +264,16 @@ def test_pld_full_batch():
 
 
 def test_pld_many_steps():
-    """A million steps of tiny q: close to one Gaussian mechanism of the same variance, and still certified tightly."""
+    """A million steps of tiny q: close to one Gaussian mechanism of the same variance, and still certified
+    tightly.
+    """
     lower, upper = pld.pld_epsilon(0.001, 3.0, 10**6, 1e-5)
     mu = 1e3 * 0.001 * math.sqrt(math.expm1(1 / 9))
     assert 0 < upper - lower < 5e-4 * upper < accountant.epsilon(0.001, 3.0, 10**6, 1e-5) * 5e-4
     assert upper == pytest.approx(accountant.epsilon(1, 1 / mu, 1, 1e-5, "pld"), rel=2e-2)
 
 
-# ---- what holds for both -------------------------------------------------------------------------------------------
+# ---- what holds for both -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method, points", [("rdp", 40), ("pld", 12)])
@@ -273,7 +294,8 @@ def test_nothing_and_everything():
     for method in ("rdp", "pld"):
         assert accountant.epsilon(0.1, 0, 5, 1e-5, method) == math.inf
         assert accountant.epsilon(0, 1, 5, 1e-5, method) == accountant.epsilon(0.1, 1, 0, 1e-5, method) == 0
-        assert accountant.epsilon(0, 0, 5, 1e-5, method) == accountant.epsilon_of_ledger([], 1e-5, method) == 0
+        assert accountant.epsilon(0, 0, 5, 1e-5,
+                                  method) == accountant.epsilon_of_ledger([], 1e-5, method) == 0
         assert accountant.epsilon(1e-5, 100, 1, 1e-5, method) == 0  # never negative
         assert accountant.noise_multiplier(1, 1e-5, 0, 10, method) == 0
     assert pld.pld_delta(0.1, 1, 0, 1.0) == (0, 0) and pld.pld_delta(0.1, 0, 1, 1.0) == (1, 1)
@@ -349,7 +371,8 @@ def test_an_accountant_of_ones_own_goes_everywhere(method, registered, capsys):
 
 @pytest.mark.parametrize("value", [math.nan, -1.0])
 def test_an_accountant_that_gives_no_epsilon_is_refused(value):
-    for ask in (lambda by: accountant.epsilon(0.1, 1, 1, 1e-5, by), lambda by: calculator.max_steps(1, 1e-5, 0.1, 1, by),
+    for ask in (lambda by: accountant.epsilon(0.1, 1, 1, 1e-5, by),
+                lambda by: calculator.max_steps(1, 1e-5, 0.1, 1, by),
                 lambda by: accountant.noise_multiplier(1, 1e-5, 0.1, 10, by)):
         with pytest.raises(ValueError, match="gives epsilon"):
             ask(lambda steps, delta: value)
@@ -362,7 +385,7 @@ def test_an_accountant_may_be_infinite_where_there_is_little_noise():
     assert accountant.noise_multiplier(1000.0, 1e-5, 0.02, 60, stern) == pytest.approx(3, rel=1e-5)
 
 
-# ---- meaning -------------------------------------------------------------------------------------------------------
+# ---- meaning -----------------------------------------------------------------------------------------------
 
 
 def test_groups_of_pictures():
@@ -371,7 +394,8 @@ def test_groups_of_pictures():
 
     assert group(1) == accountant.epsilon(0.05, 4.0, 100, 1e-5, "pld") and group(0) == 0
     assert group(1) < group(2) < group(3)
-    full = accountant.epsilon(1, 20 / 3, 10, 1e-5, "pld")  # three pictures, always all there: three times the shift
+    # three pictures, always all there: three times the shift
+    full = accountant.epsilon(1, 20 / 3, 10, 1e-5, "pld")
     assert group(3, 1, 20, 10) == pytest.approx(full, rel=1e-6)
     assert group(3, 1 - 1e-7, 20, 10) == pytest.approx(full, rel=2e-3)
     assert group(20, sigma=0.3) == math.inf  # float64 ends: never a number that is too small
@@ -380,7 +404,8 @@ def test_groups_of_pictures():
 def test_groups_of_pictures_by_simulation():
     n, eps = 200_000, 1.0
     draws = [
-        np.maximum(0, -np.expm1(eps - y)) for y in sample_losses(0.2, 3.0, 8, n, np.random.default_rng(3), shifts=3)
+        np.maximum(0, -np.expm1(eps - y))
+        for y in sample_losses(0.2, 3.0, 8, n, np.random.default_rng(3), shifts=3)
     ]
     worst = max(draws, key=np.mean)
     upper, lower = zip(
@@ -408,7 +433,7 @@ def test_attacker():
     ).all()
 
 
-# ---- bad input and the command line --------------------------------------------------------------------------------
+# ---- bad input and the command line ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -444,7 +469,8 @@ def command(words):
 
 
 def numbers(line):
-    return [float(word) for word in line.replace("(stated:", " ").replace(")", " ").split() if word[0].isdigit()]
+    return [float(word) for word in line.replace("(stated:", " ").replace(")", " ").split()
+            if word[0].isdigit()]
 
 
 def test_command_line_plan(capsys):
@@ -456,7 +482,8 @@ def test_command_line_plan(capsys):
         and by_rdp == pytest.approx(2.28195, abs=1e-4)
         and order == pytest.approx(9.18, abs=0.01)
     )
-    assert by_pld == pytest.approx(2.0992, abs=2e-4) and 0 < gap < 1e-3 and 0.1 < rates[0] < rates[1] < rates[2] < 100
+    assert by_pld == pytest.approx(2.0992,
+                                   abs=2e-4) and 0 < gap < 1e-3 and 0.1 < rates[0] < rates[1] < rates[2] < 100
     assert command("--n 60000 --batch 2000 --steps 6000 --epsilon 10 --group 2") == 0
     out = capsys.readouterr().out
     assert "1.5445" in out and "1.4709" in out and out.count("2 images of one person") == 2
@@ -465,7 +492,8 @@ def test_command_line_plan(capsys):
 
 
 def test_command_line_runs(tmp_path, capsys):
-    for name, steps in (("a", {"q": 0.02, "steps": 400, "sigma": 1.1}), ("b", {"q": 0.05, "steps": 200, "sigma": 2.0})):
+    for name, steps in (("a", {"q": 0.02, "steps": 400, "sigma": 1.1}),
+                        ("b", {"q": 0.05, "steps": 200, "sigma": 2.0})):
         (tmp_path / name / "release").mkdir(parents=True)
         statement = {"epsilon": 1.5, "delta": 1e-6, "n": 1000, **steps}
         (tmp_path / name / "release" / "privacy.json").write_text(json.dumps(statement))
@@ -485,11 +513,14 @@ def test_command_line_runs(tmp_path, capsys):
 
 
 def run_folder(place, statement=None, rows=0, settings=None):
-    """A run of 400 steps as far as `statement` (a dict of changes) goes; its ledger has `rows` rows (None: no ledger)."""
+    """A run of 400 steps as far as `statement` (a dict of changes) goes; its ledger has `rows` rows (None: no
+    ledger).
+    """
     for part in ("release", "internal"):
         (place / part).mkdir(parents=True)
     if statement is not None:
-        whole = {"private": True, "epsilon": 1.9, "delta": 1e-6, "q": 0.02, "steps": 400, "sigma": 1.1, "insecure_seed": False}
+        whole = {"private": True, "epsilon": 1.9, "delta": 1e-6, "q": 0.02, "steps": 400, "sigma": 1.1,
+                 "insecure_seed": False}
         (place / "release" / "privacy.json").write_text(json.dumps(whole | statement))
     if rows is not None:
         (place / "internal" / "ledger.jsonl").write_text('{"q": 0.02, "sigma": 1.1}\n' * rows)
@@ -504,8 +535,10 @@ def run_folder(place, statement=None, rows=0, settings=None):
     ({"private": False, "epsilon": "inf", "sigma": 0.0}, 400, None),
     ({"private": False, "steps": 0, "q": 0.0, "sigma": 0.0, "epsilon": 0.0}, 0, None),
     (None, 7, {"insecure_seed": 0})])  # still under way
-def test_a_run_that_is_not_private_counts_as_infinite_alone_and_in_the_sum(statement, rows, settings, tmp_path, capsys):
-    good, bad = run_folder(tmp_path / "good", {}, 400), run_folder(tmp_path / "bad", statement, rows, settings)
+def test_a_run_that_is_not_private_counts_as_infinite_alone_and_in_the_sum(statement, rows, settings,
+                                                                           tmp_path, capsys):
+    good, bad = run_folder(tmp_path / "good", {}, 400), run_folder(tmp_path / "bad", statement, rows,
+                                                                   settings)
     assert accountant.main([str(good), str(bad)]) == 0
     _, _, kept, lost, both, _ = capsys.readouterr().out.splitlines()
     assert "inf" not in kept and "NOT PRIVATE" not in kept
@@ -515,10 +548,12 @@ def test_a_run_that_is_not_private_counts_as_infinite_alone_and_in_the_sum(state
 
 
 @pytest.mark.parametrize("rows, stated, counted", [
-    (0, 400, 400), (7, 400, 400), (400, 400, 400), (450, 400, 450), (None, 400, 400), (33, None, 33), (0, None, 0)])
+    (0, 400, 400), (7, 400, 400), (400, 400, 400), (450, 400, 450), (None, 400, 400), (33, None, 33),
+    (0, None, 0)])
 def test_the_larger_of_ledger_and_statement_counts(rows, stated, counted, tmp_path, capsys):
     place = run_folder(tmp_path / "x", None if stated is None else {"steps": stated}, rows)
-    other = run_folder(tmp_path / "y", {"q": 0.1, "sigma": 3.0, "steps": 50, "epsilon": 1.2, "delta": 1e-7}, None)
+    other = run_folder(tmp_path / "y", {"q": 0.1, "sigma": 3.0, "steps": 50, "epsilon": 1.2, "delta": 1e-7},
+                       None)
     assert accountant.main([str(place), str(other)]) == 0
     head, _, line, _, both, _ = capsys.readouterr().out.splitlines()
     assert head.endswith(" 1e-06" if stated else " 1e-07")
@@ -541,10 +576,15 @@ def test_a_statement_above_its_own_steps_counts_as_it_stands(tmp_path, capsys):
     for words, alone in (([], "9.5"), (["--delta", "1e-5"], "9.5"), (["--delta", "1e-7"], "inf")):
         assert accountant.main([str(place), str(other), *words]) == 0
         *_, line, _, both, _ = capsys.readouterr().out.splitlines()
-        assert line.split()[3:6:2] == [alone, alone] and "states more than" in line and both.split()[5:8:2] == ["inf", "inf"]
+        assert (
+            line.split()[3:6:2] == [alone, alone]
+            and "states more than" in line
+            and both.split()[5:8:2] == ["inf", "inf"]
+        )
 
 
-@pytest.mark.parametrize("statement", [{"epsilon": math.nan}, {"sigma": -1.0}, {"steps": 1.5}, {"delta": 0.0}, {"q": "x"}])
+@pytest.mark.parametrize("statement", [{"epsilon": math.nan}, {"sigma": -1.0}, {"steps": 1.5}, {"delta": 0.0},
+                                       {"q": "x"}])
 def test_a_statement_that_means_nothing_is_refused_in_one_line(statement, tmp_path, capsys):
     assert accountant.main([str(run_folder(tmp_path / "x", statement, 400))]) == 2
     assert capsys.readouterr().err.count("\n") == 1
@@ -569,7 +609,8 @@ PLAN = {"q": 0.05, "sigma": 2.0}
         (f"{WHOLE}\r\n\r\r\n", (), [(0.05, 2.0)] * 2),
         (f"{WHOLE}\n\0\0\0", (), [(0.05, 2.0)] * 2),  # what a power cut may leave
         (f'[1]\n{WHOLE}\n{{"q": "0.1", "sigma": 9}}\n{{"q": 2, "sigma": NaN}}\n', (), [(0.05, 2.0)] * 4),
-        (f'{WHOLE}\n{{"q": 0.01, "sigma": 1.5}}\n{"[" * 20000}\n', ({"q": 0.2},), [(0.05, 2.0), (0.01, 1.5), (0.05, 1.5)]),
+        (f'{WHOLE}\n{{"q": 0.01, "sigma": 1.5}}\n{"[" * 20000}\n', ({"q": 0.2},),
+         [(0.05, 2.0), (0.01, 1.5), (0.05, 1.5)]),
         ("garbage\n", ({"sigma": "inf"}, {}), None),
     ],
 )
@@ -581,7 +622,8 @@ def test_a_damaged_ledger_is_read_alike_by_resume_and_calculator(text, known, ex
         (tmp_path / "internal" / "plan.json").write_text(json.dumps(known[0]))
     for reader in (lambda: calculator.read_run(tmp_path)[0],
                    lambda: accountant.count_steps(accountant.ledger_rows(files.read_ledger(ledger), *known)),
-                   lambda: calculator.read_run(tmp_path)[0]):  # again, after resume has added a missing line end
+                   # again, after resume has added a missing line end
+                   lambda: calculator.read_run(tmp_path)[0]):
         if expected is None:
             with pytest.raises(ValueError, match="row 1 of the ledger is damaged"):
                 reader()
@@ -625,7 +667,8 @@ def test_command_line_errors_are_one_line(words, capsys):
 @pytest.mark.parametrize("words", [
     "--q 0.1 --sigma 1e-200 --steps 3", "--q 0.1 --sigma 1e300 --steps 3", "--q 1e-320 --sigma 1 --steps 3",
     "--q 0.1 --steps 3 --epsilon 1e-300",  # as much noise as makes delta enough
-    "--q 0.1 --steps 3 --epsilon 1e300", "--q 0.1 --sigma 1e-5 --steps 3", "--q 0.1 --sigma 1e-5 --epsilon 1e300",
+    "--q 0.1 --steps 3 --epsilon 1e300", "--q 0.1 --sigma 1e-5 --steps 3",
+    "--q 0.1 --sigma 1e-5 --epsilon 1e300",
     "--q 0.1 --sigma 2 --steps 3 --delta 1e-11", "--q 0.1 --epsilon 3 --steps 3 --delta 1e-300",
     pytest.param(f"--q 0.1 --sigma 1 --steps 1{'0' * 400}", id="steps of 400 digits"),
     "--q 1e-9 --sigma 1 --epochs 1e300", "--q 0.1 --sigma 3 --steps 9 --group 1000"])
@@ -642,12 +685,14 @@ def test_command_line_notes_a_delta_that_is_too_large(capsys):
     assert capsys.readouterr().err == ""
 
 
-# ---- rounding and robustness ---------------------------------------------------------------------------------------
+# ---- rounding and robustness -------------------------------------------------------------------------------
 
 
 def test_round_up():
-    exact = {10: "10", 1e-05: "1e-05", 9.99999999: "10", 0.0: "0", math.inf: "inf", 2: "2", 0.25: "0.25", 7.4501: "7.451",
-             1.0000001e-06: "1.001e-06", 123456: "1.235e+05", 9.9995: "10", 1.7e308: "1.7e+308", 1.79761e308: "inf"}
+    exact = {10: "10", 1e-05: "1e-05", 9.99999999: "10", 0.0: "0", math.inf: "inf", 2: "2", 0.25: "0.25",
+             7.4501: "7.451",
+             1.0000001e-06: "1.001e-06", 123456: "1.235e+05", 9.9995: "10", 1.7e308: "1.7e+308",
+             1.79761e308: "inf"}
     assert {x: accountant.round_up(x) for x in exact} == exact
     rng = np.random.default_rng(0)
     for _ in range(3000):
@@ -664,8 +709,10 @@ def test_printed_bounds_are_rounded_up(capsys):
     assert "delta 1.001e-06" in head
     numbers = row.split()
     known = pld.statement_numbers([(0.02, 1.1, 400)], 1.00001e-6)
-    printed = [*map(float, (numbers[3], numbers[5], group.split()[-1])), *(float(word) / 100 for word in numbers[7:])]
-    exact = [known["epsilon_rdp"], known["epsilon_pld"], known["epsilon_for_group"], *known["attacker"].values()]
+    printed = [*map(float, (numbers[3], numbers[5], group.split()[-1])),
+               *(float(word) / 100 for word in numbers[7:])]
+    exact = [known["epsilon_rdp"], known["epsilon_pld"], known["epsilon_for_group"],
+             *known["attacker"].values()]
     for shown, value in zip(printed, exact, strict=True):
         assert value <= shown <= value * 1.0011
 
@@ -682,45 +729,57 @@ def extreme_plan(rng):
 
 
 def simple_attacks(q, sigma, steps):
-    """(false alarms, detections) of attacks that need no accountant: thresholds on one output, on the largest, on the sum."""
+    """(false alarms, detections) of attacks that need no accountant: thresholds on one output, on the
+    largest, on the sum.
+    """
     cuts = np.concatenate([sigma * np.linspace(-8, 30, 200), np.linspace(0, 1, 20)])
     quiet, heard = ndtr(-cuts / sigma), (1 - q) * ndtr(-cuts / sigma) + q * ndtr((1 - cuts) / sigma)
-    pairs = [(quiet, heard), tuple(-np.expm1(steps * np.log1p(-np.minimum(p, 1 - 1e-16))) for p in (quiet, heard))]
+    pairs = [(quiet, heard), tuple(-np.expm1(steps * np.log1p(-np.minimum(p, 1 - 1e-16)))
+                                   for p in (quiet, heard))]
     mean, width = steps * q, 9 * math.sqrt(steps * q)
     j = np.arange(max(0, int(mean - width)), int(mean + width + 25))
     weights, spread = binom.pmf(j, steps, q), sigma * math.sqrt(steps)
-    cuts = np.concatenate([spread * np.linspace(-8, 30, 100), np.linspace(j[0] - 6 * spread, j[-1] + 6 * spread, 100)])
+    cuts = np.concatenate([spread * np.linspace(-8, 30, 100),
+                           np.linspace(j[0] - 6 * spread, j[-1] + 6 * spread, 100)])
     pairs.append((ndtr(-cuts / spread), ndtr((j - cuts[:, None]) / spread) @ weights))
     return pairs
 
 
 def test_statement_numbers_are_total_and_above_what_simple_attacks_reach():
-    """Some hundred plans at the ends of float64, none raises, warns, or is understated; kinds of steps may be mixed."""
+    """Some hundred plans at the ends of float64, none raises, warns, or is understated; kinds of steps may be
+    mixed.
+    """
     rng, start, plans = np.random.default_rng(0), time.process_time(), 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         while plans < 300 and (plans < 200 or time.process_time() - start < 8):
             plans += 1
             kinds = [extreme_plan(rng) for _ in range(rng.integers(1, 4))]
-            delta = max(10 ** rng.uniform(-323, -0.001), 5e-324) if rng.random() < 0.5 else 10 ** rng.uniform(-12, -0.3)
+            delta = max(10 ** rng.uniform(-323, -0.001),
+                        5e-324) if rng.random() < 0.5 else 10 ** rng.uniform(-12, -0.3)
             known = pld.statement_numbers(kinds, delta, int(rng.choice([2, 20, 1000])))
             rdp, tight, group, rates = known.values()
             assert 0 <= tight <= rdp * (1 + 1e-9) + 1e-9 and group >= 0, (kinds, delta, known)
-            assert group >= tight * 0.99 - 1e-9 and all(f * (1 - 1e-9) <= r <= 1 for f, r in rates.items()), (kinds, delta, known)
+            assert group >= tight * 0.99 - 1e-9 and all(f * (1 - 1e-9) <= r <= 1 for f,
+                                                        r in rates.items()), (kinds, delta, known)
             for q, sigma, steps in kinds:
                 if sigma == 0:
                     assert rdp == tight == group == math.inf and set(rates.values()) == {1.0}
                 elif 1e-8 < q < 1 and 1e-4 < sigma < 1e4 and steps < 1e7:
                     for quiet, heard in simple_attacks(q, sigma, steps):
                         if tight < 600:
-                            assert (heard - math.exp(tight) * quiet).max() <= delta * (1 + 1e-7) + 1e-14, (kinds, delta, known)
+                            assert (heard - math.exp(tight) * quiet).max() <= delta * (1 + 1e-7) + 1e-14, (
+                                kinds, delta, known
+                            )
                         for f, r in rates.items():
-                            assert heard[quiet <= f].max(initial=0.0) <= r * (1 + 1e-9) + 1e-12, (kinds, known)
+                            assert heard[quiet <= f].max(initial=0.0) <= r * (1
+                                                                              + 1e-9) + 1e-12, (kinds, known)
     assert time.process_time() - start < 60
 
 
 @pytest.mark.parametrize("q, sigma, steps, delta", [
-    (0.02, 1.0, 500, 1e-5), (0.5, 1.5523, 30, 1e-5), (1e-6, 0.5, 10**6, 1e-6), (0.3, 40.0, 1000, 1e-8), (0.9, 0.6, 2, 1e-4),
+    (0.02, 1.0, 500, 1e-5), (0.5, 1.5523, 30, 1e-5), (1e-6, 0.5, 10**6, 1e-6), (0.3, 40.0, 1000, 1e-8),
+    (0.9, 0.6, 2, 1e-4),
     (0.016628129644796995, 0.10013856882956686, 949, 1e-5)])  # the last one's rates were once -inf
 def test_simple_attacks_stay_below_the_tight_numbers(q, sigma, steps, delta):
     known = pld.statement_numbers([(q, sigma, steps)], delta)
@@ -760,7 +819,8 @@ def test_many_kinds_of_steps_are_merged_soundly():
     assert exact <= accountant.epsilon_of_ledger(rows, 1e-5) <= 1.1 * exact
 
 
-STRANGE = [math.nan, math.inf, -math.inf, -1.0, 0.0, 5e-324, 1e-320, 1e300, 10**400, 1, 2, 1e-200, 10000, 1e-300, 1e-11]
+STRANGE = [math.nan, math.inf, -math.inf, -1.0, 0.0, 5e-324, 1e-320, 1e300, 10**400, 1, 2, 1e-200, 10000,
+           1e-300, 1e-11]
 
 
 def test_every_function_answers_or_refuses_in_one_line():
@@ -776,7 +836,8 @@ def test_every_function_answers_or_refuses_in_one_line():
         q, sigma, steps, delta = one_of(-4, 0), one_of(-1, 300), one_of(0, 3, True), one_of(-9, -1)
         eps, k, method = one_of(-1, 3), one_of(0, 2, True), ("rdp", "pld")[tried % 2]
         for function, *arguments in (
-                (accountant.epsilon, q, sigma, steps, delta, method), (calculator.max_steps, eps, delta, q, sigma),
+                (accountant.epsilon, q, sigma, steps, delta, method),
+                (calculator.max_steps, eps, delta, q, sigma),
                 (accountant.noise_multiplier, eps, delta, q, steps),
                 (pld.group_epsilon, k, q, sigma, steps, delta), (pld.attacker_tpr, q, sigma, steps, delta),
                 (accountant.epsilon_of_ledger, [{"q": q, "sigma": sigma}] * 3, delta, method)):
@@ -789,8 +850,10 @@ def test_every_function_answers_or_refuses_in_one_line():
 def test_calibration_at_the_ends():
     for method in ("rdp", "pld"):
         assert accountant.noise_multiplier(1e300, 1e-5, 0.1, 10, method) == pytest.approx(1e-3)
-        assert accountant.epsilon(0.1, accountant.noise_multiplier(10000, 1e-5, 0.1, 10, method), 10, 1e-5, method) <= 10000
+        assert accountant.epsilon(0.1, accountant.noise_multiplier(10000, 1e-5, 0.1, 10, method), 10, 1e-5,
+                                  method) <= 10000
         with pytest.raises(ValueError, match="out of reach"):
             accountant.noise_multiplier(1e-300, 1e-10, 0.1, 10, method)
-    assert 1e12 <= calculator.max_steps(1.0, 1e-5, 1e-10, 1e4) < math.inf  # steps that cost a little are not free
+    # steps that cost a little are not free
+    assert 1e12 <= calculator.max_steps(1.0, 1e-5, 1e-10, 1e4) < math.inf
     assert calculator.max_steps(1.0, 1e-5, 0.1, math.inf) == math.inf

@@ -1,4 +1,5 @@
-"""The empirical audit: published values, known mechanisms, an engine broken on purpose (`pytest tests/test_audit.py`).
+"""The empirical audit: published values, known mechanisms, an engine broken on purpose (`pytest
+tests/test_audit.py`).
 
 A broken engine must be CAUGHT: its rigorous lower bound lies above the epsilon that the accountant claims.
 """
@@ -20,29 +21,35 @@ from support import files, run_folder
 def repeatable(monkeypatch):
     """Every fresh generator is a different one, but the same in every run of the tests."""
     seeds = iter(range(10_000))
-    monkeypatch.setattr(dp_sgd, "fresh_generator", lambda device="cpu": torch.Generator(device).manual_seed(next(seeds)))
+    monkeypatch.setattr(dp_sgd, "fresh_generator",
+                        lambda device="cpu": torch.Generator(device).manual_seed(next(seeds)))
 
 
 def coins(seed=0):
     return np.random.default_rng(seed)
 
 
-# -------------------------------------------------------------------------------------------------------- the bounds
+# ------------------------------------------------------------------------------------------------- the bounds
 
 
 def test_the_papers_examples():
-    """Steinke, Nasr, Jagielski 2023: appendix D (75 of 100 guesses, m = 1000) and section 7 (1439 of 1510, m = 100,000)."""
+    """Steinke, Nasr, Jagielski 2023: appendix D (75 of 100 guesses, m = 1000) and section 7 (1439 of 1510, m
+    = 100,000).
+    """
     assert 0.66 <= audit.rigorous_bound(75, 100, 1000, 1e-4) <= 0.673
     assert 2.66 <= audit.rigorous_bound(1439, 1510, 100_000, 1e-5) <= 2.676
 
 
 def test_delta_enters_by_the_worst_distribution_of_free_guesses():
-    """Against the definition, term by term, with m > r; delta = 0 is a binomial test; all right is about ln(m / 3)."""
+    """Against the definition, term by term, with m > r; delta = 0 is a binomial test; all right is about ln(m
+    / 3).
+    """
     m, r, v, epsilon, delta = 50, 20, 17, 0.8, 1e-3
     p = np.exp(epsilon) / (1 + np.exp(epsilon))
     law = [binom.pmf(w, r, p) for w in range(r + 1)]
     gain = max(sum(law[max(0, v - i):v]) / i for i in range(1, m + 1))
-    assert audit.p_value(v, r, m, [epsilon], delta)[0] == pytest.approx(sum(law[v:]) + 2 * m * delta * gain, rel=1e-12)
+    assert audit.p_value(v, r, m, [epsilon], delta)[0] == pytest.approx(sum(law[v:]) + 2 * m * delta * gain,
+                                                                        rel=1e-12)
     assert audit.p_value(v, r, m, [epsilon], 0.0)[0] == pytest.approx(sum(law[v:]), rel=1e-12)
     for m in (30, 1000):  # all right: p^m = 5 %, which is near epsilon = ln(m / 3)
         exact = logit(0.05 ** (1 / m))
@@ -52,7 +59,9 @@ def test_delta_enters_by_the_worst_distribution_of_free_guesses():
 
 
 def test_the_rigorous_bound_exceeds_randomised_response_in_at_most_five_percent():
-    """The mechanism on which the bound is exact: every coin is told truly with probability p. m = r = 200, 2000 repeats."""
+    """The mechanism on which the bound is exact: every coin is told truly with probability p. m = r = 200,
+    2000 repeats.
+    """
     epsilon, rng = 1.0, np.random.default_rng(0)
     right = rng.binomial(200, 1 / (1 + np.exp(-epsilon)), 2000)
     bounds = {int(v): audit.rigorous_bound(int(v), 200, 200, 0.0) for v in set(right)}
@@ -66,7 +75,8 @@ def test_the_rigorous_bound_exceeds_the_claim_in_at_most_five_percent_of_audits(
     assert all(f["upper_pld"] == claim < most for f in found)  # all guesses right would exceed the claim
     for score in ("sum", "differences", "regenerated"):
         assert sum(f["lower"][score] > claim for f in found) <= 5
-    lower = np.array([f["lower"]["sum"] for f in found])  # mean about 0.1, which one seed or another misses by a little
+    # mean about 0.1, which one seed or another misses by a little
+    lower = np.array([f["lower"]["sum"] for f in found])
     assert lower.mean() > 4 * lower.std() / len(lower) ** 0.5  # and it is not always zero
 
 
@@ -76,25 +86,29 @@ def test_the_rigorous_bound_exceeds_the_claim_in_at_most_five_percent_of_audits(
 def test_audit_of_the_real_engine(plan, m, by_rdp, rigorous, estimated):
     """The ranges hold what other, simulated audits of these two plans gave: 3.07 and 6.81; 3.31 and 7.55."""
     found = audit.audit([plan], 1e-5, m, rng=coins(), fast=True)
-    for value, (low, high) in ((found["upper_rdp"], by_rdp), (found["lower"]["sum"], rigorous), (found["estimate"], estimated)):
+    for value, (low, high) in ((found["upper_rdp"], by_rdp), (found["lower"]["sum"], rigorous),
+                               (found["estimate"], estimated)):
         assert low < value < high
     assert found["lower"]["sum"] < found["estimate"] < found["upper_pld"] <= found["upper_rdp"]
-    assert max(found["lower"]["differences"], found["lower"]["regenerated"]) < found["lower"]["sum"]  # an honest engine
+    # an honest engine
+    assert max(found["lower"]["differences"], found["lower"]["regenerated"]) < found["lower"]["sum"]
 
 
 def test_steps_that_differ_secure_noise_and_other_clipping():
     schedule = [(0.5, 1.5, 20), (1.0, 3.0, 10)]
-    secure, fast = (audit.audit(schedule, 1e-5, 2000, guesses=200, rng=coins(), fast=f) for f in (False, True))
+    secure, fast = (audit.audit(schedule, 1e-5, 2000, guesses=200, rng=coins(), fast=f)
+                    for f in (False, True))
     rows = [{"q": q, "sigma": s} for q, s, t in schedule for _ in range(t)]
     assert secure["upper_pld"] == accountant.epsilon_of_ledger(rows, 1e-5, "pld")
     for found in (secure, fast):
         assert 2 < found["lower"]["sum"] < found["estimate"] < found["upper_pld"]
     for clipping in ("automatic", "per-layer"):
-        found = audit.audit([(1.0, 3.0, 30)], 1e-5, 1000, guesses=100, rng=coins(), fast=True, clipping=clipping, clip_norm=0.1)
+        found = audit.audit([(1.0, 3.0, 30)], 1e-5, 1000, guesses=100, rng=coins(), fast=True,
+                            clipping=clipping, clip_norm=0.1)
         assert 2 < found["lower"]["sum"] < found["upper_pld"]
 
 
-# ----------------------------------------------------------------------------------- an engine broken in one place each
+# ------------------------------------------------------------------------- an engine broken in one place each
 
 
 def break_noise_halved(monkeypatch):
@@ -112,15 +126,18 @@ def break_sampling(monkeypatch):
 
 def break_noise_repeated(monkeypatch):
     honest = dp_sgd.privatise
-    monkeypatch.setattr(dp_sgd, "privatise", lambda *args: honest(*args[:-1], torch.Generator().manual_seed(id(args[-1]) % 997)))
+    monkeypatch.setattr(dp_sgd, "privatise",
+                        lambda *args: honest(*args[:-1], torch.Generator().manual_seed(id(args[-1]) % 997)))
 
 
 def break_seed_fixed(monkeypatch):
-    monkeypatch.setattr(dp_sgd, "fresh_generator", lambda device="cpu": torch.Generator(device).manual_seed(0))
+    monkeypatch.setattr(dp_sgd, "fresh_generator",
+                        lambda device="cpu": torch.Generator(device).manual_seed(0))
 
 
 @pytest.mark.parametrize("broken, score, plan, delta, m, guesses", [
-    (break_noise_halved, "sum", (1.0, 5.0, 4), 1e-7, 200_000, 800),  # few guesses among many: only the surest tell a factor 2
+    # few guesses among many: only the surest tell a factor 2
+    (break_noise_halved, "sum", (1.0, 5.0, 4), 1e-7, 200_000, 800),
     (break_clipping, "sum", (0.05, 1.2, 30), 1e-5, 2000, 200),
     (break_sampling, "sum", (0.05, 1.2, 30), 1e-5, 2000, 200),
     (break_noise_repeated, "differences", (0.05, 1.5, 60), 1e-5, 2000, 200),
@@ -133,14 +150,15 @@ def test_a_broken_engine_is_caught(broken, score, plan, delta, m, guesses, monke
     assert caught["upper_pld"] == honest["upper_pld"] < caught["lower"][score]
 
 
-# ------------------------------------------------------------------------------------------------------------ program
+# ---------------------------------------------------------------------------------------------------- program
 
 
 @pytest.fixture
 def run(tmp_path):
     for part in ("release", "internal"):
         (tmp_path / part).mkdir()
-    privacy = {"delta": 1e-4, "q": 0.5, "sigma": 2.0, "steps": 8, "clip_norm": 0.1, "clipping": "flat", "fast_noise": False}
+    privacy = {"delta": 1e-4, "q": 0.5, "sigma": 2.0, "steps": 8, "clip_norm": 0.1, "clipping": "flat",
+               "fast_noise": False}
     files.write_json(privacy, tmp_path / "release" / "privacy.json")
     return tmp_path
 
@@ -148,20 +166,29 @@ def run(tmp_path):
 def test_program_audits_a_run(run, capsys):
     assert audit.main([str(run), "--canaries", "500"]) == 0
     out = capsys.readouterr().out
-    assert "q 0.5, sigma 2, 8 steps; delta 0.0001" in out and "no violation" in out and out.count("rigorous") == 3
+    assert (
+        "q 0.5, sigma 2, 8 steps; delta 0.0001" in out
+        and "no violation" in out
+        and out.count("rigorous") == 3
+    )
     assert f"{accountant.epsilon(0.5, 2.0, 8, 1e-4, 'pld'):.2f}" in out
     picture = (run / "internal" / "audit.png").read_bytes()
-    assert picture.startswith(b"\x89PNG") and len(picture) > 2000 and not list((run / "release").glob("*.png"))
+    assert (
+        picture.startswith(b"\x89PNG") and len(picture) > 2000 and not list((run / "release").glob("*.png"))
+    )
     row = {"q": 0.25, "sigma": 1.0}
-    (run / "internal" / "ledger.jsonl").write_text("".join(json.dumps(row | {"sigma": s}) + "\n" for s in (1.0, 3.0, 3.0)))
+    (run / "internal" / "ledger.jsonl").write_text("".join(json.dumps(row | {"sigma": s}) + "\n"
+                                                           for s in (1.0, 3.0, 3.0)))
     assert audit.main([str(run), "--canaries", "500", "--out", str(run / "x.png")]) == 0
-    expected = "q 0.25, sigma 1, 1 steps; q 0.25, sigma 3, 2 steps; q 0.5, sigma 2, 8 steps"  # ledger and statement
+    # ledger and statement
+    expected = "q 0.25, sigma 1, 1 steps; q 0.25, sigma 3, 2 steps; q 0.5, sigma 2, 8 steps"
     assert expected in capsys.readouterr().out and (run / "x.png").exists()
 
 
 @pytest.mark.parametrize("stated, words, fast", [
     ({}, [], False), ({"fast_noise": True}, [], True), ({"fast_noise": False}, ["--fast-noise"], True),
-    ({"fast_noise": None, "secure_noise": True}, [], False), ({"fast_noise": None, "secure_noise": False}, [], True),
+    ({"fast_noise": None, "secure_noise": True}, [], False),
+    ({"fast_noise": None, "secure_noise": False}, [], True),
     ({"fast_noise": None}, [], False)])
 def test_program_audits_the_generator_of_the_run(stated, words, fast, run, monkeypatch):
     """Statements of before --fast-noise have secure_noise instead; None here: not in the statement."""
@@ -169,7 +196,8 @@ def test_program_audits_the_generator_of_the_run(stated, words, fast, run, monke
     statement = files.read_json(path) | stated
     files.write_json({key: value for key, value in statement.items() if value is not None}, path)
     asked, honest = [], dp_sgd.fresh_generator
-    monkeypatch.setattr(dp_sgd, "fresh_generator", lambda device="cpu": asked.append("fast") or honest(device))
+    monkeypatch.setattr(dp_sgd, "fresh_generator",
+                        lambda device="cpu": asked.append("fast") or honest(device))
     secure = dp_sgd.SecureGenerator
     monkeypatch.setattr(dp_sgd, "SecureGenerator", lambda: asked.append("secure") or secure())
     monkeypatch.setattr(dp_sgd, "privatise", lambda sums, *rest: sums)  # the noise itself is not at stake
@@ -189,7 +217,8 @@ def test_program_without_a_run_and_its_verdict(capsys, monkeypatch):
     ("", "runs/digits"), ("--q 0.1 --sigma 1", "give either a run"), ("no/such/run", "no/such/run"),
     ("--q 0.1 --sigma 0 --steps 3", "nothing to audit"), ("--q 2 --sigma 1 --steps 3", "nothing to audit"),
     ("--q 0.1 --sigma 1 --steps 0", "--steps"),
-    ("--q 0.1 --sigma 1 --steps 3 --canaries 5", "--canaries"), ("--q 0.1 --sigma 1 --steps 3 --delta 0", "delta"),
+    ("--q 0.1 --sigma 1 --steps 3 --canaries 5", "--canaries"),
+    ("--q 0.1 --sigma 1 --steps 3 --delta 0", "delta"),
     ("x --q 0.1 --sigma 1 --steps 3", "give either a run")])
 def test_bad_input_is_one_line(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,6 @@
-"""Image sets: the embedded digits, files in torchvision's layouts, padding, one clear line for bad files. About 3 s."""
+"""Image sets: the embedded digits, files in torchvision's layouts, padding, one clear line for bad files.
+About 3 s.
+"""
 
 import gzip
 import runpy
@@ -19,7 +21,8 @@ def write_idx(path, array):
     """An idx file of unsigned bytes, .gz by the name."""
     header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(header + array.tobytes()) if path.suffix == ".gz" else header + array.tobytes())
+    path.write_bytes(gzip.compress(header + array.tobytes()) if path.suffix == ".gz" else header
+                     + array.tobytes())
 
 
 def picture_set(n, seed=0):
@@ -59,7 +62,8 @@ def test_embedded_digits_split_8000_private_2000_held_out():
 def test_n_takes_a_seeded_subset_with_the_matching_labels():
     whole = datasets.load("mnist10k", "test")
     part, again, other = (datasets.load("mnist10k", "test", n=50, seed=s) for s in (3, 3, 4))
-    assert len(part) == 50 and torch.equal(part.images, again.images) and not torch.equal(part.images, other.images)
+    assert len(part) == 50 and torch.equal(part.images,
+                                           again.images) and not torch.equal(part.images, other.images)
     keys = [picture.numpy().tobytes() for picture in whole.images]
     where = dict(zip(keys, whole.labels.tolist(), strict=True))
     assert [where[picture.numpy().tobytes()] for picture in part.images] == part.labels.tolist()
@@ -110,7 +114,8 @@ def test_mnist_layout(tmp_path, offline, name, folder, suffix):
         write_idx(tmp_path / folder / "raw" / f"{part}-images-idx3-ubyte{suffix}", images)
         write_idx(tmp_path / folder / "raw" / f"{part}-labels-idx1-ubyte{suffix}", labels)
         loaded = datasets.load(name, split, root=tmp_path, size=28)
-        assert np.array_equal(loaded.images[:, 0].numpy(), images) and loaded.labels.tolist() == labels.tolist()
+        assert np.array_equal(loaded.images[:, 0].numpy(),
+                              images) and loaded.labels.tolist() == labels.tolist()
         assert len(loaded.classes) == 10
 
 
@@ -133,12 +138,15 @@ def test_emnist_is_turned_upright_and_its_labels_start_at_zero(tmp_path, offline
     write_idx(tmp_path / "EMNIST" / "raw" / f"emnist-letters-{split}-labels-idx1-ubyte", labels)
     loaded = datasets.load("emnist", split, root=tmp_path)
     assert np.array_equal(pixels.crop(loaded.images).numpy()[:, 0], upright) and loaded.images.is_contiguous()
-    assert loaded.labels.tolist() == list(range(26)) and "".join(loaded.classes) == "abcdefghijklmnopqrstuvwxyz"
+    assert (
+        loaded.labels.tolist() == list(range(26)) and "".join(loaded.classes) == "abcdefghijklmnopqrstuvwxyz"
+    )
 
 
 def test_emnist_label_zero_is_damage(tmp_path, offline):
     write_idx(tmp_path / "EMNIST" / "raw" / "emnist-letters-train-images-idx3-ubyte", picture_set(3)[0])
-    write_idx(tmp_path / "EMNIST" / "raw" / "emnist-letters-train-labels-idx1-ubyte", np.array([0, 1, 2], np.uint8))
+    write_idx(tmp_path / "EMNIST" / "raw" / "emnist-letters-train-labels-idx1-ubyte",
+              np.array([0, 1, 2], np.uint8))
     with pytest.raises(datasets.DataError, match="labels outside 1..26"):
         datasets.load("emnist", root=tmp_path)
 
@@ -223,7 +231,8 @@ def break_idx(kind, folder):
     images, labels = picture_set(5)
     pictures, numbers = folder / "train-images-idx3-ubyte", folder / "train-labels-idx1-ubyte"
     write_idx(pictures, images[:, :, :20] if kind == "not square" else images)
-    write_idx(numbers, labels[:4] if kind == "lengths" else np.full(5, 10, np.uint8) if kind == "label" else labels)
+    write_idx(numbers, labels[:4] if kind == "lengths" else np.full(5, 10, np.uint8)
+              if kind == "label" else labels)
     if kind == "truncated":
         pictures.write_bytes(pictures.read_bytes()[:-1])
     elif kind == "longer":
@@ -241,7 +250,8 @@ def break_idx(kind, folder):
     return pictures
 
 
-@pytest.mark.parametrize("kind", ["truncated", "longer", "not idx", "empty", "gz", "lengths", "label", "not square"])
+@pytest.mark.parametrize("kind", ["truncated", "longer", "not idx", "empty", "gz", "lengths", "label",
+                                  "not square"])
 def test_damaged_idx_file(tmp_path, offline, kind):
     blamed = break_idx(kind, tmp_path / "MNIST" / "raw")
     with pytest.raises(datasets.DataError) as caught:
@@ -282,7 +292,8 @@ def test_digests_know_an_image_from_any_road(tmp_path):
     whole = datasets.load("mnist10k")
     found = datasets.digests(whole.images)
     assert found.dtype == torch.int64 and found.shape == (8000,) and (found.diff() > 0).all()
-    assert torch.equal(found, datasets.digests(whole.images.flip(0))), "the order of the images does not matter"
+    assert torch.equal(found,
+                       datasets.digests(whole.images.flip(0))), "the order of the images does not matter"
     assert torch.equal(found[:0], datasets.digests(whole.images[:0]))
     other = datasets.digests(datasets.load(f"npz:{arrays.EMBEDDED}").images)  # split in another way
     assert 6000 < torch.isin(other, found).sum() < 8000
@@ -319,7 +330,8 @@ def test_sets_in_the_same_place_are_known_by_any_name(tmp_path, monkeypatch):
                  ("celeba", "faces"), ("None", "mnist")]:
         assert not datasets.same_images(a, b, root) and not datasets.same_images(b, a, root), (a, b)
     (root / "list_attr_celeba.txt").touch()  # both names now find the files of the root itself
-    assert datasets.same_images("celeba", "faces", root) and not datasets.same_images("celeba", "public32", root)
+    assert datasets.same_images("celeba", "faces",
+                                root) and not datasets.same_images("celeba", "public32", root)
 
 
 @pytest.mark.parametrize("text, names", [("a,b , c", ["a", "b", "c"]), ("3", ["0", "1", "2"]), ("1", ["0"]),

@@ -1,4 +1,6 @@
-"""Diffusion: schedule, exactness of the loss, randomness of draw, and DDIM on a Gaussian whose exact score is known."""
+"""Diffusion: schedule, exactness of the loss, randomness of draw, and DDIM on a Gaussian whose exact score is
+known.
+"""
 import math
 
 import pytest
@@ -30,7 +32,9 @@ def test_unknown_schedule_is_refused():
 
 
 class Exact(nn.Module):
-    """The optimal denoiser where the latents are N(mean_c, deviation^2) per condition: E[target | z_t] in closed form."""
+    """The optimal denoiser where the latents are N(mean_c, deviation^2) per condition: E[target | z_t] in
+    closed form.
+    """
 
     def __init__(self, schedule, means, deviation):
         super().__init__()
@@ -53,7 +57,8 @@ class Exact(nn.Module):
 def test_ddim_with_the_exact_score_draws_that_gaussian(schedule, eta):
     model = Exact(schedule, torch.tensor([-1.0, 1.0]), 0.5)
     cond = torch.arange(20_000) % 2
-    z = diffusion.ddim(model, (20_000, 1, 1, 1), cond, 1000, eta, 1.0, torch.Generator().manual_seed(0), schedule)
+    z = diffusion.ddim(model, (20_000, 1, 1, 1), cond, 1000, eta, 1.0, torch.Generator().manual_seed(0),
+                       schedule)
     for c, mean in ((0, -1.0), (1, 1.0)):
         part = z[cond == c]
         assert abs(part.mean().item() - mean) < 0.02
@@ -65,9 +70,11 @@ def test_ddim_is_deterministic_given_the_generator_and_eta_zero_adds_no_noise():
     cond = torch.zeros(8, dtype=torch.int64)
 
     def run(eta):
-        return diffusion.ddim(model, (8, 1, 2, 2), cond, 20, eta, 1.0, torch.Generator().manual_seed(5), diffusion.PAPER)
+        return diffusion.ddim(model, (8, 1, 2, 2), cond, 20, eta, 1.0, torch.Generator().manual_seed(5),
+                              diffusion.PAPER)
 
-    assert torch.equal(run(0.0), run(0.0)) and torch.equal(run(1.0), run(1.0)) and not torch.equal(run(0.0), run(1.0))
+    assert torch.equal(run(0.0), run(0.0)) and torch.equal(run(1.0),
+                                                           run(1.0)) and not torch.equal(run(0.0), run(1.0))
 
 
 def test_guidance_moves_away_from_the_unconditional():
@@ -89,7 +96,8 @@ def test_guidance_moves_away_from_the_unconditional():
 def test_ddim_refuses(bad):
     with pytest.raises(ValueError, match="ddim"):
         given = {"steps": 50, "eta": 0.0} | bad
-        diffusion.ddim(Exact(diffusion.PAPER, torch.zeros(1), 1.0), (1, 1, 1, 1), torch.zeros(1, dtype=torch.int64), **given,
+        diffusion.ddim(Exact(diffusion.PAPER, torch.zeros(1), 1.0), (1, 1, 1, 1),
+                       torch.zeros(1, dtype=torch.int64), **given,
                        guidance=1.0, generator=None, schedule=diffusion.PAPER)
 
 
@@ -102,9 +110,13 @@ def test_loss_is_zero_for_the_truth_and_the_mean_over_k(schedule):
         def forward(self, z_t, steps, cond):
             a = diffusion.alphas_cumprod(schedule)[t][..., None, None, None].float()
             assert torch.equal(steps, t.flatten())
-            assert torch.allclose(z_t.view_as(noise), a.sqrt() * z0[:, None] + (1 - a).sqrt() * noise, atol=1e-6)
-            target = noise if schedule.prediction == "eps" else a.sqrt() * noise - (1 - a).sqrt() * z0[:, None]
-            return (target + torch.arange(3.0)[None, :, None, None, None]).flatten(0, 1)  # off by 0, 1, 2 for k = 0, 1, 2
+            assert torch.allclose(z_t.view_as(noise), a.sqrt() * z0[:, None] + (1 - a).sqrt() * noise,
+                                  atol=1e-6)
+            target = (
+                noise if schedule.prediction == "eps" else a.sqrt() * noise - (1 - a).sqrt() * z0[:, None]
+            )
+            # off by 0, 1, 2 for k = 0, 1, 2
+            return (target + torch.arange(3.0)[None, :, None, None, None]).flatten(0, 1)
 
     loss = diffusion.loss(Truth(), z0, cond, t, noise, schedule)
     assert loss.shape == (4,) and torch.allclose(loss, torch.full((4,), 5 / 3), atol=1e-4)
@@ -113,7 +125,8 @@ def test_loss_is_zero_for_the_truth_and_the_mean_over_k(schedule):
 def test_draw():
     g = torch.Generator().manual_seed(0)
     z = torch.stack([torch.zeros(4000, 1, 1, 1), torch.ones(4000, 1, 1, 1)], 1)  # two orientations
-    z0, cond, t, noise = diffusion.draw(z, torch.ones(4000, dtype=torch.int64), 2, g, diffusion.PAPER, torch.tensor([7]),
+    z0, cond, t, noise = diffusion.draw(z, torch.ones(4000, dtype=torch.int64), 2, g, diffusion.PAPER,
+                                        torch.tensor([7]),
                                         drop=0.25)
     assert z0.shape == (4000, 1, 1, 1) and t.shape == (4000, 2) and noise.shape == (4000, 2, 1, 1, 1)
     assert abs(z0.mean().item() - 0.5) < 0.04  # a fair coin picks the orientation

@@ -1,7 +1,8 @@
-"""The DP-SGD engine against an independent oracle, statistics, and neighbouring data sets (`pytest tests/test_dp_sgd.py`).
+"""The DP-SGD engine against an independent oracle, statistics, and neighbouring data sets (`pytest
+tests/test_dp_sgd.py`).
 
-The oracle below is the definition: one backward pass per example in float64, clip, add. Everything the engine does
-faster must come to the same number.
+The oracle below is the definition: one backward pass per example in float64, clip, add. Everything the engine
+does faster must come to the same number.
 """
 from functools import partial
 from types import SimpleNamespace
@@ -19,13 +20,15 @@ from dp_sgd import CLIPPING
 from extensions import bookkeeping, lora
 from support.settings import GRADIENTS
 
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap's fallback for fused attention
+# vmap's fallback for fused attention
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 METHODS = ("loop", "vmap", "bookkeeping")
 LOSS = partial(diffusion.loss, schedule=diffusion.PAPER)
 N = 4
 
 
-def DPSGD(*args, method="bookkeeping", clipping="flat", **kwargs):  # noqa: N802 (the engine, its functions by name)
+def DPSGD(*args, method="bookkeeping", clipping="flat",
+          **kwargs):  # noqa: N802 (the engine, its functions by name)
     return dp_sgd.DPSGD(*args, clip=CLIPPING[clipping], gradients=GRADIENTS[method], **kwargs)
 
 
@@ -35,7 +38,8 @@ def oracle(model, loss_fn, batch, clip_norm=float("inf")):
     for i in range(max(len(b) for b in batch if b is not None)):
         loss = loss_fn(model, *(None if b is None else b[i:i + 1] for b in batch)).sum()
         grads = torch.autograd.grad(loss, params, allow_unused=True)
-        flat = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(params, grads, strict=True)])
+        flat = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p,
+                          g in zip(params, grads, strict=True)])
         norms.append(float(flat.norm()))
         total = total + flat * min(1.0, clip_norm / norms[-1]) if norms[-1] else total
     return total, norms
@@ -51,7 +55,9 @@ def clipped_sum(model, loss_fn, batch, clip_norm, method="bookkeeping", splits=N
 
 
 def assert_close(got, expected, tolerance=1e-10):
-    assert float((got - expected).norm()) <= tolerance * float(expected.norm()), float((got - expected).norm() / expected.norm())
+    assert float((got - expected).norm()) <= tolerance * float(expected.norm()), float(
+        (got - expected).norm() / expected.norm()
+    )
 
 
 class TokenEmbedder(nn.Module):
@@ -68,8 +74,10 @@ class TokenEmbedder(nn.Module):
 def latent_model(tune="attention", kind="class", dtype=torch.float64, seed=0):
     torch.manual_seed(seed)
     config = unet.UNetConfig(in_channels=4, out_channels=4, model_channels=32, channel_mult=(1, 2),
-                             context_dim=None if kind == "none" else 5, use_spatial_transformer=kind != "none",
-                             resblock_updown=kind == "class")  # the others: stride-2 and nearest-neighbour resampling
+                             context_dim=None if kind == "none" else 5,
+                             use_spatial_transformer=kind != "none",
+                             # the others: stride-2 and nearest-neighbour resampling
+                             resblock_updown=kind == "class")
     embedder = {"class": unet.ClassEmbedder(10, 5), "tokens": TokenEmbedder(7, 5), "none": None}[kind]
     model = unet.LatentModel(unet.UNet(config), embedder)
     for p in model.parameters():  # away from the zero initialisation, where most gradients vanish
@@ -85,12 +93,14 @@ def examples(kind="class", n=N, k=1, dtype=torch.float64, seed=1):
     return diffusion.draw(torch.randn(n, 4, 4, 4, generator=g, dtype=dtype), cond, k, g, diffusion.PAPER)
 
 
-# ------------------------------------------------------------------------------------------- three ways, the same number
+# -------------------------------------------------------------------------------- three ways, the same number
 
 
-@pytest.mark.parametrize("kind,tune", [("class", t) for t in ("attention", "attention-only", "all", "resblocks", "norm",
+@pytest.mark.parametrize("kind,tune", [("class", t)
+                                       for t in ("attention", "attention-only", "all", "resblocks", "norm",
                                                               "embedder", "lora:4")]
-                         + [("tokens", "attention"), ("tokens", "all"), ("none", "attention"), ("none", "all")])
+                         + [("tokens", "attention"), ("tokens", "all"), ("none", "attention"),
+                            ("none", "all")])
 @pytest.mark.parametrize("k", [1, 3])
 def test_every_method_equals_the_loop_over_examples(kind, tune, k):
     model, batch = latent_model(tune, kind), examples(kind, k=k)
@@ -130,17 +140,22 @@ def image(*shape):
 
 
 LAYERS = {
-    "linear": (nn.Linear(6, 5), image(7, 6)), "linear without bias": (nn.Linear(6, 5, bias=False), image(7, 6)),
+    "linear": (nn.Linear(6, 5), image(7, 6)),
+    "linear without bias": (nn.Linear(6, 5, bias=False), image(7, 6)),
     "linear on vectors": (nn.Linear(6, 5), image(6)), "linear on images": (nn.Linear(6, 5), image(3, 4, 6)),
     "conv": (nn.Conv2d(3, 5, 3, padding=1), image(3, 4, 5)),
     "conv without bias": (nn.Conv2d(3, 5, 3, bias=False), image(3, 4, 5)),
-    "conv stride 2": (nn.Conv2d(3, 5, 3, stride=2, padding=1), image(3, 5, 4)), "conv 1x1": (nn.Conv2d(3, 5, 1), image(3, 4, 5)),
+    "conv stride 2": (nn.Conv2d(3, 5, 3, stride=2, padding=1), image(3, 5, 4)),
+    "conv 1x1": (nn.Conv2d(3, 5, 1), image(3, 4, 5)),
     "conv oblong": (nn.Conv2d(3, 5, (3, 2), stride=(1, 3), padding=(2, 1), dilation=(2, 1)), image(3, 6, 7)),
     "conv wide padding": (nn.Conv2d(3, 5, 3, stride=2, padding=4), image(3, 2, 3)),
-    "group norm": (nn.GroupNorm(2, 6), image(6, 4, 3)), "group norm on vectors": (nn.GroupNorm(2, 6), image(6)),
-    "layer norm": (nn.LayerNorm(6), image(5, 6)), "layer norm on two dimensions": (nn.LayerNorm((5, 6)), image(2, 5, 6)),
+    "group norm": (nn.GroupNorm(2, 6), image(6, 4, 3)),
+    "group norm on vectors": (nn.GroupNorm(2, 6), image(6)),
+    "layer norm": (nn.LayerNorm(6), image(5, 6)),
+    "layer norm on two dimensions": (nn.LayerNorm((5, 6)), image(2, 5, 6)),
     "embedding": (nn.Embedding(4, 3), torch.tensor([[0, 1, 1], [2, 2, 2], [3, 0, 3], [1, 2, 3]])),
-    "embedding with padding": (nn.Embedding(4, 3, padding_idx=2), torch.tensor([[0, 1, 1], [2, 2, 1], [3, 2, 3], [1, 2, 3]])),
+    "embedding with padding": (nn.Embedding(4, 3, padding_idx=2),
+                               torch.tensor([[0, 1, 1], [2, 2, 1], [3, 2, 3], [1, 2, 3]])),
     "used twice": (Twice(), image(8, 6)),
 }
 
@@ -179,7 +194,8 @@ def test_clipping_modes_follow_their_formulas(method, clipping):
     for i in range(N):
         loss = LOSS(model, *(b[i:i + 1] for b in batch)).sum()
         grads = dict(zip(params, torch.autograd.grad(loss, params, allow_unused=True), strict=True))
-        parts = [torch.cat([(torch.zeros_like(p) if grads[p] is None else grads[p]).flatten() for p in ps]) for ps in layers]
+        parts = [torch.cat([(torch.zeros_like(p) if grads[p] is None else grads[p]).flatten() for p in ps])
+                 for ps in layers]
         norm = torch.cat(parts).norm()
         if clipping == "per-layer":
             parts = [v * min(1, C / len(layers) ** 0.5 / max(float(v.norm()), 1e-30)) for v in parts]
@@ -221,7 +237,7 @@ def test_one_forward_one_backward_and_no_weight_gradients():
     assert first.weight.requires_grad and first.weight.grad is None and not first._forward_hooks
 
 
-# ---------------------------------------------------------------------------------------------------- mixed precision
+# -------------------------------------------------------------------------------------------- mixed precision
 
 
 def test_bfloat16_autocast_keeps_norms_and_sums_in_float32():
@@ -239,11 +255,13 @@ def test_bfloat16_autocast_keeps_norms_and_sums_in_float32():
     assert_close(around, inside, 1e-6)
     assert_close(inside, full, 0.05)
     for v in alone:
-        assert 1 - 5e-4 < v.norm() < 1 + 1e-5  # all are clipped; bfloat16 arithmetic would be off by 1e-3 and more
+        # all are clipped; bfloat16 arithmetic would be off by 1e-3 and more
+        assert 1 - 5e-4 < v.norm() < 1 + 1e-5
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("layer,shape", [(nn.Linear(64, 64), (16, 64)), (nn.Conv2d(64, 64, 3, padding=1), (64, 4, 4))])
+@pytest.mark.parametrize("layer,shape", [(nn.Linear(64, 64), (16, 64)),
+                                         (nn.Conv2d(64, 64, 3, padding=1), (64, 4, 4))])
 def test_cancelling_positions_never_exceed_the_clip_norm(layer, shape, autocast):
     torch.manual_seed(0)
     signs = torch.tensor([1.0, -1.0] * 8)
@@ -255,13 +273,14 @@ def test_cancelling_positions_never_exceed_the_clip_norm(layer, shape, autocast)
         return (out * signs[:, None] * v[:, None]).sum((1, 2))
 
     for _ in range(20):
-        base = 10 * torch.randn(1, 64, *[1] * (len(shape) - 1)) if len(shape) == 3 else 10 * torch.randn(1, 1, 64)
+        base = 10 * torch.randn(1, 64,
+                                *[1] * (len(shape) - 1)) if len(shape) == 3 else 10 * torch.randn(1, 1, 64)
         x = base + 1e-4 * torch.randn(1, *shape)
         C = 1e-3
         assert clipped_sum(layer, loss_fn, [x, torch.randn(1, 64)], C).norm() <= C * (1 + 1e-3)
 
 
-# -------------------------------------------------------------------------------------- neighbouring data sets, bad examples
+# ----------------------------------------------------------------------- neighbouring data sets, bad examples
 
 
 def scaled_loss(model, z0, cond, t, noise, scale):
@@ -271,15 +290,19 @@ def scaled_loss(model, z0, cond, t, noise, scale):
 def with_first(kind):
     """Three examples, the first of the given kind."""
     batch = [*examples(n=3, dtype=torch.float32), torch.ones(3)]
-    batch[-1][0] = {"huge": 1e6, "overflow": 3e38, "zero": 0.0, "nan": float("nan"), "inf": float("inf")}.get(kind, 1.0)
-    batch[0][0, 0, 0, 0] = {"nan pixel": float("nan"), "inf pixel": float("inf"), "huge pixel": 1e20}.get(kind, 0.3)
+    batch[-1][0] = {"huge": 1e6, "overflow": 3e38, "zero": 0.0, "nan": float("nan"),
+                    "inf": float("inf")}.get(kind, 1.0)
+    batch[0][0, 0, 0, 0] = {"nan pixel": float("nan"), "inf pixel": float("inf"),
+                            "huge pixel": 1e20}.get(kind, 0.3)
     return batch
 
 
-@pytest.mark.parametrize("method,clipping", [("loop", "flat"), ("vmap", "flat"), *(("bookkeeping", c) for c in CLIPPING)])
+@pytest.mark.parametrize("method,clipping",
+                         [("loop", "flat"), ("vmap", "flat"), *(("bookkeeping", c) for c in CLIPPING)])
 def test_one_more_example_moves_the_sum_by_at_most_the_sensitivity(method, clipping):
     model, C = latent_model(dtype=torch.float32), 1e-3
-    without = clipped_sum(model, scaled_loss, [b[1:] for b in with_first("plain")], C, method, clipping=clipping)
+    without = clipped_sum(model, scaled_loss, [b[1:] for b in with_first("plain")], C, method,
+                          clipping=clipping)
     assert without.norm() > 0
     for kind in ("plain", "huge", "huge pixel", "overflow", "zero", "nan", "inf", "nan pixel", "inf pixel"):
         with_it = clipped_sum(model, scaled_loss, with_first(kind), C, method, clipping=clipping)
@@ -329,7 +352,7 @@ def test_a_finite_loss_with_infinite_gradient_is_masked():
         assert_close(clipped_sum(model, lambda m, x: m(x), [x], 1.0, method), e, 1e-6)
 
 
-# ------------------------------------------------------------------------------------------------- noise and sampling
+# ----------------------------------------------------------------------------------------- noise and sampling
 
 
 def two_layers():
@@ -369,7 +392,9 @@ def test_the_sum_is_divided_by_the_expected_batch_size_and_cleared():
     assert engine.last["examples"] == 3 and engine.last["clipped_fraction"] == 0
     assert all(p.grad is None for p in model.parameters())
     engine.step(sgd)  # nothing left over
-    assert torch.equal(after, torch.cat([p.detach().flatten() for p in model.parameters()])) and engine.last["examples"] == 0
+    assert torch.equal(after,
+                       torch.cat([p.detach().flatten()
+                                  for p in model.parameters()])) and engine.last["examples"] == 0
 
 
 def test_unused_layers_get_noise_too():
@@ -393,7 +418,8 @@ def test_randomness_is_fresh_and_leaves_the_global_generator_alone():
         draws.append((model.weight.detach(), dp_sgd.poisson_sample(1000, 0.5).tolist()))
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(draws[0][0], draws[1][0]) and draws[0][1] != draws[1][1]
-    assert dp_sgd.fresh_generator().initial_seed() != dp_sgd.fresh_generator().initial_seed()  # all that CUDA has
+    # all that CUDA has
+    assert dp_sgd.fresh_generator().initial_seed() != dp_sgd.fresh_generator().initial_seed()
     generator = dp_sgd.fresh_generator()  # its stream is not the one that its 32-bit seed would give
     again = torch.Generator().manual_seed(generator.initial_seed())
     assert not torch.equal(torch.rand(700, generator=generator)[-10:], torch.rand(700, generator=again)[-10:])
@@ -408,14 +434,15 @@ def test_poisson_batches_are_binomial_and_examples_independent():
     sizes = included.sum(1).numpy()
     expected = rounds * stats.binom.pmf(range(8, 23), n, q)
     observed = [(sizes == s).sum() for s in range(8, 23)]
-    assert stats.chisquare([*observed, rounds - sum(observed)], [*expected, rounds - expected.sum()]).pvalue > 1e-3
+    assert stats.chisquare([*observed, rounds - sum(observed)],
+                           [*expected, rounds - expected.sum()]).pvalue > 1e-3
     assert (included.mean(0) - q).abs().max() < 5 * (q * (1 - q) / rounds) ** 0.5
     assert (torch.corrcoef(included.T) - torch.eye(n)).abs().max() < 6 / rounds ** 0.5
     assert dp_sgd.poisson_sample(5, 1.0).tolist() == [0, 1, 2, 3, 4]
     assert dp_sgd.poisson_sample(0, 0.5).tolist() == [] and dp_sgd.poisson_sample(3, 1e-12).tolist() == []
 
 
-# -------------------------------------------------------------------------------------------------- all or nothing, refusals
+# ----------------------------------------------------------------------------------- all or nothing, refusals
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -499,7 +526,8 @@ def test_inputs_that_are_not_grouped_by_example_are_refused():
 
     x = torch.randn(N, 5, N)
     for turn in (lambda y, layer: layer(y.transpose(0, 1)).transpose(0, 1),  # second use with positions first
-                 lambda y, layer: y + layer(y[0, 0])):  # one vector: its length N is not the number of examples
+                 # one vector: its length N is not the number of examples
+                 lambda y, layer: y + layer(y[0, 0])):
         engine = DPSGD(Root(turn), 1.0, 1.0, 1.0)
         with pytest.raises(ValueError, match="'layer' saw an input of shape"):
             engine.accumulate(losses, x)
@@ -536,7 +564,8 @@ def test_outputs_changed_in_place_are_refused_and_constants_are_none_of_the_laye
         return m.second(h) + shift
 
     model = InOrder(constant)
-    assert_close(clipped_sum(model, lambda m, x: m(x), [x], 1.0), clipped_sum(model, lambda m, x: m(x), [x], 1.0, "loop"), 1e-5)
+    assert_close(clipped_sum(model, lambda m, x: m(x), [x], 1.0),
+                 clipped_sum(model, lambda m, x: m(x), [x], 1.0, "loop"), 1e-5)
 
 
 def test_an_input_changed_between_norm_and_sum_is_refused():
@@ -551,11 +580,14 @@ def test_an_input_changed_between_norm_and_sum_is_refused():
             ctx.x.mul_(1000)
             return g
 
-    x = torch.randn(N, 1, 4, requires_grad=True)  # one position: the norm is that of x times that of the gradient
+    # one position: the norm is that of x times that of the gradient
+    x = torch.randn(N, 1, 4, requires_grad=True)
     model = two_layers()
     model[0] = nn.Linear(4, 10)
     with pytest.raises(ValueError, match="input of layer '0' was changed in place"):
-        DPSGD(model, 1.0, 1.0, 1.0).accumulate(lambda m, x: (Shift.apply(x).sum(2, keepdim=True) + m(x)).square().sum((1, 2)), x)
+        DPSGD(model, 1.0, 1.0, 1.0).accumulate(lambda m,
+                                               x: (Shift.apply(x).sum(2, keepdim=True)
+                                                   + m(x)).square().sum((1, 2)), x)
 
 
 def test_layers_of_two_kinds_on_one_input():
@@ -568,16 +600,21 @@ def test_layers_of_two_kinds_on_one_input():
             return self.conv(x).square().sum((1, 2, 3)) + self.linear(x).square().sum((1, 2, 3))
 
     model, x = Both().double(), torch.randn(N, 2, 2, 64, dtype=torch.float64)
-    assert_close(clipped_sum(model, lambda m, x: m(x), [x], 1.0), clipped_sum(model, lambda m, x: m(x), [x], 1.0, "loop"))
+    assert_close(clipped_sum(model, lambda m, x: m(x), [x], 1.0),
+                 clipped_sum(model, lambda m, x: m(x), [x], 1.0, "loop"))
 
 
 @pytest.mark.parametrize("width", [64, 1280, 5120])
 def test_rounding_in_wide_layers_never_exceeds_the_clip_norm(width):
     generator, C = torch.Generator().manual_seed(0), 1e-3
-    layer, v = nn.Linear(width, 16, bias=False), torch.tensor([[1.0], [-1.0]]) * F.one_hot(torch.tensor(0), 16)
-    for _ in range(60):  # two constant rows, nearly equal, opposite gradients: the worst for a sum's rounding that was found
+    layer, v = nn.Linear(width, 16, bias=False), torch.tensor([[1.0],
+                                                               [-1.0]]) * F.one_hot(torch.tensor(0), 16)
+    # two constant rows, nearly equal, opposite gradients: the worst for a sum's rounding that was found
+    for _ in range(60):
         u = torch.rand(2, generator=generator)
-        x = (1 + u[0]) * torch.tensor([1.0, 1 + 10 ** (-3.5 + 1.5 * u[1])])[None, :, None].expand(1, 2, width).contiguous()
+        x = (1 + u[0]) * torch.tensor([1.0, 1 + 10 ** (-3.5 + 1.5 * u[1])])[None, :, None].expand(
+            1, 2, width
+        ).contiguous()
         assert clipped_sum(layer, lambda m, x: (m(x) * v).sum((1, 2)), [x], C).norm() <= C * (1 + 1e-3)
 
 
@@ -616,7 +653,8 @@ def test_bad_arguments_are_refused_in_one_clear_line():
 def test_bad_losses_and_batches_are_refused(method):
     model, x = two_layers(), torch.randn(N, 10)
     engine = DPSGD(model, 1.0, 1.0, 1.0, method=method)
-    for loss_fn in (lambda m, x: m(x).mean(), lambda m, x: m(x), lambda m, x: m(x).sum(1).mean(0, keepdim=True)[:0]):
+    for loss_fn in (lambda m, x: m(x).mean(), lambda m, x: m(x), lambda m,
+                    x: m(x).sum(1).mean(0, keepdim=True)[:0]):
         with pytest.raises(ValueError, match="one loss per example"):
             engine.accumulate(loss_fn, x)
     with pytest.raises(ValueError, match="do not depend on any trainable"):
@@ -653,7 +691,8 @@ def test_default_engine_learns_a_tiny_problem():
     (1e-23, 1e18), (1e18, 1e-23), (1e-22, 1e17), (1e-25, 1e25), (1e25, 1e-25), (1e-30, 1e18), (1e-3, 1e3)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_tiny_inputs_and_huge_gradients_do_not_escape_the_clip(small, large, bias):
-    """Squares below 1e-38 vanish in float32; the product of a tiny input and a huge gradient may be any size."""
+    """Squares below 1e-38 vanish in float32; the product of a tiny input and a huge gradient may be any size.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 40, bias=bias))
     x = small * torch.randn(3, 4, 40)  # four positions: Gram matrices

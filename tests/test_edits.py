@@ -25,7 +25,8 @@ def test_there_are_five_of_at_most_fifteen_lines():
         assert 1 <= len(added) <= 15, command
 
 
-@pytest.mark.parametrize("command, patch", EDITS, ids=["modules", "clipping", "data", "denoiser", "accountant"])
+@pytest.mark.parametrize("command, patch", EDITS,
+                         ids=["modules", "clipping", "data", "denoiser", "accountant"])
 def test_an_edit_applies_and_runs(command, patch, tmp_path):
     ignored = shutil.ignore_patterns(
         ".git", ".venv", "runs", "tests", "docs", "bench", "__pycache__", ".*_cache"

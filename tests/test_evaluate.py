@@ -1,4 +1,6 @@
-"""evaluate.py: distances against closed forms, honest training of classifiers, the whole program on a tiny release."""
+"""evaluate.py: distances against closed forms, honest training of classifiers, the whole program on a tiny
+release.
+"""
 import json
 import shutil
 
@@ -16,7 +18,8 @@ from support import files, scored
 
 RECIPE = {"kind": "small-cnn", "epochs": 1, "lr": 2e-3}
 TINY = {"n": 40, "steps": 2, "eta": 0.0,
-        "recipes": {"cnn": RECIPE, **{kind: {"kind": kind, "epochs": 1, "lr": 1e-3} for kind in ("mlp", "logreg")}}}
+        "recipes": {"cnn": RECIPE, **{kind: {"kind": kind, "epochs": 1, "lr": 1e-3}
+                                      for kind in ("mlp", "logreg")}}}
 
 
 def bars(n, seed=0, size=20):
@@ -32,9 +35,11 @@ def bars(n, seed=0, size=20):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A run folder whose release is tiny and knows nothing; protocols and feature network shrunk to seconds."""
+    """A run folder whose release is tiny and knows nothing; protocols and feature network shrunk to seconds.
+    """
     config = {"ch": 8, "ch_mult": (1, 1, 1, 1), "num_groups": 4}
-    net = {"in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": (1,), "attention_resolutions": (),
+    net = {"in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": (1,),
+           "attention_resolutions": (),
            "context_dim": 5}
     torch.manual_seed(0)
     autoencoder = vae.AutoencoderKL(vae.VAEConfig(**config))
@@ -43,7 +48,8 @@ def run(tmp_path, monkeypatch):
         "format": sample.FORMAT, "vae": {"config": config, "state": autoencoder.state_dict()}, "unet": net,
         "embedder": {"num_classes": 10, "dim": 5}, "schedule": {"kind": "cosine", "prediction": "v"},
         "model": model.state_dict(), "scale": 1.0, "classes": arrays.DIGITS, "crop": 28,
-        "data": {"public": "strokes", "public_classes": "digits", "private": "mnist10k", "private_split": "train"},
+        "data": {"public": "strokes", "public_classes": "digits", "private": "mnist10k",
+                 "private_split": "train"},
         "privacy": {"epsilon": 10.0, "delta": 1e-5, "statement": "(10, 1e-05)-differentially private"}}
     files.save(checkpoint, tmp_path / "run" / "release" / "model.pt")
     (tmp_path / "run" / "internal").mkdir()
@@ -84,11 +90,13 @@ def test_frechet_of_commuting_gaussians():
 
 def test_frechet_of_general_gaussians():
     """Covariances that do not commute, 2x2: tr sqrt(M) = sqrt(tr M + 2 sqrt(det M)) with M = AB."""
-    axes_a, axes_b = torch.tensor([[2.0, 1.0], [0.0, 1.0]]).double(), torch.tensor([[1.0, -1.0], [0.5, 3.0]]).double()
+    axes_a, axes_b = torch.tensor([[2.0, 1.0],
+                                   [0.0, 1.0]]).double(), torch.tensor([[1.0, -1.0], [0.5, 3.0]]).double()
     cov_a, cov_b = axes_a.T @ axes_a, axes_b.T @ axes_b
     m = cov_a @ cov_b
     expected = 25 + cov_a.trace() + cov_b.trace() - 2 * (m.trace() + 2 * torch.linalg.det(m).sqrt()).sqrt()
-    assert evaluate.frechet(spread([3, 0], axes_a), spread([0, 4], axes_b)) == pytest.approx(expected.item(), rel=1e-10)
+    assert evaluate.frechet(spread([3, 0], axes_a),
+                            spread([0, 4], axes_b)) == pytest.approx(expected.item(), rel=1e-10)
 
 
 def test_frechet_of_singular_covariances():
@@ -96,7 +104,8 @@ def test_frechet_of_singular_covariances():
     e = torch.eye(5, dtype=torch.float64)
     a, b = spread(torch.zeros(5), e[:1]), spread(torch.zeros(5), 0.5 * e[:1] + 0.75 ** 0.5 * e[1:2])
     assert evaluate.frechet(a, b) == pytest.approx(1.0, abs=1e-7)
-    assert evaluate.frechet(spread([0.0], [[2.0]]), spread([0.0], [[5.0]])) == pytest.approx(9.0)  # one dimension
+    # one dimension
+    assert evaluate.frechet(spread([0.0], [[2.0]]), spread([0.0], [[5.0]])) == pytest.approx(9.0)
 
 
 def test_frechet_invariances():
@@ -139,11 +148,13 @@ def test_paper_network_is_the_published_one():
     assert [evaluate.network("paper-cnn", 1, s, 10)[-4].in_features for s in (28, 32)] == [1152, 2048]
     for recipe in evaluate.PROTOCOLS["table"]["recipes"].values():
         assert (recipe["epochs"], recipe["lr"]) == (50, 3e-4) and not recipe.get("augment")
-    assert {k: evaluate.PROTOCOLS["table"][k] for k in ("n", "steps", "eta")} == {"n": 50_000, "steps": 200, "eta": 1.0}
+    assert {k: evaluate.PROTOCOLS["table"][k]
+            for k in ("n", "steps", "eta")} == {"n": 50_000, "steps": 200, "eta": 1.0}
 
 
 def test_last_step_is_returned(monkeypatch):
-    """Every step's weights are written down: the network that comes back has the last ones, after all epochs."""
+    """Every step's weights are written down: the network that comes back has the last ones, after all epochs.
+    """
     seen, original = [], torch.optim.Adam.step
 
     def step(self, *args, **kwargs):
@@ -163,7 +174,8 @@ def test_training_is_reproducible_and_leaves_the_global_generator():
 
     def train(seed):
         generator = torch.Generator().manual_seed(seed)
-        return evaluate.train_classifier("small-cnn", images, labels, 4, 1, 1e-3, augment=True, generator=generator,
+        return evaluate.train_classifier("small-cnn", images, labels, 4, 1, 1e-3, augment=True,
+                                         generator=generator,
                                          progress=False)
 
     before = torch.get_rng_state()
@@ -173,7 +185,9 @@ def test_training_is_reproducible_and_leaves_the_global_generator():
 
 
 def test_jiggle_moves_by_pixels():
-    """The centre of ink moves by at most `shift` pixels, and really moves; without shift and rotation nothing does."""
+    """The centre of ink moves by at most `shift` pixels, and really moves; without shift and rotation nothing
+    does.
+    """
     x = torch.full((64, 1, 28, 28), -1.0)
     x[:, :, 12:16, 12:16] = 1
     assert torch.allclose(evaluate.jiggle(x, shift=0, degrees=0), x, atol=1e-5)
@@ -195,7 +209,9 @@ def test_bad_training_input():
 
 
 def test_program_scores_a_release(run, monkeypatch, capsys):
-    """End to end; every training set that the program uses is recorded: samples or strokes, never a real picture."""
+    """End to end; every training set that the program uses is recorded: samples or strokes, never a real
+    picture.
+    """
     trained, original = [], evaluate.train_classifier
 
     def record(**arguments):
@@ -207,19 +223,23 @@ def test_program_scores_a_release(run, monkeypatch, capsys):
     result, text = read_result(run), capsys.readouterr().out
     labels = sample.uniform_labels(40, 10)
     generated = sample.generate(sample.load_release(run), labels, 2, 0.0, 1.0, 0, progress=False)
-    strokes = {x.numpy().tobytes() for x in datasets.load("strokes", size=28, public_classes="all", n=72).images}
+    strokes = {x.numpy().tobytes() for x in datasets.load("strokes", size=28, public_classes="all",
+                                                          n=72).images}
     assert len(trained) == 3 and {x.numpy().tobytes() for x in trained[2][0]} == strokes
     assert all(torch.equal(x, generated) and torch.equal(y, labels) for x, y in trained[:2])
     assert labels.bincount().tolist() == [4] * 10  # uniform, not the private histogram
 
-    assert set(result["accuracy"]) == {"cnn", "logreg"} and result["held_out"] == {"2,000 held out of mnist10k": 2000}
+    assert set(result["accuracy"]) == {"cnn",
+                                       "logreg"} and result["held_out"] == {"2,000 held out of "
+                                                                            "mnist10k": 2000}
     assert all(0 <= p <= 1 for scores in result["accuracy"].values() for p in scores.values())
     assert result["privacy"]["epsilon"] == 10 and result["privacy"]["delta"] == 1e-5
     assert result["protocol"] == "quick" and result["recipes"]["cnn"] == RECIPE and result["n"] == 40
     distance = result["distance"]
     assert distance["n"] == [40, 2000] and distance["frechet"] > distance["halves"] > 0
     for part in ("protocol quick", "40 samples, DDIM, 2 steps, eta 0, guidance 1, seed 0", "last epoch",
-                 "features of a CNN trained on strokes", "2,000 held out of mnist10k", "28 pixels, not resized",
+                 "features of a CNN trained on strokes", "2,000 held out of mnist10k",
+                 "28 pixels, not resized",
                  "official MNIST test digits skipped"):
         assert part in text
     assert "FID" not in text
@@ -242,13 +262,16 @@ def test_official_test_digits_are_used_when_present(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     ([], "is no run folder.*--out"), (["--memorisation"], "--memorisation writes private images"),
-    (["--memorisation", "--out", "x.json"], "leave out --out"), (["--out", "INSIDE"], "that folder is a release")])
+    (["--memorisation", "--out", "x.json"], "leave out --out"),
+    (["--out", "INSIDE"], "that folder is a release")])
 @pytest.mark.parametrize("form", ["folder", "release", "model.pt"])
-def test_nothing_uncovered_is_written_beside_a_copied_release(form, arguments, message, run, tmp_path, monkeypatch):
+def test_nothing_uncovered_is_written_beside_a_copied_release(form, arguments, message, run, tmp_path,
+                                                              monkeypatch):
     """Refused before the long work, and nothing is written."""
     copied = tmp_path / "copied"
     shutil.copytree(run / "release", copied / "release")
-    path = {"folder": copied, "release": copied / "release", "model.pt": copied / "release" / "model.pt"}[form]
+    path = {"folder": copied, "release": copied / "release",
+            "model.pt": copied / "release" / "model.pt"}[form]
     monkeypatch.setattr(sample, "generate", None)  # would fail with a TypeError if the work began
     monkeypatch.setattr(scored, "held_out_sets", None)
     arguments = [str(copied / "release" / "x.json") if a == "INSIDE" else a for a in arguments]
@@ -268,7 +291,8 @@ def test_a_copied_release_is_scored_elsewhere(run, tmp_path, capsys):
 
 def test_samples_file_replaces_sampling(run, tmp_path):
     real = datasets.load("mnist10k", "train", size=28, n=30)
-    np.savez(tmp_path / "s.npz", images=real.images[:, 0].numpy(), labels=real.labels.numpy().astype(np.uint8))
+    np.savez(tmp_path / "s.npz", images=real.images[:, 0].numpy(),
+             labels=real.labels.numpy().astype(np.uint8))
     common = ["--samples", str(tmp_path / "s.npz"), "--classifiers", "logreg", "--no-distance"]
     evaluate.main([str(run), *common])
     assert read_result(run)["n"] == 30
@@ -279,7 +303,8 @@ def test_samples_file_replaces_sampling(run, tmp_path):
 
 def test_feature_network_is_kept_and_replaced_if_damaged(run, monkeypatch, capsys):
     def get(**changes):
-        arguments = {"public_folder": run / "public", "public": "strokes", "channels": 1, "size": 28, **changes}
+        arguments = {"public_folder": run / "public", "public": "strokes", "channels": 1, "size": 28,
+                     **changes}
         _, name = evaluate.public_features(**arguments, progress=False)
         return name, "learns" in capsys.readouterr().out
 

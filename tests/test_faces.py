@@ -1,4 +1,6 @@
-"""Colour sets: CelebA's layout, own folders and arrays, their errors in one line; all stages on tiny colour pictures."""
+"""Colour sets: CelebA's layout, own folders and arrays, their errors in one line; all stages on tiny colour
+pictures.
+"""
 
 import json
 import os
@@ -33,8 +35,9 @@ def no_data_root(monkeypatch, tmp_path):
 
 
 def write_celeba(root, name="celeba", n=N):
-    """A folder in CelebA's layout: 22 x 28 pixels, JPEG; red grows with the picture's number, green marks the first
-    attribute, the top and bottom borders, outside the central square, are blue. Returns the base folder.
+    """A folder in CelebA's layout: 22 x 28 pixels, JPEG; red grows with the picture's number, green marks the
+    first attribute, the top and bottom borders, outside the central square, are blue. Returns the base
+    folder.
     """
     base = root / name
     (base / "img_align_celeba").mkdir(parents=True)
@@ -43,8 +46,10 @@ def write_celeba(root, name="celeba", n=N):
         pixels = np.zeros((28, 22, 3), np.uint8)
         pixels[3:25, :, 0], pixels[3:25, :, 1] = 4 * i, 200 * (i % 2)
         pixels[:3, :, 2] = pixels[25:, :, 2] = 255
-        Image.fromarray(pixels).save(base / "img_align_celeba" / f"{i + 1:06d}.jpg", quality=95, subsampling=0)
-        rows.append(f"{i + 1:06d}.jpg " + " ".join(f"{2 * bit - 1:2d}" for bit in (i % 2, i % 3 == 0, i == 7)))
+        Image.fromarray(pixels).save(base / "img_align_celeba" / f"{i + 1:06d}.jpg", quality=95,
+                                     subsampling=0)
+        rows.append(f"{i + 1:06d}.jpg " + " ".join(f"{2 * bit - 1:2d}"
+                                                   for bit in (i % 2, i % 3 == 0, i == 7)))
         parts.append(f"{i + 1:06d}.jpg {0 if i < 40 else 1 if i < 50 else 2}")
     (base / "list_attr_celeba.txt").write_text("\n".join([str(n), " ".join(ATTRIBUTES), *rows]) + "\n")
     (base / "list_eval_partition.txt").write_text("\n".join(parts) + "\n")
@@ -63,8 +68,11 @@ def test_partition_attributes_and_labels(tmp_path):
     write_celeba(tmp_path)
     train_set, test_set = (datasets.load("celeba", split, tmp_path, 16) for split in ("train", "test"))
     assert len(train_set) == 40 and len(test_set) == 20  # partition 0; 1 and 2
-    assert train_set.images.shape == (40, 3, 16, 16) and train_set.images.dtype == torch.uint8 and train_set.side == 16
-    assert list(train_set.attributes) == ATTRIBUTES and train_set.attributes["Zebra"].nonzero().flatten().tolist() == [7]
+    assert train_set.images.shape == (40, 3, 16,
+                                      16) and train_set.images.dtype == torch.uint8 and train_set.side == 16
+    assert list(train_set.attributes) == ATTRIBUTES and train_set.attributes[
+        "Zebra"
+    ].nonzero().flatten().tolist() == [7]
     assert train_set.labels.tolist() == [0, 1] * 20 and train_set.classes == ["female", "male"]
     assert torch.equal(test_set.attributes["Wearing_Hat"], torch.arange(40, 60) % 3 == 0)
     for whole, first in ((train_set, 0), (test_set, 40)):  # pictures, in order, belong to their rows
@@ -78,7 +86,8 @@ def test_partition_attributes_and_labels(tmp_path):
 
 def test_the_central_square_is_resized_with_antialiasing(tmp_path):
     write_celeba(tmp_path)
-    assert datasets.load("celeba", root=tmp_path, size=22, n=1).images[0, 2].float().mean() < 6  # the blue borders are cut off
+    # the blue borders are cut off
+    assert datasets.load("celeba", root=tmp_path, size=22, n=1).images[0, 2].float().mean() < 6
     stripes = np.zeros((218, 178, 3), np.uint8)
     stripes[:, ::2] = 255
     stripes[:20] = stripes[198:] = (255, 0, 0)
@@ -86,7 +95,8 @@ def test_the_central_square_is_resized_with_antialiasing(tmp_path):
     for size in (32, 64):
         x = photos.decode([tmp_path / "stripes.png"], size).float()
         assert x.shape == (1, 3, size, size)
-        assert (x - 127.5).abs().mean() < 10  # grey: without antialiasing stripes would come back, 64 and more from grey
+        # grey: without antialiasing stripes would come back, 64 and more from grey
+        assert (x - 127.5).abs().mean() < 10
     halves, turned = Image.new("RGB", (40, 20)), Image.Exif()
     halves.paste((255, 255, 255), (20, 0, 40, 20))
     turned[0x0112] = 6  # EXIF: was held upright, stored lying
@@ -99,7 +109,8 @@ def test_the_central_square_is_resized_with_antialiasing(tmp_path):
 
 def test_a_subset_keeps_everything_together_and_dry_reading_decodes_nothing(tmp_path):
     base = write_celeba(tmp_path)
-    whole, part = datasets.load("celeba", root=tmp_path, size=16), datasets.load("celeba", root=tmp_path, size=16, n=11, seed=3)
+    whole, part = datasets.load("celeba", root=tmp_path,
+                                size=16), datasets.load("celeba", root=tmp_path, size=16, n=11, seed=3)
     where = {picture.numpy().tobytes(): i for i, picture in enumerate(whole.images)}
     rows = torch.tensor([where[picture.numpy().tobytes()] for picture in part.images])
     assert len(rows.unique()) == 11 and torch.equal(part.labels, rows % 2)
@@ -112,7 +123,8 @@ def test_a_subset_keeps_everything_together_and_dry_reading_decodes_nothing(tmp_
 def test_where_the_folder_is_looked_for(tmp_path):
     base = write_celeba(tmp_path, "faces")
     assert datasets.load("faces", root=tmp_path, size=16).name == "faces"
-    assert len(datasets.load("faces", root=base, size=16)) == len(datasets.load("celeba", root=base, size=16)) == 40
+    assert len(datasets.load("faces", root=base,
+                             size=16)) == len(datasets.load("celeba", root=base, size=16)) == 40
     with pytest.raises(datasets.DataError) as caught:  # other faces are never called CelebA
         datasets.load("celeba", root=tmp_path, size=16)
     one_line(caught, "celeba/list_attr_celeba.txt", "download failed", "--data-root")
@@ -159,11 +171,14 @@ def break_celeba(kind, base):
         return partition.name, attributes.name, "one of the two belongs to another set"
     if "picture" in kind:
         return (picture,)
-    return (partition,) if kind in ("wrong partition", "no partition", "double", "all train") else (attributes,)
+    return (partition,) if kind in ("wrong partition", "no partition", "double",
+                                    "all train") else (attributes,)
 
 
-@pytest.mark.parametrize("kind", ["truncated picture", "no picture", "empty picture", "missing picture", "missing row", "count",
-                                  "value", "columns", "empty attributes", "bytes", "short partition", "wrong partition",
+@pytest.mark.parametrize("kind", ["truncated picture", "no picture", "empty picture", "missing picture",
+                                  "missing row", "count",
+                                  "value", "columns", "empty attributes", "bytes", "short partition",
+                                  "wrong partition",
                                   "another set's partition", "no partition", "double", "all train"])
 def test_damage_is_one_line_that_names_the_file(tmp_path, kind):
     words = break_celeba(kind, write_celeba(tmp_path))
@@ -321,9 +336,11 @@ def test_own_folder_with_classes_and_the_split_of_each_picture_alone(tmp_path, m
     assert red.tolist() == numbers[0]  # all pictures, none twice
     assert torch.equal(train_set.images[:, 0, 4, 4] >= 50, train_set.labels == 1)
     (base / "cat" / "deep" / "0.png").unlink()  # removing one picture moves no other to the other side
-    left = [datasets.load(f"folder:{base}", split, size=8).images[:, 0, 4, 4].tolist() for split in ("train", "test")]
+    left = [datasets.load(f"folder:{base}", split, size=8).images[:, 0, 4, 4].tolist()
+            for split in ("train", "test")]
     assert left == [[r for r in x.images[:, 0, 4, 4].tolist() if r != 0] for x in (train_set, test_set)]
-    assert len(datasets.load("folder:own", root=tmp_path, size=8)) in (len(train_set), len(train_set) - 1)  # below the data root
+    # below the data root
+    assert len(datasets.load("folder:own", root=tmp_path, size=8)) in (len(train_set), len(train_set) - 1)
 
 
 def test_own_flat_folder_with_captions(tmp_path):
@@ -331,7 +348,8 @@ def test_own_flat_folder_with_captions(tmp_path):
     names = [f"{i}.jpg" for i in range(30)]
     write_pictures(base, names)
     assert datasets.load(f"folder:{base}", size=8).captions is None
-    (base / "captions.txt").write_text("".join(f"{name}\tpicture number {name}\n" for name in reversed(names)))
+    (base / "captions.txt").write_text("".join(f"{name}\tpicture number {name}\n"
+                                               for name in reversed(names)))
     loaded = datasets.load(f"folder:{base}", size=8)
     order = [name for name in sorted(names) if not arrays.held_out((base / name).read_bytes())]
     assert loaded.captions == [f"picture number {name}" for name in order] and loaded.classes == ["picture"]
@@ -371,7 +389,8 @@ def test_class_folders_declare_the_classes(tmp_path):
     assert before.classes == after.classes == ["a", "b", "c"]
     assert before.labels.bincount(minlength=3)[2] == after.labels.bincount(minlength=3)[2] > 0
     (base / "b").rmdir()
-    asked = datasets.load(f"folder:{base}", size=8, classes=["c", "b", "a"])  # declared, also without its folder
+    # declared, also without its folder
+    asked = datasets.load(f"folder:{base}", size=8, classes=["c", "b", "a"])
     assert asked.classes == ["c", "b", "a"] and asked.labels.bincount(minlength=3)[1] == 0
     red = asked.images[:, 0, 4, 4]  # the first twenty pictures are of class a
     assert torch.equal(red < 20, asked.labels == 2)
@@ -403,12 +422,15 @@ def write_npz(path, n=50, shape=(8, 8, 3), **arrays):
 
 def test_own_arrays(tmp_path):
     images = write_npz(tmp_path / "own.npz")
-    train_set, test_set = (datasets.load(f"npz:{tmp_path / 'own.npz'}", split, size=8) for split in ("train", "test"))
+    train_set, test_set = (datasets.load(f"npz:{tmp_path / 'own.npz'}", split, size=8)
+                           for split in ("train", "test"))
     assert train_set.classes == ["x", "y", "z"] and len(train_set) + len(test_set) == 50 and len(test_set) > 0
     numbers = {image.transpose(2, 0, 1).tobytes(): i for i, image in enumerate(images)}
     found = [[numbers[x.numpy().tobytes()] for x in part.images] for part in (train_set, test_set)]
-    assert sorted(found[0] + found[1]) == list(range(50)) and train_set.labels.tolist() == [i % 3 for i in found[0]]
-    write_npz(tmp_path / "fewer.npz", images=images[1:], labels=np.arange(1, 50) % 3)  # without the first, all else as it was
+    assert sorted(found[0]
+                  + found[1]) == list(range(50)) and train_set.labels.tolist() == [i % 3 for i in found[0]]
+    # without the first, all else as it was
+    write_npz(tmp_path / "fewer.npz", images=images[1:], labels=np.arange(1, 50) % 3)
     fewer = datasets.load(f"npz:{tmp_path / 'fewer.npz'}", size=8)
     assert [numbers[x.numpy().tobytes()] for x in fewer.images] == [i for i in found[0] if i != 0]
     assert datasets.load(f"npz:{tmp_path / 'own.npz'}", size=4).images.shape[1:] == (3, 4, 4)
@@ -447,9 +469,11 @@ def test_own_arrays_refusals(tmp_path, kind):
     path = tmp_path / "own.npz"
     unequal = np.empty(2, dtype=object)
     unequal[:] = [np.zeros((8, 8, 3), np.uint8), np.zeros((9, 9, 3), np.uint8)]
-    write_npz(path, **{"unequal": {"images": unequal}, "labels": {"labels": np.arange(49)}, "names": {"class_names": ["x", "y"]},
+    write_npz(path, **{"unequal": {"images": unequal}, "labels": {"labels": np.arange(49)},
+                       "names": {"class_names": ["x", "y"]},
                        "twice": {"class_names": ["x", "y", "x"]},
-                       "wide": {"images": np.zeros((50, 8, 9, 3), np.uint8)}, "scalar": {"images": np.uint8(3)},
+                       "wide": {"images": np.zeros((50, 8, 9, 3), np.uint8)},
+                       "scalar": {"images": np.uint8(3)},
                        "float labels": {"labels": np.full(50, 0.5)}, "no images": {}}[kind])
     if kind == "no images":
         np.savez(path, labels=np.zeros(3))
@@ -464,10 +488,13 @@ def test_public32_and_cifar10(tmp_path, monkeypatch):
     one_line(caught, "public32.npz")
     images = write_npz(tmp_path / "public32.npz", shape=(32, 32, 3))
     loaded = datasets.load("public32", root=tmp_path)
-    grey = datasets.load("public32", root=tmp_path, channels=1).images  # for networks of one channel: luma, ITU-R BT.601
+    # for networks of one channel: luma, ITU-R BT.601
+    grey = datasets.load("public32", root=tmp_path, channels=1).images
     luma = loaded.images.double().mul(torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
-    assert grey.shape == (len(loaded), 1, 32, 32) and (grey.double() - luma).abs().max() < 1.03  # cut off, not rounded
-    assert np.array_equal(loaded.images.permute(0, 2, 3, 1).numpy(), images) and loaded.classes == ["x", "y", "z"]
+    # cut off, not rounded
+    assert grey.shape == (len(loaded), 1, 32, 32) and (grey.double() - luma).abs().max() < 1.03
+    assert np.array_equal(loaded.images.permute(0, 2, 3, 1).numpy(),
+                          images) and loaded.classes == ["x", "y", "z"]
 
     class Offline:
         def __init__(self, *args, **kwargs):
@@ -477,7 +504,10 @@ def test_public32_and_cifar10(tmp_path, monkeypatch):
         classes = list("abcdefghij")
 
         def __init__(self, root, train, download):
-            self.data, self.targets = images[:20] if train else images[:10], [i % 10 for i in range(20 if train else 10)]
+            self.data, self.targets = (
+                images[:20] if train else images[:10],
+                [i % 10 for i in range(20 if train else 10)],
+            )
 
     monkeypatch.setattr(arrays.torchvision.datasets, "CIFAR10", Offline)
     with pytest.raises(datasets.DataError) as caught:
@@ -497,9 +527,12 @@ def test_unknown_names(name):
 
 # ---- all stages
 
-TINY = ["--vae-steps", "2", "--vae-batch", "8", "--ldm-steps", "2", "--ldm-batch", "8", "--steps", "2", "--batch-size", "8",
-        "--micro-batch", "8", "--sample-steps", "1", "--delta", "1e-3", "--precision", "float32", "--sigma", "2"]
-SMALL = dict(vae=vae.VAEConfig(3, 3, 4, (1, 1, 1), num_groups=4), unet=unet.UNetConfig(4, 4, 16, (1,), num_groups=4))
+TINY = ["--vae-steps", "2", "--vae-batch", "8", "--ldm-steps", "2", "--ldm-batch", "8", "--steps", "2",
+        "--batch-size", "8",
+        "--micro-batch", "8", "--sample-steps", "1", "--delta", "1e-3", "--precision", "float32", "--sigma",
+        "2"]
+SMALL = dict(vae=vae.VAEConfig(3, 3, 4, (1, 1, 1), num_groups=4),
+             unet=unet.UNetConfig(4, 4, 16, (1,), num_groups=4))
 
 
 @pytest.fixture(scope="module")
@@ -526,16 +559,24 @@ def test_faces_preset_end_to_end(run, monkeypatch):
 def test_faces_are_evaluated(run, monkeypatch, capsys):
     out, root = run
     recipe = {"kind": "small-cnn", "epochs": 1, "lr": 2e-3}
-    monkeypatch.setitem(evaluate.PROTOCOLS, "quick", {"n": 20, "steps": 2, "eta": 0.0, "recipes": {"cnn": recipe}})
+    monkeypatch.setitem(evaluate.PROTOCOLS, "quick",
+                        {"n": 20, "steps": 2, "eta": 0.0, "recipes": {"cnn": recipe}})
     monkeypatch.setattr(evaluate, "FEATURES", recipe)
     assert evaluate.main([str(out), "--data-root", str(root), "--classifiers", "cnn"]) == 0
     result = json.loads((out / "internal" / "evaluation.json").read_text())
-    assert result["held_out"] == {"20 held out of faces": 20} and 0 <= result["accuracy"]["cnn"]["20 held out of faces"] <= 1
+    assert (
+        result["held_out"] == {"20 held out of faces": 20}
+        and 0 <= result["accuracy"]["cnn"]["20 held out of faces"] <= 1
+    )
     assert result["distance"]["frechet"] > 0 and "public32" in result["distance"]["features"]
-    assert evaluate.main([str(out), "--data-root", str(root), "--memorisation", "--n", "30", "--classifiers", "cnn"]) == 0
+    assert evaluate.main([str(out), "--data-root", str(root), "--memorisation", "--n", "30", "--classifiers",
+                          "cnn"]) == 0
     found = json.loads((out / "internal" / "memorisation.json").read_text())
     assert found["n"] == 30 and found["of_each"] == 20 and 0 <= found["closer_to_training"] <= 1
-    assert Image.open(out / "internal" / "memorisation.png").size[0] > 11 * 32 and "PRIVATE" in capsys.readouterr().out
+    assert (
+        Image.open(out / "internal" / "memorisation.png").size[0] > 11 * 32
+        and "PRIVATE" in capsys.readouterr().out
+    )
 
 
 def test_memorisation_tells_copies_from_fresh_pictures():
@@ -555,14 +596,21 @@ def test_own_sets_end_to_end_and_evaluated_from_the_run_folder(run, tmp_path, mo
     write_npz(tmp_path / "private.npz", 60, (32, 32, 3))
     monkeypatch.setitem(presets.PRESETS, "faces", presets.PRESETS["faces"] | SMALL)
     out = tmp_path / "out"
-    train.main(["--preset", "faces", *TINY, "--public", f"folder:{tmp_path / 'public'}", "--out", str(out), "--private",
+    train.main(["--preset", "faces", *TINY, "--public", f"folder:{tmp_path / 'public'}", "--out", str(out),
+                "--private",
                 f"npz:{tmp_path / 'private.npz'}", "--data-root", str(tmp_path / "none")])
     release = sample.load_release(out)
-    assert release.classes == ["x", "y", "z"] and release.data["private"] == "npz" and release.data["public"] == "folder"
+    assert (
+        release.classes == ["x", "y", "z"]
+        and release.data["private"] == "npz"
+        and release.data["public"] == "folder"
+    )
     for path in (p for part in ("release", "public") for p in (out / part).iterdir()):
         assert str(tmp_path).encode() not in path.read_bytes(), path
-    assert scored.sources(release, out) == [f"folder:{tmp_path / 'public'}", f"npz:{tmp_path / 'private.npz'}"]
-    assert len(next(iter(scored.held_out_sets(release, private=scored.sources(release, out)[1]).values()))) > 0
+    assert scored.sources(release, out) == [f"folder:{tmp_path / 'public'}",
+                                            f"npz:{tmp_path / 'private.npz'}"]
+    assert len(next(iter(scored.held_out_sets(release,
+                                              private=scored.sources(release, out)[1]).values()))) > 0
     (out / "internal" / "settings.json").unlink()
     with pytest.raises(ValueError, match="settings.json"):
         scored.sources(release, out)
@@ -573,12 +621,15 @@ def test_256_pixels_end_to_end(tmp_path, monkeypatch):
     write_celeba(tmp_path, n=60)
     write_pictures(tmp_path / "public", [f"{i}.png" for i in range(12)])
     tiny = presets.PRESETS["celeba256-text"] | dict(
-        vae=vae.VAEConfig(3, 3, 4, (1, 1, 1, 1), 1, (), 256, 4, 4, 4), schedule=diffusion.Schedule("cosine", "v"),
-        unet=replace(unet.PAPER["celeba256-text"], model_channels=16, channel_mult=(1, 1), num_res_blocks=1, num_heads=2,
+        vae=vae.VAEConfig(3, 3, 4, (1, 1, 1, 1), 1, (), 256, 4, 4, 4),
+        schedule=diffusion.Schedule("cosine", "v"),
+        unet=replace(unet.PAPER["celeba256-text"], model_channels=16, channel_mult=(1, 1), num_res_blocks=1,
+                     num_heads=2,
                      attention_resolutions=(2,), context_dim=8, num_groups=4), text_width=16, text_layers=1)
     monkeypatch.setitem(presets.PRESETS, "celeba256-text", tiny)
     out = tmp_path / "out"
-    train.main(["--preset", "celeba256-text", *TINY, "--vae-batch", "2", "--data-root", str(tmp_path), "--out", str(out),
+    train.main(["--preset", "celeba256-text", *TINY, "--vae-batch", "2", "--data-root", str(tmp_path),
+                "--out", str(out),
                 "--public", f"folder:{tmp_path / 'public'}", "--public-n", "8"])
     release = sample.load_release(out)
     assert release.vae.latent_shape == (4, 32, 32) and release.crop == 256
@@ -592,7 +643,8 @@ def test_size_makes_the_autoencoder_larger(run):
     assert settings.parse(["--preset", "celeba64"]).vae.resolution == 64
     out, root = run
     with pytest.raises(ValueError, match="--size 64"):
-        train.main(["--preset", "faces", "--init", str(out), "--size", "64", "--data-root", str(root), "--dry-run", "--precision",
+        train.main(["--preset", "faces", "--init", str(out), "--size", "64", "--data-root", str(root),
+                    "--dry-run", "--precision",
                     "float32"])
 
 
@@ -600,7 +652,8 @@ def test_size_makes_the_autoencoder_larger(run):
 @pytest.mark.parametrize("condition", ["none", "class", "text"])
 def test_every_preset_of_celeba_takes_every_condition(preset, condition):
     s = settings.parse(["--preset", preset, "--condition", condition])
-    assert (s.perceptual_weight, s.adversarial_weight, s.adversarial_start) == (1.0, 0.5, 50_000)  # the authors' first stage
+    # the authors' first stage
+    assert (s.perceptual_weight, s.adversarial_weight, s.adversarial_start) == (1.0, 0.5, 50_000)
     with torch.device("meta"):
         network = unet.UNet(s.unet)
         x, t = torch.empty(1, s.unet.in_channels, 8, 8), torch.zeros(1, dtype=torch.int64)
@@ -624,9 +677,13 @@ def test_a_dry_run_downloads_nothing_large_and_a_failed_download_says_why(tmp_pa
 
 
 def test_small_pictures_of_known_sets_are_said_to_be_enlarged(run, capsys):
-    assert "178 pixels, enlarged to 256" in datasets.enlarged("celeba", 256) and datasets.enlarged("folder:x", 256) == ""
+    assert (
+        "178 pixels, enlarged to 256" in datasets.enlarged("celeba", 256)
+        and datasets.enlarged("folder:x", 256) == ""
+    )
     assert datasets.enlarged("celeba", 64) == datasets.enlarged("cifar10", 32) == ""
-    train.main(["--preset", "faces", "--size", "256", "--dry-run", "--data-root", str(run[1]), *TINY, "--width", "32"])
+    train.main(["--preset", "faces", "--size", "256", "--dry-run", "--data-root", str(run[1]), *TINY,
+                "--width", "32"])
     assert "enlarged to 256" in capsys.readouterr().err
 
 
@@ -650,7 +707,8 @@ def test_the_second_orientation_is_the_latent_of_the_mirrored_picture():
 @pytest.mark.parametrize("preset", ["celeba64", "celeba32", "celeba256-text", "cifar10"])
 def test_dry_run_without_data_says_what_it_assumes(preset, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(guarantee.accountant, "noise_multiplier", lambda *a: 1.0)  # has tests of its own, and takes its time
+    # has tests of its own, and takes its time
+    monkeypatch.setattr(guarantee.accountant, "noise_multiplier", lambda *a: 1.0)
 
     def offline(*args, **kwargs):
         raise RuntimeError("no network")
@@ -665,7 +723,8 @@ def test_dry_run_without_data_says_what_it_assumes(preset, tmp_path, capsys, mon
 
 
 def test_dry_run_without_data_takes_private_n(tmp_path, capsys):
-    train.main(["--preset", "celeba64", "--dry-run", "--private-n", "20000", "--device", "cpu", "--sigma", "1", "--data-root",
+    train.main(["--preset", "celeba64", "--dry-run", "--private-n", "20000", "--device", "cpu", "--sigma",
+                "1", "--data-root",
                 str(tmp_path), "--precision", "float32"])
     assert "n 20000," in capsys.readouterr().out
 
@@ -673,9 +732,11 @@ def test_dry_run_without_data_takes_private_n(tmp_path, capsys):
 REFUSED = [
     (["--private", "folder"], "unknown data set"), (["--public", "npz"], "unknown data set"),
     (["--private", "public32"], "public only"),
-    (["--private", "strokes"], "public only"), (["--size", "48"], "--size"), (["--label-attribute", "Smiling"], "Zebra"),
+    (["--private", "strokes"], "public only"), (["--size", "48"], "--size"),
+    (["--label-attribute", "Smiling"], "Zebra"),
     (["--classes", "a,b"], "others were asked for"), (["--classes", "a,,b"], "--classes must be"),
-    (["--private", "folder:/nonexistent/x"], "/nonexistent/x"), (["--private", "mnist10k"], "colour channels"),
+    (["--private", "folder:/nonexistent/x"], "/nonexistent/x"),
+    (["--private", "mnist10k"], "colour channels"),
 ]
 
 
@@ -684,7 +745,8 @@ def test_bad_flags_are_refused_before_any_work(run, flags, message, monkeypatch,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "fit", None)
     with pytest.raises(SystemExit) as left:
-        run_folder.run_cli(lambda: train.main(["--preset", "faces", "--data-root", str(run[1]), *TINY, *flags]))
+        run_folder.run_cli(lambda: train.main(["--preset", "faces", "--data-root", str(run[1]), *TINY,
+                                               *flags]))
     error = capsys.readouterr().err.strip().splitlines()
     assert left.value.code == 2 and message in error[-1] and error[-1].startswith("error: ")
 

@@ -1,4 +1,6 @@
-"""Damaged and hostile input: a clear ValueError in one line, or a valid load; nothing else is raised, run or allocated."""
+"""Damaged and hostile input: a clear ValueError in one line, or a valid load; nothing else is raised, run or
+allocated.
+"""
 import copy
 import gzip
 import json
@@ -25,7 +27,8 @@ from extensions import original_weights
 from support import calculator, checkpoints, files, progress, run_folder, settings
 
 TIMES = 20
-UNET = dict(in_channels=2, out_channels=2, model_channels=8, channel_mult=(1,), num_heads=1, context_dim=4, num_groups=4,
+UNET = dict(in_channels=2, out_channels=2, model_channels=8, channel_mult=(1,), num_heads=1, context_dim=4,
+            num_groups=4,
             attention_resolutions=(1,))
 VAE = dict(ch=4, ch_mult=(1, 2), resolution=8, z_channels=2, embed_dim=2, num_groups=2)
 
@@ -33,13 +36,18 @@ VAE = dict(ch=4, ch_mult=(1, 2), resolution=8, z_channels=2, embed_dim=2, num_gr
 def contents():
     """Contents of valid checkpoints of tiny networks, as train.py writes them: {name: dict}."""
     torch.manual_seed(0)
-    autoencoder, embedder = vae.AutoencoderKL(vae.VAEConfig(**VAE)), {"kind": "class", "num_classes": 3, "dim": 4,
+    autoencoder, embedder = vae.AutoencoderKL(vae.VAEConfig(**VAE)), {"kind": "class", "num_classes": 3,
+                                                                      "dim": 4,
                                                                       "null_class": True}
     model = unet.LatentModel(unet.UNet(unet.UNetConfig(**UNET)), checkpoints.build_embedder(embedder))
-    first = {"config": VAE, "state": autoencoder.state_dict(), "scale": 1.5, "trained_on": "strokes", "steps": 2}
-    second = {"unet": UNET, "embedder": embedder, "schedule": {"kind": "cosine", "prediction": "v"}, "model": model.state_dict()}
-    release = {"format": sample.FORMAT, "vae": {k: first[k] for k in ("config", "state")}, "scale": 1.5, **second,
-               "classes": ["a", "b", "c"], "crop": 8, "prompts": None, "data": {"public": "strokes", "private": "mnist10k"},
+    first = {"config": VAE, "state": autoencoder.state_dict(), "scale": 1.5, "trained_on": "strokes",
+             "steps": 2}
+    second = {"unet": UNET, "embedder": embedder, "schedule": {"kind": "cosine", "prediction": "v"},
+              "model": model.state_dict()}
+    release = {"format": sample.FORMAT, "vae": {k: first[k] for k in ("config", "state")}, "scale": 1.5,
+               **second,
+               "classes": ["a", "b", "c"], "crop": 8, "prompts": None,
+               "data": {"public": "strokes", "private": "mnist10k"},
                "privacy": {"statement": "(1, 1e-05)-differentially private", "epsilon": 1.0}}
     engine, average, optimizer = training(model)
     engine.step(optimizer)
@@ -84,7 +92,8 @@ def little_memory():
 
 
 def survives(read, path):
-    """True if it was read, False if it was refused in one line; anything else that is raised fails the test."""
+    """True if it was read, False if it was refused in one line; anything else that is raised fails the test.
+    """
     try:
         read(path)
         return True
@@ -113,7 +122,8 @@ def damaged_bytes(raw, rng):
     return bytes(raw)
 
 
-STRANGE = [None, True, -1, 0, 2 ** 31, 10 ** 18, 1e308, float("nan"), "", "x\ny", [], [1] * 50, {}, {"a": 1}, torch.zeros(2, 3)]
+STRANGE = [None, True, -1, 0, 2 ** 31, 10 ** 18, 1e308, float("nan"), "", "x\ny", [], [1] * 50, {}, {"a": 1},
+           torch.zeros(2, 3)]
 
 
 def damaged_value(value, rng, strange):
@@ -151,7 +161,8 @@ def test_checkpoints(name, valid, tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda moments: moments.update(exp_avg=moments["exp_avg"][..., :1]),
-                                    lambda moments: moments.pop("exp_avg_sq"), lambda moments: moments.update(step=None)])
+                                    lambda moments: moments.pop("exp_avg_sq"),
+                                    lambda moments: moments.update(step=None)])
 def test_moments_that_do_not_fit_their_parameter(damage, valid, tmp_path):
     """PyTorch would notice in the step after next, the ledger row already written, or never."""
     state = copy.deepcopy(valid["state.pt"])
@@ -161,9 +172,12 @@ def test_moments_that_do_not_fit_their_parameter(damage, valid, tmp_path):
     assert not survives(lambda path: progress.resume(path, engine, average, optimizer), tmp_path / "state.pt")
 
 
-@pytest.mark.parametrize("where, key, value", [("unet", "model_channels", 2 ** 24), ("unet", "num_res_blocks", 10 ** 9),
-                                               ("unet", "channel_mult", [1] * 10 ** 4), ("embedder", "num_classes", 5 * 10 ** 7),
-                                               ("unet", "transformer_depth", 10 ** 9), ("schedule", "T", 10 ** 9)])
+@pytest.mark.parametrize("where, key, value",
+                         [("unet", "model_channels", 2 ** 24), ("unet", "num_res_blocks", 10 ** 9),
+                                               ("unet", "channel_mult", [1] * 10 ** 4),
+                                               ("embedder", "num_classes", 5 * 10 ** 7),
+                                               ("unet", "transformer_depth", 10 ** 9),
+                                               ("schedule", "T", 10 ** 9)])
 def test_sizes_that_would_take_terabytes_or_hours(where, key, value, valid, tmp_path):
     release = copy.deepcopy(valid["model.pt"])
     release[where][key] = value
@@ -182,8 +196,10 @@ def test_releases_that_cannot_draw(change, valid, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--labels", "0-99999999999"], ["--labels", "99999999999"], ["--labels", "2-1"], ["--labels", "\u00b2"], ["--labels", ","],
-    ["--n", "1000000000000"], ["--n", "1" + 40 * "0"], ["--n", "0"], ["--seed", str(2 ** 64)], ["--seed", "-1"],
+    ["--labels", "0-99999999999"], ["--labels", "99999999999"], ["--labels", "2-1"], ["--labels", "\u00b2"],
+    ["--labels", ","],
+    ["--n", "1000000000000"], ["--n", "1" + 40 * "0"], ["--n", "0"], ["--seed", str(2 ** 64)],
+    ["--seed", "-1"],
     ["--steps", "2000"], ["--steps", "0"], ["--eta", "nan"], ["--guidance", "1e300"], ["--guidance", "nan"],
     ["--batch", "1" + 40 * "0"], ["--columns", "1" + 40 * "0"], ["--device", "meta"], ["--device", "x y"],
     ["--prompt", "a"], ["--out", "."]])
@@ -197,7 +213,8 @@ def test_command_line_of_sample(arguments, valid, tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(
-    "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nframe")])
+    "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 "
+    "bytes.\nframe")])
 def test_out_of_memory_is_one_line(error, capsys):
     def main():
         raise error
@@ -231,11 +248,14 @@ def test_only_one_place_loads_checkpoints_and_arrays_are_never_pickles():
         for call in re.findall(r"(?<!')\b(?:torch\.load|np\.load)\([^\n]*", text):
             if call.startswith(("torch.load('", "torch.load(sys.argv")):
                 continue  # a command shown to the user in an error message
-            assert "allow_pickle=False" in call or (path.name == "files.py" and "weights_only=True" in call), (path.name, call)
-        assert not re.search(r"^(import|from) (pickle|marshal|shelve|dill)\b|\bexec\(", text, re.MULTILINE), path
+            assert "allow_pickle=False" in call or (path.name == "files.py"
+                                                    and "weights_only=True" in call), (path.name, call)
+        assert not re.search(r"^(import|from) (pickle|marshal|shelve|dill)\b|\bexec\(", text,
+                             re.MULTILINE), path
 
 
-PLAN = {"n": 100, "q": 0.1, "steps": 4, "sigma": 1.5, "delta": 1e-5, "epsilon": 3.0, "clip_norm": 0.1, "tuned": ["a", "b"]}
+PLAN = {"n": 100, "q": 0.1, "steps": 4, "sigma": 1.5, "delta": 1e-5, "epsilon": 3.0, "clip_norm": 0.1,
+        "tuned": ["a", "b"]}
 LEDGER = [{"step": i, "q": 0.1, "sigma": 1.5, "clip_norm": 0.1, "batch_size": 10} for i in range(4)]
 
 
@@ -267,7 +287,8 @@ def read_ledger(place):
 
 @pytest.mark.parametrize("name", ["internal/settings.json", "internal/plan.json", "release/privacy.json"])
 def test_json(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(calculator, "line", lambda *a: f"{a[-1] or 0:.4g}")  # the numbers themselves are slow, and not at stake
+    # the numbers themselves are slow, and not at stake
+    monkeypatch.setattr(calculator, "line", lambda *a: f"{a[-1] or 0:.4g}")
     place, rng = a_run_folder(tmp_path / "run"), random.Random(name)
     assert survives(read_json_files, place)
     raw, value = (place / name).read_bytes(), files.read_json(place / name)
@@ -276,13 +297,16 @@ def test_json(name, tmp_path, monkeypatch):
         survives(read_json_files, place)
         (place / name).write_text(json.dumps(damaged_value(value, rng, STRANGE[:-1])))
         survives(read_json_files, place)
-    for text in ("", "[1]", "null", "[" * 100_000, '{"a": 1' + "0" * 10_000 + "}", "\xff\xfe", '{"q": {"q": {}}}'):
+    for text in ("", "[1]", "null", "[" * 100_000, '{"a": 1' + "0" * 10_000 + "}", "\xff\xfe",
+                 '{"q": {"q": {}}}'):
         (place / name).write_text(text)
         survives(read_json_files, place)
 
 
-@pytest.mark.parametrize("key, value", [("private_n", "x"), ("sigma", [1]), ("steps", "4"), ("lr", None), ("flips", 1),
-                                        ("unet", {"no": 1}), ("schedule", 3), ("seed", "x"), ("tune", 5), ("epsilon", {})])
+@pytest.mark.parametrize("key, value", [("private_n", "x"), ("sigma", [1]), ("steps", "4"), ("lr", None),
+                                        ("flips", 1),
+                                        ("unet", {"no": 1}), ("schedule", 3), ("seed", "x"), ("tune", 5),
+                                        ("epsilon", {})])
 def test_settings_of_another_type(key, value, tmp_path):
     path = a_run_folder(tmp_path / "run") / "internal" / "settings.json"
     files.write_json(files.read_json(path) | {key: value}, path)
@@ -328,7 +352,8 @@ def test_npz(write, tmp_path):
     for _ in range(2 * TIMES):
         path.write_bytes(damaged_bytes(raw, rng))
         survives(read_pictures, path)
-    strange = [np.zeros((5, 8, 9), np.uint8), np.full((5, 8, 8), 2.0), np.zeros((0, 8, 8), np.uint8), np.zeros(5, np.uint8),
+    strange = [np.zeros((5, 8, 9), np.uint8), np.full((5, 8, 8), 2.0), np.zeros((0, 8, 8), np.uint8),
+               np.zeros(5, np.uint8),
                np.zeros((5, 8, 8, 4), np.uint8), np.array("x"), np.zeros((4, 8, 8), np.uint8)]
     for images in strange:
         write(path, images=images, labels=np.arange(5))

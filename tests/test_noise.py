@@ -1,4 +1,6 @@
-"""The noise of the mechanism: exact recipe, distribution, tail, where it is used (`pytest tests/test_noise.py`)."""
+"""The noise of the mechanism: exact recipe, distribution, tail, where it is used (`pytest
+tests/test_noise.py`).
+"""
 import math
 
 import numpy as np
@@ -11,7 +13,8 @@ import accountant
 import dp_sgd
 from support.presets import DIGITS, PRESETS
 
-FLOAT32_LIMIT = math.sqrt(48 * math.log(2))  # 5.768: torch's float32 normals on a CPU, from uniforms of 24 bits
+# 5.768: torch's float32 normals on a CPU, from uniforms of 24 bits
+FLOAT32_LIMIT = math.sqrt(48 * math.log(2))
 
 
 @pytest.fixture
@@ -36,9 +39,14 @@ def test_normals_are_normal_and_independent(entropy):
     z = z.flatten().numpy()
     n = len(z)
     assert stats.kstest(z[:dp_sgd.CHUNK], "norm").pvalue > 1e-3  # one chunk, and all of them
-    assert stats.kstest(z, "norm").pvalue > 1e-3 and abs(z.mean()) < 4 / n ** 0.5 and abs(z.std() - 1) < 4 / (2 * n) ** 0.5
+    assert (
+        stats.kstest(z, "norm").pvalue > 1e-3
+        and abs(z.mean()) < 4 / n**0.5
+        and abs(z.std() - 1) < 4 / (2 * n) ** 0.5
+    )
     half = dp_sgd.CHUNK // 2
-    for a, b in ((z[1:], z[:-1]), (z[half:], z[:-half])):  # neighbours; cosine and sine of the same four pairs
+    # neighbours; cosine and sine of the same four pairs
+    for a, b in ((z[1:], z[:-1]), (z[half:], z[:-half])):
         for f in (lambda v: v, np.square):
             assert abs(np.corrcoef(f(a), f(b))[0, 1]) < 5 / len(a) ** 0.5
 
@@ -48,7 +56,8 @@ def test_every_normal_takes_four_pairs_and_none_is_wasted(entropy):
     z = g.normals((6,)).numpy()
     assert entropy.taken == 3 * 8 * 8  # two normals from eight uniforms of eight bytes
     entropy()
-    u = np.array([int.from_bytes(dp_sgd.os.urandom(8), "little") >> 11 for _ in range(24)]).reshape(2, 4, 3) / 2 ** 53
+    u = np.array([int.from_bytes(dp_sgd.os.urandom(8), "little") >> 11
+                  for _ in range(24)]).reshape(2, 4, 3) / 2 ** 53
     polar = np.sqrt(-2 * np.log(1 - u[0])) * np.exp(2j * np.pi * u[1])  # Box-Muller as one complex number
     expected = polar.sum(0) / 2
     assert np.allclose(z, [*expected.real, *expected.imag], rtol=1e-12)
@@ -68,7 +77,8 @@ def test_noise_is_added_in_double_and_rounded_once(entropy):
         assert got.dtype == torch.float32 and torch.equal(got, (s.double() + sigma * C * z).float() / B)
     entropy()
     z = sigma * C * dp_sgd.SecureGenerator().normals((1000,))
-    assert not torch.equal(sums[0] + z.float(), (sums[0].double() + z).float())  # noise rounded first is another number
+    # noise rounded first is another number
+    assert not torch.equal(sums[0] + z.float(), (sums[0].double() + z).float())
 
 
 def test_the_engine_and_the_sampler_draw_from_it_alone(entropy, monkeypatch):
@@ -83,8 +93,12 @@ def test_the_engine_and_the_sampler_draw_from_it_alone(entropy, monkeypatch):
     moved = (model.weight.detach() - before).double().flatten() / (sigma * C / B)
     assert abs(float(moved.std()) - 1) < 4 / (2 * moved.numel()) ** 0.5
     sizes = np.array([len(dp_sgd.poisson_sample(500, 0.3)) for _ in range(400)])
-    assert abs(sizes.mean() - 150) < 4 * (500 * 0.21 / 400) ** 0.5 and abs(sizes.std() / (500 * 0.21) ** 0.5 - 1) < 0.15
-    assert dp_sgd.poisson_sample(4, 1.0).tolist() == [0, 1, 2, 3] and dp_sgd.poisson_sample(0, 0.5).tolist() == []
+    assert (
+        abs(sizes.mean() - 150) < 4 * (500 * 0.21 / 400) ** 0.5
+        and abs(sizes.std() / (500 * 0.21) ** 0.5 - 1) < 0.15
+    )
+    assert dp_sgd.poisson_sample(4, 1.0).tolist() == [0, 1, 2,
+                                                      3] and dp_sgd.poisson_sample(0, 0.5).tolist() == []
 
 
 def test_two_of_them_share_nothing():
@@ -92,11 +106,13 @@ def test_two_of_them_share_nothing():
     assert not torch.equal(a, b)
 
 
-# --------------------------------------------------------------------------------------------------------------- tail
+# ------------------------------------------------------------------------------------------------------- tail
 
 
 def one_step(generator, dtype=torch.float32, n=64, C=0.5, sigma=0.5):
-    """A step of the real engine without any example -> its output, the noise alone, in standard deviations (n,)."""
+    """A step of the real engine without any example -> its output, the noise alone, in standard deviations
+    (n,).
+    """
     model = nn.Linear(n, 1, bias=False, dtype=dtype)
     before = model.weight.detach().clone()
     dp_sgd.DPSGD(model, C, sigma, 1.0, generator=generator).step(torch.optim.SGD(model.parameters(), lr=1.0))
@@ -104,9 +120,11 @@ def one_step(generator, dtype=torch.float32, n=64, C=0.5, sigma=0.5):
 
 
 def test_outputs_beyond_float32_s_last_normal_are_possible_without_an_example(monkeypatch):
-    """The event that gave examples away: output > 5.768 sigma C. With sigma 0.5 and the example it has probability 8e-5.
+    """The event that gave examples away: output > 5.768 sigma C. With sigma 0.5 and the example it has
+    probability 8e-5.
 
-    The sampler's own map is inverted: four radii of 2.95, each of which one draw in 77 exceeds, all with angle 0.
+    The sampler's own map is inverted: four radii of 2.95, each of which one draw in 77 exceeds, all with
+    angle 0.
     """
     u, real = 1 - math.exp(-2.95 ** 2 / 2), dp_sgd.os.urandom
 
@@ -120,25 +138,31 @@ def test_outputs_beyond_float32_s_last_normal_are_possible_without_an_example(mo
     assert float(noise[0]) == pytest.approx(2 * 2.95, abs=1e-5) and float(noise[0]) > FLOAT32_LIMIT
     monkeypatch.setattr(dp_sgd.os, "urandom", lambda n: np.repeat(  # the largest radius, angle 0
         np.array([2 ** 64 - 1, 0], dtype=np.uint64), n // 16).tobytes())
-    assert float(one_step(None)[0]) == pytest.approx(dp_sgd.largest_normal(dp_sgd.SecureGenerator()), rel=1e-6)
+    assert float(one_step(None)[0]) == pytest.approx(dp_sgd.largest_normal(dp_sgd.SecureGenerator()),
+                                                     rel=1e-6)
 
 
 def test_fast_noise_is_drawn_in_float64_as_well(monkeypatch):
     asked, randn = [], torch.randn
-    monkeypatch.setattr(torch, "randn", lambda *args, **kwargs: asked.append(kwargs["dtype"]) or randn(*args, **kwargs))
+    monkeypatch.setattr(torch, "randn", lambda *args,
+                        **kwargs: asked.append(kwargs["dtype"]) or randn(*args, **kwargs))
     noise = one_step(dp_sgd.fresh_generator(), n=10_000)
     assert asked == [torch.float64] and stats.kstest(noise.numpy(), "norm").pvalue > 1e-6
     z = randn(16_000, dtype=torch.float64, generator=dp_sgd.fresh_generator()).view(-1, 2, 8)
-    grid = torch.exp(-z.square().sum(1) / 2) * 2 ** 24  # Box-Muller inverted: the uniforms; whole numbers if of 24 bits
+    # Box-Muller inverted: the uniforms; whole numbers if of 24 bits
+    grid = torch.exp(-z.square().sum(1) / 2) * 2 ** 24
     assert float((grid - grid.round()).abs().median()) > 0.2
 
 
-SIZES = {"mnist10k": 8_000, "mnist": 60_000, "fashion": 60_000, "cifar10": 50_000, "celeba": 162_770, "faces": 5_000}
+SIZES = {"mnist10k": 8_000, "mnist": 60_000, "fashion": 60_000, "cifar10": 50_000, "celeba": 162_770,
+         "faces": 5_000}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_no_preset_reaches_beyond_its_noise(preset):
-    """T q P(N > limit - 1/sigma), the delta that truncated normals cost on top of the accountant's, for 1 image and 20."""
+    """T q P(N > limit - 1/sigma), the delta that truncated normals cost on top of the accountant's, for 1
+    image and 20.
+    """
     s = DIGITS | PRESETS[preset]
     n = s["private_n"] or SIZES[s["private"]]
     q, steps, delta = s["batch_size"] / n, s["steps"], s["delta"]
@@ -151,13 +175,16 @@ def test_no_preset_reaches_beyond_its_noise(preset):
 
 
 def test_the_bound_sees_what_float32_noise_cost(monkeypatch):
-    """Published lower bounds on delta of runs with float32 noise: default 1.2e-5 of 1e-5, celeba64 2.4e-5 of 1e-6."""
+    """Published lower bounds on delta of runs with float32 noise: default 1.2e-5 of 1e-5, celeba64 2.4e-5 of
+    1e-6.
+    """
     monkeypatch.setattr(dp_sgd.SecureGenerator, "limit", FLOAT32_LIMIT)
     generator, s = dp_sgd.SecureGenerator(), DIGITS | PRESETS["celeba64"]
     q = s["batch_size"] / SIZES["celeba"]
     sigma = accountant.noise_multiplier(s["epsilon"], s["delta"], q, s["steps"], "pld")
     assert dp_sgd.beyond_the_noise(generator, q, sigma, s["steps"]) > s["delta"]
-    assert dp_sgd.beyond_the_noise(generator, 1.0, 0.5, 1) == pytest.approx(stats.norm.sf(FLOAT32_LIMIT - 2), rel=1e-9)
+    assert dp_sgd.beyond_the_noise(generator, 1.0, 0.5, 1) == pytest.approx(stats.norm.sf(FLOAT32_LIMIT - 2),
+                                                                            rel=1e-9)
     assert dp_sgd.beyond_the_noise(generator, 0.3, 0.0, 1) == 1
     pair = 2 * 0.3 * 0.7 * stats.norm.sf(FLOAT32_LIMIT - 2) + 0.09 * stats.norm.sf(FLOAT32_LIMIT - 4)
     assert dp_sgd.beyond_the_noise(generator, 0.3, 0.5, 7, 2) == pytest.approx(7 * pair, rel=1e-9)

@@ -1,14 +1,16 @@
-"""Why the noise is cryptographic: with torch's own generator it follows from the release (`pytest tests/test_noise_attack.py`).
+"""Why the noise is cryptographic: with torch's own generator it follows from the release (`pytest
+tests/test_noise_attack.py`).
 
-One private step with Adam moves every weight by the learning rate, up or down: the release shows the sign of each noisy
-gradient, and where a weight has no gradient, the sign of its noise. The Mersenne twister is linear over GF(2): each bit
-of its outputs, also when only every 32nd output is seen, obeys one linear recurrence of length 19,937. Signs of noise
-are such bits. Berlekamp and Massey's algorithm finds the recurrence from twice as many signs, and then the noise
-of all further weights has no secret sign, theirs included that hold the example.
+One private step with Adam moves every weight by the learning rate, up or down: the release shows the sign of
+each noisy gradient, and where a weight has no gradient, the sign of its noise. The Mersenne twister is linear
+over GF(2): each bit of its outputs, also when only every 32nd output is seen, obeys one linear recurrence of
+length 19,937. Signs of noise are such bits. Berlekamp and Massey's algorithm finds the recurrence from twice
+as many signs, and then the noise of all further weights has no secret sign, theirs included that hold the
+example.
 
-The attack on a default run of this program, whose 42,688 weights without a gradient were too few for that, solved the
-27,968 linear equations for the state itself instead, and got back all noise values bit for bit. Both ways end at a
-cryptographic generator, and such weights are no longer trained (`unet.without_gradient`).
+The attack on a default run of this program, whose 42,688 weights without a gradient were too few for that,
+solved the 27,968 linear equations for the state itself instead, and got back all noise values bit for bit.
+Both ways end at a cryptographic generator, and such weights are no longer trained (`unet.without_gradient`).
 """
 import math
 
@@ -22,10 +24,12 @@ LEARNED, PREDICTED = 2 * LENGTH + 64, 512
 
 
 def signs_of_a_release(generator):
-    """A step of the real engine on one example, then what anybody sees: is the noise of block i negative? (blocks,) bool.
+    """A step of the real engine on one example, then what anybody sees: is the noise of block i negative?
+    (blocks,) bool.
 
     The weights are blocks of 16, as torch's float64 normals are made from uniforms: number 8 of a block is
-    radius * sin(2 pi u), negative where the first bit of u is 1. The example trains the last block, all others see noise.
+    radius * sin(2 pi u), negative where the first bit of u is 1. The example trains the last block, all
+    others see noise.
     """
     blocks = LEARNED + PREDICTED
     model = nn.Embedding(blocks, 16)
@@ -37,21 +41,27 @@ def signs_of_a_release(generator):
 
 
 def shortest_recurrence(bits):
-    """Berlekamp and Massey (1969) over GF(2): (length L, coefficients as bits of an int, bit k for the k-th last bit)."""
+    """Berlekamp and Massey (1969) over GF(2): (length L, coefficients as bits of an int, bit k for the k-th
+    last bit).
+    """
     connection, previous, length, since, window = 1, 1, 0, 1, 0
     for n, bit in enumerate(bits):
         window = window << 1 | bit  # bit k: the k-th last one
         if (connection & window).bit_count() % 2 == 0:  # the recurrence foretold this bit
             since += 1
         elif 2 * length <= n:
-            connection, previous, length, since = connection ^ previous << since, connection, n + 1 - length, 1
+            connection, previous, length, since = (
+                connection ^ previous << since, connection, n + 1 - length, 1
+            )
         else:
             connection, since = connection ^ previous << since, since + 1
     return length, connection
 
 
 def right_predictions(signs):
-    """(length of the recurrence found in the first LEARNED signs, share of the other signs that it foretells)."""
+    """(length of the recurrence found in the first LEARNED signs, share of the other signs that it
+    foretells).
+    """
     bits = signs.int().tolist()
     length, connection = shortest_recurrence(bits[:LEARNED])
     right, window = 0, int("".join(map(str, bits[:LEARNED])), 2)

@@ -1,10 +1,11 @@
 """Weights of the original latent-diffusion code: names and shapes, values computed with the original classes,
 and `python -m extensions.original_weights`, which makes a run folder of them for train.py --init.
 
-`unet_shapes` and `vae_shapes` restate from scratch which tensors the original classes UNetModel (openaimodel.py), Encoder
-and Decoder (model.py) and AutoencoderKL (autoencoder.py) have. Their output was compared with the state_dict of those
-classes for every network of the paper, and the numbers in EXPECTED were computed by them (CompVis/latent-diffusion;
-AttentionBlock with the legacy head order) from the weights that `waves` makes.
+`unet_shapes` and `vae_shapes` restate from scratch which tensors the original classes UNetModel
+(openaimodel.py), Encoder and Decoder (model.py) and AutoencoderKL (autoencoder.py) have. Their output was
+compared with the state_dict of those classes for every network of the paper, and the numbers in EXPECTED were
+computed by them (CompVis/latent-diffusion; AttentionBlock with the legacy head order) from the weights that
+`waves` makes.
 """
 import dataclasses
 import math
@@ -37,8 +38,10 @@ def unet_shapes(c):
 
     def attention(name, w):
         if not c.use_spatial_transformer:
-            return affine(f"{name}.norm", w) | affine(f"{name}.qkv", 3 * w, w, 1) | affine(f"{name}.proj_out", w, w, 1)
-        out = affine(f"{name}.norm", w) | affine(f"{name}.proj_in", w, w, 1, 1) | affine(f"{name}.proj_out", w, w, 1, 1)
+            return affine(f"{name}.norm", w) | affine(f"{name}.qkv", 3 * w, w,
+                                                      1) | affine(f"{name}.proj_out", w, w, 1)
+        out = affine(f"{name}.norm", w) | affine(f"{name}.proj_in", w, w, 1,
+                                                 1) | affine(f"{name}.proj_out", w, w, 1, 1)
         for block in (f"{name}.transformer_blocks.{i}" for i in range(c.transformer_depth)):
             for kind, d in (("attn1", w), ("attn2", c.context_dim)):
                 out |= {f"{block}.{kind}.to_{x}.weight": (w, w if x == "q" else d) for x in "qkv"}
@@ -103,7 +106,8 @@ def vae_shapes(c):
         if level < deepest:
             out |= affine(f"encoder.down.{level}.downsample.conv", w, w, 3, 3)
             side //= 2
-    out |= middle("encoder.mid", w) | affine("encoder.norm_out", w) | affine("encoder.conv_out", 2 * c.z_channels, w, 3, 3)
+    out |= middle("encoder.mid", w) | affine("encoder.norm_out", w) | affine("encoder.conv_out",
+                                                                             2 * c.z_channels, w, 3, 3)
     out |= affine("quant_conv", 2 * c.embed_dim, 2 * c.z_channels, 1, 1)
     out |= affine("post_quant_conv", c.z_channels, c.embed_dim, 1, 1)
     out |= affine("decoder.conv_in", w, c.z_channels, 3, 3) | middle("decoder.mid", w)
@@ -119,14 +123,18 @@ def vae_shapes(c):
 
 
 def wave(shape, phase):
-    """sin(0.3 i^2 + phase) for i = 0, 1, ... in a tensor of this shape: without the low rank of a plain wave."""
-    return torch.sin(0.3 * torch.arange(math.prod(shape), dtype=torch.float64) ** 2 + phase).float().view(shape)
+    """sin(0.3 i^2 + phase) for i = 0, 1, ... in a tensor of this shape: without the low rank of a plain wave.
+    """
+    return torch.sin(0.3 * torch.arange(math.prod(shape), dtype=torch.float64) ** 2
+                     + phase).float().view(shape)
 
 
 def waves(shapes, prefix=""):
-    """Weights that need no random numbers: waves of length about 1 per output (1 +- 0.3 where a norm scales)."""
+    """Weights that need no random numbers: waves of length about 1 per output (1 +- 0.3 where a norm scales).
+    """
     return {prefix + name: 1 + 0.3 * wave(shape, i) if len(shape) == 1 and name.endswith("weight") else
-            wave(shape, i) * (2 / max(1, math.prod(shape[1:]))) ** 0.5 for i, (name, shape) in enumerate(sorted(shapes.items()))}
+            wave(shape, i) * (2 / max(1, math.prod(shape[1:]))) ** 0.5 for i,
+            (name, shape) in enumerate(sorted(shapes.items()))}
 
 
 # Small networks with every part that the paper's have.
@@ -135,7 +143,8 @@ UNETS = {
     "cifar10": unet.UNetConfig(3, 3, 32, (1, 2, 2), 2, (1, 2, 4), 8, None, True, 1, 12, False, False),
     "celeba32": unet.UNetConfig(3, 3, 32, (1, 2), 2, (2, 1), 8, 16, False, 1, None, True, True),
     "celeba64": unet.UNetConfig(3, 3, 32, (1, 2), 1, (2, 1), 4, None, False, 1, None, True, True),
-    "text": unet.UNetConfig(4, 4, 32, (1, 2, 2), 1, (2, 1), 8, None, True, 2, 20, False, False),  # no attention deepest, depth 2
+    # no attention deepest, depth 2
+    "text": unet.UNetConfig(4, 4, 32, (1, 2, 2), 1, (2, 1), 8, None, True, 2, 20, False, False),
 }
 VAES = {
     "mnist": vae.VAEConfig(3, 3, 32, (1, 2, 3), 2, (16, 8), 16, 3, 3, 32),
@@ -145,9 +154,11 @@ VAES = {
 
 def unet_values(forward, c):
     """Four numbers of forward(x, t, context) on fixed input: corner pixels and the mean square."""
-    context = None if c.context_dim is None else wave((2, 7 if c.context_dim == 20 else 1, c.context_dim), 1.0)
+    context = None if c.context_dim is None else wave((2, 7 if c.context_dim == 20 else 1, c.context_dim),
+                                                      1.0)
     out = forward(wave((2, c.in_channels, 8, 8), 0.5), torch.tensor([3, 700]), context).double()
-    return [out[0, 0, 0, 0].item(), out[1, -1, -1, -1].item(), out[1, 0, 3, 4].item(), out.square().mean().item()]
+    return [out[0, 0, 0, 0].item(), out[1, -1, -1, -1].item(), out[1, 0, 3, 4].item(),
+            out.square().mean().item()]
 
 
 def vae_values(encode, decode, c):
@@ -187,7 +198,8 @@ def test_autoencoder_computes_what_the_original_computes(name):
         return posterior.mean, posterior.logvar
 
     with torch.no_grad():
-        assert vae_values(encode, model.decode, VAES[name]) == pytest.approx(EXPECTED["vae", name], rel=1e-4, abs=1e-5)
+        assert vae_values(encode, model.decode, VAES[name]) == pytest.approx(EXPECTED["vae", name], rel=1e-4,
+                                                                             abs=1e-5)
 
 
 def test_names_and_shapes_cover_the_papers_networks():
@@ -195,23 +207,29 @@ def test_names_and_shapes_cover_the_papers_networks():
     for c in unet.PAPER.values():
         with torch.device("meta"):
             network = unet.UNet(c)
-            original_weights.load_unet(network, {k: torch.empty(shape) for k, shape in unet_shapes(c).items()})
+            original_weights.load_unet(network,
+                                       {k: torch.empty(shape) for k, shape in unet_shapes(c).items()})
     for c in vae.PAPER.values():
         with torch.device("meta"):
-            original_weights.load_autoencoder(vae.AutoencoderKL(c), {k: torch.empty(shape) for k, shape in vae_shapes(c).items()})
+            original_weights.load_autoencoder(vae.AutoencoderKL(c),
+                                              {k: torch.empty(shape) for k, shape in vae_shapes(c).items()})
 
 
 @pytest.mark.parametrize("load, network, shapes, prefix, name", [
-    (original_weights.load_unet, unet.UNet(UNETS["mnist"]), unet_shapes(UNETS["mnist"]), "model.diffusion_model.",
+    (original_weights.load_unet, unet.UNet(UNETS["mnist"]), unet_shapes(UNETS["mnist"]),
+     "model.diffusion_model.",
      "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"),
-    (original_weights.load_unet, unet.UNet(UNETS["celeba64"]), unet_shapes(UNETS["celeba64"]), "model.diffusion_model.",
+    (original_weights.load_unet, unet.UNet(UNETS["celeba64"]), unet_shapes(UNETS["celeba64"]),
+     "model.diffusion_model.",
      "middle_block.1.qkv.weight"),
-    (original_weights.load_autoencoder, vae.AutoencoderKL(VAES["mnist"]), vae_shapes(VAES["mnist"]), "first_stage_model.",
+    (original_weights.load_autoencoder, vae.AutoencoderKL(VAES["mnist"]), vae_shapes(VAES["mnist"]),
+     "first_stage_model.",
      "encoder.mid.attn_1.q.weight")])
 def test_loading_is_strict_and_all_or_nothing(load, network, shapes, prefix, name):
     weights = {prefix + k: torch.ones(shape) for k, shape in shapes.items()}
     others = {"cond_stage_model.embedding.weight": torch.zeros(26, 5), "model_ema.decay": torch.zeros(()),
-              "betas": torch.zeros(9), "loss.logvar": torch.zeros(()), "model.diffusion_model.x": 0, "first_stage_model.x": 0}
+              "betas": torch.zeros(9), "loss.logvar": torch.zeros(()), "model.diffusion_model.x": 0,
+              "first_stage_model.x": 0}
     others.pop(prefix + "x")  # one of the other network is no business of this one
     load(network, {"epoch": 3, "state_dict": weights | others, "callbacks": {}})
     assert all((p == 1).all() for p in network.parameters())
@@ -219,7 +237,8 @@ def test_loading_is_strict_and_all_or_nothing(load, network, shapes, prefix, nam
     assert all((p == 2).all() for p in network.parameters())
     ours = name.replace("transformer_blocks", "blocks")
     without = {k: v for k, v in weights.items() if k != prefix + name}
-    for broken, message in ((without, f"missing {ours}"), (weights | {prefix + "extra": torch.ones(1)}, "unexpected extra"),
+    for broken, message in ((without, f"missing {ours}"),
+                            (weights | {prefix + "extra": torch.ones(1)}, "unexpected extra"),
                             (weights | {prefix + name: torch.ones(3, 3)}, rf"{ours} is \(3, 3\)"),
                             (weights | {prefix + name: torch.ones(())}, rf"{ours} is \(\)"), ({}, "missing")):
         with pytest.raises(ValueError, match=message) as refused:
@@ -241,7 +260,7 @@ def test_colour_weights_on_grey_pictures():
         assert torch.allclose(grey.decode(z), colour.decode(z).mean(1, keepdim=True), rtol=1e-4, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------- python -m extensions.original_weights
+# ---------------------------------------------------------------------- python -m extensions.original_weights
 
 # 8 groups, where the original has 32: the conversion sets them.
 TINY = dict(vae=vae.VAEConfig(1, 1, 32, (1, 1, 1, 1), 1, (), 32, 3, 3, 8),
@@ -253,10 +272,13 @@ COLOUR = dataclasses.replace(TINY["vae"], in_channels=3, out_ch=3)
 def checkpoint(**changes):
     """What the original code saves, for networks of the size TINY, with 26 classes."""
     betas = torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, 1000, dtype=torch.float64) ** 2
-    state = waves(unet_shapes(TINY["unet"]), "model.diffusion_model.") | waves(vae_shapes(COLOUR), "first_stage_model.")
+    state = waves(unet_shapes(TINY["unet"]), "model.diffusion_model.") | waves(vae_shapes(COLOUR),
+                                                                               "first_stage_model.")
     state |= {"cond_stage_model.embedding.weight": wave((26, 5), 0.2), "model_ema.decay": torch.tensor(0.9),
-              "betas": betas.float(), "alphas_cumprod": (1 - betas).cumprod(0).float(), "scale_factor": torch.tensor(0.7)}
-    return {"epoch": 7, "global_step": 9, "state_dict": {k: v for k, v in (state | changes).items() if v is not None}}
+              "betas": betas.float(), "alphas_cumprod": (1 - betas).cumprod(0).float(),
+              "scale_factor": torch.tensor(0.7)}
+    return {"epoch": 7, "global_step": 9,
+            "state_dict": {k: v for k, v in (state | changes).items() if v is not None}}
 
 
 @pytest.fixture(autouse=True)
@@ -331,8 +353,10 @@ def test_the_words_of_a_text_model_are_those_of_the_private_sets_classes(tmp_pat
 
 def test_autoencoder_from_a_file_of_its_own(tmp_path):
     state = checkpoint()["state_dict"]
-    torch.save({k: v for k, v in state.items() if not k.startswith("first_stage_model.")}, tmp_path / "unet.ckpt")
-    torch.save({"state_dict": {k.removeprefix("first_stage_model."): v for k, v in state.items() if k.startswith("first")}
+    torch.save({k: v for k, v in state.items() if not k.startswith("first_stage_model.")},
+               tmp_path / "unet.ckpt")
+    torch.save({"state_dict": {k.removeprefix("first_stage_model."): v for k,
+                               v in state.items() if k.startswith("first")}
                 | {"loss.discriminator.main.0.weight": torch.zeros(3)}}, tmp_path / "vae.ckpt")
     convert(tmp_path / "unet.ckpt", "--autoencoder", tmp_path / "vae.ckpt", "--out", tmp_path / "a")
     first, _ = both(tmp_path / "a")
@@ -391,7 +415,8 @@ def test_bad_checkpoints_are_refused_in_one_line(tmp_path):
         for bad in (math.nan, math.inf):
             torch.save(checkpoint(**{name: torch.full_like(checkpoint()["state_dict"][name], bad)}), path)
             assert f"{name} holds numbers that are not finite" in refused()
-    torch.save(checkpoint(**{"loss.logvar": torch.tensor(math.nan), "model_ema.x": torch.tensor(math.nan)}), path)
+    torch.save(checkpoint(**{"loss.logvar": torch.tensor(math.nan), "model_ema.x": torch.tensor(math.nan)}),
+               path)
     convert(path, "--out", tmp_path / "b")  # nothing of these is read
 
 
@@ -425,13 +450,14 @@ def test_the_moving_average_is_named_or_used(tmp_path, capsys):
         convert(tmp_path / "x.ckpt", "--out", tmp_path / "b", "--average")
 
 
-# --------------------------------------------------------------------------------------------------- T other than 1000
+# ------------------------------------------------------------------------------------------ T other than 1000
 
 
 def test_a_schedule_of_250_steps_runs_from_start_to_end(tmp_path, monkeypatch):
     """Every draw of the program asks for the schedule's T: more, and abar_t is read out of range."""
     monkeypatch.setitem(presets.PRESETS, "smoke", presets.PRESETS["smoke"] | dict(
-        schedule=diffusion.Schedule("cosine", "v", T=250), vae_steps=1, ldm_steps=1, ldm_batch=16, vae_batch=4, micro_batch=16))
+        schedule=diffusion.Schedule("cosine", "v", T=250), vae_steps=1, ldm_steps=1, ldm_batch=16,
+        vae_batch=4, micro_batch=16))
     train.main([*FLAGS, "--dry-run"])
     train.main([*FLAGS, "--out", str(tmp_path / "r")])
     assert files.load(tmp_path / "r" / "release" / "model.pt")["schedule"]["T"] == 250
@@ -439,7 +465,8 @@ def test_a_schedule_of_250_steps_runs_from_start_to_end(tmp_path, monkeypatch):
 
 def test_an_adopted_schedule_of_250_steps_rules_the_private_stage(tmp_path):
     betas = torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, 250, dtype=torch.float64) ** 2
-    torch.save(checkpoint(betas=betas.float(), alphas_cumprod=(1 - betas).cumprod(0).float()), tmp_path / "x.ckpt")
+    torch.save(checkpoint(betas=betas.float(), alphas_cumprod=(1 - betas).cumprod(0).float()),
+               tmp_path / "x.ckpt")
     convert(tmp_path / "x.ckpt", "--out", tmp_path / "original")
     train.main([*FLAGS, "--out", str(tmp_path / "r"), "--init", str(tmp_path / "original")])
     assert files.load(tmp_path / "r" / "release" / "model.pt")["schedule"]["T"] == 250

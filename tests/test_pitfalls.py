@@ -1,6 +1,7 @@
 """Pitfalls that no other file tests, on the private stage alone, and the table of docs/pitfalls.md.
 
-`python -m tests.mutations` puts the mistakes back one at a time and demands that the test named in the table goes red.
+`python -m tests.mutations` puts the mistakes back one at a time and demands that the test named in the table
+goes red.
 """
 import ast
 import json
@@ -34,17 +35,20 @@ def tiny_model():
 
 
 def private_stage(out, *flags, model=None, latents=None):
-    """Stage 3 alone on random latents, four steps of about six examples -> settings, plan, model, ledger rows.
+    """Stage 3 alone on random latents, four steps of about six examples -> settings, plan, model, ledger
+    rows.
 
     Only the embedder is tuned: nothing here depends on how much is, and it is quick.
     """
-    s = settings.parse(["--preset", "smoke", "--out", str(out), "--batch-size", "6", "--micro-batch", "2", "--accountant",
+    s = settings.parse(["--preset", "smoke", "--out", str(out), "--batch-size", "6", "--micro-batch", "2",
+                        "--accountant",
                      "rdp", "--tune", "embedder", *flags])
     s.bf16 = False
     (out / "internal").mkdir(parents=True)
     model = tiny_model() if model is None else model
     unet.select_trainable(model, s.tune, s.from_block)
-    latents = torch.randn(N, 1, 4, 4, 4, generator=torch.Generator().manual_seed(1)) if latents is None else latents
+    latents = torch.randn(N, 1, 4, 4, 4,
+                          generator=torch.Generator().manual_seed(1)) if latents is None else latents
     plan = guarantee.privacy_plan(s, N)
     rows = train.tune_privately(s, model, latents, torch.arange(N) % 10, plan, SimpleNamespace(asked=False))
     return s, plan, model, rows
@@ -55,7 +59,8 @@ def tuned(model):
 
 
 def test_empty_batches_are_steps_of_noise_and_count(tmp_path, monkeypatch):  # 3
-    monkeypatch.setattr(dp_sgd, "poisson_sample", lambda n, q, generator=None: torch.empty(0, dtype=torch.int64))
+    monkeypatch.setattr(dp_sgd, "poisson_sample", lambda n, q,
+                        generator=None: torch.empty(0, dtype=torch.int64))
     model = tiny_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     _, plan, model, rows = private_stage(tmp_path, model=model)
@@ -79,7 +84,8 @@ def test_noise_is_added_once_whatever_the_number_of_micro_batches():  # 4
 
 def test_the_ledger_has_one_row_per_step_with_the_rate_that_drew_the_batch(tmp_path, monkeypatch):  # 5
     drawn, honest = [], dp_sgd.poisson_sample
-    monkeypatch.setattr(dp_sgd, "poisson_sample", lambda n, q, g=None: drawn.append((n, q)) or honest(n, q, g))
+    monkeypatch.setattr(dp_sgd, "poisson_sample", lambda n, q,
+                        g=None: drawn.append((n, q)) or honest(n, q, g))
     s, plan, _, _ = private_stage(tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "internal" / "ledger.jsonl").read_text().splitlines()]
     assert len(rows) == s.steps == 4 and drawn == [(N, 6 / N)] * 4  # about three micro-batches each
@@ -89,14 +95,16 @@ def test_the_ledger_has_one_row_per_step_with_the_rate_that_drew_the_batch(tmp_p
 
 def test_two_private_runs_never_share_noise_or_batches(tmp_path, monkeypatch):  # 12
     sizes, honest = [], dp_sgd.poisson_sample
-    monkeypatch.setattr(dp_sgd, "poisson_sample", lambda *args: [batch := honest(*args), sizes.append(batch.tolist())][0])
+    monkeypatch.setattr(dp_sgd, "poisson_sample",
+                        lambda *args: [batch := honest(*args), sizes.append(batch.tolist())][0])
     first, second = (tuned(private_stage(tmp_path / name)[2]) for name in "ab")
     assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True)) and sizes[:4] != sizes[4:]
     third, fourth = (tuned(private_stage(tmp_path / name, "--insecure-seed", "1")[2]) for name in "cd")
     assert all(torch.equal(a, b) for a, b in zip(third, fourth, strict=True))  # the test can tell
 
 
-def test_noise_and_batches_come_from_the_secure_generator_unless_fast_and_are_stated(tmp_path, monkeypatch):  # 26
+# 26
+def test_noise_and_batches_come_from_the_secure_generator_unless_fast_and_are_stated(tmp_path, monkeypatch):
     seen = []
     for name in ("poisson_sample", "privatise"):
         honest = getattr(dp_sgd, name)
@@ -135,7 +143,8 @@ def test_the_latent_of_a_picture_depends_on_no_other_picture():  # 13
     autoencoder = vae.AutoencoderKL(vae.VAEConfig(ch=8, ch_mult=(1, 1), num_groups=4)).eval()
     s = SimpleNamespace(device="cpu", flips=False, vae=autoencoder.config)
     images = torch.randint(256, (4, 1, 32, 32), dtype=torch.uint8)
-    all_together, alone = train.encode(s, autoencoder, images, 2.0), train.encode(s, autoencoder, images[:1], 2.0)
+    all_together, alone = train.encode(s, autoencoder, images,
+                                       2.0), train.encode(s, autoencoder, images[:1], 2.0)
     assert torch.allclose(all_together[:1], alone, atol=1e-5)
     with torch.no_grad():
         expected = 2.0 * autoencoder.encode(pixels.to_float(images[:1])).mean
@@ -166,7 +175,8 @@ def test_labels_are_drawn_uniformly_and_not_from_the_private_histogram():  # 16
 
 def test_the_average_holds_tuned_parameters_only_and_moves_once_per_step(tmp_path, monkeypatch):  # 17
     calls, honest = [], train.update_ema
-    monkeypatch.setattr(train, "update_ema", lambda average, *rest: calls.append(len(average)) or honest(average, *rest))
+    monkeypatch.setattr(train, "update_ema", lambda average,
+                        *rest: calls.append(len(average)) or honest(average, *rest))
     _, _, model, _ = private_stage(tmp_path)
     assert calls == [len(tuned(model))] * 4 and calls[0] < len(list(model.parameters()))
 
@@ -184,37 +194,47 @@ def test_the_statement_carries_what_a_guarantee_needs(tmp_path):  # 20, 24, 25
     group = privacy["epsilon_for_20_pictures_of_one_person"]
     assert group == pld.group_epsilon(20, plan["q"], plan["sigma"], 4, 1e-5) > 5 * privacy["epsilon"]
     assert any("other runs" in text and "add up" in text for text in privacy["does_not_cover"])
-    assert privacy["public_set"] == "strokes" and any("from a larger set" in text for text in privacy["does_not_cover"])
+    assert privacy["public_set"] == "strokes" and any("from a larger set" in text
+                                                      for text in privacy["does_not_cover"])
     s.private_n = None  # all of them: nothing was chosen
-    assert not any("from a larger set" in t for t in guarantee.privacy_statement(s, plan, rows, 7, stages)["does_not_cover"])
-    assert "partly by looking at results on private data" in privacy["hyper_parameters"]  # mnist10k's presets were
+    assert not any("from a larger set" in t
+                   for t in guarantee.privacy_statement(s, plan, rows, 7, stages)["does_not_cover"])
+    # mnist10k's presets were
+    assert "partly by looking at results on private data" in privacy["hyper_parameters"]
     s.private = "folder:mine"
-    assert "without results on these pictures" in guarantee.privacy_statement(s, plan, rows, 7, stages)["hyper_parameters"]
+    assert "without results on these pictures" in guarantee.privacy_statement(s, plan, rows, 7,
+                                                                              stages)["hyper_parameters"]
 
 
 def test_every_checkpoint_is_read_without_running_code():  # 21
     reads = [(path.name, ast.unparse(node)) for path in ROOT.rglob("*.py")
-             if ".venv" not in path.parts and path.parent.name != "tests" for node in ast.walk(ast.parse(path.read_text()))
-             if isinstance(node, ast.Call) and re.match(r"(torch|pickle|np|numpy)\.load\(", ast.unparse(node))]
+             if ".venv" not in path.parts and path.parent.name != "tests"
+             for node in ast.walk(ast.parse(path.read_text()))
+             if isinstance(node, ast.Call)
+             and re.match(r"(torch|pickle|np|numpy)\.load\(", ast.unparse(node))]
     assert len(reads) >= 2 and not any(call.startswith("pickle") for _, call in reads), reads
-    assert all(("weights_only=True" if call.startswith("torch") else "allow_pickle=False") in call for _, call in reads), reads
+    assert all(("weights_only=True" if call.startswith("torch") else "allow_pickle=False") in call for _,
+               call in reads), reads
 
 
 def test_every_distance_is_printed_with_what_it_depends_on():  # 22
     result = {"protocol": "quick", "n": 4321, "sampler": "DDIM, 30 steps, eta 0, guidance 1, seed 0",
               "held_out": {"2,000 of x": 2000}, "accuracy": {"cnn": {"2,000 of x": 0.5}},
               "recipes": {"cnn": {"kind": "small-cnn", "epochs": 12}}, "seconds": {},
-              "distance": {"features": "CNN trained on strokes", "split": "2,000 of x", "resize": "28 pixels, not resized",
-                           "frechet": 1.5, "n": [4321, 2000], "halves": 0.5, "halves_n": 1000, "precision": 0.5, "recall": 0.5,
+              "distance": {"features": "CNN trained on strokes", "split": "2,000 of x",
+                           "resize": "28 pixels, not resized",
+                           "frechet": 1.5, "n": [4321, 2000], "halves": 0.5, "halves_n": 1000,
+                           "precision": 0.5, "recall": 0.5,
                            "k": 3, "manifold_n": [2000, 2000]}}
     text = evaluate.table(result)
-    for part in ("4,321 samples", "DDIM, 30 steps, eta 0, guidance 1, seed 0", "CNN trained on strokes", "2,000 of x",
+    for part in ("4,321 samples", "DDIM, 30 steps, eta 0, guidance 1, seed 0", "CNN trained on strokes",
+                 "2,000 of x",
                  "28 pixels, not resized", "quick"):
         assert part in text, part
     assert "FID" not in text
 
 
-# --------------------------------------------------------------------------------------- the table of docs/pitfalls.md
+# ------------------------------------------------------------------------------ the table of docs/pitfalls.md
 
 
 def table():
@@ -231,7 +251,8 @@ def test_the_table_has_all_pitfalls_and_every_function_and_test_it_names_exists(
         named = re.findall(r"`([a-z_/]+\.py)::(\w+)`", tests)
         assert named, f"row {number} names no test"
         for file, name in named:
-            assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.M), f"row {number}: {file} has no {name}"
+            assert re.search(rf"^def {name}\(", (ROOT / file).read_text(),
+                             re.M), f"row {number}: {file} has no {name}"
         for file, names in re.findall(r"`([\w/]+\.py): ([^`]+)`", line):
             for name in names.split(", "):
                 found = re.search(rf"(def|class) {name}\b", (ROOT / file).read_text())

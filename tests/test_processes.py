@@ -1,4 +1,6 @@
-"""Several processes with gloo: the same sums as one, the noise once, one ledger, and a clear end when one of them dies."""
+"""Several processes with gloo: the same sums as one, the noise once, one ledger, and a clear end when one of
+them dies.
+"""
 import json
 import multiprocessing
 import os
@@ -18,7 +20,8 @@ import sample
 import train
 from support import files, run_folder, team
 
-TINY = ["--preset", "smoke", "--public-n", "40", "--private-n", "101", "--vae-steps", "2", "--ldm-steps", "2", "--vae-batch",
+TINY = ["--preset", "smoke", "--public-n", "40", "--private-n", "101", "--vae-steps", "2", "--ldm-steps", "2",
+        "--vae-batch",
         "9", "--ldm-batch", "9", "--batch-size", "20", "--accountant", "rdp", "--sample-steps", "1"]
 FREE = ["--precision", "float32", "--micro-batch", "4"]
 
@@ -34,7 +37,9 @@ def worker(number, port, job, place):
 
 
 def two_processes(job, place):
-    """Run job(rank, place) in two forks of a process that has imported train -> their exit codes, lines of their stderr."""
+    """Run job(rank, place) in two forks of a process that has imported train -> their exit codes, lines of
+    their stderr.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train"])
     with socket.socket() as free:
@@ -55,7 +60,7 @@ def two_processes(job, place):
     return [process.exitcode for process in started], errors
 
 
-# ------------------------------------------------------------------------------------------------------------ the engine
+# ------------------------------------------------------------------------------------------------- the engine
 
 
 def small_engine(noise_multiplier=0.0):
@@ -104,12 +109,13 @@ def test_the_total_of_two_processes_is_the_sum_of_one_and_gets_the_noise_once(tm
     assert first["figures"]["examples"] == whole["examples"] == 11 and second["figures"]["examples"] == 3
     assert first["figures"]["norm_quantiles"] == pytest.approx(whole["norm_quantiles"])
     assert torch.equal(first["change"], second["change"])
-    # 4340 numbers N(0, (sigma C / B)^2): the standard deviation is known to 1.1 %; noise of both ranks would give 1.41.
+    # 4340 numbers N(0, (sigma C / B)^2): the standard deviation is known to 1.1 %; noise of both ranks would
+    # give 1.41.
     assert float(first["change"].std()) / (3.0 * 0.5 / 8) == pytest.approx(1, abs=0.05)
     assert abs(float(first["change"].mean())) < 5 * (3.0 * 0.5 / 8) / 4340 ** 0.5
 
 
-# ------------------------------------------------------------------------------------------------------- the whole program
+# ------------------------------------------------------------------------------------------ the whole program
 
 
 def run_job(flags, number, place):
@@ -148,7 +154,9 @@ def run_job(flags, number, place):
     def sgd(parameters, lr, **betas):
         return torch.optim.SGD(parameters, lr)
 
-    dp_sgd.poisson_sample, dp_sgd.privatise, dp_sgd.fresh_generator = watched_sample, watched_privatise, watched_generator
+    dp_sgd.poisson_sample, dp_sgd.privatise, dp_sgd.fresh_generator = (
+        watched_sample, watched_privatise, watched_generator
+    )
     team.broadcast, train.fit, torch.optim.Adam = watched_broadcast, watched_fit, sgd
     try:
         train.main([*TINY, *FREE, "--out", str(place / "run"), *flags])
@@ -157,7 +165,8 @@ def run_job(flags, number, place):
 
 
 def test_a_run_by_two_processes(tmp_path):
-    job = partial(run_job, ["--steps", "3", "--clip-norm", "1e-3", "--sigma", "4", "--lr", "1", "--adversarial-weight", "0.5"])
+    job = partial(run_job, ["--steps", "3", "--clip-norm", "1e-3", "--sigma", "4", "--lr", "1",
+                            "--adversarial-weight", "0.5"])
     codes, errors = two_processes(job, tmp_path)
     assert codes == [0, 0] and errors == [[], []]
     first, second = (torch.load(tmp_path / f"seen.{number}", weights_only=True) for number in (0, 1))
@@ -166,7 +175,8 @@ def test_a_run_by_two_processes(tmp_path):
 
     for a, b in zip(first["public"], second["public"], strict=True):
         assert torch.equal(a, b)  # both ranks hold the same public networks ...
-    assert first["drift"] == second["drift"] == [0, 0]  # (before the last word of rank 0: all applied the same gradients)
+    # (before the last word of rank 0: all applied the same gradients)
+    assert first["drift"] == second["drift"] == [0, 0]
     assert [n for n, *_ in first["drawn"]] == [51] * 3 and [n for n, *_ in second["drawn"]] == [50] * 3
     assert {q for _, q, _ in first["drawn"] + second["drawn"]} == {20 / 101}
     states = {bytes(state.numpy()) for state in first["generators"] + second["generators"]}
@@ -176,11 +186,13 @@ def test_a_run_by_two_processes(tmp_path):
     rows, log = ([json.loads(line) for line in (out / "internal" / name).read_text().splitlines()]
                  for name in ("ledger.jsonl", "log.jsonl"))
     assert [row["step"] for row in rows] == [0, 1, 2]
-    assert [row["examples"] for row in log] == [a[2] + b[2] for a, b in zip(first["drawn"], second["drawn"], strict=True)]
+    assert [row["examples"] for row in log] == [a[2] + b[2] for a,
+                                                b in zip(first["drawn"], second["drawn"], strict=True)]
     assert (first["noise"], second["noise"]) == (3, 0)
     moved = second["changes"][1:]  # what rank 1 receives, step by step
     assert torch.equal(torch.stack(moved), torch.stack(first["changes"][1:])) and len(moved) == 3
-    for change in moved:  # 337,000 numbers, the clipped sum is far below the noise; 1.41 if both added, 0.71 if halves
+    # 337,000 numbers, the clipped sum is far below the noise; 1.41 if both added, 0.71 if halves
+    for change in moved:
         assert float(change.std()) / (4 * 1e-3 / 20) == pytest.approx(1, abs=0.02)
     privacy = files.read_json(out / "release" / "privacy.json")
     assert privacy["n"] == 101 and privacy["steps"] == 3
@@ -189,14 +201,17 @@ def test_a_run_by_two_processes(tmp_path):
 
 
 def stop_job(number, place):
-    """A signal reaches both processes at different moments; rank 0's word counts, and all leave after the same step."""
+    """A signal reaches both processes at different moments; rank 0's word counts, and all leave after the
+    same step.
+    """
     append, stops = files.append_row, []
     init = run_folder.Stop.__init__
     run_folder.Stop.__init__ = lambda self: (init(self), stops.append(self))[0]
 
     def appended(row, path):
         append(row, path)
-        if path.name == "ledger.jsonl" and row["step"] == number:  # rank 0 in step 0, rank 1 would be a step later
+        # rank 0 in step 0, rank 1 would be a step later
+        if path.name == "ledger.jsonl" and row["step"] == number:
             stops[0].handle(2, None)
 
     files.append_row = appended
@@ -231,7 +246,8 @@ def end_job(victim, how, number, place):
         (place / "left").write_text(str(time.time()))
 
 
-@pytest.mark.parametrize("victim, how, within", [(1, signal.SIGKILL, 10), (0, signal.SIGKILL, 10), (1, signal.SIGSTOP, 20)])
+@pytest.mark.parametrize("victim, how, within",
+                         [(1, signal.SIGKILL, 10), (0, signal.SIGKILL, 10), (1, signal.SIGSTOP, 20)])
 def test_a_dead_process_ends_the_run_with_one_line(victim, how, within, tmp_path):
     codes, errors = two_processes(partial(end_job, victim, how), tmp_path)
     survivor = 1 - victim
@@ -239,8 +255,11 @@ def test_a_dead_process_ends_the_run_with_one_line(victim, how, within, tmp_path
     assert len(errors[survivor]) == 1 and "another process" in errors[survivor][0] and not errors[victim]
     assert float((tmp_path / "left").read_text()) - float((tmp_path / "ended").read_text()) < within
     out = tmp_path / "run"
-    assert len((out / "internal" / "ledger.jsonl").read_text().splitlines()) == 1  # the second step has spent nothing
-    assert files.load(out / "internal" / "state.pt")["done"] == 1 and not (out / "release" / "model.pt").exists()
+    # the second step has spent nothing
+    assert len((out / "internal" / "ledger.jsonl").read_text().splitlines()) == 1
+    assert (
+        files.load(out / "internal" / "state.pt")["done"] == 1 and not (out / "release" / "model.pt").exists()
+    )
 
 
 def test_an_error_that_all_would_meet_is_told_once(tmp_path):

@@ -83,7 +83,7 @@ def road(kind, place, there):
         return f"folder:{there / 'copied'}"
     if kind == "one of them":
         shutil.copytree(place / "second", there / "mixed")
-        files, _, _ = photos.tree(place / "first")
+        files, *_ = photos.tree(place / "first")
         public = next(file for file in files if not arrays.held_out(file.as_posix().encode()))
         name = next(f"x{i}.png" for i in range(99) if not arrays.held_out(f"a/x{i}.png".encode()))
         shutil.copy(place / "first" / public, there / "mixed" / "a" / name)

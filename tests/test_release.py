@@ -1,4 +1,6 @@
-"""release/ is clean: nothing in it holds a private pixel, latent, loss, norm, path or name; its card states what it promises."""
+"""release/ is clean: nothing in it holds a private pixel, latent, loss, norm, path or name; its card states
+what it promises.
+"""
 import json
 import re
 import zlib
@@ -15,16 +17,20 @@ from datasets import arrays, pixels
 from extensions import pld
 from support import checkpoints, files, guarantee, release, settings
 
-TINY = ["--preset", "smoke", "--public-n", "40", "--private-n", "100", "--vae-steps", "2", "--ldm-steps", "2", "--vae-batch",
-        "8", "--ldm-batch", "8", "--batch-size", "10", "--steps", "2", "--accountant", "rdp", "--sample-steps", "1",
+TINY = ["--preset", "smoke", "--public-n", "40", "--private-n", "100", "--vae-steps", "2", "--ldm-steps", "2",
+        "--vae-batch",
+        "8", "--ldm-batch", "8", "--batch-size", "10", "--steps", "2", "--accountant", "rdp",
+        "--sample-steps", "1",
         "--precision", "float32", "--micro-batch", "32"]
 FILES = {"model.pt", "privacy.json", "samples.png", "comparison.png", "MODEL_CARD.md"}
-MODEL_KEYS = {"format", "vae", "scale", "unet", "embedder", "schedule", "classes", "crop", "prompts", "data", "privacy", "model"}
+MODEL_KEYS = {"format", "vae", "scale", "unet", "embedder", "schedule", "classes", "crop", "prompts", "data",
+              "privacy", "model"}
 MARKER = "marker-of-a-private-path"
 
 
 def marked_pictures():
-    """100 private pictures that no network draws by chance: checkerboards of two grey levels, all different."""
+    """100 private pictures that no network draws by chance: checkerboards of two grey levels, all different.
+    """
     y, x = torch.meshgrid(torch.arange(28), torch.arange(28), indexing="ij")
     grey = torch.stack([40 + torch.arange(100), 255 - torch.arange(100)], 1)  # (100, 2)
     return grey[:, (x + y) % 2].to(torch.uint8)[:, None]  # (100, 1, 28, 28)
@@ -57,15 +63,20 @@ def tiles(path, columns):
     enlarge = max(1, min(3, 900 // (columns * 28)))
     side = 29 * enlarge
     return torch.stack([image[y + enlarge:y + side:enlarge, x + enlarge:x + side:enlarge]
-                        for y in range(0, image.shape[0] - side + 1, side) for x in range(0, image.shape[1] - side + 1, side)])
+                        for y in range(0, image.shape[0] - side + 1, side)
+                        for x in range(0, image.shape[1] - side + 1, side)])
 
 
 def test_nothing_but_the_documented_files(run):
     assert {path.name for path in (run / "release").iterdir()} == FILES
     model = files.load(run / "release" / "model.pt")
     assert model.keys() == MODEL_KEYS and model["vae"].keys() == {"config", "state"}
-    networks = checkpoints.build_model(model)[0].state_dict(), checkpoints.build_vae(model["vae"]).state_dict()
-    assert (model["model"].keys(), model["vae"]["state"].keys()) == tuple(network.keys() for network in networks)
+    networks = (
+        checkpoints.build_model(model)[0].state_dict(),
+        checkpoints.build_vae(model["vae"]).state_dict(),
+    )
+    assert (model["model"].keys(), model["vae"]["state"].keys()) == tuple(network.keys()
+                                                                          for network in networks)
 
 
 def test_no_private_picture_in_the_pictures(run):
@@ -89,7 +100,8 @@ def test_no_pixel_row_and_no_latent_in_any_file(run):
         latents = autoencoder.encode(pixels.to_float(pixels.pad(pictures, 32))).mean * scale  # (100, 4, 4, 4)
     for path in (run / "release").iterdir():
         raw = path.read_bytes()
-        assert not any(picture[0, row].numpy().tobytes() in raw for picture in pictures for row in (0, 1)), path.name
+        assert not any(picture[0, row].numpy().tobytes() in raw for picture in pictures
+                       for row in (0, 1)), path.name
         assert not any(latent.numpy().tobytes()[:16] in raw for latent in latents), path.name
     for tensor in tensors(files.load(run / "release" / "model.pt")):
         for shape in (latents.shape, latents[0].shape, pictures.shape, pictures[0].shape):
@@ -99,7 +111,8 @@ def test_no_pixel_row_and_no_latent_in_any_file(run):
 def test_no_path_no_name_no_loss_in_any_byte(run):
     log = [json.loads(line) for line in (run / "internal" / "log.jsonl").read_text().splitlines()]
     figures = [row["loss"] for row in log] + [norm for row in log for norm in row["norm_quantiles"]]
-    words = [MARKER, str(run), str(run.parent), "norm_quantiles", "clipped_fraction", "private_pictures", "data_root"]
+    words = [MARKER, str(run), str(run.parent), "norm_quantiles", "clipped_fraction", "private_pictures",
+             "data_root"]
     for path in (run / "release").iterdir():
         raw = path.read_bytes()
         for word in (*words, *map(repr, figures)):
@@ -115,7 +128,8 @@ def test_png_files_hold_pixels_only(run):
         raw, kinds, at = path.read_bytes(), [], 8
         while at < len(raw):
             length, kind = int.from_bytes(raw[at:at + 4], "big"), raw[at + 4:at + 8]
-            assert zlib.crc32(raw[at + 4:at + 8 + length]) == int.from_bytes(raw[at + 8 + length:at + 12 + length], "big")
+            assert zlib.crc32(raw[at + 4:at + 8
+                                  + length]) == int.from_bytes(raw[at + 8 + length:at + 12 + length], "big")
             kinds.append(kind)
             at += 12 + length
         assert set(kinds) == {b"IHDR", b"IDAT", b"IEND"}  # no text, no time, no EXIF
@@ -143,7 +157,8 @@ def test_no_printed_epsilon_is_below_the_true_one(run, capsys):
     from types import SimpleNamespace
     s = SimpleNamespace(**vars(settings.parse([*TINY, "--sigma", "1"])))
     plan = {"n": 100, "q": 0.1, "sigma": 1.0, "steps": 2, "epsilon": 2.00001, "delta": 1e-5,
-            "numbers": {"epsilon_rdp": 2.00001, "epsilon_pld": 2.00001, guarantee.GROUP: 30.00001, guarantee.ATTACKER: {
+            "numbers": {"epsilon_rdp": 2.00001, "epsilon_pld": 2.00001, guarantee.GROUP: 30.00001,
+                        guarantee.ATTACKER: {
                 "0.001": 0.2, "0.01": 0.3, "0.1": 0.4}}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(guarantee, "privacy_numbers", lambda s, rows, delta: plan["numbers"])
@@ -156,15 +171,21 @@ def test_no_printed_epsilon_is_below_the_true_one(run, capsys):
 
 
 def test_the_statement_keeps_the_plans_numbers_and_never_lowers_one():
-    assert guarantee.settled(2.0, 2.0 + 1e-7) == 2.0 and guarantee.settled(2.0, 2.0 - 1e-7) == 2.0  # another machine's rounding
+    # another machine's rounding
+    assert guarantee.settled(2.0, 2.0 + 1e-7) == 2.0 and guarantee.settled(2.0, 2.0 - 1e-7) == 2.0
     assert guarantee.settled(2.0, 2.1) == 2.1 and guarantee.settled(2.0, 1.9) == 2.0
-    assert guarantee.settled({"a": 1.0, "b": float("inf")}, {"a": 3.0, "b": float("inf")}) == {"a": 3.0, "b": float("inf")}
+    assert guarantee.settled({"a": 1.0, "b": float("inf")},
+                             {"a": 3.0, "b": float("inf")}) == {"a": 3.0, "b": float("inf")}
 
 
 def test_the_card_says_what_the_statement_says(run, monkeypatch):
-    card, privacy = (run / "release" / "MODEL_CARD.md").read_text(), files.read_json(run / "release" / "privacy.json")
+    card, privacy = (
+        (run / "release" / "MODEL_CARD.md").read_text(),
+        files.read_json(run / "release" / "privacy.json"),
+    )
     assert "![samples](samples.png)" in card and privacy["statement"] in card and "at most" in card
-    for item in (*privacy["does_not_cover"], privacy["adjacency"], privacy["unit"], accountant.round_up(privacy["epsilon"]),
+    for item in (*privacy["does_not_cover"], privacy["adjacency"], privacy["unit"],
+                 accountant.round_up(privacy["epsilon"]),
                  accountant.round_up(float(privacy["epsilon_for_20_pictures_of_one_person"]))):
         assert item in card
     assert not re.search(r"\b(nan|None|True|False)\b", card)
@@ -174,8 +195,9 @@ def test_the_card_says_what_the_statement_says(run, monkeypatch):
 
 
 @pytest.mark.parametrize("change, said, unsaid", [
-    ({"private": False, "epsilon": "inf", "statement": "NOT PRIVATE: no noise"}, "Do not publish it", "An attacker who"),
-    ({"steps": 0, "n": 0}, "No private picture was read", "An attacker who"),
+    ({"private": False, "epsilon": "inf", "statement": "NOT PRIVATE: no noise"}, "Do not publish it",
+     "An attacker who"),
+    ({"steps": 0, "n": 0}, "No private image was read", "An attacker who"),
     ({"epsilon_for_20_pictures_of_one_person": "inf"}, "epsilon is\ninf", "Do not publish")])
 def test_the_card_of_other_runs(run, change, said, unsaid):
     privacy = files.read_json(run / "release" / "privacy.json") | change

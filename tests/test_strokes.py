@@ -19,7 +19,8 @@ def pictures():
 def test_shape_type_and_range(pictures):
     assert pictures.shape == (len(LABELS), 1, 28, 28) and pictures.dtype == torch.uint8
     assert (pictures.amax((1, 2, 3)) > 200).all(), "every picture has solid ink"
-    border = torch.cat([pictures[..., 0, :], pictures[..., -1, :], pictures[..., :, 0], pictures[..., :, -1]], -1)
+    border = torch.cat([pictures[..., 0, :], pictures[..., -1, :], pictures[..., :, 0], pictures[..., :, -1]],
+                       -1)
     assert (border > 0).float().mean() < 0.001, "ink stays inside, up to rare one-sided shapes"
     ink = pictures.float().mean() / 255
     assert 0.06 < ink < 0.2, f"mean grey {ink:.3f} is not a pen of 2 to 3.5 pixels"
@@ -59,7 +60,9 @@ def test_no_two_pictures_of_a_class_are_alike(pictures):
 
 
 def test_every_class_can_be_told_from_every_other(pictures):
-    """Mean pictures all differ, and a linear reader of a few hundred pictures is far above chance on fresh ones."""
+    """Mean pictures all differ, and a linear reader of a few hundred pictures is far above chance on fresh
+    ones.
+    """
     means = torch.stack([pictures[label == LABELS].float().mean(0).flatten() for label in range(36)])
     distance = torch.cdist(means, means) + 1e9 * torch.eye(36)
     assert distance.min() > 200
@@ -78,12 +81,14 @@ def test_two_or_more_ways_of_writing_every_digit_and_a_well_formed_skeleton_for_
     for name, variants in strokes.SKELETONS.items():
         assert len(variants) >= 2 and len(set(variants)) == len(variants), name
     assert ((strokes.CHANCE > 0).sum(0) == 1).all(), "each skeleton belongs to one class"
-    rows = strokes.MATRIX.sum(-1)  # points are affine combinations of control points: the skeleton moves as one
+    # points are affine combinations of control points: the skeleton moves as one
+    rows = strokes.MATRIX.sum(-1)
     assert torch.allclose(rows, torch.ones_like(rows), atol=1e-5)
 
 
 def test_other_sizes_show_the_same_handwriting():
-    small, large = (strokes.draw(LABELS[:36], torch.Generator().manual_seed(3), size=s).double() for s in (28, 56))
+    small, large = (strokes.draw(LABELS[:36], torch.Generator().manual_seed(3), size=s).double()
+                    for s in (28, 56))
     halved = torch.nn.functional.avg_pool2d(large, 2)
     assert halved.shape == small.shape and (halved - small).abs().mean() < 8
 
@@ -107,7 +112,9 @@ def test_load_balances_the_classes_and_counts_labels_from_zero(group, count, fir
 
 
 def test_load_draws_the_class_that_the_label_names():
-    """Letters loaded as 0..25 are letters: nearer to their own mean than to that of the digit with their number."""
+    """Letters loaded as 0..25 are letters: nearer to their own mean than to that of the digit with their
+    number.
+    """
     drawn = datasets.load("strokes", size=28, public_classes="letters", n=520, seed=0)
 
     def mean(label):

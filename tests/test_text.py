@@ -1,4 +1,6 @@
-"""Text as condition: grammar, tokenizer, encoder, its per-example gradients, and runs from start to end by prompt."""
+"""Text as condition: grammar, tokenizer, encoder, its per-example gradients, and runs from start to end by
+prompt.
+"""
 import json
 from dataclasses import replace
 from functools import partial
@@ -22,11 +24,16 @@ from support import checkpoints, conditions, files, presets, run_folder, setting
 from support.settings import GRADIENTS
 
 CELEBA = [
-    "5_o_Clock_Shadow", "Arched_Eyebrows", "Attractive", "Bags_Under_Eyes", "Bald", "Bangs", "Big_Lips", "Big_Nose",
-    "Black_Hair", "Blond_Hair", "Blurry", "Brown_Hair", "Bushy_Eyebrows", "Chubby", "Double_Chin", "Eyeglasses", "Goatee",
-    "Gray_Hair", "Heavy_Makeup", "High_Cheekbones", "Male", "Mouth_Slightly_Open", "Mustache", "Narrow_Eyes", "No_Beard",
-    "Oval_Face", "Pale_Skin", "Pointy_Nose", "Receding_Hairline", "Rosy_Cheeks", "Sideburns", "Smiling", "Straight_Hair",
-    "Wavy_Hair", "Wearing_Earrings", "Wearing_Hat", "Wearing_Lipstick", "Wearing_Necklace", "Wearing_Necktie", "Young"]
+    "5_o_Clock_Shadow", "Arched_Eyebrows", "Attractive", "Bags_Under_Eyes", "Bald", "Bangs", "Big_Lips",
+    "Big_Nose",
+    "Black_Hair", "Blond_Hair", "Blurry", "Brown_Hair", "Bushy_Eyebrows", "Chubby", "Double_Chin",
+    "Eyeglasses", "Goatee",
+    "Gray_Hair", "Heavy_Makeup", "High_Cheekbones", "Male", "Mouth_Slightly_Open", "Mustache", "Narrow_Eyes",
+    "No_Beard",
+    "Oval_Face", "Pale_Skin", "Pointy_Nose", "Receding_Hairline", "Rosy_Cheeks", "Sideburns", "Smiling",
+    "Straight_Hair",
+    "Wavy_Hair", "Wearing_Earrings", "Wearing_Hat", "Wearing_Lipstick", "Wearing_Necklace", "Wearing_Necktie",
+    "Young"]
 LOSS = partial(diffusion.loss, schedule=diffusion.PAPER)
 OTHERS = ["Blurry", "Child", "Dark_Photo", "Grayscale", "Male", "Senior", "Young"]
 CLASSES = ["T-shirt", "ankle boot", "3", "a", "traffic_light"]
@@ -40,25 +47,29 @@ def random_attributes(names, generator, p=0.3):
     return {name: bool(torch.rand((), generator=generator) < p) for name in names}
 
 
-# ------------------------------------------------------------------------------------------------------------ grammar
+# ---------------------------------------------------------------------------------------------------- grammar
 
 
 def test_every_attribute_of_celeba_is_worded():
     known = {name for name, value in captions.PHRASES if value} | {"Male"}
     assert len(CELEBA) == 40 and set(CELEBA) <= known
     for name in CELEBA:  # alone and certain to be said, a true attribute changes the sentence
-        said, unsaid = ({captions.caption({"Male": True, name: value}, seeded(i), omit=0, deny=0) for i in range(20)}
+        said, unsaid = ({captions.caption({"Male": True, name: value}, seeded(i), omit=0, deny=0)
+                         for i in range(20)}
                         for value in (True, False))
         assert said != unsaid, name
         assert "_" not in "".join(said)
 
 
 def test_a_caption_says_what_is_true_in_many_ways():
-    facts = dict.fromkeys(CELEBA, False) | dict.fromkeys(("Smiling", "Young", "Black_Hair", "Eyeglasses", "No_Beard"), True)
+    facts = dict.fromkeys(CELEBA, False) | dict.fromkeys(("Smiling", "Young", "Black_Hair", "Eyeglasses",
+                                                          "No_Beard"), True)
     sentences = [captions.caption(facts, seeded(i)) for i in range(300)]
     assert len(set(sentences)) > 200 and captions.caption(facts, seeded(7)) == sentences[7]
-    assert all(("woman" in c or "lady" in c) and "beard" not in c.replace("without a goatee beard", "") for c in sentences)
-    for words in (("smiling", "cheerful"), ("young", "youthful"), ("black hair",), ("glasses",)):  # omitted in about a fifth
+    assert all(("woman" in c or "lady" in c) and "beard" not in c.replace("without a goatee beard", "")
+               for c in sentences)
+    # omitted in about a fifth
+    for words in (("smiling", "cheerful"), ("young", "youthful"), ("black hair",), ("glasses",)):
         assert 200 < sum(any(word in c for word in words) for c in sentences) < 290, words
     assert sum("without" in c or "not" in c for c in sentences) > 30  # what is false is sometimes said
     certain = captions.caption(facts, seeded(), omit=0, deny=0)
@@ -69,7 +80,11 @@ def test_the_noun_follows_age_and_sex():
     def noun(**facts):
         return captions.caption(facts, seeded(), omit=0, deny=0).split()[-1]
 
-    assert noun(Male=True, Child=True) == "boy" and noun(Male=False, Child=True) == "girl" and noun(Child=False) == "adult"
+    assert (
+        noun(Male=True, Child=True) == "boy"
+        and noun(Male=False, Child=True) == "girl"
+        and noun(Child=False) == "adult"
+    )
     assert noun(Male=True) in ("man", "guy") and noun(Male=False, Child=False) in ("woman", "lady")
     assert noun(Smiling=True) == "person"
     assert not {"older", "middle"} & {w for i in range(50) for w in text.split(
@@ -80,13 +95,15 @@ def test_attributes_without_wording_are_said_by_name():
     assert captions.caption({"Male": True, "Dark_Photo": True}, seeded(), omit=0).endswith(", dark photo")
     assert captions.caption({"Striped": True, "Old_Barn": False}, seeded(), omit=0, deny=1) in (
         "a picture, striped, not old barn", "a picture, not old barn, striped")
-    assert captions.caption({"Male": np.bool_(True), "Child": torch.tensor(False)}, seeded())  # any kind of truth value
+    # any kind of truth value
+    assert captions.caption({"Male": np.bool_(True), "Child": torch.tensor(False)}, seeded())
 
 
 def test_captions_of_classes():
     sentences = {captions.class_caption("automobile", seeded(i)) for i in range(50)}
     assert "a photo of an automobile" in sentences and "an automobile" in sentences
-    assert all(captions.class_caption("a", seeded(i)).endswith("the letter a") for i in range(9))  # not "an a"
+    # not "an a"
+    assert all(captions.class_caption("a", seeded(i)).endswith("the letter a") for i in range(9))
     assert captions.class_caption("traffic_light", seeded()).endswith("a traffic light")
 
 
@@ -102,7 +119,7 @@ def test_the_vocabulary_has_every_word_the_grammar_can_say(names):
     assert decoded == [" ".join(text.split(c)) for c in sentences]
 
 
-# ---------------------------------------------------------------------------------------------------------- tokenizer
+# -------------------------------------------------------------------------------------------------- tokenizer
 
 
 def test_tokenizer():
@@ -117,7 +134,7 @@ def test_tokenizer():
             text.Tokenizer(words, length)
 
 
-# ------------------------------------------------------------------------------------------------- encoder and network
+# ---------------------------------------------------------------------------------------- encoder and network
 
 
 def text_model(tune="attention", dtype=torch.float64, length=6):
@@ -135,7 +152,8 @@ TOKENS = torch.tensor([[1, 4, 4, 8, 0, 0], [1, 0, 0, 0, 0, 0], [1, 2, 3, 5, 6, 7
 
 def examples(k, tokens=TOKENS):
     g = seeded(1)
-    return diffusion.draw(torch.randn(len(tokens), 4, 4, 4, generator=g, dtype=torch.float64), tokens, k, g, diffusion.PAPER)
+    return diffusion.draw(torch.randn(len(tokens), 4, 4, 4, generator=g, dtype=torch.float64), tokens, k, g,
+                          diffusion.PAPER)
 
 
 def test_padding_never_changes_the_output():
@@ -148,7 +166,8 @@ def test_padding_never_changes_the_output():
     changed = tokens.clone()
     changed[0, 2] = 5
     assert not torch.allclose(model(z, t[:, 0], changed)[0], short[0], atol=1e-6)
-    swapped = tokens[:, [0, 2, 1, 3, 4, 5]]  # order counts: the third example differs, the first has twice the same word
+    # order counts: the third example differs, the first has twice the same word
+    swapped = tokens[:, [0, 2, 1, 3, 4, 5]]
     difference = (model(z, t[:, 0], swapped) - short).abs().amax((1, 2, 3))
     assert difference[0] < 1e-12 and difference[2] > 1e-6
 
@@ -193,14 +212,16 @@ def test_the_text_is_encoded_once_per_example_and_everything_in_it_learns():
     LOSS(model, *examples(3)).sum().backward()
     assert seen == [4]
     assert unet.without_gradient(model) == []  # query and key of the cross-attention included
-    silent = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    silent = [n for n, p in model.named_parameters() if p.requires_grad
+              and (p.grad is None or not p.grad.any())]
     assert not silent
     assert not model.embedder.embedding.weight.grad[text.PAD].any()
 
 
-# --------------------------------------------------------------------------------------------------------- whole runs
+# ------------------------------------------------------------------------------------------------- whole runs
 
-TINY = {**presets.PRESETS["smoke"], "public_n": 80, "private_n": 80, "batch_size": 10, "steps": 2, "delta": 1e-3, "sigma": 1.0,
+TINY = {**presets.PRESETS["smoke"], "public_n": 80, "private_n": 80, "batch_size": 10, "steps": 2,
+        "delta": 1e-3, "sigma": 1.0,
         "accountant": "rdp", "vae_steps": 2, "ldm_steps": 2, "sample_steps": 2, "text_width": 16,
         "vae": vae.VAEConfig(ch=8, ch_mult=(1, 1, 1, 1), num_res_blocks=1),
         "unet": unet.UNetConfig(4, 4, 16, (1, 1), attention_resolutions=(2,), context_dim=8, num_groups=8)}
@@ -219,7 +240,9 @@ def run_tiny(out, *flags):
 
 
 def faces(monkeypatch, captions=False):
-    """The private digits pass for faces with attributes, of which the label is one, or for pictures with captions."""
+    """The private digits pass for faces with attributes, of which the label is one, or for pictures with
+    captions.
+    """
     read = datasets.load
 
     def load(name, *args, **kwargs):
@@ -255,8 +278,10 @@ def test_a_text_run_from_start_to_end(run, tmp_path, capsys):
     release = sample.load_release(run)
     assert isinstance(release.model.embedder, text.TextEncoder) and release.tokenizer.length == 32
     assert {"odd", "thing", "smiling", "letter"} <= set(release.tokenizer.words)
-    assert [set(p) <= set((run / "release" / "prompts.txt").read_text().splitlines()) for p in release.prompts]
-    assert all("woman" in p or "lady" in p for p in release.prompts[0])  # the label's prompts: Male is false, or true
+    assert [set(p) <= set((run / "release" / "prompts.txt").read_text().splitlines())
+            for p in release.prompts]
+    # the label's prompts: Male is false, or true
+    assert all("woman" in p or "lady" in p for p in release.prompts[0])
     assert all(" man" in p or " guy" in p for p in release.prompts[1])
     assert not any(release.tokenizer.unknown(p) for prompts in release.prompts for p in prompts)
     privacy = json.loads((run / "release" / "privacy.json").read_text())
@@ -267,12 +292,14 @@ def test_a_text_run_from_start_to_end(run, tmp_path, capsys):
     assert images.shape == (3, 1, 28, 28)
     assert torch.equal(images, sample.generate(release, [0, 1, 1], steps=2, seed=3, progress=False))
     out = tmp_path / "x.npz"
-    assert command(sample, run, "--prompt", "a smiling zebra, a zebra", "--n", 3, "--steps", 2, "--guidance", 2,
+    assert command(sample, run, "--prompt", "a smiling zebra, a zebra", "--n", 3, "--steps", 2, "--guidance",
+                   2,
                    "--npz", out) == 0
     error = capsys.readouterr().err
     assert "unknown" in error and error.count("zebra") == 1 and "smiling" not in error
     with np.load(out) as file:
-        assert file["images"].shape == (3, 28, 28) and file["prompts"].tolist() == ["a smiling zebra, a zebra"] * 3
+        assert file["images"].shape == (3, 28,
+                                        28) and file["prompts"].tolist() == ["a smiling zebra, a zebra"] * 3
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a man\n\na smiling woman\n")
     assert command(sample, run, "--prompts", prompts, "--n", 3, "--steps", 2, "--npz", out) == 0
@@ -288,17 +315,20 @@ def test_every_private_step_changes_the_text_encoder(run):
     public, released = files.load(run / "public" / "ldm.pt"), files.load(run / "release" / "model.pt")
     assert public["embedder"] == released["embedder"] and public["embedder"]["kind"] == "text"
     names = [name for name in public["model"] if name.startswith("embedder.")]
-    assert len(names) > 20 and not any(torch.equal(public["model"][name], released["model"][name]) for name in names)
+    assert len(names) > 20 and not any(torch.equal(public["model"][name], released["model"][name])
+                                       for name in names)
 
 
 def test_private_captions_never_enter_the_vocabulary(run, tmp_path, monkeypatch):
     faces(monkeypatch, captions=True)
     seen, encode = [], text.Tokenizer.encode
-    monkeypatch.setattr(text.Tokenizer, "encode", lambda self, prompts: (seen.extend(prompts), encode(self, prompts))[1])
+    monkeypatch.setattr(text.Tokenizer, "encode", lambda self,
+                        prompts: (seen.extend(prompts), encode(self, prompts))[1])
     run_tiny(tmp_path / "r", "--condition", "text", "--steps", "1")
     assert any(SECRET in prompt for prompt in seen)  # the captions were used
     for part in ("public", "release"):
-        words = files.load(tmp_path / "r" / part / ("ldm.pt" if part == "public" else "model.pt"))["embedder"]["words"]
+        words = files.load(tmp_path / "r" / part / ("ldm.pt"
+                                                    if part == "public" else "model.pt"))["embedder"]["words"]
         assert SECRET.lower() not in words and "portrait" in words
         for file in (tmp_path / "r" / part).iterdir():
             assert SECRET.lower().encode() not in file.read_bytes().lower(), file
@@ -323,7 +353,8 @@ def test_init_reuses_the_text_encoder(run, tmp_path, monkeypatch):
     run_tiny(tmp_path / "r", "--condition", "text", "--init", str(run), "--steps", "1", "--text-length", "5")
     old, new = (files.load(r / "release" / "model.pt")["embedder"] for r in (run, tmp_path / "r"))
     assert old == new and new["length"] == 32  # the checkpoint says what it is
-    run_tiny(tmp_path / "s", "--init", str(run), "--steps", "1")  # by class: a new diffusion model, the same autoencoder
+    # by class: a new diffusion model, the same autoencoder
+    run_tiny(tmp_path / "s", "--init", str(run), "--steps", "1")
     old, new = (files.load(r / "public" / "vae.pt")["state"] for r in (run, tmp_path / "s"))
     assert all(torch.equal(old[key], new[key]) for key in old)
     assert files.load(tmp_path / "s" / "release" / "model.pt")["embedder"]["kind"] == "class"
@@ -343,7 +374,8 @@ def test_runs_without_text(other, tmp_path, capsys):
     assert (release.model.embedder is None) == (kind == "none") and release.tokenizer is None
     assert sample.generate(release, [1, 2], steps=2, progress=False).shape == (2, 1, 28, 28)
     assert not (out / "release" / "prompts.txt").exists()
-    for flags, message in ((["--prompt", "a dog"], "not trained with prompts"), (["--labels", "1"], "unconditional"),
+    for flags, message in ((["--prompt", "a dog"], "not trained with prompts"),
+                           (["--labels", "1"], "unconditional"),
                            (["--guidance", "2"], "unconditional")):
         if kind == "none" or message != "unconditional":
             assert command(sample, out, *flags, "--n", 2, "--steps", 2, "--out", tmp_path / "x.png") == 2
@@ -359,11 +391,16 @@ def test_runs_without_text(other, tmp_path, capsys):
 
 def test_checkpoints_of_classes_from_before_texts_are_read():
     old = checkpoints.build_embedder({"num_classes": 3, "dim": 5, "null_class": True})
-    assert isinstance(old, unet.ClassEmbedder) and old.num_classes == 3 and checkpoints.build_embedder(None) is None
+    assert (
+        isinstance(old, unet.ClassEmbedder)
+        and old.num_classes == 3
+        and checkpoints.build_embedder(None) is None
+    )
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--condition", "none", "--guidance", "2"], "needs a condition"), (["--text-width", "12"], "--text-width"),
+    (["--condition", "none", "--guidance", "2"], "needs a condition"),
+    (["--text-width", "12"], "--text-width"),
     (["--text-length", "0"], "--text-length")])
 def test_impossible_settings_are_refused(flags, message):
     with pytest.raises(ValueError, match=message):
@@ -382,10 +419,13 @@ def test_bad_prompts_are_one_line(run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xfa")
-    for flags, message in ((["--prompt", "a man", "--labels", "0"], "exclude"), (["--prompts", "empty.txt"], "no prompt"),
-                           (["--prompts", "none.txt"], "none.txt"), (["--prompts", "bytes.txt"], "bytes.txt")):
+    for flags, message in ((["--prompt", "a man", "--labels", "0"], "exclude"),
+                           (["--prompts", "empty.txt"], "no prompt"),
+                           (["--prompts", "none.txt"], "none.txt"),
+                           (["--prompts", "bytes.txt"], "bytes.txt")):
         assert command(sample, run, *flags) == 2
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1 and message in lines[0]
-    assert command(sample, run, "--prompt", "a " * 40, "--n", 1, "--steps", 1, "--out", tmp_path / "x.png") == 0
+    assert command(sample, run, "--prompt", "a " * 40, "--n", 1, "--steps", 1, "--out",
+                   tmp_path / "x.png") == 0
     assert "only the first 31 words" in capsys.readouterr().err

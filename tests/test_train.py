@@ -1,4 +1,6 @@
-"""The programs end to end on the smoke preset: all stages, release, sampling, resuming, and every refusal in one line."""
+"""The programs end to end on the smoke preset: all stages, release, sampling, resuming, and every refusal in
+one line.
+"""
 import json
 import shutil
 import subprocess
@@ -7,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import accountant
 import datasets
@@ -16,8 +19,10 @@ import vae
 from datasets import strokes
 from support import checkpoints, conditions, dry_run, files, guarantee, run_folder, settings
 
-PRIVACY_KEYS = {"statement", "epsilon", "delta", "accountant", "adjacency", "unit", "sampling", "n", "q", "steps", "sigma",
-                "clip_norm", "noise_multiplicity", "expected_batch_size", "covers", "does_not_cover", "insecure_seed"}
+PRIVACY_KEYS = {"statement", "epsilon", "delta", "accountant", "adjacency", "unit", "sampling", "n", "q",
+                "steps", "sigma",
+                "clip_norm", "noise_multiplicity", "expected_batch_size", "covers", "does_not_cover",
+                "insecure_seed"}
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +37,10 @@ def read_rows(out):
 
 
 def test_a_run_leaves_what_it_promises(run):
-    for name in ("public/vae.pt", "public/ldm.pt", "public/autoencoder.png", "release/model.pt", "release/privacy.json",
-                 "release/samples.png", "release/comparison.png", "internal/ledger.jsonl", "internal/state.pt"):
+    for name in ("public/vae.pt", "public/ldm.pt", "public/autoencoder.png", "release/model.pt",
+                 "release/privacy.json",
+                 "release/samples.png", "release/comparison.png", "internal/ledger.jsonl",
+                 "internal/state.pt"):
         assert (run / name).stat().st_size > 100, name
     assert not list(run.rglob("*.tmp"))
     privacy = files.read_json(run / "release" / "privacy.json")
@@ -46,16 +53,21 @@ def test_the_ledger_has_one_row_per_logical_step_and_gives_the_epsilon(run):
     rows, privacy = read_rows(run), files.read_json(run / "release" / "privacy.json")
     assert len(rows) == privacy["steps"] == 4  # four logical steps of about three micro-batches each
     assert all(row["q"] == 100 / 1000 and row["sigma"] == privacy["sigma"] for row in rows)
-    assert abs(accountant.epsilon(100 / 1000, privacy["sigma"], 4, 1e-5, privacy["accountant"]) - privacy["epsilon"]) < 1e-6
+    assert abs(accountant.epsilon(100 / 1000, privacy["sigma"], 4, 1e-5,
+                                  privacy["accountant"]) - privacy["epsilon"]) < 1e-6
 
 
 @pytest.mark.parametrize("names, rows", [
-    (["1", "2", "9"], [1, 2, 9]), (["10", "2", "0"], [1, 2, 0]), (["cat", "3", "dog"], [0, 3, 1]), (["9"], [9])])
+    (["1", "2", "9"], [1, 2, 9]), (["10", "2", "0"], [1, 2, 0]), (["cat", "3", "dog"], [0, 3, 1]),
+    (["9"], [9])])
 def test_private_classes_begin_with_the_embedding_of_the_same_name(names, rows):
-    """Matched by name, not by position; others get rows that are left; what no private image can train is dropped."""
+    """Matched by name, not by position; others get rows that are left; what no private image can train is
+    dropped.
+    """
     table = torch.arange(37.0)[:, None].expand(-1, 4)
     entry = {"kind": "class", "dim": 4, "null_class": True, "num_classes": 36}
-    checkpoint = {"embedder": entry, "model": {"embedder.embedding.weight": table, "x": 1}, "trained_on": "strokes",
+    checkpoint = {"embedder": entry, "model": {"embedder.embedding.weight": table, "x": 1},
+                  "trained_on": "strokes",
                   "public_classes": "all"}
     for more in ({}, {"classes": list(strokes.GROUPS["all"])}):
         found = conditions.for_private_classes(checkpoint | more, names)
@@ -66,7 +78,8 @@ def test_private_classes_begin_with_the_embedding_of_the_same_name(names, rows):
 
 
 def test_a_plan_whose_noise_ends_too_early_is_refused(tmp_path):
-    for flags, fine in ((["--sigma", "0.3"], True), (["--sigma", "0.3", "--fast-noise"], False), (["--sigma", "0.08"], False)):
+    for flags, fine in ((["--sigma", "0.3"], True), (["--sigma", "0.3", "--fast-noise"], False),
+                        (["--sigma", "0.08"], False)):
         s = settings.parse(["--preset", "smoke", "--out", str(tmp_path), *flags])
         if fine:
             assert guarantee.privacy_plan(s, 1000)["sigma"] == 0.3
@@ -76,7 +89,10 @@ def test_a_plan_whose_noise_ends_too_early_is_refused(tmp_path):
 
 
 def test_only_the_chosen_parameters_changed(run):
-    public, released = files.load(run / "public" / "ldm.pt")["model"], files.load(run / "release" / "model.pt")["model"]
+    public, released = (
+        files.load(run / "public" / "ldm.pt")["model"],
+        files.load(run / "release" / "model.pt")["model"],
+    )
     changed = {k for k in public if not torch.equal(public[k], released[k])}
     model, _ = checkpoints.build_model(files.load(run / "public" / "ldm.pt"))
     import unet
@@ -86,13 +102,16 @@ def test_only_the_chosen_parameters_changed(run):
 
 
 def test_public_networks_that_know_the_private_pictures_are_refused(run, tmp_path):
-    with pytest.raises(ValueError, match="public networks know these pictures"):
-        train.main(["--preset", "smoke", "--public", "mnist10k", "--private", "mnist10k", "--out", str(tmp_path / "r")])
-    shutil.copytree(run, tmp_path / "tainted")  # an earlier run's networks, made from digits that are private now
+    with pytest.raises(ValueError, match="public networks know these images"):
+        train.main(["--preset", "smoke", "--public", "mnist10k", "--private", "mnist10k", "--out",
+                    str(tmp_path / "r")])
+    # an earlier run's networks, made from digits that are private now
+    shutil.copytree(run, tmp_path / "tainted")
     for name in ("vae.pt", "ldm.pt"):
         path = tmp_path / "tainted" / "public" / name
         files.save({**files.load(path), "trained_on": "mnist"}, path)
-    with pytest.raises(ValueError, match="public networks know these pictures.*mnist"):  # mnist10k is a part of mnist
+    # mnist10k is a part of mnist
+    with pytest.raises(ValueError, match="public networks know these images.*mnist"):
         train.main(["--preset", "smoke", "--init", str(tmp_path / "tainted"), "--out", str(tmp_path / "r")])
     assert not (tmp_path / "r").exists()
 
@@ -112,7 +131,8 @@ def test_samples_come_from_the_release_alone(run, tmp_path):
     assert images.shape == (3, 1, 28, 28) and images.dtype == torch.uint8
     assert torch.equal(images, sample.generate(release, [3, 3, 9], steps=3, seed=1, progress=False))
     assert not torch.equal(images, sample.generate(release, [3, 3, 9], steps=3, progress=False))
-    sample.main([str(tmp_path), "--n", "7", "--labels", "0-2,9", "--steps", "2", "--npz", str(tmp_path / "x.npz"), "--out",
+    sample.main([str(tmp_path), "--n", "7", "--labels", "0-2,9", "--steps", "2", "--npz",
+                 str(tmp_path / "x.npz"), "--out",
                  str(tmp_path / "x.png"), "--guidance", "1.5"])
     with np.load(tmp_path / "x.npz") as file:
         assert file["images"].shape == (7, 28, 28) and file["images"].dtype == np.uint8
@@ -157,11 +177,13 @@ def test_a_step_lost_in_a_crash_stays_spent(run, tmp_path, monkeypatch):
     import dp_sgd
     step = dp_sgd.DPSGD.step
     calls = []
-    monkeypatch.setattr(dp_sgd.DPSGD, "step", lambda self, o: calls.append(1) or (step if len(calls) < 3 else crash)(self, o))
+    monkeypatch.setattr(dp_sgd.DPSGD, "step", lambda self,
+                        o: calls.append(1) or (step if len(calls) < 3 else crash)(self, o))
     with pytest.raises(Crash):
         train.main(["--preset", "smoke", "--out", str(out), "--init", str(run)])
     monkeypatch.undo()
-    assert len(read_rows(out)) == 3  # the third batch was drawn and is in the ledger, its update never happened
+    # the third batch was drawn and is in the ledger, its update never happened
+    assert len(read_rows(out)) == 3
     with open(out / "internal" / "ledger.jsonl", "a") as file:
         file.write('{"step": 3, "q": 0.0')  # and a torn row
     train.main(["--resume", "--out", str(out)])
@@ -198,7 +220,8 @@ def test_steps_zero_releases_the_public_model_without_reading_private_pictures(r
 
 
 def test_no_noise_is_named_not_private(run, tmp_path, capsys):
-    train.main(["--preset", "smoke", "--out", str(tmp_path / "r"), "--init", str(run), "--epsilon", "inf", "--steps", "1"])
+    train.main(["--preset", "smoke", "--out", str(tmp_path / "r"), "--init", str(run), "--epsilon", "inf",
+                "--steps", "1"])
     privacy = files.read_json(tmp_path / "r" / "release" / "privacy.json")
     assert privacy["epsilon"] == "inf" and not privacy["private"] and "NOT PRIVATE" in privacy["statement"]
     assert "NOT private" in capsys.readouterr().err
@@ -208,14 +231,17 @@ def test_no_noise_is_named_not_private(run, tmp_path, capsys):
                                    ["--noise-multiplicity", "2", "--flips", "yes"], ["--insecure-seed", "1"],
                                    ["--from-block", "1", "--accountant", "pld"]])
 def test_ablations_are_flags(run, tmp_path, flags):
-    train.main(["--preset", "smoke", "--out", str(tmp_path / "r"), "--init", str(run), "--steps", "1", *flags])
-    assert sample.generate(sample.load_release(tmp_path / "r"), [1], steps=2, progress=False).shape == (1, 1, 28, 28)
+    train.main(["--preset", "smoke", "--out", str(tmp_path / "r"), "--init", str(run), "--steps", "1",
+                *flags])
+    assert sample.generate(sample.load_release(tmp_path / "r"), [1], steps=2,
+                           progress=False).shape == (1, 1, 28, 28)
     privacy = files.read_json(tmp_path / "r" / "release" / "privacy.json")
     assert privacy["private"] == ("--insecure-seed" not in flags) and privacy["epsilon"] <= 10
 
 
 def test_flags_of_the_networks_change_them_or_are_refused(run, tmp_path):
-    s = settings.parse(["--preset", "smoke", "--width", "64", "--prediction", "eps", "--depth", "2", "--latent-channels", "3"])
+    s = settings.parse(["--preset", "smoke", "--width", "64", "--prediction", "eps", "--depth", "2",
+                        "--latent-channels", "3"])
     assert (s.unet.model_channels, s.schedule.prediction, s.unet.num_res_blocks) == (64, "eps", 2)
     assert (s.vae.embed_dim, s.vae.z_channels, s.unet.in_channels, s.unet.out_channels) == (3, 3, 3, 3)
     for factor, side in (("4", 8), ("8", 4), ("16", 2)):
@@ -224,18 +250,22 @@ def test_flags_of_the_networks_change_them_or_are_refused(run, tmp_path):
     with pytest.raises(ValueError, match="--factor must be 2, 4, 8 or 16, got 5"):
         settings.parse(["--factor", "5"])
     reuse = ["--preset", "smoke", "--init", str(run), "--out", str(tmp_path / "again"), "--dry-run"]
-    for flag, value in (("--width", "64"), ("--prediction", "eps"), ("--depth", "2"), ("--latent-channels", "3"),
+    for flag, value in (("--width", "64"), ("--prediction", "eps"), ("--depth", "2"),
+                        ("--latent-channels", "3"),
                         ("--factor", "4")):
-        with pytest.raises(ValueError, match=f"{flag} {value}: the network of .* leave out {flag}, or --init"):
+        with pytest.raises(ValueError,
+                           match=f"{flag} {value}: the network of .* leave out {flag}, or --init"):
             train.main([*reuse, flag, value])
-    train.main([*reuse, "--width", "32", "--prediction", "v", "--depth", "1", "--latent-channels", "4", "--factor", "8"])
+    train.main([*reuse, "--width", "32", "--prediction", "v", "--depth", "1", "--latent-channels", "4",
+                "--factor", "8"])
     with pytest.raises(ValueError, match="must be divisible by num_groups"):
         train.main(["--preset", "smoke", "--width", "60", "--out", str(tmp_path / "new"), "--dry-run"])
 
 
 def test_flags_that_reused_networks_contradict_are_refused_or_named(run, tmp_path, capsys):
     reuse = ["--preset", "smoke", "--init", str(run), "--out", str(tmp_path / "again"), "--dry-run"]
-    with pytest.raises(ValueError, match="--public-classes letters: .* was trained on all"):  # else the release would claim it
+    # else the release would claim it
+    with pytest.raises(ValueError, match="--public-classes letters: .* was trained on all"):
         train.main([*reuse, "--public-classes", "letters"])
     train.main([*reuse, "--ldm-steps", "9", "--vae-steps", "9"])
     out = capsys.readouterr().out
@@ -259,24 +289,33 @@ def test_dry_run_writes_nothing(tmp_path, capsys, monkeypatch):
 
 REFUSED = [
     (["--epsilon", "0"], "--epsilon"), (["--epsilon", "nan"], "--epsilon"), (["--delta", "0"], "--delta"),
-    (["--delta", "0.002"], "below 1/n"), (["--batch-size", "1001"], "exceeds"), (["--batch-size", "0"], "--batch-size"),
+    (["--delta", "0.002"], "below 1/n"), (["--batch-size", "1001"], "exceeds"),
+    (["--batch-size", "0"], "--batch-size"),
     (["--steps", "-1"], "--steps"), (["--clip-norm", "0"], "--clip-norm"), (["--sigma", "-1"], "--sigma"),
     (["--tune", "attn"], "unknown tune"), (["--from-block", "99"], "from_block"), (["--lr", "-1"], "--lr"),
-    (["--private", "mnist", "--data-root", "/nonexistent"], "MNIST"), (["--init", "/nonexistent"], "there is no"),
+    (["--private", "mnist", "--data-root", "/nonexistent"], "MNIST"),
+    (["--init", "/nonexistent"], "there is no"),
     (["--resume", "--out", "/nonexistent"], "there is no"), (["--device", "cuda:99"], "--device"),
-    (["--guidance", "2", "--cond-drop", "0"], "--guidance"), (["--ema", "1"], "--ema"), (["--guidance", "nan"], "--guidance"),
-    (["--flips", "true"], "--flips: must be yes or no"), (["--preset", "digit"], "'digit'"), (["--epsilon", "much"], "--epsilon"),
+    (["--guidance", "2", "--cond-drop", "0"], "--guidance"), (["--ema", "1"], "--ema"),
+    (["--guidance", "nan"], "--guidance"),
+    (["--flips", "true"], "--flips: must be yes or no"), (["--preset", "digit"], "'digit'"),
+    (["--epsilon", "much"], "--epsilon"),
     (["--epsilon", "1", "--sigma", "2"], "give one of the two"), (["--init", "/nonexistent"], "there is no"),
-    (["--sigma", "1e-200"], "--sigma"), (["--sigma", "1e300"], "--sigma"), (["--epsilon", "1e300"], "--epsilon"),
+    (["--sigma", "1e-200"], "--sigma"), (["--sigma", "1e300"], "--sigma"),
+    (["--epsilon", "1e300"], "--epsilon"),
     (["--device", "meta"], "--device"), (["--tune", "lora:999999999999"], "the rank must be at most"),
-    (["--lr", "1e300"], "--lr"), (["--vae-lr", "inf"], "--vae-lr"), (["--clip-norm", "1e-320"], "--clip-norm"),
+    (["--lr", "1e300"], "--lr"), (["--vae-lr", "inf"], "--vae-lr"),
+    (["--clip-norm", "1e-320"], "--clip-norm"),
     (["--clip-norm", "1e300"], "--clip-norm"), (["--batch-size", "1" + 30 * "0"], "--batch-size"),
     (["--steps", "1" + 30 * "0"], "--steps"), (["--micro-batch", "1" + 30 * "0"], "--micro-batch"),
     (["--seed", str(2 ** 64)], "--seed"), (["--insecure-seed", str(-2 ** 64)], "--insecure-seed"),
-    (["--noise-multiplicity", "1000000000"], "--noise-multiplicity"), (["--sample-steps", "2000"], "--sample-steps"),
-    (["--guidance", "1e300"], "--guidance"), (["--width", "1" + 30 * "0"], "--width"), (["--depth", "99999999"], "--depth"),
+    (["--noise-multiplicity", "1000000000"], "--noise-multiplicity"),
+    (["--sample-steps", "2000"], "--sample-steps"),
+    (["--guidance", "1e300"], "--guidance"), (["--width", "1" + 30 * "0"], "--width"),
+    (["--depth", "99999999"], "--depth"),
     (["--text-layers", "99999999"], "--text-layers"), (["--public-n", "1" + 30 * "0"], "--public-n"),
-    (["--kl-weight", "1e300"], "--kl-weight"), (["--tune", "lora:\u00b2"], "\u00b2"), (["--delta", "1e-11"], "--accountant rdp"),
+    (["--kl-weight", "1e300"], "--kl-weight"), (["--tune", "lora:\u00b2"], "\u00b2"),
+    (["--delta", "1e-11"], "--accountant rdp"),
 ]
 
 
@@ -303,7 +342,8 @@ PRIVATE_NUMBERS = "loss=", "clipped=", "examples_per_s=", "step/s", "s/step"
 @pytest.mark.parametrize("flags, shown", [([], False), (["--show-private"], True)])
 def test_the_bar_shows_private_numbers_only_when_asked(run, tmp_path, capsys, flags, shown):
     """A cluster keeps what the terminal shows; the rate, too, would tell the size of a private batch."""
-    train.main(["--preset", "smoke", "--out", str(tmp_path / "r"), "--init", str(run), "--steps", "1", *flags])
+    train.main(["--preset", "smoke", "--out", str(tmp_path / "r"), "--init", str(run), "--steps", "1",
+                *flags])
     written = capsys.readouterr()
     lines = [line for line in written.err.replace("\r", "\n").splitlines() if "private tuning" in line]
     assert any("1/1" in line and "epsilon=10" in line for line in lines)
@@ -314,7 +354,8 @@ def test_the_bar_shows_private_numbers_only_when_asked(run, tmp_path, capsys, fl
     assert log[0].keys() >= {"loss", "clipped_fraction", "examples"}  # internal/ keeps them
 
 
-@pytest.mark.parametrize("flags", [["--accountant", "rdp", "--delta", "1e-11"], ["--epsilon", "10000"], ["--sigma", "1e-5"],
+@pytest.mark.parametrize("flags", [["--accountant", "rdp", "--delta", "1e-11"], ["--epsilon", "10000"],
+                                   ["--sigma", "1e-5"],
                                    ["--sample-steps", "2000"], ["--sigma", "0.05"]])
 def test_a_run_is_refused_before_its_first_private_step_or_ends_with_a_release(run, tmp_path, flags):
     out = tmp_path / "r"
@@ -323,9 +364,13 @@ def test_a_run_is_refused_before_its_first_private_step_or_ends_with_a_release(r
     except ValueError as error:
         assert "\n" not in str(error) and not (out / "internal" / "ledger.jsonl").exists()
     else:
-        privacy, plan = (files.read_json(out / name) for name in ("release/privacy.json", "internal/plan.json"))
+        privacy, plan = (files.read_json(out / name)
+                         for name in ("release/privacy.json", "internal/plan.json"))
         assert len(read_rows(out)) == 1 and plan["numbers"].items() <= privacy.items()
-        assert privacy["epsilon"] <= privacy["epsilon_rdp"] and float(privacy[guarantee.GROUP]) >= privacy["epsilon"]
+        assert (
+            privacy["epsilon"] <= privacy["epsilon_rdp"]
+            and float(privacy[guarantee.GROUP]) >= privacy["epsilon"]
+        )
 
 
 def test_settings_of_sampling_are_checked_against_the_networks_of_init(run, tmp_path):
@@ -335,7 +380,8 @@ def test_settings_of_sampling_are_checked_against_the_networks_of_init(run, tmp_
     checkpoint = files.load(path)
     files.save({**checkpoint, "schedule": {**checkpoint["schedule"], "T": 50}}, path)
     with pytest.raises(ValueError, match="--sample-steps must lie in 1..50"):
-        train.main(["--preset", "smoke", "--out", str(tmp_path / "r"), "--init", str(tmp_path / "short"), "--sample-steps", "51"])
+        train.main(["--preset", "smoke", "--out", str(tmp_path / "r"), "--init", str(tmp_path / "short"),
+                    "--sample-steps", "51"])
     assert not (tmp_path / "r").exists()
 
 
@@ -348,7 +394,8 @@ def test_diverged_public_networks_cost_no_private_step(run, tmp_path):
             next(iter(checkpoint["model"].values())).view(-1)[0] = float("inf")
         files.save({**checkpoint, **(damage or {})}, path)
         with pytest.raises(ValueError, match="not finite"):
-            train.main(["--preset", "smoke", "--out", str(tmp_path / f"r-{name}"), "--init", str(tmp_path / name)])
+            train.main(["--preset", "smoke", "--out", str(tmp_path / f"r-{name}"), "--init",
+                        str(tmp_path / name)])
         assert not (tmp_path / f"r-{name}" / "internal" / "ledger.jsonl").exists()
 
 
@@ -358,8 +405,10 @@ def test_settings_of_sampling_may_change_on_resume_and_stay_otherwise(run, tmp_p
     generate = sample.generate
     monkeypatch.setattr(sample, "generate", lambda *args, **how: seen.append(how) or generate(*args, **how))
     train.main(["--resume", "--out", str(out)])
-    train.main(["--resume", "--out", str(out), "--sample-steps", "2", "--sample-eta", "1", "--guidance", "1.5"])
-    assert [(how["steps"], how["eta"], how["guidance"]) for how in seen] == 2 * [(4, 0.0, 1.0)] + 2 * [(2, 1.0, 1.5)]
+    train.main(["--resume", "--out", str(out), "--sample-steps", "2", "--sample-eta", "1", "--guidance",
+                "1.5"])
+    assert [(how["steps"], how["eta"], how["guidance"])
+            for how in seen] == 2 * [(4, 0.0, 1.0)] + 2 * [(2, 1.0, 1.5)]
     assert len(read_rows(out)) == 4
 
 
@@ -393,7 +442,7 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(ValueError, match="No space"):
         files.save({"a": 2}, tmp_path / "x.pt")
     assert files.load(tmp_path / "x.pt") == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 
@@ -404,3 +453,16 @@ def test_ema_formula():
     assert torch.allclose(average[0], torch.full((2,), 0.9))  # first step: d = 1/10
     train.update_ema(average, values, 0.5, 1000)
     assert torch.allclose(average[0], torch.full((2,), 0.95))
+
+
+def test_progress_can_be_watched_and_changes_nothing(run, tmp_path):
+    flags = ["--preset", "smoke", "--init", str(run), "--steps", "2", "--insecure-seed", "1"]
+    train.main([*flags, "--out", str(tmp_path / "a"), "--watch", "1"])
+    train.main([*flags, "--out", str(tmp_path / "b")])  # no terminal: nothing is drawn
+    strip = Image.open(tmp_path / "a" / "release" / "progress.png")
+    assert strip.width > 3 * strip.height and not (tmp_path / "b" / "release" / "progress.png").exists()
+    rows = np.asarray(strip.convert("L"), dtype=int)
+    height = strip.height // 3  # the untuned model, and one row after each of two steps
+    assert (rows[:height - 3] != rows[height:2 * height - 3]).any()
+    a, b = (files.load(tmp_path / name / "release" / "model.pt")["model"] for name in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)

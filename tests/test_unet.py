@@ -1,4 +1,6 @@
-"""The UNet: parameter counts of the paper's networks, shapes, conditioning, the choice of what is tuned, LoRA, weights."""
+"""The UNet: parameter counts of the paper's networks, shapes, conditioning, the choice of what is tuned,
+LoRA, weights.
+"""
 import copy
 from types import SimpleNamespace
 
@@ -28,7 +30,8 @@ def count(parameters):
     return sum(p.numel() for p in parameters)
 
 
-# Exact counts of the authors' networks (measured by building them): UNet, in attention, modules; then condition embedder.
+# Exact counts of the authors' networks (measured by building them): UNet, in attention, modules; then
+# condition embedder.
 COUNTS = {
     "mnist": (4_606_467, 1_578_304, 7, (26, 5, False), 130),
     "cifar10": (90_290_563, 23_867_520, 16, (1000, 512, True), 512_512),
@@ -66,7 +69,9 @@ def test_later_blocks_of_the_cifar_network():
 
 @pytest.mark.parametrize("tune", ["attention", "all", "norm", "lora:2"])
 def test_weights_without_a_gradient_are_not_trained(tune):
-    """They would see nothing but noise, and a release would show it: clean equations for whoever wants to compute it."""
+    """They would see nothing but noise, and a release would show it: clean equations for whoever wants to
+    compute it.
+    """
     model = unet.LatentModel(unet.UNet(unet.PAPER["mnist"]), unet.ClassEmbedder(26, 5))
     names = unet.without_gradient(model)
     assert count(dict(model.named_parameters())[n] for n in names) == 82_752
@@ -112,19 +117,22 @@ def test_one_token_shortcut_is_exact():
     # A context of two equal tokens has the same answer as one token, and takes the full path.
     network = tiny().unet.double()
     x, t, token = torch.randn(2, 2, 4, 4).double(), torch.tensor([3, 700]), torch.randn(2, 1, 6).double()
-    assert torch.allclose(network(x, t, token), network(x, t, token.expand(-1, 2, -1)), rtol=1e-10, atol=1e-12)
+    assert torch.allclose(network(x, t, token), network(x, t, token.expand(-1, 2, -1)), rtol=1e-10,
+                          atol=1e-12)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_written_out_for_bfloat16_equals_the_fused_kernel(masked, monkeypatch):
     torch.manual_seed(0)
     q, k, v = (torch.randn(3, 2, length, 8).bfloat16() for length in (5, 7, 7))
-    mask = (torch.arange(7) < torch.tensor([[7], [2], [1]]))[:, None, None] if masked else None  # (3, 1, 1, 7)
+    # (3, 1, 1, 7)
+    mask = (torch.arange(7) < torch.tensor([[7], [2], [1]]))[:, None, None] if masked else None
     expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask)
     monkeypatch.setattr(F, "scaled_dot_product_attention", None)  # not used here
     assert torch.allclose(unet.attend(q, k, v, mask).double(), expected, atol=0.03)
     if masked:
-        assert torch.equal(unet.attend(q, k, v, mask)[2], v[2, :, :1].expand(-1, 5, -1))  # one token left: its value
+        # one token left: its value
+        assert torch.equal(unet.attend(q, k, v, mask)[2], v[2, :, :1].expand(-1, 5, -1))
 
 
 def test_multiplicity_repeats_each_condition_in_place():
@@ -170,7 +178,8 @@ def test_select_trainable():
 
 
 @pytest.mark.parametrize("tune, from_block, message", [
-    ("attn", 0, "unknown tune"), ("attention", 7, "from_block"), ("all", 1, "from_block"), ("lora:0", 0, "rank"),
+    ("attn", 0, "unknown tune"), ("attention", 7, "from_block"), ("all", 1, "from_block"),
+    ("lora:0", 0, "rank"),
     ("lora:x", 0, "rank")])
 def test_select_trainable_refuses(tune, from_block, message):
     with pytest.raises(ValueError, match=message):
@@ -203,8 +212,10 @@ def test_bad_width_is_refused():
 
 
 def original_names(state):
-    """Our weights under the original's names and shapes, written independently of original_weights.LDM_NAMES."""
-    table = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_proj": "emb_layers.1", "norm2": "out_layers.0",
+    """Our weights under the original's names and shapes, written independently of original_weights.LDM_NAMES.
+    """
+    table = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_proj": "emb_layers.1",
+             "norm2": "out_layers.0",
              "conv2": "out_layers.3", "skip": "skip_connection"}
     theirs = {}
     for key, value in state.items():
@@ -231,8 +242,10 @@ def test_load_ldm_is_strict_and_complete(changes):
         torch.nn.init.zeros_(p)
     theirs = original_names(source.state_dict())
     original_weights.load_unet(target, theirs | {"first_stage_model.x": torch.zeros(1)})
-    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True))
-    original_weights.load_unet(target, {k.removeprefix("model.diffusion_model."): v for k, v in theirs.items()})
+    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(),
+                                                 strict=True))
+    original_weights.load_unet(target, {k.removeprefix("model.diffusion_model."): v for k,
+                                        v in theirs.items()})
     before = copy.deepcopy(target.state_dict())
     some = next(iter(theirs))
     for broken in (dict(list(theirs.items())[1:]), theirs | {"model.diffusion_model.extra": torch.zeros(1)},

@@ -1,4 +1,6 @@
-"""The autoencoder: parameter counts of the paper's networks, closed forms of posterior and KL, shapes, scale, weights."""
+"""The autoencoder: parameter counts of the paper's networks, closed forms of posterior and KL, shapes, scale,
+weights.
+"""
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +18,8 @@ COUNTS = {"mnist": 102_553_535, "cifar10": 14_639_807, "celeba64": 29_935_359, "
 
 def tiny():
     torch.manual_seed(0)
-    return vae.AutoencoderKL(vae.VAEConfig(in_channels=2, out_ch=2, ch=8, ch_mult=(1, 2), resolution=8, attn_resolutions=(8,)))
+    return vae.AutoencoderKL(vae.VAEConfig(in_channels=2, out_ch=2, ch=8, ch_mult=(1, 2), resolution=8,
+                                           attn_resolutions=(8,)))
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -41,7 +44,8 @@ def test_kl_equals_torch_distributions():
 
 def test_posterior_sample_has_its_mean_and_deviation():
     generator = torch.Generator().manual_seed(1)
-    posterior = vae.Posterior(torch.full((200_000, 1, 1, 1), 2.0), torch.full((200_000, 1, 1, 1), 2 * torch.tensor(0.3).log()))
+    posterior = vae.Posterior(torch.full((200_000, 1, 1, 1), 2.0),
+                              torch.full((200_000, 1, 1, 1), 2 * torch.tensor(0.3).log()))
     z = posterior.sample(generator)
     assert abs(z.mean() - 2.0) < 4 * 0.3 / 200_000 ** 0.5
     assert abs(z.std() - 0.3) < 4 * 0.3 / 400_000 ** 0.5
@@ -90,7 +94,7 @@ def test_bad_config_is_refused():
         vae.AutoencoderKL(vae.VAEConfig(resolution=30))
 
 
-# ---------------------------------------------------------------------------------- the terms for large pictures
+# ------------------------------------------------------------------------------- the terms for large pictures
 
 
 @pytest.fixture
@@ -98,7 +102,8 @@ def vgg(monkeypatch):
     """VGG16's convolutions with random weights in the place of the download; the classifier is not needed."""
     torch.manual_seed(0)
     layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
-    monkeypatch.setattr(torchvision.models, "vgg16", lambda weights, progress: SimpleNamespace(features=layers))
+    monkeypatch.setattr(torchvision.models, "vgg16", lambda weights,
+                        progress: SimpleNamespace(features=layers))
     return layers
 
 
@@ -139,7 +144,8 @@ def test_loss_with_the_perceptual_term():
     plain = vae.loss(model, x, 0.5, seed(3))[0]
     y = model.decode(model.encode(x).sample(seed(3)))
     total = vae.loss(model, x, 0.5, seed(3), perceptual.gradient_distance, 0.3)[0]
-    assert torch.allclose(total - plain, 0.3 * 2 * 8 * 8 * perceptual.gradient_distance(x, y).mean(), rtol=1e-3)
+    assert torch.allclose(total - plain, 0.3 * 2 * 8 * 8 * perceptual.gradient_distance(x, y).mean(),
+                          rtol=1e-3)
 
 
 def two_pictures():
@@ -200,12 +206,16 @@ class Stop:
 def test_stopped_adversarial_training_ends_like_an_unstopped_one(tmp_path, monkeypatch):
     adversary = perceptual.Adversary
     monkeypatch.setattr(perceptual, "Adversary", lambda *args: adversary(*args, width=32))  # small and fast
-    monkeypatch.setattr(perceptual, "perceptual_distance", lambda device: ("vgg16", perceptual.gradient_distance))
-    images = torch.randint(256, (20, 1, 32, 32), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
+    monkeypatch.setattr(perceptual, "perceptual_distance",
+                        lambda device: ("vgg16", perceptual.gradient_distance))
+    images = torch.randint(256, (20, 1, 32, 32), generator=torch.Generator().manual_seed(5),
+                           dtype=torch.uint8)
 
     def train_six_steps(out, stop_after=1000):
-        s = settings.parse(["--preset", "smoke", "--out", str(tmp_path / out), "--vae-steps", "6", "--vae-batch", "4",
-                         "--perceptual-weight", "1", "--adversarial-weight", "0.5", "--adversarial-start", "1",
+        s = settings.parse(["--preset", "smoke", "--out", str(tmp_path / out), "--vae-steps", "6",
+                            "--vae-batch", "4",
+                         "--perceptual-weight", "1", "--adversarial-weight", "0.5", "--adversarial-start",
+                         "1",
                          "--device", "cpu"])
         s.bf16 = False
         return train.train_autoencoder(s, images, {}, Stop(stop_after))["state"]

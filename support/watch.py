@@ -1,0 +1,44 @@
+"""Private tuning as it happens: images of the same noise every few steps, in one strip, release/progress.png.
+
+Nothing is spent by it. Every update is a result of the DP mechanism, whose epsilon covers all of them
+together, and what is drawn from such weights is post-processing (Dwork and Roth 2014, proposition 2.1).
+"""
+import sys
+
+import torch
+
+import sample
+from datasets import pixels
+from support import checkpoints, conditions
+from support.team import rank
+
+MOST = 10  # images in a row, one of each class
+
+
+def watcher(s, plan, model, autoencoder, scale, private, embedder):
+    """A function to be called with the number of each step: every --watch steps it adds a row to the strip.
+
+    --watch None means ten times in the run where stderr is a terminal, and never elsewhere. The first row is
+    drawn here, by the untuned model. A resumed run begins a new strip.
+    """
+    every = s.watch
+    if every is None:
+        every = max(1, plan["steps"] // 10) if sys.stderr.isatty() else 0
+    if every == 0 or rank() > 0:
+        return lambda step: None
+    release = sample.Release(autoencoder.to(s.device), model, scale, s.schedule, private.classes, s.crop, {},
+                             {},
+                             checkpoints.build_tokenizer(embedder), conditions.class_prompts(s, private),
+                             s.bf16)
+    labels = torch.arange(min(MOST, len(private.classes)))
+    rows = []
+
+    def draw(step):
+        if (step + 1) % every == 0:
+            rows.append(sample.generate(release, labels, s.sample_steps, s.sample_eta, s.guidance,
+                                        seed=s.seed,
+                                        progress=False))
+            pixels.save_grid(torch.cat(rows), s.out / "release" / "progress.png", len(labels))
+
+    draw(-1)
+    return draw

@@ -1,0 +1,102 @@
+"""Faults of runs, by kind: schedulers, file systems without locks, other working folders, few held-out
+images.
+"""
+import errno
+import fcntl
+import os
+import signal
+
+import pytest
+
+import evaluate
+import train
+from support import files, run_folder, scored
+
+TINY = ["--preset", "smoke", "--vae-steps", "1", "--ldm-steps", "1", "--public-n", "80", "--private-n", "200",
+        "--batch-size", "20", "--steps", "1", "--delta", "1e-3", "--sample-steps", "1", "--device", "cpu",
+        "--precision", "float32", "--accountant", "rdp"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "r"
+    train.main([*TINY, "--out", str(out)])
+    return out
+
+
+def test_one_command_begins_a_run_and_goes_on_with_it(run, tmp_path):
+    out = tmp_path / "r"
+    for _ in range(2):  # the second time it is finished, and stays as it is
+        train.main([*TINY, "--init", str(run), "--resume", "auto", "--out", str(out)])
+        assert len((out / "internal" / "ledger.jsonl").read_text().splitlines()) == 1
+    # plain --resume: a mistyped --out begins no new run
+    with pytest.raises(ValueError, match="settings.json"):
+        train.main([*TINY, "--resume", "--out", str(tmp_path / "mistyped")])
+    assert not (tmp_path / "mistyped").exists()
+
+
+def test_signal_handlers_are_put_back(tmp_path):
+    kinds = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    before = [signal.getsignal(kind) for kind in kinds]
+    with pytest.raises(ValueError):
+        train.main([*TINY, "--resume", "--out", str(tmp_path / "none")])
+    train.main([*TINY, "--steps", "0", "--out", str(tmp_path / "r")])
+    assert [signal.getsignal(kind) for kind in kinds] == before
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGUSR1])
+def test_what_a_scheduler_sends_is_a_wish_to_stop(kind):
+    before = {number: signal.getsignal(number) for number in run_folder.SIGNALS}
+    try:
+        stop = run_folder.Stop()
+        os.kill(os.getpid(), kind)
+        assert stop.asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(number, tmp_path, monkeypatch):
+    def none(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", none)
+    monkeypatch.setattr(run_folder.atexit, "register", lambda *args, **rest: None)
+    run_folder.lock(tmp_path)
+    with pytest.raises(ValueError, match="has no locks.*remove .*held") as refused:
+        run_folder.lock(tmp_path)
+    assert str(tmp_path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_folder_that_holds_a_run_is_refused_by_a_dry_run_as_well(run):
+    with pytest.raises(ValueError, match="already holds a run"):
+        train.main([*TINY, "--dry-run", "--out", str(run)])
+
+
+def test_paths_of_sets_are_stored_whole(tmp_path, monkeypatch, run):
+    from support import settings
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    s = settings.parse([*TINY, "--private", "folder:mine"])
+    assert s.private == f"folder:{tmp_path / 'mine'}"
+
+
+def test_the_plan_names_the_classes(run, capsys):
+    train.main([*TINY, "--init", str(run), "--dry-run"])
+    assert "classes        10, public knowledge: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in capsys.readouterr().out
+
+
+def test_few_held_out_images_cost_one_metric_only(run, monkeypatch, capsys):
+    held_out = scored.held_out_sets
+
+    def few(*args):
+        (name, real), *_ = held_out(*args).items()
+        real.images, real.labels = real.images[:3], real.labels[:3]
+        return {name: real}
+
+    monkeypatch.setattr(scored, "held_out_sets", few)
+    evaluate.main([str(run), "--n", "20", "--steps", "1", "--classifiers", "logreg", "--device", "cpu"])
+    assert "too few for a Frechet distance" in capsys.readouterr().out
+    result = files.read_json(run / "internal" / "evaluation.json")
+    assert result["distance"] is None and "logreg" in result["accuracy"]
