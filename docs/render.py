@@ -3,8 +3,8 @@
     python docs/render.py                 runs all cells and writes the page (`make course`)
     python docs/render.py FOLDER/NAME.md  the same page, written elsewhere
 
-The cells run in order in this process. What a cell prints stands below it, and so does an image that it gives to
-`show`. DPLDM_COURSE_SMOKE=1 makes everything tiny. Standard library only, no Jupyter.
+The cells run in order in this process. What a cell prints stands below it, and so does an image that it gives
+to `show`. DPLDM_COURSE_SMOKE=1 makes everything tiny. Standard library only, no Jupyter.
 """
 import contextlib
 import io
@@ -36,7 +36,8 @@ def outputs(cells):
 
 def fitted(text):
     """Text whose lines are as wide as the page, at most."""
-    return "\n".join(part for line in text.rstrip().splitlines() for part in textwrap.wrap(line, WIDTH) or [""])
+    lines = text.rstrip().splitlines()
+    return "\n".join(part for line in lines for part in textwrap.wrap(line, WIDTH) or [""])
 
 
 def write_page(notebook, page):
@@ -49,7 +50,8 @@ def write_page(notebook, page):
     for cell, given in outputs(json.loads(notebook.read_text())["cells"]):
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            title = ([title] + [line.lstrip("# ") for line in source.splitlines() if line.startswith("#")])[-1]
+            heads = [line.lstrip("# ") for line in source.splitlines() if line.startswith("#")]
+            title = [title, *heads][-1]
         text += f"{source}\n\n" if cell["cell_type"] == "markdown" else f"```python\n{source}\n```\n\n"
         for thing in given:
             if isinstance(thing, str):
