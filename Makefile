@@ -1,8 +1,9 @@
 # make demo   virtual environment, then the default run: train, sample, evaluate (minutes: README.md)
 # make test   virtual environment, then the tests
 # make docs   tables and walkthrough anew, and runs/walkthrough.html: paper and code side by side
+# make course docs/course.md and its images: the cells of docs/course.ipynb and what they give (minutes)
 PY = .venv/bin/python
-.PHONY: demo test lint bench docs
+.PHONY: demo test lint bench docs course
 
 .venv/ready: requirements.txt
 	python3 -m venv .venv
@@ -29,3 +30,6 @@ docs: .venv/ready
 	$(PY) -m bench.tables --write
 	mkdir -p runs
 	$(PY) docs/weave.py --html runs/walkthrough.html
+
+course: .venv/ready
+	$(PY) docs/render.py
