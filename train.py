@@ -254,8 +254,7 @@ def main(argv=None):
     begin = time.monotonic()
     s, known = start.settings_of(argv)  # preset and flags; `known`: public networks that exist already
     public, private = start.read_sets(s, known)  # refused if a public network knows a private image
-    # The plan holds q, sigma and T; delta must be below 1/n. Without private steps n does not matter.
-    plan = team.once(guarantee.privacy_plan, s, len(private) if s.steps else 0)
+    plan = team.once(guarantee.privacy_plan, s, len(private) if s.steps else 0)  # q, sigma, T; delta < 1/n
     embedder = start.embedder(s, known, public, private)  # the kind of condition; uses names of classes only
     if s.dry_run:
         return dry_run.report(s, plan, embedder, public, private, known)
@@ -269,8 +268,7 @@ def main(argv=None):
         s, *inputs(s, autoencoder, scale, public, embedder), embedder, facts, run.stop))
 
     # ---- private stage: the only block that uses a private image
-    # One embedding per private class. A class with a public class's name begins with its embedding.
-    ldm_checkpoint = conditions.for_private_classes(ldm_checkpoint, private.classes)
+    ldm_checkpoint = conditions.for_private_classes(ldm_checkpoint, private.classes)  # matched by name
     model = hardware.laid_out(checkpoints.build_model(ldm_checkpoint)[0], s.device)
     names = lora.tuned(model, s)  # as --tune says; by default attention and condition embedder
     trained, rows = guarantee.print_plan(s, plan, model), []
