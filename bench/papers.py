@@ -50,6 +50,10 @@ ROWS |= {f"{name}-seed{seed}": Row(row.label, None, row.out,
                                    f"{SCORE} --seed {seed} --no-distance --out "
                                    f"{row.out}/internal/seed{seed}.json")
          for name, row in list(ROWS.items()) for seed in (1, 2)}
+# A first run, scored on a fifth of the samples.
+ROWS["garments10k-eps10"] = Row("Fashion-MNIST, drawn garments, latents 4x4x16 (10,000 samples, not 50,000)",
+                                "--preset garments --out runs/garments", "runs/garments",
+                                "--protocol table --n 10000 --steps 30 --eta 0")
 
 if __name__ == "__main__":
     main("papers", ROWS)
