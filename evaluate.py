@@ -31,12 +31,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import datasets
 import sample
 from datasets import pixels
 from support import arguments, files, hardware, run_folder, scored
+from support.bars import tqdm
 
 # ----------------------------------------------------------------------------------------------- classifiers
 

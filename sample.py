@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import diffusion
 import unet
@@ -23,6 +22,7 @@ import vae
 from datasets import pixels
 from extensions import text
 from support import arguments, checkpoints, files, hardware, run_folder
+from support.bars import tqdm
 
 FORMAT = 1  # of release/model.pt; raised whenever its keys change
 

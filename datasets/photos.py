@@ -24,9 +24,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from support import files
+from support.bars import tqdm
 
 from . import pixels
 from .arrays import fetched, located

@@ -66,12 +66,12 @@ from PIL import Image, ImageDraw
 from scipy.special import expit
 from scipy.stats import beta, binom, norm
 from torch import nn
-from tqdm import tqdm
 
 import accountant
 import dp_sgd
 from extensions.bookkeeping import bookkeeping
 from support import files, run_folder
+from support.bars import tqdm
 from support.calculator import read_run
 
 CONFIDENCE = 0.95
