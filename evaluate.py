@@ -213,7 +213,7 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
         model.load_state_dict(saved["state"])
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError):
         # Of a set that a program draws, draw no more than needed; n None reads a whole set.
-        n = FEATURE_PICTURES if any(datasets.REGISTRY[part].drawn for part in datasets.parts(kind)) else None
+        n = FEATURE_PICTURES if datasets.partly_drawn(public) else None
         found = datasets.load(public, "train", root, size, n=n, channels=channels)
         classes = len(found.classes)
         if classes < 2:

@@ -93,8 +93,8 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=Non
 def train_autoencoder(s, images, facts, stop):
     """Stage 1 (Rombach et al. 2022, section 3.1): images (N, C, H, W) uint8 -> content of public/vae.pt.
 
-    facts: what the checkpoint says of the public set (`start.facts`). The perceptual and the adversarial term
-    of the paper are used where their weights are above 0 (extensions/perceptual.py).
+    facts: what the checkpoint says of the public set (`start.read_sets`). The perceptual and the adversarial
+    term of the paper are used where their weights are above 0 (extensions/perceptual.py).
     """
     torch.manual_seed(s.seed)
     model = hardware.laid_out(vae.AutoencoderKL(s.vae), s.device)
@@ -253,7 +253,7 @@ def main(argv=None):
     """The whole method. Raises ValueError, one line, for anything that cannot be done."""
     begin = time.monotonic()
     s, known = start.settings_of(argv)  # preset and flags; `known`: public networks that exist already
-    public, private = start.read_sets(s, known)  # refused if a public network knows a private image
+    public, private, facts = start.read_sets(s, known)  # refused if a public network knows a private image
     plan = team.once(guarantee.privacy_plan, s, len(private) if s.steps else 0)  # q, sigma, T; delta < 1/n
     embedder = start.embedder(s, known, public, private)  # the kind of condition; uses names of classes only
     if s.dry_run:
@@ -261,7 +261,6 @@ def main(argv=None):
     run = run_folder.RunFolder(s, plan, known)  # public/ internal/ release/: locked, resumed without loss
 
     # ---- public stages: they cost no privacy
-    facts = start.facts(s, public)
     vae_checkpoint = run.cached("vae.pt", lambda: train_autoencoder(s, public.images, facts, run.stop))
     autoencoder, scale = checkpoints.build_vae(vae_checkpoint), vae_checkpoint["scale"]
     ldm_checkpoint = run.cached("ldm.pt", lambda: train_diffusion(

@@ -10,17 +10,15 @@ often, is decided in train.py, and the Poisson sampler of the private stage live
     portraits.py  faces, drawn               drawing.py   what drawers share
     pixels.py     padding, sizes, ranges, grids
 
-An own set (folder:PATH, npz:PATH) is split by a checksum of each image's content (of its file, or of its
-pixels in an
-npz): about one in ten is "test". No image's side depends on its name or on the others, so adding, removing or
-renaming
-one changes nothing else: the neighbouring relation of the guarantee. The list of classes is released, so a
-private set declares it and nothing is counted: by class folders,
-empty or not, by the array class_names, or by --classes.
+An own set (folder:PATH, npz:PATH) is split by a checksum of each image's content: of its file, or of its
+pixels in an npz. About one in ten is "test". No image's side depends on its name or on the others, so adding,
+removing or renaming one changes nothing else: the neighbouring relation of the guarantee. The list of classes
+is released, so a private set declares it and nothing is counted: by class folders, empty or not, by the array
+class_names, or by --classes.
 
 The data root is --data-root, else the environment variable DPLDM_DATA, else ~/.cache/dpldm, or dpldm-data
-here where there is no home directory. Decoded photographs are kept
-in its folder cache if it may be written to: they are as private as the originals.
+here where there is no home directory. Decoded photographs are kept in its folder cache if it may be written
+to: they are as private as the originals.
 
 Alone: `python -m datasets NAME [SPLIT]` prints the metrics of a set and writes its first hundred images to
 NAME.png.
@@ -43,8 +41,8 @@ from . import arrays, garments, photos, pixels, portraits, strokes  # noqa: F401
 from .registry import REGISTRY, DataError, ImageSet, Request, kind_of, numbered, parts
 
 __all__ = ["REGISTRY", "DataError", "ImageSet", "kind_of", "load", "describe", "digests", "same_images",
-           "enlarged",
-           "class_list", "names", "numbered", "resolved", "refuse_seen"]
+           "enlarged", "class_list", "names", "numbered", "parts", "resolved", "refuse_seen", "is_drawn",
+           "partly_drawn"]
 MOST_CLASSES = 10_000
 FURTHER = "photograph"  # the class of all images of B in a mix A+B
 
@@ -52,6 +50,20 @@ FURTHER = "photograph"  # the class of all images of B in a mix A+B
 def names(role):
     """Names of the sets that may play a role, "public" or "private"."""
     return [key for key, entry in REGISTRY.items() if entry.role in (role, "either")]
+
+
+def is_drawn(name):
+    """Are all images of the set drawn by a program, so that nothing private can be in it? Else False, also
+    for what is no name of a set.
+    """
+    entries = [REGISTRY.get(str(part).partition(":")[0]) for part in parts(name)]
+    return all(entry is not None and entry.drawn for entry in entries)
+
+
+def partly_drawn(name):
+    """Is a part of the set, or all of it, drawn by a program? That part has as many images as are asked for.
+    """
+    return any(map(is_drawn, parts(name)))
 
 
 def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, cache=None, decode=True,
@@ -233,8 +245,8 @@ def refuse_seen(trained, held_out, title):
     """ValueError if held-out images were trained on, by their digests: an older program split by name."""
     if shared := int(torch.isin(trained, held_out).sum()):
         raise ValueError(f"{title}: {shared} of the images that would be held out are among those trained "
-                         f"on, so "
-                         "nothing may be called held out; train again, or evaluate on images of their own")
+                         "on, so nothing may be called held out; train again, or evaluate on images of their "
+                         "own")
 
 
 def digests(images):

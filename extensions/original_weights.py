@@ -304,8 +304,7 @@ def main(argv=None):
         raise ValueError("name a checkpoint that holds a UNet, or an autoencoder's by --autoencoder")
     images, digests = None, torch.empty(0, dtype=torch.int64)
     if not args.checkpoint:
-        only = s.public_classes if s.public == "strokes" else None
-        images = start.find_set(s, s.public, public_classes=only, n=s.public_n, seed=s.seed).images
+        images = start.public_set(s).images
         digests = start.public_digests(s, images)
     declared = s.classes and datasets.class_list(s.classes)
     private = datasets.describe(s.private, s.data_root, s.vae.resolution, s.vae.in_channels,

@@ -40,7 +40,7 @@ def main(argv=None):
     for name in ("vae.pt", "ldm.pt"):
         checkpoint = checkpoints.load_public(args.run / "public" / name)
         origin = checkpoint["trained_on"]
-        if origin not in datasets.REGISTRY or not datasets.REGISTRY[origin].drawn:
+        if not datasets.is_drawn(origin):
             raise ValueError(f"{args.run}: {name} was trained on {origin}; only networks of drawn images are "
                              "kept here")
         path = HERE / args.name / "public" / name

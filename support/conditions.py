@@ -137,7 +137,6 @@ def warn_of_unknown_words(s, public, private, embedder):
         share = sum(len(unknown(caption)) for caption in public.captions) / max(1, total)
         print(
             f"captions       {share:.0%} of the public captions' {total:,} words are not in the vocabulary, "
-            "which is "
-            "made from names of classes and attributes",
+            "which is made from names of classes and attributes",
             file=sys.stderr,
         )

@@ -40,7 +40,7 @@ class RunFolder:
     """
 
     def __init__(self, s, plan, known):
-        self.s, self.stop = s, Stop()
+        self.s, self.stop, self.known = s, Stop(), known
         once(prepare, s.out, s.resume)
         once(check_spent, s.out, plan)
         if not s.resume:
@@ -54,14 +54,11 @@ class RunFolder:
         agreed(None)  # nobody looks before all is written
 
     def cached(self, name, make):
-        """A public checkpoint: read from public/NAME where that exists, else made by make() and written
-        there.
-        """
-        path = self.s.out / "public" / name
-        there = path.exists()
-        checkpoint = checkpoints.load_public(path) if there else make()
-        if not there:
-            files.save(checkpoint, path)
+        """The public checkpoint NAME: known already, or else made by make() and written to public/."""
+        checkpoint = self.known.get(name)
+        if checkpoint is None:
+            checkpoint = make()
+            files.save(checkpoint, self.s.out / "public" / name)
         checkpoints.check_finite({"vae.pt": "autoencoder", "ldm.pt": "diffusion model"}[name], checkpoint)
         return checkpoint
 

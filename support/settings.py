@@ -147,9 +147,8 @@ def parse(argv):
     for key in {"public", "private"} & given.keys():  # with the whole path: a resumed run may begin elsewhere
         given[key] = datasets.resolved(given[key], given.get("data_root"))
     if "public" in given and "public_n" not in given:
-        drawn = any(datasets.REGISTRY[datasets.kind_of(part)].drawn
-                    for part in datasets.parts(given["public"]))
-        given |= {} if drawn else {"public_n": None}  # a preset's number is of what it draws
+        # A preset's number is of what it draws.
+        given |= {} if datasets.partly_drawn(given["public"]) else {"public_n": None}
     s = argparse.Namespace(**{**defaults, **presets.DIGITS, **presets.PRESETS[given.get("preset", "digits")],
                               **given})
     s.out = given.get("out", Path("runs") / s.preset)

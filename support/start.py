@@ -96,7 +96,8 @@ def adopt(s):
 
 
 def read_sets(s, known):
-    """(public, private) ImageSets: every image tensor (N, C, H, W) uint8, of the autoencoder's size. Sets
+    """(public, private, facts): two ImageSets of images (N, C, H, W) uint8 of the autoencoder's size, and
+    what a public checkpoint says of its set: name, classes, digests of its images (None in a dry run). Sets
     s.crop.
 
     With --steps 0 no private image is read. Raises ValueError, one line, for sets that do not fit, and for
@@ -107,8 +108,7 @@ def read_sets(s, known):
     if any(datasets.same_images(origin, s.private, s.data_root) for origin in origins):
         raise ValueError(
             f"--private {s.private}: the public networks know these images ({', '.join(sorted(origins))}), "
-            "so "
-            "nothing would be private; choose another private or public set"
+            "so nothing would be private; choose another private or public set"
         )
     declared = s.classes and datasets.class_list(s.classes)
     if s.steps:
@@ -119,32 +119,34 @@ def read_sets(s, known):
     else:  # names of classes and attributes only
         find_private = partial(datasets.describe, s.private, s.data_root, s.vae.resolution, s.vae.in_channels,
                                s.label_attribute, declared)
-    drawn = any(is_drawn(part) for part in datasets.parts(s.public))
-    find_public = partial(find_set, s, s.public, n=200 if drawn and s.dry_run else s.public_n, seed=s.seed,
-                          public_classes=s.public_classes if s.public == "strokes" else None,
-                          label_attribute=s.label_attribute)
     if world() > 1:  # one process downloads what is missing, and tells what is wrong with it
         once(lambda: (find_private(), None)[1])
-        once(lambda: (drawn or find_public(), None)[1])
-    private, public = find_private(), find_public()
+        once(lambda: (datasets.is_drawn(s.public) or public_set(s), None)[1])
+    private, public = find_private(), public_set(s)
     for title, found in (("--public", public), ("--private", private)):
         if found.images.shape[1] != s.vae.in_channels:
             raise ValueError(
                 f"{title} {found.name} has {found.images.shape[1]} colour channels, the autoencoder of "
-                "preset "
-                f"{s.preset} takes {s.vae.in_channels}: choose another preset or set"
+                f"preset {s.preset} takes {s.vae.in_channels}: choose another preset or set"
             )
         if note := datasets.enlarged(found.name, s.vae.resolution):
             print(f"note: {note}", file=sys.stderr)
     s.crop = private.side  # samples look like private images, whose padding is cut off again
-    if s.steps and not s.dry_run:
-        once(refuse_known, s, private.images, public_digests(s, public.images), known.values())
-    return public, private
+    if s.dry_run:
+        return public, private, None
+    digests = public_digests(s, public.images)
+    if s.steps:
+        once(refuse_known, s, private.images, digests, known.values())
+    facts = {"trained_on": datasets.kind_of(s.public), "public_classes": s.public_classes,
+             "classes": public.classes, "digests": digests}
+    return public, private, facts
 
 
-def is_drawn(name):
-    """Is the set of this name drawn by a program, so that nothing private can be in it?"""
-    return datasets.REGISTRY[datasets.kind_of(name)].drawn
+def public_set(s):
+    """The settings' public ImageSet; for --dry-run few drawings are enough."""
+    few = s.dry_run and datasets.partly_drawn(s.public)
+    return find_set(s, s.public, n=200 if few else s.public_n, seed=s.seed, label_attribute=s.label_attribute,
+                    public_classes=s.public_classes if s.public == "strokes" else None)
 
 
 def find_set(s, name, **kwargs):
@@ -170,7 +172,7 @@ def find_set(s, name, **kwargs):
 
 def public_digests(s, images):
     """datasets.digests of the public images (N, C, H, W); none of drawn ones: nothing private is in them."""
-    return datasets.digests(images[:0] if is_drawn(s.public) else images)
+    return datasets.digests(images[:0] if datasets.is_drawn(s.public) else images)
 
 
 def refuse_known(s, private, digests, stages):
@@ -183,7 +185,7 @@ def refuse_known(s, private, digests, stages):
         own, origin = checkpoint.get("digests"), str(checkpoint.get("trained_on"))
         if isinstance(own, torch.Tensor) and own.dtype == torch.int64:
             known.append(own.flatten())
-        elif not (origin in datasets.REGISTRY and datasets.REGISTRY[origin].drawn):
+        elif not datasets.is_drawn(origin):
             raise ValueError(
                 f"the public networks (trained on {origin}) were made before digests of their images were "
                 "recorded, so private images may be among them: train the public stages again"
@@ -194,16 +196,6 @@ def refuse_known(s, private, digests, stages):
             "were "
             "trained on, so nothing would be private; choose another private or public set"
         )
-
-
-def facts(s, public):
-    """What a public checkpoint says of the images it was trained on: the set, its classes, the digests of its
-    images.
-    """
-    return {
-        "trained_on": datasets.kind_of(s.public), "public_classes": s.public_classes,
-        "classes": public.classes, "digests": public_digests(s, public.images)
-    }
 
 
 def embedder(s, known, public, private):

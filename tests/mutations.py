@@ -214,7 +214,7 @@ MUTATIONS = [Mutation(*m) for m in (
      (("    known = [digests]\n", "    known = [digests[:0]]\n"),),
      f"{PUBLIC}::test_the_public_set_at_hand_is_checked_as_well"),
     (29, "networks without digests are trusted", "support/start.py",
-     (("        elif not (origin in datasets.REGISTRY and datasets.REGISTRY[origin].drawn):\n",
+     (("        elif not datasets.is_drawn(origin):\n",
        "        elif False:\n"),),
      f"{PUBLIC}::test_networks_from_before_digests_are_taken_only_if_drawn_images_made_them"),
     (29, "a folder within the public one is another place", "datasets/__init__.py",
