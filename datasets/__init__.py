@@ -112,15 +112,15 @@ def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, ca
 
 
 def mix(name, n, request, **common):
-    """"A+B": the images of A, then those of B as one further class. At most n of each; `request` is about A.
+    """"A+B": at most n images of A, then half as many of B at most as one further class. `request` is about A.
 
     If A has attributes, the captions of its images are sentences about them. The mix has none: nobody knows
     them of B's.
     """
     a, b = parts(name)
     first = load(a, n=n, **request, **common)
-    other = load(b, n=n if REGISTRY[kind_of(b)].drawn else None, **common)
-    other = subset(other, min(n or len(other), len(other)), common["seed"], b)
+    other = load(b, n=len(first) // 2 if REGISTRY[kind_of(b)].drawn else None, **common)
+    other = subset(other, min(len(first) // 2, len(other)), common["seed"], b)
     if first.images.shape[1] != other.images.shape[1]:
         raise ValueError(f"{name}: one has {first.images.shape[1]} colour channels, the other "
                          f"{other.images.shape[1]}")

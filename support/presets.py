@@ -70,6 +70,12 @@ PRESETS = {
         vae_lr=2e-3,
         unet=unet.UNetConfig(16, 16, 64, num_heads=4, context_dim=64, num_groups=16),
         ldm_steps=3000, ldm_batch=256, ldm_lr=1.2e-3, batch_size=2500, steps=40),
+    "portraits": dict(  # the same with drawn faces as public images: 8x8x8 latents
+        public="portraits+public32", public_n=40_000, private="faces", flips=True,
+        vae=vae.VAEConfig(3, 3, 16, (1, 2, 4), z_channels=8, embed_dim=8, num_groups=1), vae_steps=4000,
+        vae_batch=16, vae_lr=2e-3,
+        unet=unet.UNetConfig(8, 8, 48, num_heads=4, context_dim=64, num_groups=8),
+        ldm_steps=2500, ldm_batch=128, ldm_lr=1.2e-3, batch_size=2500, steps=40),
     "cifar10": CELEBA | dict(
         private="cifar10", delta=1e-5, vae=vae.PAPER["cifar10"], unet=unet.PAPER["cifar10"],
         schedule=diffusion.PAPER,

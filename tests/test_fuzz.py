@@ -250,8 +250,9 @@ def test_only_one_place_loads_checkpoints_and_arrays_are_never_pickles():
                 continue  # a command shown to the user in an error message
             assert "allow_pickle=False" in call or (path.name == "files.py"
                                                     and "weights_only=True" in call), (path.name, call)
-        assert not re.search(r"^(import|from) (pickle|marshal|shelve|dill)\b|\bexec\(", text,
-                             re.MULTILINE), path
+        assert not re.search(r"^(import|from) (pickle|marshal|shelve|dill)\b", text, re.MULTILINE), path
+        # docs/render.py runs the cells of the course, a file of this repository
+        assert path.name == "render.py" or not re.search(r"\bexec\(", text), path
 
 
 PLAN = {"n": 100, "q": 0.1, "steps": 4, "sigma": 1.5, "delta": 1e-5, "epsilon": 3.0, "clip_norm": 0.1,

@@ -166,13 +166,14 @@ def test_a_mix_is_the_first_set_and_the_second_as_one_further_class(root):
     alone = datasets.load("portraits", n=12, size=32)
     assert found.classes == ["female", "male", "photograph"] and found.name == "portraits+public32"
     assert torch.equal(found.images[:12], alone.images) and torch.equal(found.labels[:12], alone.labels)
-    assert len(found) == 22 and (found.labels[12:] == 2).all()
-    assert torch.equal(found.images[12:], datasets.load("public32", root=root, size=32).images)
+    assert len(found) == 18 and (found.labels[12:] == 2).all(), "half as many"
+    photographs = {bytes(image.numpy()) for image in datasets.load("public32", root=root, size=32).images}
+    assert {bytes(image.numpy()) for image in found.images[12:]} < photographs
     assert found.attributes is None, "nobody knows them of the photographs"
-    assert found.captions[12:] == ["a photograph"] * 10 and len(found.captions) == 22
+    assert found.captions[12:] == ["a photograph"] * 6 and len(found.captions) == 18
     assert found.captions == datasets.load("portraits+public32", root=root, n=12, size=32).captions
-    fewer = datasets.load("portraits+public32", root=root, n=4, size=32, label_attribute="Young")
-    assert len(fewer) == 8 and fewer.classes == ["not young", "young", "photograph"], "at most n of each"
+    more = datasets.load("portraits+public32", root=root, n=40, size=32, label_attribute="Young")
+    assert len(more) == 50 and more.classes == ["not young", "young", "photograph"], "there are only ten"
     assert datasets.describe("portraits+public32", root).classes == found.classes
 
 
