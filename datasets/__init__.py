@@ -112,10 +112,10 @@ def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, ca
 
 
 def mix(name, n, request, **common):
-    """"A+B": at most n images of A, then half as many of B at most as one further class. `request` is about A.
+    """"A+B": at most n images of A, then at most half as many of B as one further class.
 
-    If A has attributes, the captions of its images are sentences about them. The mix has none: nobody knows
-    them of B's.
+    `request` is about A. If A has attributes, the captions of its images are sentences about them. The mix
+    has none: nobody knows them of B's.
     """
     a, b = parts(name)
     first = load(a, n=n, **request, **common)
