@@ -84,7 +84,7 @@ PROTOCOLS = {  # number of samples, steps and eta of DDIM, and the recipe of eac
         "logreg": {"kind": "logreg", **PAPER}}},
 }
 FEATURES = {**STRONG, "epochs": 4}  # the feature network is the same in both protocols, so that runs compare
-FEATURE_PICTURES = 12_000  # at most so many public images train it
+FEATURE_IMAGES = 12_000  # at most so many public images train it
 NEIGHBOURS, MANIFOLD = 3, 2_000  # precision and recall: k, and at most so many generated and real images each
 
 
@@ -202,7 +202,7 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
     public = "strokes" if public == "omniglot" else public
     kind = datasets.kind_of(public)
     path = Path(public_folder or "") / "features.pt"
-    settings = [kind, channels, size, FEATURE_PICTURES, FEATURES]
+    settings = [kind, channels, size, FEATURE_IMAGES, FEATURES]
     try:  # read the file; whatever is wrong with it leads to training
         if public_folder is None:
             raise ValueError("there is no run folder")
@@ -213,14 +213,14 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
         model.load_state_dict(saved["state"])
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError):
         # Of a set that a program draws, draw no more than needed; n None reads a whole set.
-        n = FEATURE_PICTURES if datasets.partly_drawn(public) else None
+        n = FEATURE_IMAGES if datasets.partly_drawn(public) else None
         found = datasets.load(public, "train", root, size, n=n, channels=channels)
         classes = len(found.classes)
         if classes < 2:
             raise datasets.DataError(f"the public set {kind} has one class only, a feature network needs "
                                      "two") from None
         generator = torch.Generator().manual_seed(0)
-        chosen = torch.randperm(len(found), generator=generator)[:FEATURE_PICTURES]
+        chosen = torch.randperm(len(found), generator=generator)[:FEATURE_IMAGES]
         kept = f"kept in {path}" if public_folder else "not kept, there is no run folder"
         print(f"feature network: a CNN learns {len(chosen):,} images of {kind}; {kept}")
         model = train_classifier(images=found.images[chosen], labels=found.labels[chosen],
@@ -338,6 +338,7 @@ def parse(argv):
         raise ValueError("--samples takes finished images: leave out --steps, --eta and --guidance")
     arguments.check_numbers(args, n=(1, 10 ** 7), steps=(1, 100_000), eta=(0, 1), guidance=(-1000, 1000),
                             seed=(0, 2 ** 62))
+    arguments.check_suffix("--out", args.out, ".json")
     hardware.check_device(args.device)
     return args
 

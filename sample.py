@@ -145,6 +145,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     arguments.check_numbers(args, n=(1, 10 ** 7), batch=(1, 10 ** 7), columns=(1, 1000), steps=(1, 100_000),
                             eta=(0, 1), guidance=(-1000, 1000), seed=(0, 2 ** 62))
+    arguments.check_suffix("--out", args.out, ".png")
+    arguments.check_suffix("--npz", args.npz, ".npz")
     hardware.check_device(args.device)
     return args
 

@@ -258,7 +258,7 @@ def main(argv=None):
     embedder = start.embedder(s, known, public, private)  # the kind of condition; uses names of classes only
     if s.dry_run:
         return dry_run.report(s, plan, embedder, public, private, known)
-    run = run_folder.RunFolder(s, plan, known)  # public/ internal/ release/: locked, resumed without loss
+    run = run_folder.RunFolder(s, plan, known, facts)  # locked; resumed without loss
 
     # ---- public stages: they cost no privacy
     vae_checkpoint = run.cached("vae.pt", lambda: train_autoencoder(s, public.images, facts, run.stop))

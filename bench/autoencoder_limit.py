@@ -1,12 +1,12 @@
 """What a run's autoencoder loses, before any diffusion: python -m bench.autoencoder_limit RUN [--data-root
 DIR]
 
-Real pictures are encoded and decoded by the run's autoencoder, no diffusion model involved. Held-out ones are
+Real images are encoded and decoded by the run's autoencoder, no diffusion model involved. Held-out ones are
 compared with themselves: mean absolute error (0..1) and the Frechet distance of `evaluate.py`. And the
-classifier of `evaluate.py --protocol quick` learns from 10,000 real *training* pictures so passed through and
+classifier of `evaluate.py --protocol quick` learns from 10,000 real *training* images so passed through and
 reads the held-out ones as they are. No diffusion model in these latents can be expected to do better. Beside
-it the best linear code of as many numbers, principal components of the public pictures, and the pictures as
-they are. The figures tell about private pictures and no epsilon covers them.
+it the best linear code of as many numbers, principal components of the public images, and the images as
+they are. The figures tell about private images and no epsilon covers them.
 """
 import argparse
 from pathlib import Path
@@ -24,7 +24,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="What an autoencoder loses: distance, and classes that can "
                                                  "be told apart.")
     parser.add_argument("run", help="run folder")
-    parser.add_argument("--n", type=int, default=10_000, help="training pictures for the classifier [10,000]")
+    parser.add_argument("--n", type=int, default=10_000, help="training images for the classifier [10,000]")
     parser.add_argument("--data-root", help="folder of the data sets [$DPLDM_DATA, else ~/.cache/dpldm]")
     args = parser.parse_args(argv)
     release = sample.load_release(args.run)
@@ -52,10 +52,10 @@ def main(argv=None):
         y = pixels.to_float(images).flatten(1) - mean
         return pixels.to_uint8((y @ components @ components.T + mean).view(images.shape))
 
-    print(f"{len(real):,} held-out pictures, {real.images[0].numel()} values as {numbers} numbers; features "
+    print(f"{len(real):,} held-out images, {real.images[0].numel()} values as {numbers} numbers; features "
           f"of a {name}; a CNN "
-          f"trained on {len(chosen):,} training pictures, read on the held-out ones as they are")
-    for title, code in (("pictures as they are", lambda images: images), ("autoencoder", autoencoded),
+          f"trained on {len(chosen):,} training images, read on the held-out ones as they are")
+    for title, code in (("images as they are", lambda images: images), ("autoencoder", autoencoded),
                         ("principal components", projected)):
         made = code(real.images)
         error = (made.float() - real.images.float()).abs().mean() / 255

@@ -5,7 +5,7 @@ parameters.
 
 One step draws one normal per tuned parameter, whatever the batch size; 401,248 is the default run's. Process
 CPU time, median over the rounds after the first, the two generators taking turns; the Poisson draw for 8,000
-pictures is timed as well.
+images is timed as well.
 """
 import argparse
 import statistics

@@ -3,9 +3,9 @@ another hand.
 
     python -m bench.pretend FILE.npz     60,000 and a tenth more, for --private npz:FILE.npz
 
-The other hand: each picture is bent by a smooth random field, leant by a further slant, and its pen made
+The other hand: each image is bent by a smooth random field, leant by a further slant, and its pen made
 bolder or finer. A CNN that learned plain strokes reads about as many of these as of real digits (printed), so
-that the step from public to pretend-private is about as wide as that from strokes to MNIST. No real picture
+that the step from public to pretend-private is about as wide as that from strokes to MNIST. No real image
 is used for them.
 """
 import sys
@@ -23,7 +23,7 @@ N = 66_700  # evaluate.py holds out about one in ten of an own set
 
 
 def rewrite(images, generator):
-    """Pictures (N,1,28,28) uint8 in another hand, same shape; digits stay upright and in the frame."""
+    """Images (N,1,28,28) uint8 in another hand, same shape; digits stay upright and in the frame."""
     n = len(images)
 
     def normal(*shape):
@@ -34,7 +34,7 @@ def rewrite(images, generator):
     finer = -F.max_pool2d(-x, 3, 1, 1)
     pen = 0.5 * normal(1, 1, 1)
     x = torch.where(pen > 0, x.lerp(bolder, pen.clamp(0, 1)), x.lerp(finer, (-pen).clamp(0, 0.5)))
-    # in half pictures
+    # in half images
     bend = F.interpolate(normal(2, 4, 4) * 0.06, size=28, mode="bicubic", align_corners=True)
     slant, angle, size = 0.15 * normal(1), 0.08 * normal(1), (0.06 * normal(2)).exp()
     zero = torch.zeros(n, 1)

@@ -26,7 +26,7 @@ CHANGES = {  # name: (label, flags)
     "all": ("all parameters", "--tune all"),
     "default-anew": ("the default on public stages made anew, which the rows of 59,000 share", ""),
     "clip001": ("the same with clip norm 0.01 instead of 0.1", "--clip-norm 0.01"),
-    # nearly all there are: which pictures are held out is chosen by a checksum, about 60,000 remain
+    # nearly all there are: which images are held out is chosen by a checksum, about 60,000 remain
     "many": ("59,000 images: 150 steps of 6,000, lr 3e-3, EMA 0.95",
              "--private-n 59000 --batch-size 6000 --steps 150 --lr 3e-3 --ema 0.95"),
     "many-long": ("59,000 images: 150 steps of 10,000",

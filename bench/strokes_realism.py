@@ -3,7 +3,7 @@
     python -m bench.strokes_realism [--data-root DIR] [--n 40000] [--epochs 4] [--seed 0]
 
 Prints the accuracy on the 2,000 held-out digits of data/mnist10k.npz, on the official 10,000 test digits when
-the data root has them, which digits are taken for which, and the drawing speed. No real picture is used in
+the data root has them, which digits are taken for which, and the drawing speed. No real image is used in
 training. The held-out digits guided the hand that wrote the skeletons (their confusions showed which ways of
 writing were missing), so the figure on the official test digits, first looked at when the skeletons were
 done, is the fairer one. About 90 s on one core.
@@ -23,14 +23,14 @@ from support import run_folder
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-root", default=None, help="folder with MNIST/raw (default: DPLDM_DATA)")
-    parser.add_argument("--n", type=int, default=40_000, help="pictures drawn for training (default 40000)")
+    parser.add_argument("--n", type=int, default=40_000, help="images drawn for training (default 40000)")
     parser.add_argument("--epochs", type=int, default=4, help="passes over them (default 4)")
     parser.add_argument("--seed", type=int, default=0, help="of drawing and training (default 0)")
     args = parser.parse_args()
 
     start = time.time()
     drawn = datasets.load("strokes", size=28, public_classes="digits", n=args.n, seed=args.seed)
-    print(f"drawing: {args.n / (time.time() - start):.0f} pictures/s on {torch.get_num_threads()} thread(s)")
+    print(f"drawing: {args.n / (time.time() - start):.0f} images/s on {torch.get_num_threads()} thread(s)")
     start = time.time()
     model = evaluate.train_classifier(images=drawn.images, labels=drawn.labels, num_classes=10,
                                       generator=torch.Generator().manual_seed(args.seed),

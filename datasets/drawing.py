@@ -1,7 +1,7 @@
 """What drawn images share: dice for a batch, outlines and their signed distances, cloth, framing, a canvas.
 
 A batch of N images of S x S pixels is drawn at once. A random choice is a tensor (N,1), one value per image;
-a picture in the making is (N,P) with P = S * S pixels. Shapes are signed distances, negative inside (Quilez,
+an image in the making is (N,P) with P = S * S pixels. Shapes are signed distances, negative inside (Quilez,
 "2D distance functions"): the union of two is their minimum, an outline is where the distance is 0, and
 coverage is its ramp. Coordinates belong to the thing drawn, x to the right and y down; `frame` lays them over
 the pixels.
@@ -181,7 +181,7 @@ def texture(dice, x, y, weights, dark=2.0):
 
 
 class Canvas:
-    """A picture in the making: tones (N,P), on which signed distances (N,P) are painted one after another."""
+    """An image in the making: tones (N,P), on which signed distances (N,P) are painted one after another."""
 
     def __init__(self, dice, tone, pixel):
         self.dice, self.tone, self.pixel = dice, tone, pixel

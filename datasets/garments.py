@@ -1,8 +1,8 @@
-"""Garments: the public data for Fashion-MNIST, drawn by a program; no picture went into it.
+"""Garments: the public data for Fashion-MNIST, drawn by a program; no image went into it.
 
 Ten kinds in the order of Fashion-MNIST's labels, 28 pixels, bright on black, the longer side touching two
 borders. A kind is an outline whose points are rolled with dice, parts on it (sleeves, collars, soles,
-straps), and cloth. The numbers below are judgement about clothes, and none was computed from a picture. While
+straps), and cloth. The numbers below are judgement about clothes, and none was computed from an image. While
 choosing them the author looked at about 1,300 Fashion-MNIST test images beside the drawings, some of them
 because they had been mistaken, and watched one figure from real data: accuracy and confusions, on the 10,000
 test images, of a small CNN that had learned nothing but drawings. The 60,000 training images were never used.

@@ -364,9 +364,9 @@ def read_lines(path):
 
 
 def decode(paths, size, channels=3, cache=None):
-    """Picture files -> (N, channels, size, size) uint8, in as many threads as torch uses.
+    """Image files -> (N, channels, size, size) uint8, in as many threads as torch uses.
 
-    From CACHE_FROM pictures on the result is kept in the folder `cache` (None: not), under a name made from
+    From CACHE_FROM images on the result is kept in the folder `cache` (None: not), under a name made from
     all it depends on: the files, their sizes and times, `size`, `channels`. A cache that cannot be read or
     written is done without.
     """
@@ -394,7 +394,7 @@ def decode(paths, size, channels=3, cache=None):
     # threads suffice: PIL decodes outside the interpreter's lock
     with ThreadPool(torch.get_num_threads()) as pool:
         for _ in tqdm(pool.imap(fill, range(len(paths)), 16), "    decoding", len(paths), leave=False,
-                      unit="picture",
+                      unit="image",
                       disable=len(paths) < CACHE_FROM):
             pass
     if broken:  # all at once: nobody mends a folder file by file

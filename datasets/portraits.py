@@ -1,14 +1,14 @@
-"""Portraits: the public data for photographs of faces, drawn by a program; no picture went into it.
+"""Portraits: the public data for photographs of faces, drawn by a program; no image went into it.
 
 A head is an ellipsoid that turns a little, with bumps for nose, brows, cheeks, lips and chin; its slopes give
 the light and shade. On it lie skin, eyes, mouth and beard, around it hair, neck, clothes, head-wear and a
-blurred background, all with soft edges. Every picture has attributes under CelebA's names (Liu et al. 2015;
+blurred background, all with soft edges. Every image has attributes under CelebA's names (Liu et al. 2015;
 `Child`, `Senior` and `Grayscale` are other face sets'), so extensions/captions.py can describe it. People
 differ by construction: age, skin, hair, expression, head-wear and light are rolled independently of each
 other wherever they are independent, so no kind of face is the default one.
 
-The numbers below are judgement about faces, and none was computed from a picture. While choosing them the
-author looked at two dozen pictures of the set `faces`, for how they are framed; nothing was measured on them.
+The numbers below are judgement about faces, and none was computed from an image. While choosing them the
+author looked at two dozen images of the set `faces`, for how they are framed; nothing was measured on them.
 
 `draw` rolls the same dice whatever the attributes are: the same seed with and without eyeglasses gives the
 same person.
@@ -89,7 +89,7 @@ def people(n, generator=None):
 def draw(attributes, generator=None, size=32):
     """Portraits of people with these attributes: {name: (N,) bool} -> (N,3,size,size) uint8.
 
-    All of ATTRIBUTES must be there. Small pictures are drawn half as large again, and reduced. Deterministic
+    All of ATTRIBUTES must be there. Small images are drawn half as large again, and reduced. Deterministic
     for a given CPU generator. ValueError for attributes that are missing.
     """
     if lacking := [name for name in ATTRIBUTES if name not in attributes]:
@@ -111,7 +111,7 @@ def smooth(x, low, high):
 
 
 def paint(image, colour, share):
-    """Colours (N,3) or (N,3,P) over a picture (N,3,P) where share (N,P) says."""
+    """Colours (N,3) or (N,3,P) over an image (N,3,P) where share (N,P) says."""
     return torch.lerp(image, colour if colour.dim() == 3 else colour[..., None], share[:, None])
 
 
@@ -139,7 +139,7 @@ def mixed(stops, place):
 
 
 class Portrait:
-    """A batch in the making. Values per image are (N,1), per pixel (N,P); colours (N,3), pictures (N,3,P)."""
+    """A batch in the making. Values per image are (N,1), per pixel (N,P); colours (N,3), images (N,3,P)."""
 
     def __init__(self, has, generator, size):
         self.has, self.size = has, size
@@ -273,7 +273,7 @@ class Portrait:
         curls = 0.6 * dice.field(20, 20) + 0.6 * dice.field(11, 11)
         return over(fine, curls, self.curly)
 
-    # ------------------------------------------------------------------------------------------- the picture
+    # ------------------------------------------------------------------------------------------- the image
 
     def finished(self):
         """(N,3,size,size) uint8."""
@@ -669,7 +669,7 @@ class Portrait:
     # ---------------------------------------------------------------------------------------- the photograph
 
     def photograph(self, image):
-        """Light, focus, grain and colour of the whole picture; made small."""
+        """Light, focus, grain and colour of the whole image; made small."""
         dice, has = self.dice, self.has
         roll = dice.roll
         image = image * (self.key * self.exposure)[..., None]

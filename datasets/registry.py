@@ -51,7 +51,7 @@ class Request:
     n: int = 60_000
     seed: int = 0
     label_attribute: str = "Male"
-    size: int = 32  # of the pictures wanted; for those drawn at any size
+    size: int = 32  # of the images wanted; for those drawn at any size
     download: bool = True
 
 

@@ -1,11 +1,11 @@
 """Procedural handwriting: the public data that costs no privacy because no data went into it.
 
-The paper pre-trains on public pictures (Sec. 3, step 1; EMNIST letters for MNIST). Here a program draws them:
-a class is a few skeletons, the ways in which people write it; a picture is one skeleton with jittered points,
+The paper pre-trains on public images (Sec. 3, step 1; EMNIST letters for MNIST). Here a program draws them:
+a class is a few skeletons, the ways in which people write it; an image is one skeleton with jittered points,
 a smooth random warp, slant, rotation, aspect and pen width, scaled to a box of 20 pixels and centred by mass
 in 28 x 28 as MNIST is, and rendered by the distance of every pixel to the stroke. Pre-training on procedural
-pictures: Tang et al. 2023 (DP-RandP). The numbers below are judgement about handwriting, and none was
-computed from a picture. While writing them the author watched one figure from real data, the accuracy and
+images: Tang et al. 2023 (DP-RandP). The numbers below are judgement about handwriting, and none was
+computed from an image. While writing them the author watched one figure from real data, the accuracy and
 confusions of `python -m bench.strokes_realism` on the 2,000 held-out digits of datasets/mnist10k.npz; the
 8,000 private ones were never used.
 
@@ -178,26 +178,26 @@ POINTS, STROKE, MATRIX, CHANCE = _compile()
 
 
 def draw(labels, generator=None, size=28):
-    """One picture per label: labels (N,) integers in 0..35 (index into CLASSES) -> (N,1,size,size) uint8, ink
+    """One image per label: labels (N,) integers in 0..35 (index into CLASSES) -> (N,1,size,size) uint8, ink
     255 on 0.
 
     The ink fits a box of 20 pixels (times size / 28), its centre of mass lies within about a pixel of the
-    picture's centre. Deterministic for a given CPU generator. ValueError for labels out of range.
+    image's centre. Deterministic for a given CPU generator. ValueError for labels out of range.
     """
     labels = torch.as_tensor(labels)
     if labels.numel() and not 0 <= labels.min() <= labels.max() < len(CLASSES):
         raise ValueError(f"labels must lie in 0..{len(CLASSES) - 1}")
     # Filled in place: a list of small results between large temporaries would fragment the heap (4 GB instead
     # of 0.8).
-    pictures = torch.empty(len(labels), 1, size, size, dtype=torch.uint8)
+    images = torch.empty(len(labels), 1, size, size, dtype=torch.uint8)
     # bounds the memory, whatever N
-    for part, target in zip(labels.split(512), pictures.split(512), strict=True):
+    for part, target in zip(labels.split(512), images.split(512), strict=True):
         ends, radius = pen_path(part, generator) if len(part) else (torch.empty(0, 2, 1, 2),
                                                                     torch.empty(0, 1, 1))
         # what fits the cache
         for e, r, t in zip(ends.split(32), radius.split(32), target.split(32), strict=True):
             t[:, 0] = render(e, r, size)
-    return pictures
+    return images
 
 
 def pen_path(labels, generator):

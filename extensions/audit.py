@@ -70,7 +70,7 @@ from torch import nn
 import accountant
 import dp_sgd
 from extensions.bookkeeping import bookkeeping
-from support import files, run_folder
+from support import arguments, files, run_folder
 from support.bars import tqdm
 from support.calculator import read_run
 
@@ -280,6 +280,7 @@ def main(argv=None):
         args.run = "runs/digits"
     if (given != [None] * 3) if args.run else (None in given):
         raise ValueError("give either a run folder, or all of --q, --sigma and --steps")
+    arguments.check_suffix("--out", args.out, ".png")
     privacy, out = {}, args.out
     if args.run:
         counted, _ = read_run(args.run)

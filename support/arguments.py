@@ -14,6 +14,17 @@ def check_numbers(args, **bounds):
             raise ValueError(f"--{name} must lie in {low}..{high}, got {value}")
 
 
+def check_suffix(flag, path, suffix):
+    """ValueError where a file's name promises another kind of content than is written into it.
+
+    A name without suffix promises nothing; what is no plain file, such as /dev/null, takes anything.
+    """
+    path = Path(path or "")
+    if path.suffix.lower() not in ("", suffix) and (path.is_file() or not path.exists()):
+        raise ValueError(f"{flag} {path}: what is written is {suffix[1:].upper()}; name it "
+                         f"{path.with_suffix(suffix)}")
+
+
 def parse_labels(wanted, classes):
     """ "0-9" or "3,5,A" -> list of label indices. A part is a class name, an index or a range of indices."""
     labels, numbers = [], datasets.numbered(classes)

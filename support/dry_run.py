@@ -37,11 +37,11 @@ def report(s, plan, embedder, public, private, known):
 
 
 def print_memory(s, model, public, private):
-    """Print where the bytes go: weights with gradient, Adam and EMA, activations of one picture, pictures and
+    """Print where the bytes go: weights with gradient, Adam and EMA, activations of one image, images and
     latents.
 
     Runs the networks on the meta device, which computes shapes only: no memory, no time, however large they
-    are. All that autograd keeps of one picture is counted; the private stage keeps about the same
+    are. All that autograd keeps of one image is counted; the private stage keeps about the same
     (bench/dp_step.py). Returns the GB of the larger of the two public steps, batch included.
     """
     with torch.device("meta"):
@@ -69,10 +69,10 @@ def print_memory(s, model, public, private):
     trained, total, big = count(p for p in model.parameters()
                                 if p.requires_grad), count(model.parameters()), 1e9
     print(f"memory, GB     autoencoder {20 * count(autoencoder.parameters()) / big:.2f} + {first / big:.3f} "
-          "a picture, latent "
+          "an image, latent "
           f"diffusion {20 * total / big:.2f} + {second / big:.3f}, private tuning "
           f"{(4 * total + 24 * trained) / big:.2f} + "
-          f"{second / big:.3f}; pictures and latents {stored / big:.2f} in all")
+          f"{second / big:.3f}; images and latents {stored / big:.2f} in all")
     return max(20 * count(autoencoder.parameters()) + s.vae_batch * first,
                20 * total + s.ldm_batch * second) / big
 

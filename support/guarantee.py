@@ -67,11 +67,11 @@ def privacy_plan(s, n):
         return {"n": n, "q": 0.0, "steps": 0, "sigma": 0.0, "epsilon": 0.0, "delta": s.delta,
                 "numbers": privacy_numbers(s, [], s.delta)}
     if s.batch_size > n:
-        raise ValueError(f"--batch-size {s.batch_size} exceeds the {n} private pictures: q = B/n must be at "
+        raise ValueError(f"--batch-size {s.batch_size} exceeds the {n} private images: q = B/n must be at "
                          "most 1")
     if s.delta >= 1 / n:
         raise ValueError(f"--delta {s.delta:g} is not below 1/n = {1 / n:.2g}: publishing one random "
-                         "picture in the clear would "
+                         "image in the clear would "
                          "satisfy it; choose a smaller delta")
     plan = {"n": n, "q": s.batch_size / n, "steps": s.steps, "delta": s.delta}
     if s.resume and (path := s.out / "internal" / "plan.json").exists():
@@ -131,7 +131,7 @@ def print_plan(s, plan, model):
     trained, total = count(p for p in model.parameters() if p.requires_grad), count(model.parameters())
     print(f"privacy plan   epsilon {round_up(plan['epsilon'])} at delta {round_up(plan['delta'])} "
           f"({s.accountant}); "
-          f"unit: one picture, added or removed\n               n {plan['n']}, Poisson sampling with q "
+          f"unit: one image, added or removed\n               n {plan['n']}, Poisson sampling with q "
           f"{plan['q']:.4g} "
           f"(expected batch {s.batch_size}), T {plan['steps']} steps, sigma {plan['sigma']:.4g}, C "
           f"{s.clip_norm:g} "
@@ -160,7 +160,7 @@ LOOKED = {
                 "were chosen after measuring how others draw garments, and the drawn garments were improved "
                 "while watching how "
                 "well they teach the classes of test images; epsilon does not cover that choice")}
-BEFOREHAND = ("taken as chosen without results on these pictures; if other runs on them were compared to "
+BEFOREHAND = ("taken as chosen without results on these images; if other runs on them were compared to "
               "choose, their epsilons "
               "add up")
 
@@ -178,12 +178,12 @@ def privacy_statement(s, plan, rows, trained, stages=()):
     private = s.insecure_seed is None and math.isfinite(epsilon)
     return plain({
         "statement": f"({round_up(epsilon)}, {round_up(s.delta)})-differentially private with respect to one "
-                     "picture" if private else "NOT PRIVATE: no noise, or a known noise seed",
+                     "image" if private else "NOT PRIVATE: no noise, or a known noise seed",
         "private": private, "epsilon": epsilon, "delta": s.delta, "accountant": s.accountant,
         **{f"epsilon_{name}": numbers[f"epsilon_{name}"] for name in accountant.ACCOUNTANTS},
         GROUP: numbers[GROUP],  # of one person
-        ATTACKER: numbers[ATTACKER],  # what an optimal membership test can do at most, per picture
-        "adjacency": "add or remove one picture", "unit": "one picture", "sampling": "Poisson",
+        ATTACKER: numbers[ATTACKER],  # what an optimal membership test can do at most, per image
+        "adjacency": "add or remove one image", "unit": "one image", "sampling": "Poisson",
         "n": plan["n"], "q": plan["q"],
         "expected_batch_size": s.batch_size, "steps": len(rows), "sigma": plan["sigma"],
         "clip_norm": s.clip_norm,
@@ -202,15 +202,15 @@ def privacy_statement(s, plan, rows, trained, stages=()):
                  "(dp_sgd.SecureGenerator)",
         "covers": "everything in release/ and whatever is made from it",
         "does_not_cover": [
-            "the number n of private pictures and the names of their classes and attributes, which are "
+            "the number n of private images and the names of their classes and attributes, which are "
             "treated as public",
             "hyper-parameters, taken as chosen beforehand",
-            *(["the choice of these n pictures from a larger set: neighbours differ in a chosen picture"]
+            *(["the choice of these n images from a larger set: neighbours differ in a chosen image"]
               if s.private_n else []),
-            "other runs on the same private pictures: their epsilons add up",
+            "other runs on the same private images: their epsilons add up",
             "internal/ (losses, gradient norms)",
-            "several pictures of one person: the guarantee is for one picture",
-            "pictures that weights taken from elsewhere (public_weights) were trained on",
+            "several images of one person: the guarantee is for one image",
+            "images that weights taken from elsewhere (public_weights) were trained on",
             *(["an attacker who computes the noise from the release: its generator is not a cryptographic "
                "one (--fast-noise), "
                "and epsilon is then infinite"] if s.fast_noise else []), "timing"],

@@ -26,7 +26,7 @@ DIGITS = dict(
     micro_batch=256,
     sample_steps=30, sample_eta=0.0, guidance=1.0,
 )
-LARGE = dict(  # for 60,000 private pictures: the noise allows more steps, and the public model is what limits
+LARGE = dict(  # for 60,000 private images: the noise allows more steps, and the public model is what limits
     unet=replace(DIGITS["unet"], model_channels=48), vae_steps=1500, ldm_steps=3500, ldm_lr=1.5e-3,
     batch_size=6000, steps=150, lr=3e-3, ema=0.95)
 WIDE = LARGE | dict(  # the same, larger still: 98.2 instead of 97.8 % (docs/results.md)
@@ -56,7 +56,7 @@ PRESETS = {
         public="garments", public_n=60_000, private="fashion", latent_channels=16,
         vae=vae.VAEConfig(ch=8, ch_mult=(1, 2, 4, 4), num_groups=1), vae_steps=10_000, vae_batch=16,
         unet=DIGITS["unet"], ldm_steps=4000, steps=120),
-    "mnist-paper": dict(  # the authors' networks and settings (theirs on grey pictures); large, for a GPU
+    "mnist-paper": dict(  # the authors' networks and settings (theirs on grey images); large, for a GPU
         public="emnist", private="mnist", public_n=None,
         vae=replace(vae.PAPER["mnist"], in_channels=1, out_ch=1), vae_steps=60_000, vae_batch=100,
         vae_lr=4.5e-4,
@@ -85,7 +85,7 @@ PRESETS = {
                               ldm_batch=384, ldm_lr=1.9e-4, batch_size=2048, steps=5563, lr=1e-3),
     "celeba64": CELEBA | dict(vae=vae.PAPER["celeba64"], unet=unet.PAPER["celeba64"], condition="none",
                               ldm_batch=75, ldm_lr=7.5e-5, batch_size=8192, steps=1391, lr=8.2e-4),
-    # theirs: LAION, then 30,000 pictures of CelebA-HQ; here all of CelebA, 1/n < delta
+    # theirs: LAION, then 30,000 images of CelebA-HQ; here all of CelebA, 1/n < delta
     "celeba256-text": CELEBA | dict(
         public="folder:laion", vae=vae.PAPER["celeba256-text"], unet=unet.PAPER["celeba256-text"],
         schedule=diffusion.Schedule(beta_start=0.00085, beta_end=0.012), vae_batch=4, ldm_batch=16,

@@ -1,7 +1,7 @@
-"""What a run publishes: release/model.pt, privacy.json and pictures, all of it covered by epsilon.
+"""What a run publishes: release/model.pt, privacy.json and images, all of it covered by epsilon.
 
 The statement says what the guarantee is and what it is not (pitfalls 20, 24, 25); nothing here reads a
-private picture, a loss or a gradient norm.
+private image, a loss or a gradient norm.
 """
 import math
 import re
@@ -37,7 +37,7 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, private, privacy, pu
                         "privacy": privacy}
     files.save({**content, "model": model.state_dict()}, s.out / "release" / "model.pt")
     files.write_json(privacy, s.out / "release" / "privacy.json")
-    lines = max(1, (6 if s.crop < 128 else 2) // len(classes))  # of ten pictures, for each class
+    lines = max(1, (6 if s.crop < 128 else 2) // len(classes))  # of ten images, for each class
     row_classes = [label for label in range(len(classes)) for _ in range(lines)]
     labels = torch.tensor(row_classes).repeat_interleave(10)
     if prompts:
@@ -55,7 +55,7 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, private, privacy, pu
     pixels.save_grid(after, s.out / "release" / "samples.png", 10)
     rows, gap = [], torch.full((1, *after.shape[1:]), 96, dtype=torch.uint8)
     for i, label in enumerate(row_classes):
-        alike = classes[label] in public.classes  # else any public pictures stand on the left
+        alike = classes[label] in public.classes  # else any public images stand on the left
         shown = (
             public.images[public.labels == public.classes.index(classes[label])] if alike else public.images
         )

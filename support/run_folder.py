@@ -28,21 +28,24 @@ from support.team import agreed, once, rank
 PARTS = ("public", "release", "internal")
 # What a scheduler may send before it takes the machine away is a wish to stop, as Ctrl-C is.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-ADD_UP = "a new run on the same pictures would add its epsilon to what this one has spent"
+ADD_UP = "a new run on the same images would add its epsilon to what this one has spent"
 
 
 class RunFolder:
     """The folder of one run, locked until the process ends.
 
-    known: public checkpoints {"vae.pt": ..., "ldm.pt": ...} of --init, which are copied into it. `stop` says
-    whether Ctrl-C was pressed. Raises ValueError, one line, where a new run would be mixed into an old one,
-    and where a resumed run's files contradict each other.
+    known: public checkpoints {"vae.pt": ..., "ldm.pt": ...} of --init, which are copied into it. facts: what
+    is known of the public set (`start.read_sets`). `stop` says whether Ctrl-C was pressed. Raises ValueError,
+    one line, where a new run would be mixed into an old one, and where a resumed run's files contradict each
+    other.
     """
 
-    def __init__(self, s, plan, known):
+    def __init__(self, s, plan, known, facts):
         self.s, self.stop, self.known = s, Stop(), known
         once(prepare, s.out, s.resume)
         once(check_spent, s.out, plan)
+        if "ldm.pt" not in known:  # a public stage is to be trained, or to be gone on with
+            once(check_public, s, facts["digests"])
         if not s.resume:
             for name, checkpoint in known.items():
                 files.save(checkpoint, s.out / "public" / name)
@@ -153,6 +156,17 @@ def check_unchanged(facts, path):
             raise ValueError(f"cannot resume: '{key}' is not what this run began with; {ADD_UP}")
 
 
+def check_public(s, digests):
+    """Write down which public images there are (datasets.digests); refuse if a resumed run finds others."""
+    path = s.out / "internal" / "public.json"
+    found = hashlib.sha256(digests.numpy()).hexdigest()
+    if not path.exists():
+        files.write_json({"images": found}, path)
+    elif files.read_json(path).get("images") != found:
+        raise ValueError(f"cannot resume: --public {s.public} has other images than when this run began; "
+                         "bring them back, or choose another --out")
+
+
 def check_spent(out, plan):
     """Refuse to go on where a run's files contradict each other about the private steps that are spent.
 
@@ -245,7 +259,7 @@ def run_cli(main):
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "memory" not in text[0]:
             raise
         print("error: out of memory; ask for smaller batches (--batch, --micro-batch, --vae-batch, "
-              f"--ldm-batch) or fewer pictures ({text[0][:100]})", file=sys.stderr)
+              f"--ldm-batch) or fewer images ({text[0][:100]})", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -93,26 +93,26 @@ def parse(argv):
     flags("data",
           ("public", str, f"public set: {', '.join(datasets.names('public'))} (folder:PATH, npz:PATH)"),
           ("public_classes", str, "classes of the set strokes", ("digits", "letters", "all")),
-          ("public_n", int, "public pictures to use or draw"),
+          ("public_n", int, "public images to use or draw"),
           ("private", str, f"private set: {', '.join(datasets.names('private'))}"),
-          ("private_n", int, "private pictures to use, a random choice"),
+          ("private_n", int, "private images to use, a random choice"),
           ("classes", str, "classes of an own private set: names with commas, in their order, or a number N "
            "for 0 to N-1; None: its class folders or its array class_names"),
           ("label_attribute", str, "attribute of celeba and faces that gives the two classes"),
-          ("size", int, "side of the pictures the networks see, in pixels; None: the preset's"),
+          ("size", int, "side of the images the networks see, in pixels; None: the preset's"),
           ("condition", str,
-           "what a picture is made from: its class, a text (captions, or sentences about attributes or "
+           "what an image is made from: its class, a text (captions, or sentences about attributes or "
            "classes), nothing", ("class", "text", "none")),
           ("text_length", int, "most words of a prompt, and one"),
           ("text_width", int, "width of the text encoder"),
           ("text_layers", int, "transformer blocks of the text encoder"),
-          ("flips", yes_or_no, "mirror pictures at random, yes or no"))
+          ("flips", yes_or_no, "mirror images at random, yes or no"))
     flags("stage 1, autoencoder (public)",
-          ("factor", int, "f, side of a picture over that of its latent; None: the preset's"),
+          ("factor", int, "f, side of an image over that of its latent; None: the preset's"),
           ("latent_channels", int, "channels of a latent; None: the preset's"),
-          ("vae_steps", int, "steps"), ("vae_batch", int, "pictures per step"),
+          ("vae_steps", int, "steps"), ("vae_batch", int, "images per step"),
           ("vae_lr", float, "peak learning rate of AdamW"),
-          ("kl_weight", float, "weight of the KL term against the sum of |error| over a picture's pixels"),
+          ("kl_weight", float, "weight of the KL term against the sum of |error| over an image's pixels"),
           ("perceptual_weight", float, "weight of the distance in VGG16's features, per pixel; 0: off"),
           ("adversarial_weight", float, "weight of the patch discriminator's term; 0: off"),
           ("adversarial_start", int, "steps before the discriminator begins"))
@@ -128,8 +128,8 @@ def parse(argv):
           ("sigma", float,
            "noise multiplier in units of the clip norm, instead of calibrating it to --epsilon"),
           ("accountant", str, "calibrates sigma and gives the headline epsilon", [*accountant.ACCOUNTANTS]),
-          ("batch_size", int, "EXPECTED pictures per Poisson batch, B = q*n"),
-          ("steps", int, "private steps; 0 releases the public model, private pictures unread"),
+          ("batch_size", int, "EXPECTED images per Poisson batch, B = q*n"),
+          ("steps", int, "private steps; 0 releases the public model, private images unread"),
           ("clip_norm", float, "clip norm C of a per-example gradient"),
           ("clipping", str, "how gradients are clipped", [*dp_sgd.CLIPPING]))
     flags("stage 3, tuning", ("noise_multiplicity", int,
@@ -140,7 +140,7 @@ def parse(argv):
           ("ema", float, "decay of the average of the tuned parameters, per step"),
           ("method", str, "how per-example gradients are found, same result", [*GRADIENTS]),
           ("micro_batch", int, "images at a time: memory and speed only"))
-    flags("pictures at the end", ("sample_steps", int, "DDIM steps"), ("sample_eta", float, "DDIM eta, 0..1"),
+    flags("images at the end", ("sample_steps", int, "DDIM steps"), ("sample_eta", float, "DDIM eta, 0..1"),
           ("guidance", float, "guidance weight, 1: none"))
     defaults = {a.dest: a.default for a in p._actions if a.default is not argparse.SUPPRESS}
     given = {k: v for k, v in vars(p.parse_args(argv)).items() if k not in defaults or v != defaults[k]}
@@ -152,7 +152,7 @@ def parse(argv):
     s = argparse.Namespace(**{**defaults, **presets.DIGITS, **presets.PRESETS[given.get("preset", "digits")],
                               **given})
     s.out = given.get("out", Path("runs") / s.preset)
-    # every level but the last halves the picture
+    # every level but the last halves the image
     levels = int(s.factor).bit_length() if s.factor else len(s.vae.ch_mult)
     s.vae = replace(s.vae, resolution=s.size or s.vae.resolution,
                     z_channels=s.latent_channels or s.vae.z_channels,
@@ -259,7 +259,7 @@ def check(s):
 
 
 def check_sampling(s):
-    """Refuse settings of the pictures at the end that cannot be followed; nothing is spent yet. ValueError.
+    """Refuse settings of the images at the end that cannot be followed; nothing is spent yet. ValueError.
     """
     if not 1 <= s.sample_steps <= s.schedule.T:
         raise ValueError(f"--sample-steps must lie in 1..{s.schedule.T}, the steps of the noise schedule, "

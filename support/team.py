@@ -69,14 +69,14 @@ def once(f, *args):
 
 
 def share(batch):
-    """This rank's part of a batch of the public stages; parts differ by one picture at most, add up to the
+    """This rank's part of a batch of the public stages; parts differ by one image at most, add up to the
     batch.
     """
     return batch // world() + (rank() < batch % world())
 
 
 def shard(tensor):
-    """This rank's part of a data set: every world()-th picture."""
+    """This rank's part of a data set: every world()-th image."""
     return tensor[rank()::world()]
 
 

@@ -55,7 +55,7 @@ def run(tmp_path, monkeypatch):
     (tmp_path / "run" / "internal").mkdir()
     monkeypatch.setitem(evaluate.PROTOCOLS, "quick", TINY)
     monkeypatch.setattr(evaluate, "FEATURES", RECIPE)
-    monkeypatch.setattr(evaluate, "FEATURE_PICTURES", 72)
+    monkeypatch.setattr(evaluate, "FEATURE_IMAGES", 72)
     monkeypatch.setenv("DPLDM_DATA", str(tmp_path / "nothing"))
     return tmp_path / "run"
 
@@ -318,7 +318,7 @@ def test_feature_network_is_kept_and_replaced_if_damaged(run, monkeypatch, capsy
         assert get() == (name, True)  # trained anew, from the same seed
     files.save({"settings": 0}, path)
     assert get() == (name, True)
-    monkeypatch.setattr(evaluate, "FEATURE_PICTURES", 36)
+    monkeypatch.setattr(evaluate, "FEATURE_IMAGES", 36)
     assert get()[1] and get(size=32)[1]  # other settings
 
 

@@ -6,10 +6,13 @@ import fcntl
 import os
 import signal
 
+import numpy as np
 import pytest
 
 import evaluate
+import sample
 import train
+from extensions import audit
 from support import files, run_folder, scored
 
 TINY = ["--preset", "smoke", "--vae-steps", "1", "--ldm-steps", "1", "--public-n", "80", "--private-n", "200",
@@ -33,6 +36,36 @@ def test_one_command_begins_a_run_and_goes_on_with_it(run, tmp_path):
     with pytest.raises(ValueError, match="settings.json"):
         train.main([*TINY, "--resume", "--out", str(tmp_path / "mistyped")])
     assert not (tmp_path / "mistyped").exists()
+
+
+def test_public_images_that_change_before_a_run_goes_on(tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (120, 28, 28), dtype=np.uint8)
+    public, out = tmp_path / "public.npz", tmp_path / "r"
+    np.savez(public, images=images, labels=np.arange(120) % 10)
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "train_diffusion", stopped)
+        train.main([*TINY, "--public", f"npz:{public}", "--steps", "0", "--out", str(out)])
+    np.savez(public, images=images[::-1] // 2, labels=np.arange(120) % 10)
+    with pytest.raises(ValueError, match="has other images than when this run began"):
+        train.main(["--resume", "--out", str(out)])
+    assert not (out / "public" / "ldm.pt").exists()
+    np.savez(public, images=images, labels=np.arange(120) % 10)
+    train.main(["--resume", "--out", str(out)])
+    assert (out / "release" / "model.pt").exists()
+
+
+@pytest.mark.parametrize("main, flag, name, right", [
+    (sample.main, "--out", "x.jpg", "x.png"), (sample.main, "--npz", "x.zip", "x.npz"),
+    (evaluate.main, "--out", "x.csv", "x.json"), (audit.main, "--out", "x.pdf", "x.png")])
+def test_a_written_file_is_what_its_name_says(run, tmp_path, main, flag, name, right):
+    with pytest.raises(ValueError, match=rf"{flag} .*{name}: what is written is .*{right}"):
+        main([str(run), flag, str(tmp_path / name)])
+    assert not (tmp_path / name).exists()
+    sample.main([str(run), "--n", "2", "--steps", "1", "--out", "/dev/null"])
 
 
 def test_signal_handlers_are_put_back(tmp_path):

@@ -189,8 +189,8 @@ def test_the_statement_carries_what_a_guarantee_needs(tmp_path):  # 20, 24, 25
     rows = [{"q": plan["q"], "sigma": plan["sigma"]}] * 4
     privacy = guarantee.privacy_statement(s, plan, rows, 7, stages)
     assert "(2, 1e-05)" in privacy["statement"] and privacy["delta"] == 1e-5 < 1 / privacy["n"]
-    assert privacy["adjacency"] == "add or remove one picture" and privacy["sampling"] == "Poisson"
-    assert privacy["unit"] == "one picture" and "one picture" in privacy["statement"]
+    assert privacy["adjacency"] == "add or remove one image" and privacy["sampling"] == "Poisson"
+    assert privacy["unit"] == "one image" and "one image" in privacy["statement"]
     group = privacy["epsilon_for_20_pictures_of_one_person"]
     assert group == pld.group_epsilon(20, plan["q"], plan["sigma"], 4, 1e-5) > 5 * privacy["epsilon"]
     assert any("other runs" in text and "add up" in text for text in privacy["does_not_cover"])
@@ -202,7 +202,7 @@ def test_the_statement_carries_what_a_guarantee_needs(tmp_path):  # 20, 24, 25
     # mnist10k's presets were
     assert "partly by looking at results on private data" in privacy["hyper_parameters"]
     s.private = "folder:mine"
-    assert "without results on these pictures" in guarantee.privacy_statement(s, plan, rows, 7,
+    assert "without results on these images" in guarantee.privacy_statement(s, plan, rows, 7,
                                                                               stages)["hyper_parameters"]
 
 

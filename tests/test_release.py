@@ -144,7 +144,7 @@ def test_the_privacy_statement_is_complete(run):
     assert float(group) == pld.group_epsilon(20, *spent, 1e-5) > privacy["epsilon"]
     assert privacy["attacker_true_positive_rates"] == dict(
         zip(("0.001", "0.01", "0.1"), pld.attacker_tpr(*spent, (0.001, 0.01, 0.1)).tolist(), strict=True))
-    assert privacy["adjacency"] == "add or remove one picture" and privacy["unit"] == "one picture"
+    assert privacy["adjacency"] == "add or remove one image" and privacy["unit"] == "one image"
     assert (privacy["n"], privacy["q"], privacy["steps"], privacy["expected_batch_size"]) == (100, 0.1, 2, 10)
     text = " ".join(privacy["does_not_cover"])
     for word in ("number n", "hyper-parameters", "other runs", "add up", "internal/", "one person"):
