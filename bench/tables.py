@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/results.md, made from bench/results.jsonl.
+"""The tables of README.md, docs/results.md and docs/datasets.md, from bench/results.jsonl and the code.
 
     python -m bench.tables            prints them
     python -m bench.tables --write    puts them into the pages
@@ -13,10 +13,13 @@ import textwrap
 from importlib import import_module
 from pathlib import Path
 
+import datasets
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "docs" / "results.md"
+DATASETS = ROOT / "docs" / "datasets.md"
 
 # "Read in this order": files and what each is about. The lines are counted, the minutes follow from them.
 READING = {
@@ -123,6 +126,23 @@ def reading():
     for i, (name, what) in enumerate(READING.items(), 1):
         lines = len((ROOT / name).read_text().splitlines())
         cells.append([str(i), f"`{name}`", str(lines), str(round(lines / LINES_PER_MINUTE)), what])
+    return markdown(head, cells)
+
+
+def sets():
+    """docs/datasets.md: what the registry knows of each data set."""
+    head = ["name", "part", "images", "pixels", "in training", "classes", "in the data root"]
+    cells = []
+    for name, entry in datasets.REGISTRY.items():
+        place = f"`{entry.files or name}`"
+        if entry.drawn or entry.own:
+            place = "drawn, not stored" if entry.drawn else "anywhere"
+        elif name == "mnist10k":
+            place = "in this repository"
+        cells.append([f"`{name}:PATH`" if entry.own else f"`{name}`", entry.role, entry.about,
+                      f"{entry.side}, {'grey' if entry.channels == 1 else 'colour'}" if entry.side and not entry.own
+                      else "any",
+                      f"{entry.n:,}" if entry.n else "", str(len(entry.classes) or ""), place])
     return markdown(head, cells)
 
 
@@ -250,6 +270,8 @@ def origin(rows):
 
 TABLES = {"digits": digits, "ablations": ablations, "papers": papers, "recipes": recipes, "faces": faces}
 ON_README = {"overview": overview, "reading": reading}
+ON_DATASETS = {"sets": sets}
+PAGES = ((README, ON_README), (RESULTS, TABLES), (DATASETS, ON_DATASETS))
 
 
 def replaced(text, name, table):
@@ -263,7 +285,7 @@ def replaced(text, name, table):
 
 def main(argv=None):
     write = "--write" in (sys.argv[1:] if argv is None else argv)
-    for page, tables in ((README, ON_README), (RESULTS, TABLES)):
+    for page, tables in PAGES:
         text = page.read_text()
         for name, make in tables.items():
             table = make()

@@ -8,14 +8,13 @@ import pytest
 from bench import runs, tables
 from support import settings
 
-PLACES = [(tables.README, "overview"), *((tables.RESULTS, name) for name in tables.TABLES)]
+PLACES = [(page, name, make) for page, made in tables.PAGES for name, make in made.items()]
 
 
-@pytest.mark.parametrize(("page", "name"), PLACES)
-def test_no_metric_of_a_table_is_typed(page, name):
+@pytest.mark.parametrize(("page", "name", "make"), PLACES)
+def test_no_entry_of_a_table_is_typed(page, name, make):
     inside = re.search(rf"<!-- table: {name} -->\n(.*?)\n<!-- end -->", page.read_text(), flags=re.S)
-    made = (tables.TABLES | tables.ON_README)[name]()
-    assert inside and inside[1] == made, "python -m bench.tables --write"
+    assert inside and inside[1] == make(), "python -m bench.tables --write"
 
 
 def test_a_page_without_the_markers_of_a_table_is_refused():
