@@ -139,10 +139,10 @@ def sets():
             place = "drawn, not stored" if entry.drawn else "anywhere"
         elif name == "mnist10k":
             place = "in this repository"
+        pixels = f"{entry.side}, {'grey' if entry.channels == 1 else 'colour'}"
         cells.append([f"`{name}:PATH`" if entry.own else f"`{name}`", entry.role, entry.about,
-                      f"{entry.side}, {'grey' if entry.channels == 1 else 'colour'}" if entry.side and not entry.own
-                      else "any",
-                      f"{entry.n:,}" if entry.n else "", str(len(entry.classes) or ""), place])
+                      pixels if entry.side and not entry.own else "any", f"{entry.n:,}" if entry.n else "",
+                      str(len(entry.classes) or ""), place])
     return markdown(head, cells)
 
 
