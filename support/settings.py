@@ -2,7 +2,7 @@
 
 One flat namespace: a preset overrides the defaults of `digits`, a flag overrides both. The authors' settings
 (DP-LDM, Liu et al. 2024, appendix) are the presets mnist-paper, cifar10 and celeba*. `python train.py --help`
-shows all flags.
+shows the flags that a first run may want, `--help-all` all of them.
 """
 import argparse
 import math
@@ -29,6 +29,12 @@ SAMPLING = {"sample_steps", "sample_eta", "guidance"}
 LARGEST_RANK = 1024  # of LoRA
 VAE_FLAGS = {"vae_steps", "vae_batch", "vae_lr", "kl_weight", "perceptual_weight", "adversarial_weight",
              "adversarial_start"}
+# What --help leaves out, and --help-all shows.
+RARE = {"precision", "insecure_seed", "fast_noise", "show_private", "cache", "public_classes", "flips",
+        "text_length", "text_width", "text_layers", "factor", "latent_channels", "width", "depth",
+        "prediction", "vae_batch", "vae_lr", "kl_weight", "perceptual_weight", "adversarial_weight",
+        "adversarial_start", "ldm_batch", "ldm_lr", "cond_drop", "sigma", "noise_multiplicity", "from_block",
+        "ema", "method", "micro_batch", "sample_steps", "sample_eta"}
 
 
 def yes_or_no(word):
@@ -42,8 +48,11 @@ def parse(argv):
     """Command line -> settings: the preset's values, overridden by the flags given. ValueError for impossible
     ones.
     """
-    p = run_folder.Parser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS,
-                                epilog="Defaults in brackets are those of the preset `digits`.")
+    p = run_folder.Parser(description="Train DP-LDM: two public stages, one private stage.",
+                          argument_default=argparse.SUPPRESS,
+                          epilog="Defaults in brackets are those of the preset `digits`. --help-all shows the "
+                                 "flags that are left out here.")
+    p.add_argument("--help-all", action="help", help="show all flags and exit")
 
     def flags(title, *rows):
         group = p.add_argument_group(title)
@@ -142,6 +151,9 @@ def parse(argv):
           ("micro_batch", int, "images at a time: memory and speed only"))
     flags("images at the end", ("sample_steps", int, "DDIM steps"), ("sample_eta", float, "DDIM eta, 0..1"),
           ("guidance", float, "guidance weight, 1: none"))
+    for action in p._actions:
+        if action.dest in RARE and "--help-all" not in argv:
+            action.help = argparse.SUPPRESS
     defaults = {a.dest: a.default for a in p._actions if a.default is not argparse.SUPPRESS}
     given = {k: v for k, v in vars(p.parse_args(argv)).items() if k not in defaults or v != defaults[k]}
     for key in {"public", "private"} & given.keys():  # with the whole path: a resumed run may begin elsewhere

@@ -17,7 +17,7 @@ a, b = torch.randn(64, 256), torch.randn(256, 256)
 for _ in range(50):
     a @ b
 begin = time.perf_counter()
-for _ in range(1500):
+for _ in range(500):
     torch.nn.functional.silu(a @ b)
 print(time.perf_counter() - begin)
 """
@@ -42,7 +42,7 @@ def test_it_is_set_before_torch_is_imported():
     assert start(code).communicate()[0].strip() == "False"
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+@pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: [])(0)) < 2, reason="needs two cores")
 def test_two_programs_side_by_side_do_not_starve_each_other():
     alone = float(start(WORK).communicate()[0])
     both = [start(WORK) for _ in range(2)]

@@ -2,6 +2,7 @@
 one line.
 """
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import sample
 import train
 import vae
 from datasets import strokes
-from support import checkpoints, conditions, dry_run, files, guarantee, run_folder, settings
+from support import checkpoints, conditions, dry_run, files, guarantee, presets, run_folder, settings
 
 PRIVACY_KEYS = {"statement", "epsilon", "delta", "accountant", "adjacency", "unit", "sampling", "n", "q",
                 "steps", "sigma",
@@ -34,6 +35,18 @@ def run(tmp_path_factory):
 
 def read_rows(out):
     return [json.loads(line) for line in (out / "internal" / "ledger.jsonl").read_text().splitlines()]
+
+
+def test_help_is_short_and_help_all_is_whole(capsys):
+    flags = []
+    for word in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            settings.parse([word])
+        flags.append(set(re.findall(r"^  (?:-h, )?--([a-z0-9-]+)", capsys.readouterr().out, flags=re.M)))
+    short, whole = flags
+    assert len(short) <= 32 and short < whole
+    assert {name.replace("-", "_") for name in whole - short} == settings.RARE
+    assert whole >= {key.replace("_", "-") for key in presets.DIGITS if key not in ("vae", "unet", "schedule")}
 
 
 def test_a_run_leaves_what_it_promises(run):
