@@ -50,8 +50,8 @@ def parse(argv):
     """
     p = run_folder.Parser(description="Train DP-LDM: two public stages, one private stage.",
                           argument_default=argparse.SUPPRESS,
-                          epilog="Defaults in brackets are those of the preset `digits`. --help-all shows the "
-                                 "flags that are left out here.")
+                          epilog="Defaults in brackets are those of the preset `digits`. --help-all shows "
+                                 "the flags that are left out here.")
     p.add_argument("--help-all", action="help", help="show all flags and exit")
 
     def flags(title, *rows):
