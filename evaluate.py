@@ -250,6 +250,24 @@ def compare(model, samples, real, seed=0):
 
 # ---------------------------------------------------------------------------------------------- the program
 
+def on_real_images(args, release, private, recipe, images, labels, real_sets):
+    """A classifier that learns the private TRAINING images, a dict: what the data allow, and what it sees.
+
+    accuracy: on each held-out set, the ceiling for classifiers that learn from samples. samples: the share of
+    the samples of each class that it takes for that class. It knows private images, so its scores are as
+    private as they are, and never leave internal/ except by the user's hand.
+    """
+    train = scored.load_private(release, private, "train", args.data_root)
+    model = train_classifier(images=train.images, labels=train.labels, num_classes=len(release.classes),
+                             device=args.device, generator=torch.Generator().manual_seed(args.seed),
+                             bf16=release.bf16, **recipe)
+    of_class = {name: labels == i for i, name in enumerate(release.classes)}
+    return {"n": len(train), "recipe": recipe,
+            "accuracy": {name: accuracy(model, x.images, x.labels) for name, x in real_sets.items()},
+            "samples": {name: accuracy(model, images[mine], labels[mine])
+                        for name, mine in of_class.items() if mine.any()}}
+
+
 def table(result):
     """The result as text; each metric with the settings it belongs to (docs/pitfalls.md, row 22)."""
     sets, d = result["held_out"], result["distance"]
@@ -260,6 +278,11 @@ def table(result):
         cells = [f"{100 * p:.2f} +- {100 * errors[k]:.2f} %" for k, p in scores.items()]
         name = f"{word} ({result['recipes'][word]['kind']}, {result['recipes'][word]['epochs']} epochs)"
         lines.append(f"{name:36}" + "".join(f"{cell:>28}" for cell in cells))
+    if real := result["real"]:
+        lines.append(f"{'cnn, trained on ' + format(real['n'], ',') + ' real images':36}"
+                     + "".join(f"{100 * p:>26.2f} %" for p in real["accuracy"].values()))
+        taken = ", ".join(f"{name} {100 * p:.0f} %" for name, p in real["samples"].items())
+        lines += ["", f"samples that this CNN takes for what they should be: {taken}"]
     if d:
         lines += ["", f"Frechet distance, features of a {d['features']}: {d['frechet']:.2f}",
                   f"  {d['n'][0]:,} samples against {d['split']}, {d['resize']}; "
@@ -297,6 +320,8 @@ def distance_of(args, release, folder, public, images, split, real, lap):
     """
     size = images.shape[-1]
     try:
+        if args.features:  # kept with no run: it is not about this run's public set
+            folder, public = None, args.features
         judge, name = public_features(folder, public, images.shape[1], size, args.data_root, args.device)
     except datasets.DataError as error:  # the accuracies stand without it
         print(f"Frechet distance skipped: {error}")
@@ -321,6 +346,9 @@ def parse(argv):
     add("--seed", type=int, default=0, help="of sampling and classifiers [0]")
     add("--samples", help="NPZ of sample.py to score instead of sampling")
     add("--classifiers", default="cnn,mlp,logreg", help="which to train, with commas [cnn,mlp,logreg]")
+    add("--features", help="set whose classes the feature network learns [the run's public set]")
+    add("--real", action="store_true",
+        help="one more CNN learns the private training images: the ceiling; and how it takes the samples")
     add("--memorisation", action="store_true",
         help="only look for private images near to samples (extensions/memorisation.py)")
     add("--no-distance", action="store_true", help="skip Frechet distance, precision and recall")
@@ -330,6 +358,8 @@ def parse(argv):
         help="of sampling and classifiers [auto: the faster]")
     add("--out", help="JSON to write [RUN/internal/evaluation.json]")
     args = parser.parse_args(argv)
+    if args.features and args.features not in datasets.names("public"):
+        raise ValueError(f"--features: {args.features!r} is none of {', '.join(datasets.names('public'))}")
     args.classifiers = [word.strip() for word in args.classifiers.split(",")]
     known = PROTOCOLS[args.protocol]["recipes"]
     if unknown := [word for word in args.classifiers if word not in known]:
@@ -379,7 +409,11 @@ def main(argv=None):
                                  bf16=release.bf16, **recipe)
         scores[word] = {name: accuracy(model, held.images, held.labels) for name, held in real_sets.items()}
         lap(word)
-    distance = None
+    ceiling, distance = None, None
+    if args.real and words:
+        recipe = protocol["recipes"]["cnn"]
+        ceiling = on_real_images(args, release, private, recipe, images, labels, real_sets)
+        lap("CNN on real images")
     if len(real) < 4:  # two halves of two, the least that has a covariance
         print(f"note: {len(real)} held-out images are too few for a Frechet distance, which is left out")
     elif not args.no_distance:
@@ -387,7 +421,8 @@ def main(argv=None):
         distance = distance_of(args, release, folder, public, images, split, real, lap)
     result = {"note": "scores on real held-out images, not covered by epsilon", "protocol": args.protocol,
               "privacy": {key: release.privacy.get(key) for key in ("epsilon", "delta", "statement")},
-              "n": len(images), "sampler": sampler, "seed": args.seed, "recipes": recipes, "accuracy": scores,
+              "n": len(images), "sampler": sampler, "seed": args.seed,
+              "recipes": recipes, "accuracy": scores, "real": ceiling,
               "held_out": {name: len(held) for name, held in real_sets.items()}, "distance": distance,
               "precision": "bf16" if release.bf16 else "float32", "seconds": seconds}
     out = Path(args.out or run / "internal" / "evaluation.json")

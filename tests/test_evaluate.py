@@ -289,6 +289,29 @@ def test_a_copied_release_is_scored_elsewhere(run, tmp_path, capsys):
     assert [p.relative_to(copied).as_posix() for p in copied.rglob("*")] == ["release", "release/model.pt"]
 
 
+def test_a_classifier_of_real_images_gives_the_ceiling_and_judges_the_samples(run, tmp_path, monkeypatch,
+                                                                              capsys):
+    real = datasets.load("mnist10k", "train", size=28, n=1500)
+    swapped = real.labels.clone()
+    swapped[real.labels == 1], swapped[real.labels == 2] = 2, 1
+    np.savez(tmp_path / "s.npz", images=real.images[:, 0].numpy(), labels=swapped.numpy().astype(np.uint8))
+    monkeypatch.setattr(scored, "load_private", lambda release, private, split, root=None: (
+        real if split == "train" else datasets.load(private, split, root, 28)))
+    quick = {"kind": "logreg", **evaluate.SIMPLE}
+    monkeypatch.setitem(evaluate.PROTOCOLS["quick"]["recipes"], "cnn", quick)
+    monkeypatch.setattr(evaluate, "FEATURE_IMAGES", 200)
+    evaluate.main([str(run), "--samples", str(tmp_path / "s.npz"), "--classifiers", "logreg", "--real",
+                   "--features", "garments"])
+    result, out = read_result(run), capsys.readouterr().out
+    ceiling = next(iter(result["real"]["accuracy"].values()))
+    assert ceiling > 0.8 > next(iter(result["accuracy"]["logreg"].values()))
+    taken = result["real"]["samples"]
+    assert taken["5"] > 0.8 and max(taken["1"], taken["2"]) < 0.2 and "trained on 1,500 real images" in out
+    assert "garments" in result["distance"]["features"] and "not kept" in out
+    with pytest.raises(ValueError, match="--features: 'celeba' is none of"):
+        evaluate.main([str(run), "--features", "celeba"])
+
+
 def test_samples_file_replaces_sampling(run, tmp_path):
     real = datasets.load("mnist10k", "train", size=28, n=30)
     np.savez(tmp_path / "s.npz", images=real.images[:, 0].numpy(),
