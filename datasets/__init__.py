@@ -31,7 +31,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torchvision
 
 from extensions import captions
 from support import files
@@ -142,7 +141,10 @@ def prepared(images, size, channels, cache, root, decode):
         return pixels.pad(images, size), images.shape[-1]
     if isinstance(images, torch.Tensor):
         images = pixels.resize(images, size)
-        return images if channels == 3 else torchvision.transforms.functional.rgb_to_grayscale(images), size
+        if channels == 3:
+            return images, size
+        from torchvision.transforms.functional import rgb_to_grayscale
+        return rgb_to_grayscale(images), size
     if not decode:
         return torch.empty(len(images), channels, size, size, dtype=torch.uint8, device="meta"), size
     cache = cache or cache_folder(root)

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 
 from support import files
 
@@ -255,6 +254,7 @@ PATIENCE = 30  # seconds that a server may be silent
 
 def fetched(name, root, there=False, **options):
     """Let torchvision read or download a set -> (the set, ""), or (None, the reason why not, in one line)."""
+    import torchvision
     if not there:
         source = getattr(torchvision.datasets, name)
         where = [*getattr(source, "mirrors", []), getattr(source, "url", None) or "its distributor"][0]

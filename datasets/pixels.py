@@ -2,7 +2,6 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 
 from support import files
 
@@ -80,6 +79,7 @@ def save_grid(images, path, columns=10):
     """Write images (N,C,H,W) uint8 as one PNG, row by row, small ones enlarged; all or nothing
     (files.replacing).
     """
+    import torchvision  # here and elsewhere: loading it takes as long as loading torch
     enlarge = max(1, min(3, 900 // (columns * images.shape[-1])))
     images = images.cpu().repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
     grid = torchvision.utils.make_grid(images.float() / 255, nrow=columns, padding=enlarge, pad_value=0.2)

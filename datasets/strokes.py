@@ -17,11 +17,11 @@ handwriting is one matrix product.
 Alone:  python -m datasets strokes     writes strokes.png.
 """
 
+import functools
 import math
 
 import numpy as np
 import torch
-from scipy.interpolate import CubicSpline
 
 from .drawing import drawn_set
 from .registry import dataset
@@ -138,6 +138,7 @@ def segment_matrix(points, curves, strokes_of_curves):
     """The linear map from K control points to segments: (sharp or smoothed corners, start or end, SEGMENTS,
     K).
     """
+    from scipy.interpolate import CubicSpline  # here: it takes a quarter as long to load as torch
     lengths = [np.linalg.norm(np.diff(points[c], axis=0), axis=1).sum() for c in curves]
     counts = [max(1, int(SEGMENTS * length / sum(lengths))) for length in lengths]
     counts[int(np.argmax(lengths))] += SEGMENTS - sum(counts)
@@ -159,8 +160,9 @@ def segment_matrix(points, curves, strokes_of_curves):
     return np.concatenate(ends, axis=2)
 
 
-def _compile():
-    """All skeletons as padded tensors, made once at import."""
+@functools.cache
+def compiled():
+    """All skeletons as padded tensors (points, stroke numbers, matrices, chances), made at the first use."""
     parsed = [parse(text) for name in CLASSES for text in SKELETONS[name]]
     most = max(len(p[1]) for p in parsed)
     points, stroke = torch.zeros(len(parsed), most, 2), torch.zeros(len(parsed), most, dtype=torch.long)
@@ -172,9 +174,6 @@ def _compile():
         matrix[i, ..., : len(p)] = torch.tensor(segment_matrix(p, curves, numbers))
         chance[owner[i], i] = weight
     return points, stroke, matrix, chance
-
-
-POINTS, STROKE, MATRIX, CHANCE = _compile()
 
 
 def draw(labels, generator=None, size=28):
@@ -212,8 +211,9 @@ def pen_path(labels, generator):
     def uniform(*shape):
         return torch.rand(n, *shape, generator=generator)
 
-    variant = torch.multinomial(CHANCE[labels], 1, generator=generator)[:, 0]
-    points, stroke, matrix = POINTS[variant], STROKE[variant], MATRIX[variant]
+    points, stroke, matrix, chance = compiled()
+    variant = torch.multinomial(chance[labels], 1, generator=generator)[:, 0]
+    points, stroke, matrix = points[variant], stroke[variant], matrix[variant]
     # the hand: points miss their place, neighbours in like manner (a 0 stays round), and so does the whole
     # stroke
     miss = normal(points.shape[1] + 2, 2)

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 import datasets
@@ -509,11 +510,11 @@ def test_public32_and_cifar10(tmp_path, monkeypatch):
                 [i % 10 for i in range(20 if train else 10)],
             )
 
-    monkeypatch.setattr(arrays.torchvision.datasets, "CIFAR10", Offline)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Offline)
     with pytest.raises(datasets.DataError) as caught:
         datasets.load("cifar10", root=tmp_path)
     one_line(caught, "cifar-10-batches-py", "download failed")
-    monkeypatch.setattr(arrays.torchvision.datasets, "CIFAR10", Disk)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Disk)
     assert datasets.load("cifar10", root=tmp_path).images.shape == (20, 3, 32, 32)
     assert len(datasets.load("cifar10", "test", tmp_path)) == 10
 
@@ -666,11 +667,11 @@ def test_a_dry_run_downloads_nothing_large_and_a_failed_download_says_why(tmp_pa
         raise RuntimeError("gdown is required")
 
     for name in ("CelebA", "CIFAR10"):
-        monkeypatch.setattr(arrays.torchvision.datasets, name, broken)
+        monkeypatch.setattr(torchvision.datasets, name, broken)
     with pytest.raises(datasets.DataError, match="download failed .gdown is required"):
         datasets.load("celeba", root=tmp_path)
     for name in ("CelebA", "CIFAR10"):
-        monkeypatch.setattr(arrays.torchvision.datasets, name, None)  # calling it would be a TypeError
+        monkeypatch.setattr(torchvision.datasets, name, None)  # calling it would be a TypeError
     for name in ("celeba", "cifar10"):
         with pytest.raises(datasets.DataError, match="not found"):
             datasets.load(name, root=tmp_path, decode=False)
@@ -714,7 +715,7 @@ def test_dry_run_without_data_says_what_it_assumes(preset, tmp_path, capsys, mon
         raise RuntimeError("no network")
 
     for name in ("CelebA", "CIFAR10"):
-        monkeypatch.setattr(arrays.torchvision.datasets, name, offline)
+        monkeypatch.setattr(torchvision.datasets, name, offline)
     train.main(["--preset", preset, "--dry-run", "--device", "cpu", "--precision", "float32"])
     out = capsys.readouterr().out
     n = 50_000 if preset == "cifar10" else 162_770
