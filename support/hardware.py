@@ -1,4 +1,5 @@
 """Device, precision and memory layout: where and how fast, never what is computed."""
+import functools
 import time
 
 import torch
@@ -19,24 +20,24 @@ def choose_bf16(precision, device):
     return precision == "bf16" or precision == "auto" and bf16_wins(device)
 
 
+@functools.cache
 def bf16_wins(device):
     """Time a convolution and a matrix product of the UNet's size in both precisions: some CPUs only emulate
     bfloat16.
     """
-    def seconds(dtype, enough=0.0):
+    def seconds(dtype, n):  # n: images of 4 x 4
         x, w, a = (torch.randn(shape, device=device, dtype=dtype)
-                   for shape in ((256, 128, 4, 4), (128, 128, 3, 3), (1024, 512)))
+                   for shape in ((n, 128, 4, 4), (128, 128, 3, 3), (4 * n, 512)))
         times = []
-        for _ in range(4):
+        for _ in range(4):  # the first call is slow
             begin = time.perf_counter()
             (torch.nn.functional.conv2d(x, w, padding=1).sum() + (a @ a.T).sum()).item()
             times.append(time.perf_counter() - begin)
-            if enough and times[-1] > enough:
-                break
         return min(times)
-    plain = seconds(torch.float32)
-    # Emulated bfloat16 takes a hundred times as long: once is enough. Any GPU's first call is slow.
-    return seconds(torch.bfloat16, 20 * plain if "cpu" in str(device) else 0.0) < 0.8 * plain
+    # Emulated bfloat16 takes a hundred times as long: seen with few images already, in an instant.
+    if "cpu" in str(device) and seconds(torch.bfloat16, 4) > 5 * seconds(torch.float32, 4):
+        return False
+    return seconds(torch.bfloat16, 256) < 0.8 * seconds(torch.float32, 256)
 
 
 def check_device(device):
