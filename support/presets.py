@@ -53,9 +53,9 @@ PRESETS = {
             vae=vae.VAEConfig(ch=8, ch_mult=(1, 2, 4), num_groups=1), vae_steps=10_000, vae_batch=16,
             unet=DIGITS["unet"])),
     "garments": LARGE | dict(  # drawn garments: nothing is downloaded for the public stages
-        public="garments", public_n=60_000, private="fashion", latent_channels=16,
-        vae=vae.VAEConfig(ch=8, ch_mult=(1, 2, 4, 4), num_groups=1), vae_steps=10_000, vae_batch=16,
-        unet=DIGITS["unet"], ldm_steps=4000, steps=120),
+        public="garments", public_n=60_000, private="fashion",
+        vae=vae.VAEConfig(ch=8, ch_mult=(1, 2, 4), num_groups=1), vae_steps=10_000, vae_batch=16,
+        unet=DIGITS["unet"], ldm_steps=4000, ldm_batch=128, steps=120),
     "mnist-paper": dict(  # the authors' networks and settings (theirs on grey images); large, for a GPU
         public="emnist", private="mnist", public_n=None,
         vae=replace(vae.PAPER["mnist"], in_channels=1, out_ch=1), vae_steps=60_000, vae_batch=100,
