@@ -17,9 +17,7 @@ Symbols: q sampling probability, sigma noise multiplier, T number of steps (nois
     python accountant.py runs/a runs/b                              (what runs have spent, alone and together)
 """
 import math
-import sys
 from collections import Counter
-from decimal import ROUND_CEILING, Context, Decimal
 from functools import lru_cache
 
 import numpy as np
@@ -306,18 +304,6 @@ def noise_multiplier(epsilon, delta, q, steps, method="rdp"):
     return sigma
 
 
-def round_up(x, digits=4):
-    """x as text of so many digits, rounded up from the decimal form Python prints: 9.99999999 -> "10"."""
-    x = float(x)
-    if not math.isfinite(x):
-        return str(x)
-    return f"{float(Context(prec=digits, rounding=ROUND_CEILING).plus(Decimal(repr(x)))):.{digits}g}"
-
-
-def main(argv=None):
-    from support import calculator  # the command line
-    return calculator.main(argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    from support import calculator  # the command line
+    raise SystemExit(calculator.main())

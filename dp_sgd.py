@@ -76,40 +76,6 @@ class SecureGenerator:
         return out.div_(2).view(shape)  # the sum of four has deviation 2
 
 
-def fresh_generator(device="cpu"):
-    """A torch.Generator with an unknown seed, for the draws of the loss, or for --fast-noise."""
-    generator = torch.Generator(device).manual_seed(int.from_bytes(os.urandom(8), "little"))
-    if generator.device.type == "cpu":
-        # manual_seed keeps 32 bits of a seed, few enough to try them all. So the whole state is filled. Its
-        # bytes: seed (8), left (4), seeded (4), next (8), then 624 words of 32 bits, each in 8 bytes.
-        state = generator.get_state()
-        words = torch.frombuffer(bytearray(os.urandom(624 * 4)), dtype=torch.int32).to(torch.int64)
-        state[24:24 + 624 * 8] = (words & 0xFFFFFFFF).view(torch.uint8)
-        generator.set_state(state)
-    return generator
-
-
-def largest_normal(generator):
-    """Largest normal that `privatise` can draw. torch's float64 normals are single draws: half of `limit`."""
-    return generator.limit if isinstance(generator, SecureGenerator) else SecureGenerator.limit / 2
-
-
-def beyond_the_noise(generator, q, sigma, steps, k=1):
-    """Bound on the probability that k examples push an output further than the largest normal alone can.
-
-    Such an output proves that the examples were in the data, so the probability must be far below delta. In a
-    step j of the k are in the batch with probability Bin(j; k, q). They move the sum by at most j clip norms,
-    which is j / sigma deviations of the noise. Then a normal above limit - j / sigma is enough.
-    """
-    if sigma == 0:
-        return 1.0
-    limit, total = largest_normal(generator), 0.0
-    for j in range(1, k + 1):
-        present = math.comb(k, j) * q ** j * (1 - q) ** (k - j)
-        total += present * 0.5 * math.erfc((limit - j / sigma) / math.sqrt(2))
-    return min(1.0, steps * total)
-
-
 def poisson_sample(n, q, generator=None):
     """A Poisson batch: each of n examples independently with probability q (Abadi et al. 2016, section 3.1).
 

@@ -123,50 +123,17 @@ def uniform_labels(n, num_classes):
     return torch.arange(n) % num_classes
 
 
-def parse(argv):
-    parser = run_folder.Parser(description="Draw images from a released DP-LDM model (no privacy cost).")
-    add = parser.add_argument
-    add("run", help="run folder, release folder or model.pt")
-    add("--labels", help='classes to draw, e.g. "0-9" or "3,5" (default: all, in turn)')
-    add("--prompt", help="text to draw, for models conditioned on text")
-    add("--prompts", metavar="FILE", help="file of prompts, one per line, drawn in turn")
-    add("--n", type=int, default=100, help="number of images (default 100)")
-    add("--out", help="PNG grid to write (default samples.png unless --npz is given)")
-    add("--npz", help="NPZ to write: images (N,H,W[,C]) uint8, labels (N,) or prompts")
-    add("--columns", type=int, default=10, help="images per row of the grid (default 10)")
-    add("--steps", type=int, default=30, help="DDIM steps (default 30; the paper uses 200)")
-    add("--eta", type=float, default=0.0, help="fresh noise per step, 0..1 (default 0; the paper's MNIST: 1)")
-    add("--guidance", type=float, default=1.0, help="classifier-free guidance weight (default 1 = none)")
-    add("--seed", type=int, help="seed of the sampling noise (default: a fresh one)")
-    add("--batch", type=int, help="images at a time, as memory allows (default 500 of 32 pixels)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda[:i]")
-    add("--precision", choices=("auto", "float32", "bf16"), default="auto",
-        help="of the networks (default auto: the faster)")
-    args = parser.parse_args(argv)
-    arguments.check_numbers(args, n=(1, 10 ** 7), batch=(1, 10 ** 7), columns=(1, 1000), steps=(1, 100_000),
-                            eta=(0, 1), guidance=(-1000, 1000), seed=(0, 2 ** 62))
-    arguments.check_suffix("--out", args.out, ".png")
-    arguments.check_suffix("--npz", args.npz, ".npz")
-    hardware.check_device(args.device)
-    return args
-
-
 def main(argv=None):
-    args = parse(argv)
+    args = arguments.of_sample(argv)
     release = load_release(args.run, args.device, hardware.choose_bf16(args.precision, args.device))
-    if release.model.embedder is None and (args.labels or args.guidance != 1):
-        raise ValueError("this model is unconditional: it has no use for --labels or --guidance")
-    prompts = arguments.read_prompts(args, release)
-    # Prompts, or the labels of --labels, or all labels; drawn in turn until there are n.
-    wanted = prompts or range(len(release.classes))
-    if args.labels:
-        wanted = arguments.parse_labels(args.labels, release.classes)
+    wanted = arguments.wanted(args, release)  # prompts, or labels
+    # Taken in turn until there are n.
     labels = [wanted[i] for i in uniform_labels(args.n, len(wanted)).tolist()]
     images = generate(release, labels, args.steps, args.eta, args.guidance, args.seed, args.batch)
     if args.npz:
         # (N, C, H, W) -> (N, H, W, C), or (N, H, W) for grey images.
         arrays = {"images": (images[:, 0] if images.shape[1] == 1 else images.permute(0, 2, 3, 1)).numpy()}
-        if prompts:
+        if isinstance(wanted[0], str):
             arrays["prompts"] = np.array(labels)
         elif release.model.embedder is not None:
             arrays["labels"] = np.array(labels, dtype=np.min_scalar_type(len(release.classes)))

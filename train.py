@@ -23,7 +23,6 @@ import math
 import time
 from dataclasses import asdict
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
@@ -36,6 +35,7 @@ from extensions import lora, perceptual
 from support import checkpoints, conditions, dry_run, guarantee, hardware, progress, run_folder, start, team
 from support.bars import tqdm
 from support.hardware import autocast, select
+from support.randomness import generators
 from support.release import write_release
 from support.settings import GRADIENTS
 from support.team import rank, share
@@ -168,38 +168,13 @@ def encode(s, autoencoder, images, scale):
 # ------------------------------------------------------------------------------------------ the private stage
 
 
-class Randomness(NamedTuple):
-    """Generators of the private stage. Their seeds are unknown, never saved and never set back.
-
-    sampling   which images enter a batch; the accountant assumes that nobody can guess it
-    noise      the noise of DP-SGD; whoever can compute it can subtract it
-    diffusion  timesteps and noise of the diffusion loss; the guarantee does not need them secret
-    """
-
-    sampling: object
-    noise: object
-    diffusion: torch.Generator
-
-
-def randomness(s):
-    """`Randomness` from the operating system, except with --fast-noise and --insecure-seed."""
-    sampling = noise = dp_sgd.SecureGenerator()
-    draws = dp_sgd.fresh_generator(s.device)
-    if s.fast_noise:
-        sampling, noise = dp_sgd.fresh_generator(), dp_sgd.fresh_generator(s.device)
-    if s.insecure_seed is not None:  # for debugging: NOT private; two seeds per process
-        sampling = torch.Generator().manual_seed(s.insecure_seed + 1 + 2 * rank())
-        noise = draws = torch.Generator(s.device).manual_seed(s.insecure_seed + 2 * rank())
-    return Randomness(sampling, noise, draws)
-
-
 def tune_privately(s, model, latents, labels, plan, stop, watch=None):
     """Stage 3, Algorithm 1 of the paper: DP-SGD on the trainable parameters of `model` -> ledger rows.
 
     latents (n, F, C, h, w) of the private images; labels: n conditions or None. Each of several processes
     gets its own part of both. On return the tuned parameters hold their EMA (with several, on rank 0).
     """
-    rng = randomness(s)
+    rng = generators(s)  # their seeds are unknown, never saved and never set back
     clip, gradients = dp_sgd.CLIPPING[s.clipping], GRADIENTS[s.method]
     engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, clip, gradients, rng.noise)
     adam = torch.optim.Adam(engine.parameters, s.lr)

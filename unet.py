@@ -453,12 +453,3 @@ def without_gradient(model):
     if not isinstance(embedder, ClassEmbedder) and getattr(embedder, "length", None) != 1:
         return []
     return [n for n, _ in model.named_parameters() if re.search(r"attn2\.to_[qk]\.|blocks\.\d+\.norm2\.", n)]
-
-
-PAPER = {  # the authors' networks, with the fields in the order of UNetConfig
-    "mnist": UNetConfig(num_heads=4),  # pre-trained with 2 heads, tuned with 4: the weights' shapes agree
-    "cifar10": UNetConfig(3, 3, 128, (1, 2, 2, 4), 2, (1, 2, 4), 8, None, True, 1, 512, False, False),
-    "celeba32": UNetConfig(3, 3, 192, (1, 2, 4), 2, (4, 2, 1), 8, 32, False, 1, None, True, True),
-    "celeba64": UNetConfig(3, 3, 128, (1, 2, 4), 2, (4, 2, 1), 8, None, False, 1, None, True, True),
-    "celeba256-text": UNetConfig(4, 4, 320, (1, 2, 4, 4), 2, (4, 2, 1), 8, None, True, 1, 1280, False, False),
-}

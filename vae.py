@@ -257,11 +257,3 @@ def latent_scale(model, x, batch=256):
     """
     z = torch.cat([model.encode(part).mean for part in x.split(batch)])
     return 1.0 / z.double().std().item()
-
-
-PAPER = {  # the authors' networks, with the fields in the order of VAEConfig
-    "mnist": VAEConfig(3, 3, 128, (1, 2, 3, 5), 2, (32, 16, 8), 32, 3, 3, 32),
-    "cifar10": VAEConfig(3, 3, 128, (1, 2), 2, (16, 8), 32, 3, 3, 32),
-    "celeba64": VAEConfig(3, 3, 192, (1, 2), 2, (16, 8), 64, 3, 3, 32),
-    "celeba256-text": VAEConfig(3, 3, 128, (1, 2, 4, 4), 2, (), 256, 4, 4, 32),
-}
