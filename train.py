@@ -39,7 +39,7 @@ from support.randomness import generators
 from support.release import write_release
 from support.settings import GRADIENTS
 from support.team import rank, share
-from support.watch import watcher
+from support.watch import save_reconstructions, watcher
 
 # ------------------------------------------------------------------------------------------ the public stages
 
@@ -115,10 +115,7 @@ def train_autoencoder(s, images, facts, stop):
     shown = pixels.to_float(images[:min(4000, 8_000_000 // area)].to(s.device))
     # The scale of PUBLIC images: one of private images would leak (docs/pitfalls.md, row 13).
     scale = team.agreed(vae.latent_scale(model, shown, max(1, 262_144 // area)))  # 256 at a time of 32 x 32
-    with torch.no_grad():
-        pairs = torch.stack([shown[:32], model.decode(model.encode(shown[:32]).mean)], 1).flatten(0, 1)
-    # Pairs of original and reconstruction, four in a row.
-    pixels.save_grid(pixels.to_uint8(pairs), s.out / "public" / "autoencoder.png", 8)
+    save_reconstructions(model, shown[:32], s.out / "public" / "autoencoder.png")
     return {"config": asdict(s.vae), "state": model.state_dict(), "scale": scale, "steps": s.vae_steps,
             "perceptual": perceptual_name, **facts}
 
