@@ -103,8 +103,7 @@ MUTATIONS = [Mutation(*m) for m in (
        "    sampling, noise = (torch.Generator().manual_seed(s.seed) for _ in range(2))\n"),),
      f"{PIT}::test_two_private_runs_never_share_noise_or_batches"),
     (26, "the private stage draws noise and batches from torch's generator", "support/randomness.py",
-     (("    sampling = noise = dp_sgd.SecureGenerator()\n", "    sampling = noise = "
-                                                            "fresh_generator()\n"),),
+     (("    sampling = noise = dp_sgd.SecureGenerator()\n", "    sampling = noise = fresh_generator()\n"),),
      f"{PIT}::test_noise_and_batches_come_from_the_secure_generator_unless_fast_and_are_stated"),
     (26, "the engine's noise is torch's", "dp_sgd.py",
      (("self.generator = SecureGenerator() if generator is None else generator",
