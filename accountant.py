@@ -17,9 +17,7 @@ Symbols: q sampling probability, sigma noise multiplier, T number of steps (nois
     python accountant.py runs/a runs/b                              (what runs have spent, alone and together)
 """
 import math
-import sys
 from collections import Counter
-from decimal import ROUND_CEILING, Context, Decimal
 from functools import lru_cache
 
 import numpy as np
@@ -99,8 +97,9 @@ def moment_by_series(q, sigma, alpha):
     s = j * (j - 1) / (2 * sigma**2)
     log_binomial = gammaln(alpha + 1) - gammaln(j + 1) - gammaln(alpha - j + 1)
     log_expm1 = s + np.log(-np.expm1(-s))  # log(e^s - 1) without overflow
+    # log(A - 1): the binomial weights C(alpha, j) q^j (1-q)^(alpha-j), times e^s - 1, summed.
     excess = logsumexp(log_binomial + j * math.log(q) + xlog1py(alpha - j, -q) + log_expm1)
-    return float(np.logaddexp(0.0, excess))
+    return float(np.logaddexp(0.0, excess))  # log A = log(1 + (A - 1))
 
 
 def ratio(x, q, sigma):
@@ -127,7 +126,7 @@ def moment_by_integral(q, sigma, alpha, ratio, k=1):
         none = k * math.log1p(-q)  # log of the probability that none of the k is in the batch
         full = alpha * (alpha - 1) * (k / sigma) ** 2 / 2  # log E[r^alpha] if all k are
         return float(np.logaddexp(none, math.log(-math.expm1(none)) + full))
-    z = np.arange(-10.0, top + h, h)
+    z = np.arange(-10.0, top + h, h)  # outputs in units of sigma
     u, loss = ratio(z * sigma, q, sigma)
     a, y = alpha, alpha * loss
     with np.errstate(all="ignore"):
@@ -135,6 +134,7 @@ def moment_by_integral(q, sigma, alpha, ratio, k=1):
         log_g = np.where(y > 1, y + np.log1p(-(1 + a * u) * np.exp(-y)), np.log(np.expm1(y) - a * u))
         series = 1 + (a - 2) / 3 * u * (1 + (a - 3) / 4 * u * (1 + (a - 4) / 5 * u))
         log_g = np.where(a * np.abs(u) < 1e-2, np.log(a * (a - 1) / 2 * u * u * series), log_g)
+    # The sum of g times the density of a standard normal, times the spacing.
     excess = logsumexp(log_g - z * z / 2) + math.log(h / math.sqrt(2 * math.pi))
     return float(np.logaddexp(0.0, excess))
 
@@ -185,8 +185,9 @@ def best_order(f):
     step = 1.0 if g(t + 1) < g(t) else -1.0
     while -12 < t < 40 and g(t + step) < g(t):  # orders from 1 + 6e-6 to 2e17
         t += step
+    # The valley lies within one step of t, on either side.
     best = minimize_scalar(g, bounds=(t - 1, t + 1), method="bounded", options={"xatol": 1e-4})
-    t = min(t, float(best.x), key=g)
+    t = min(t, float(best.x), key=g)  # in case the refinement is no better
     return 1 + math.exp(t), g(t)
 
 
@@ -306,18 +307,6 @@ def noise_multiplier(epsilon, delta, q, steps, method="rdp"):
     return sigma
 
 
-def round_up(x, digits=4):
-    """x as text of so many digits, rounded up from the decimal form Python prints: 9.99999999 -> "10"."""
-    x = float(x)
-    if not math.isfinite(x):
-        return str(x)
-    return f"{float(Context(prec=digits, rounding=ROUND_CEILING).plus(Decimal(repr(x)))):.{digits}g}"
-
-
-def main(argv=None):
-    from support import calculator  # the command line
-    return calculator.main(argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    from support import calculator  # the command line
+    raise SystemExit(calculator.main())

@@ -76,46 +76,12 @@ class SecureGenerator:
         return out.div_(2).view(shape)  # the sum of four has deviation 2
 
 
-def fresh_generator(device="cpu"):
-    """A torch.Generator with an unknown seed, for the draws of the loss, or for --fast-noise."""
-    generator = torch.Generator(device).manual_seed(int.from_bytes(os.urandom(8), "little"))
-    if generator.device.type == "cpu":
-        # manual_seed keeps 32 bits of a seed, few enough to try them all. So the whole state is filled. Its
-        # bytes: seed (8), left (4), seeded (4), next (8), then 624 words of 32 bits, each in 8 bytes.
-        state = generator.get_state()
-        words = torch.frombuffer(bytearray(os.urandom(624 * 4)), dtype=torch.int32).to(torch.int64)
-        state[24:24 + 624 * 8] = (words & 0xFFFFFFFF).view(torch.uint8)
-        generator.set_state(state)
-    return generator
-
-
-def largest_normal(generator):
-    """Largest normal that `privatise` can draw. torch's float64 normals are single draws: half of `limit`."""
-    return generator.limit if isinstance(generator, SecureGenerator) else SecureGenerator.limit / 2
-
-
-def beyond_the_noise(generator, q, sigma, steps, k=1):
-    """Bound on the probability that k examples push an output further than the largest normal alone can.
-
-    Such an output proves that the examples were in the data, so the probability must be far below delta. In a
-    step j of the k are in the batch with probability Bin(j; k, q). They move the sum by at most j clip norms,
-    which is j / sigma deviations of the noise. Then a normal above limit - j / sigma is enough.
-    """
-    if sigma == 0:
-        return 1.0
-    limit, total = largest_normal(generator), 0.0
-    for j in range(1, k + 1):
-        present = math.comb(k, j) * q ** j * (1 - q) ** (k - j)
-        total += present * 0.5 * math.erfc((limit - j / sigma) / math.sqrt(2))
-    return min(1.0, steps * total)
-
-
 def poisson_sample(n, q, generator=None):
     """A Poisson batch: each of n examples independently with probability q (Abadi et al. 2016, section 3.1).
 
-    Returns sorted indices, a LongTensor of random length Binomial(n, q). An empty one is a batch like any
-    other. The accounting does not hold for shuffled batches, nor for batches that an attacker can guess. So
-    generator None means `SecureGenerator`. ValueError for q outside (0, 1] or negative n.
+    Returns sorted indices, a LongTensor. The accounting does not hold for shuffled batches, nor for batches
+    that an attacker can guess. So generator None means `SecureGenerator`. ValueError for q outside (0, 1] or
+    negative n.
     """
     if not 0 < q <= 1:
         raise ValueError(f"q is the probability that an example enters a batch, in (0, 1], got {q}")
@@ -126,18 +92,19 @@ def poisson_sample(n, q, generator=None):
         coins = generator.uniforms(n)
     else:  # float64, since float32 would round q
         coins = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)
+    # Their number is random, Binomial(n, q). An empty batch is a batch like any other.
     return (coins < q).nonzero()[:, 0]
 
 
 def privatise(sums, clip_norm, noise_multiplier, expected_batch_size, generator):
     """Clipped sums, a list of tensors -> new noisy mean gradients (sum + N(0, sigma^2 C^2 I)) / B.
 
-    Every coordinate gets noise, because it is private which ones the batch touched. B is the expected batch
-    size. Dividing by the actual size would reveal it and change the sensitivity.
+    Dividing by the actual batch size would reveal it and change the sensitivity. So B is the expected one.
     """
-    std = noise_multiplier * clip_norm
+    std = noise_multiplier * clip_norm  # sigma C: the sum moves by C at most if one example is added
     noisy = []
     for s in sums:
+        # Every coordinate gets noise, because it is private which ones the batch touched.
         if isinstance(generator, SecureGenerator):
             noise = generator.normals(s.shape, s.device if s.device.type == "cuda" else "cpu").to(s.device)
         else:
@@ -162,12 +129,13 @@ def automatic(norms, clip_norm):
 
     C is then a mere factor of the gradient, so use C = 1.
     """
-    return (clip_norm / (norms.square().sum(0).sqrt() + 0.01)).expand_as(norms)
+    total = norms.square().sum(0).sqrt()  # (N,)
+    return (clip_norm / (total + 0.01)).expand_as(norms)  # times |g|: below C
 
 
 def per_layer(norms, clip_norm):
     """min(1, (C/sqrt(L))/|g_l|) in each of L layers: the squared lengths sum to at most L * C^2/L = C^2."""
-    return (clip_norm / len(norms) ** 0.5 / norms).clamp(max=1)
+    return (clip_norm / len(norms) ** 0.5 / norms).clamp(max=1)  # len(norms) is L
 
 
 CLIPPING = {"flat": flat, "automatic": automatic, "per-layer": per_layer}
@@ -197,10 +165,12 @@ def loop(model, layers, loss_fn, batch):
     params = [p for layer in layers for p in layer.params.values()]
     grads, losses = [], []
     for i in range(rows(batch)):
+        # Example i as a batch of one: i:i+1 keeps the first dimension.
         loss = checked(loss_fn(model, *(b if b is None else b[i:i + 1] for b in batch)), 1)
         found = torch.autograd.grad(loss.sum(), params, allow_unused=True)  # None: not used by this example
         grads.append([torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)])
         losses.append(loss.detach())
+    # From one list per example to one tensor per parameter, (N, *parameter.shape).
     return from_gradients(layers, [torch.stack(g) for g in zip(*grads, strict=True)], torch.cat(losses))
 
 
@@ -217,6 +187,7 @@ def vmap(model, layers, loss_fn, batch):
         losses = torch.func.functional_call(root, params, tuple(b if b is None else b[None] for b in example))
         return checked(losses, 1).sum(), losses[0]
 
+    # All examples share the parameters (None); each has its own row of every item (0).
     dims = (None, *(None if b is None else 0 for b in batch))
     grads, losses = torch.func.vmap(torch.func.grad(one_loss, has_aux=True), dims)(params, *batch)
     return from_gradients(layers, list(grads.values()), losses.detach())
@@ -228,9 +199,9 @@ def from_gradients(layers, grads, losses):
     with exact(losses.device):
         squared = torch.zeros(len(layers), len(losses), dtype=torch.float64, device=losses.device)
         for i, g in zip(owner, grads, strict=True):
-            squared[i] += squared_norm(g)
+            squared[i] += squared_norm(g)  # weight and bias of a layer count together
 
-    def weighted(factors):
+    def weighted(factors):  # (L, N): each layer may have its own factors
         return [weighted_sum(g, factors[i], kept(factors)) for i, g in zip(owner, grads, strict=True)]
 
     return squared.sqrt(), losses, weighted
@@ -261,9 +232,9 @@ def masked(a, keep):
 
 @contextmanager
 def exact(device):
-    """Within it norms and sums have full precision: no autocast, no TF32. No graph is recorded either."""
+    """Within it norms and sums have full precision, and no graph is recorded."""
     precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision("highest")  # no TF32, which keeps 10 bits of a product's factors
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
@@ -382,24 +353,25 @@ class DPSGD:
         if {p for p in self.model.parameters() if p.requires_grad} != set(self.parameters):
             raise ValueError("the set of trainable parameters changed; make a new DPSGD for it")
         if rows(batch) == 0:
-            return
+            return  # nobody was drawn; `step` adds noise all the same
         with torch.enable_grad():
             norms, losses, weighted = self.gradients(self.model, self.layers, loss_fn, batch)
         with exact(losses.device):
             factors = usable(self.clip(norms, self.clip_norm), norms, losses)  # (L, N)
-            sums = weighted(factors)
+            sums = weighted(factors)  # of N gradients, each of length C at most
             metrics = measure(norms, losses, factors)
             torch._foreach_add_(self.sums, sums)  # nothing changes before this line, nothing fails after it
         self.metrics.append(metrics)
 
     def step(self, optimizer):
         """Noise once, division by B, optimizer.step(). An empty batch (no `accumulate`) is a step too."""
+        # What goes in depends on single examples and is secret. What comes out may be published.
         grads = privatise(self.sums, self.clip_norm,
                           self.noise_multiplier, self.expected_batch_size, self.generator)
         self.last = summary(self.metrics)
         self.sums, self.metrics = zeros(self.parameters), []  # now, so that no error leaves sums to use twice
         for p, g in zip(self.parameters, grads, strict=True):
-            p.grad = g.to(p.dtype)
+            p.grad = g.to(p.dtype)  # the optimizer takes it like any gradient
         optimizer.step()
         for p in self.parameters:
             p.grad = None

@@ -11,9 +11,7 @@ trained with differential privacy. So epsilon stays as it is, however many image
 from support import threads  # noqa: F401, I001 (first: before torch)
 
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 
 import diffusion
@@ -21,7 +19,7 @@ import unet
 import vae
 from datasets import pixels
 from extensions import text
-from support import arguments, checkpoints, files, hardware, run_folder
+from support import arguments, checkpoints, files, hardware, run_folder, scored
 from support.bars import tqdm
 
 FORMAT = 1  # of release/model.pt; raised whenever its keys change
@@ -48,12 +46,8 @@ def load_release(path, device="cpu", bf16=False):
 
     ValueError if the file is missing, damaged, or not a release.
     """
-    path = Path(path)
-    # A file itself, else release/model.pt of a run folder, else model.pt of a release folder.
-    file = path if path.is_file() else path / "release" / "model.pt"
-    if not file.exists() and (path / "model.pt").exists():
-        file = path / "model.pt"
-    checkpoint = files.load(file)
+    file = files.release_file(path)
+    checkpoint = files.load(file)  # without running code that it may contain
     with files.understanding(file, "release"):
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"written in format {checkpoint['format']}, this program reads format {FORMAT}")
@@ -79,7 +73,7 @@ def generate(release, labels, steps=30, eta=0.0, guidance=1.0, seed=None, batch=
     device = next(release.model.parameters()).device
     generator = torch.Generator(device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
-    conditions = find_conditions(release, labels, generator.initial_seed())
+    conditions = find_conditions(release, labels, generator.initial_seed())  # labels (N,) or tokens (N, L)
     config = release.vae.config
     batch = batch or max(1, 512_000 // config.resolution ** 2)  # 512,000 pixels at a time
     # The empty first part gives the result its shape if N is 0.
@@ -91,7 +85,7 @@ def generate(release, labels, steps=30, eta=0.0, guidance=1.0, seed=None, batch=
             with torch.autocast(device.type, torch.bfloat16, enabled=release.bf16):
                 z = diffusion.ddim(
                     release.model, shape, cond, steps, eta, guidance, generator, release.schedule)
-                x = release.vae.decode(z / release.scale).float()
+                x = release.vae.decode(z / release.scale).float()  # the latents' own scale; x about [-1, 1]
             images.append(pixels.to_uint8(pixels.crop(x, release.crop)).cpu())
             bar.update(len(part))
     return torch.cat(images)
@@ -114,6 +108,7 @@ def find_conditions(release, labels, seed):
     generator = torch.Generator().manual_seed(seed)
     prompts = []
     for options in (release.prompts[label] for label in labels.tolist()):
+        # Any of the prompts of the class, each with the same probability.
         prompts.append(options[torch.randint(len(options), (), generator=generator)])
     return release.tokenizer.encode(prompts)
 
@@ -123,55 +118,15 @@ def uniform_labels(n, num_classes):
     return torch.arange(n) % num_classes
 
 
-def parse(argv):
-    parser = run_folder.Parser(description="Draw images from a released DP-LDM model (no privacy cost).")
-    add = parser.add_argument
-    add("run", help="run folder, release folder or model.pt")
-    add("--labels", help='classes to draw, e.g. "0-9" or "3,5" (default: all, in turn)')
-    add("--prompt", help="text to draw, for models conditioned on text")
-    add("--prompts", metavar="FILE", help="file of prompts, one per line, drawn in turn")
-    add("--n", type=int, default=100, help="number of images (default 100)")
-    add("--out", help="PNG grid to write (default samples.png unless --npz is given)")
-    add("--npz", help="NPZ to write: images (N,H,W[,C]) uint8, labels (N,) or prompts")
-    add("--columns", type=int, default=10, help="images per row of the grid (default 10)")
-    add("--steps", type=int, default=30, help="DDIM steps (default 30; the paper uses 200)")
-    add("--eta", type=float, default=0.0, help="fresh noise per step, 0..1 (default 0; the paper's MNIST: 1)")
-    add("--guidance", type=float, default=1.0, help="classifier-free guidance weight (default 1 = none)")
-    add("--seed", type=int, help="seed of the sampling noise (default: a fresh one)")
-    add("--batch", type=int, help="images at a time, as memory allows (default 500 of 32 pixels)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda[:i]")
-    add("--precision", choices=("auto", "float32", "bf16"), default="auto",
-        help="of the networks (default auto: the faster)")
-    args = parser.parse_args(argv)
-    arguments.check_numbers(args, n=(1, 10 ** 7), batch=(1, 10 ** 7), columns=(1, 1000), steps=(1, 100_000),
-                            eta=(0, 1), guidance=(-1000, 1000), seed=(0, 2 ** 62))
-    arguments.check_suffix("--out", args.out, ".png")
-    arguments.check_suffix("--npz", args.npz, ".npz")
-    hardware.check_device(args.device)
-    return args
-
-
 def main(argv=None):
-    args = parse(argv)
+    args = arguments.of_sample(argv)
     release = load_release(args.run, args.device, hardware.choose_bf16(args.precision, args.device))
-    if release.model.embedder is None and (args.labels or args.guidance != 1):
-        raise ValueError("this model is unconditional: it has no use for --labels or --guidance")
-    prompts = arguments.read_prompts(args, release)
-    # Prompts, or the labels of --labels, or all labels; drawn in turn until there are n.
-    wanted = prompts or range(len(release.classes))
-    if args.labels:
-        wanted = arguments.parse_labels(args.labels, release.classes)
+    wanted = arguments.wanted(args, release)  # prompts, or labels
+    # Taken in turn until there are n.
     labels = [wanted[i] for i in uniform_labels(args.n, len(wanted)).tolist()]
     images = generate(release, labels, args.steps, args.eta, args.guidance, args.seed, args.batch)
     if args.npz:
-        # (N, C, H, W) -> (N, H, W, C), or (N, H, W) for grey images.
-        arrays = {"images": (images[:, 0] if images.shape[1] == 1 else images.permute(0, 2, 3, 1)).numpy()}
-        if prompts:
-            arrays["prompts"] = np.array(labels)
-        elif release.model.embedder is not None:
-            arrays["labels"] = np.array(labels, dtype=np.min_scalar_type(len(release.classes)))
-        with files.replacing(args.npz) as file:
-            np.savez_compressed(file, **arrays)
+        scored.write_samples(args.npz, release, images, labels)
         print(f"{args.npz}: {len(images)} images, {release.privacy['statement']}")
     if args.out or not args.npz:
         out = args.out or "samples.png"

@@ -23,7 +23,6 @@ import math
 import time
 from dataclasses import asdict
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
@@ -36,10 +35,11 @@ from extensions import lora, perceptual
 from support import checkpoints, conditions, dry_run, guarantee, hardware, progress, run_folder, start, team
 from support.bars import tqdm
 from support.hardware import autocast, select
+from support.randomness import generators
 from support.release import write_release
 from support.settings import GRADIENTS
 from support.team import rank, share
-from support.watch import watcher
+from support.watch import save_reconstructions, watcher
 
 # ------------------------------------------------------------------------------------------ the public stages
 
@@ -115,10 +115,7 @@ def train_autoencoder(s, images, facts, stop):
     shown = pixels.to_float(images[:min(4000, 8_000_000 // area)].to(s.device))
     # The scale of PUBLIC images: one of private images would leak (docs/pitfalls.md, row 13).
     scale = team.agreed(vae.latent_scale(model, shown, max(1, 262_144 // area)))  # 256 at a time of 32 x 32
-    with torch.no_grad():
-        pairs = torch.stack([shown[:32], model.decode(model.encode(shown[:32]).mean)], 1).flatten(0, 1)
-    # Pairs of original and reconstruction, four in a row.
-    pixels.save_grid(pixels.to_uint8(pairs), s.out / "public" / "autoencoder.png", 8)
+    save_reconstructions(model, shown[:32], s.out / "public" / "autoencoder.png")
     return {"config": asdict(s.vae), "state": model.state_dict(), "scale": scale, "steps": s.vae_steps,
             "perceptual": perceptual_name, **facts}
 
@@ -168,38 +165,13 @@ def encode(s, autoencoder, images, scale):
 # ------------------------------------------------------------------------------------------ the private stage
 
 
-class Randomness(NamedTuple):
-    """Generators of the private stage. Their seeds are unknown, never saved and never set back.
-
-    sampling   which images enter a batch; the accountant assumes that nobody can guess it
-    noise      the noise of DP-SGD; whoever can compute it can subtract it
-    diffusion  timesteps and noise of the diffusion loss; the guarantee does not need them secret
-    """
-
-    sampling: object
-    noise: object
-    diffusion: torch.Generator
-
-
-def randomness(s):
-    """`Randomness` from the operating system, except with --fast-noise and --insecure-seed."""
-    sampling = noise = dp_sgd.SecureGenerator()
-    draws = dp_sgd.fresh_generator(s.device)
-    if s.fast_noise:
-        sampling, noise = dp_sgd.fresh_generator(), dp_sgd.fresh_generator(s.device)
-    if s.insecure_seed is not None:  # for debugging: NOT private; two seeds per process
-        sampling = torch.Generator().manual_seed(s.insecure_seed + 1 + 2 * rank())
-        noise = draws = torch.Generator(s.device).manual_seed(s.insecure_seed + 2 * rank())
-    return Randomness(sampling, noise, draws)
-
-
 def tune_privately(s, model, latents, labels, plan, stop, watch=None):
     """Stage 3, Algorithm 1 of the paper: DP-SGD on the trainable parameters of `model` -> ledger rows.
 
     latents (n, F, C, h, w) of the private images; labels: n conditions or None. Each of several processes
     gets its own part of both. On return the tuned parameters hold their EMA (with several, on rank 0).
     """
-    rng = randomness(s)
+    rng = generators(s)  # their seeds are unknown, never saved and never set back
     clip, gradients = dp_sgd.CLIPPING[s.clipping], GRADIENTS[s.method]
     engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, clip, gradients, rng.noise)
     adam = torch.optim.Adam(engine.parameters, s.lr)

@@ -89,10 +89,7 @@ class Upsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + two 3x3 convolutions that know the timestep; resample "down" halves the size, "up" doubles it.
-
-    With scale_shift the timestep gives scale and shift of the second GroupNorm, else it is added before it.
-    """
+    """x + two 3x3 convolutions that know the timestep; resample "down" halves the size, "up" doubles it."""
 
     def __init__(self, channels, time_dim, out_channels, scale_shift, groups, resample=None):
         super().__init__()
@@ -112,10 +109,10 @@ class ResBlock(nn.Module):
         # Resampled before the first convolution, as in the original.
         h = self.conv1(self.resample(F.silu(self.norm1(x))))
         time = self.time_proj(F.silu(time))[:, :, None, None]  # (N, out or 2*out, 1, 1)
-        if self.scale_shift:
+        if self.scale_shift:  # the timestep gives scale and shift of the second GroupNorm
             scale, shift = time.chunk(2, dim=1)
             h = self.norm2(h) * (1 + scale) + shift
-        else:
+        else:  # the timestep is added before it
             h = self.norm2(h + time)
         return self.skip(self.resample(x)) + self.conv2(F.silu(h))
 
@@ -175,7 +172,7 @@ class FeedForward(nn.Module):
         self.proj_out = nn.Linear(4 * dim, dim)
 
     def forward(self, x):
-        value, gate = self.proj_in(x).chunk(2, dim=-1)
+        value, gate = self.proj_in(x).chunk(2, dim=-1)  # a and b, each (N, T, 4 * dim)
         return self.proj_out(value * F.gelu(gate))
 
 
@@ -191,7 +188,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x, context, mask=None):
         y = self.norm1(x)
-        x = x + self.attn1(y, y)
+        x = x + self.attn1(y, y)  # self-attention: queries, keys and values from the same tokens
         # Queries do not matter where the context is one token (`Attention`), so the norm is left out there.
         y = self.norm2(x) if context is None or context.shape[1] > 1 else x
         # As in the original, attn2 is a second self-attention where there is no context.
@@ -214,6 +211,7 @@ class SpatialTransformer(nn.Module):
         tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (N, T = H*W, C)
         for block in self.blocks:
             tokens = block(tokens, context, mask)
+        # At first exactly x, because proj_out begins at zero.
         return x + self.proj_out(tokens).transpose(1, 2).reshape(x.shape)
 
 
@@ -302,11 +300,11 @@ class UNet(nn.Module):
         time = timestep_embedding(t, self.config.model_channels).to(x.dtype)  # (N, width)
         time = self.time_embed(time)  # (N, 4 * width)
         skips = []
-        for layers in self.input_blocks:
+        for layers in self.input_blocks:  # down: ever smaller and wider
             x = run(layers, x, time, context, mask)
             skips.append(x)
         x = run(self.middle_block, x, time, context, mask)
-        for layers in self.output_blocks:
+        for layers in self.output_blocks:  # up: the latest skip connection joins as further channels
             x = run(layers, torch.cat([x, skips.pop()], dim=1), time, context, mask)
         return self.out(x)
 
@@ -336,7 +334,7 @@ class ClassEmbedder(nn.Module):
         self.embedding = nn.Embedding(num_classes + null_class, dim)  # a bool: one row more if True
 
     def forward(self, labels):
-        return self.embedding(labels)[:, None]
+        return self.embedding(labels)[:, None]  # L = 1: one token
 
     def null(self, labels):
         """Labels of the same shape that all mean "no condition". ValueError without a null class."""
@@ -417,14 +415,11 @@ def select_trainable(model, tune="attention", from_block=0):
     """
     if tune not in TUNE:
         raise ValueError(f"unknown tune={tune!r}; choose one of {', '.join(TUNE)}, lora:RANK")
-    modules = TUNE[tune](model)
-    if from_block:
-        late = attention_modules(model, from_block)
-        early = attention_modules(model)[:-len(late)]
-        if not all(m in modules for m in early):
-            raise ValueError(f"from_block only applies to attention and lora tuning, not to tune={tune!r}")
-        modules = [m for m in modules if m not in early]
-    return train_only(model, modules)
+    modules, late = TUNE[tune](model), attention_modules(model, from_block)
+    early = [m for m in attention_modules(model) if m not in late]  # empty for from_block 0
+    if not all(m in modules for m in early):
+        raise ValueError(f"from_block only applies to attention and lora tuning, not to tune={tune!r}")
+    return train_only(model, [m for m in modules if m not in early])
 
 
 def train_only(model, modules):
@@ -433,7 +428,7 @@ def train_only(model, modules):
     Weights `without_gradient` stay frozen. DP-SGD would train them on noise alone, and the release would show
     an attacker that noise. ValueError if nothing is left.
     """
-    chosen = {id(p) for module in modules for p in module.parameters()}
+    chosen = {id(p) for module in modules for p in module.parameters()}  # by identity
     silent = set(without_gradient(model))
     for name, p in model.named_parameters():
         p.requires_grad_(id(p) in chosen and name not in silent)
@@ -449,16 +444,7 @@ def without_gradient(model):
     They are Q and K of the cross-attention, and the norm before them.
     """
     embedder = getattr(model, "embedder", None)
-    # One token: a class, or text of length 1.
+    # One token: a class, or a text of length 1. With more tokens all weights have a gradient.
     if not isinstance(embedder, ClassEmbedder) and getattr(embedder, "length", None) != 1:
         return []
     return [n for n, _ in model.named_parameters() if re.search(r"attn2\.to_[qk]\.|blocks\.\d+\.norm2\.", n)]
-
-
-PAPER = {  # the authors' networks, with the fields in the order of UNetConfig
-    "mnist": UNetConfig(num_heads=4),  # pre-trained with 2 heads, tuned with 4: the weights' shapes agree
-    "cifar10": UNetConfig(3, 3, 128, (1, 2, 2, 4), 2, (1, 2, 4), 8, None, True, 1, 512, False, False),
-    "celeba32": UNetConfig(3, 3, 192, (1, 2, 4), 2, (4, 2, 1), 8, 32, False, 1, None, True, True),
-    "celeba64": UNetConfig(3, 3, 128, (1, 2, 4), 2, (4, 2, 1), 8, None, False, 1, None, True, True),
-    "celeba256-text": UNetConfig(4, 4, 320, (1, 2, 4, 4), 2, (4, 2, 1), 8, None, True, 1, 1280, False, False),
-}

@@ -46,11 +46,12 @@ class Posterior:
 
     def kl(self):
         """KL(q(z|x) || N(0, I)) per example, in nats, summed over the latent: (N,)."""
+        # Of each number of the latent: (mu^2 + sigma^2 - 1 - ln sigma^2) / 2.
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
 
 
 class ResnetBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on x where the width changes."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))): (N, in_channels, H, W) -> (N, out_channels, H, W)."""
 
     def __init__(self, in_channels, out_channels, groups):
         super().__init__()
@@ -58,7 +59,7 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if in_channels != out_channels:  # "network in network": a 1x1 convolution
+        if in_channels != out_channels:  # "network in network": a 1x1 convolution of x to the new width
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x):
@@ -79,17 +80,19 @@ class AttnBlock(nn.Module):
         h = self.norm(x)
         q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))  # (N, H*W, C)
         h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]  # [:, None]: one head
+        # Tokens back to an image: (N, H*W, C) -> (N, C, H, W).
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
 
 
 class Downsample(nn.Module):
-    """Halve height and width. Padding is on the right and at the bottom only, as in the original."""
+    """Halve height and width by a convolution with stride 2."""
 
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x):
+        # Padding is on the right and at the bottom only, as in the original.
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -118,10 +121,7 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks at one resolution, with self-attention behind each if `attention` is true.
-
-    Encoder and decoder add the attribute `downsample` or `upsample` where the size changes afterwards.
-    """
+    """The residual blocks at one resolution, with self-attention behind each if `attention` is true."""
 
     def __init__(self, in_channels, out_channels, num_blocks, attention, groups):
         super().__init__()
@@ -135,9 +135,9 @@ class Level(nn.Module):
             h = block(h)
             if len(self.attn):
                 h = self.attn[i](h)
-        if hasattr(self, "downsample"):
+        if hasattr(self, "downsample"):  # set by the encoder, for all levels but the last
             h = self.downsample(h)
-        if hasattr(self, "upsample"):
+        if hasattr(self, "upsample"):  # set by the decoder, likewise
             h = self.upsample(h)
         return h
 
@@ -161,9 +161,10 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * c.z_channels, 3, padding=1)
 
     def forward(self, x):
-        h = self.conv_in(x)
-        for level in self.down:
+        h = self.conv_in(x)  # (N, ch, H, W)
+        for level in self.down:  # from fine to coarse
             h = level(h)
+        # h has ch * ch_mult[-1] channels of H/f x W/f.
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
@@ -222,6 +223,7 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, x):
         """x (N, C, H, W) in [-1, 1] -> Posterior over z (N, embed_dim, H/f, W/f)."""
+        # The first half of the channels is the mean, the second the log variance.
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return Posterior(mean, logvar)
 
@@ -240,7 +242,7 @@ def loss(model, x, kl_weight=1e-6, generator=None, perceptual=None, perceptual_w
     posterior = model.encode(x)
     y = model.decode(posterior.sample(generator))  # the reconstruction
     error, kl = (x - y).abs(), posterior.kl().mean()
-    reconstruction = error.sum(dim=(1, 2, 3)).mean()
+    reconstruction = error.sum(dim=(1, 2, 3)).mean()  # a sum over the pixels, a mean over the images
     if perceptual is not None:  # one distance per image, times its C*H*W numbers: on the scale of the sum
         reconstruction = reconstruction + perceptual_weight * x[0].numel() * perceptual(x, y).mean()
     total = reconstruction + kl_weight * kl
@@ -255,13 +257,6 @@ def latent_scale(model, x, batch=256):
 
     The diffusion model sees z * scale, because its noise schedule assumes unit variance.
     """
+    # One number for all channels and pixels: of a latent its mean is taken, not a sample.
     z = torch.cat([model.encode(part).mean for part in x.split(batch)])
     return 1.0 / z.double().std().item()
-
-
-PAPER = {  # the authors' networks, with the fields in the order of VAEConfig
-    "mnist": VAEConfig(3, 3, 128, (1, 2, 3, 5), 2, (32, 16, 8), 32, 3, 3, 32),
-    "cifar10": VAEConfig(3, 3, 128, (1, 2), 2, (16, 8), 32, 3, 3, 32),
-    "celeba64": VAEConfig(3, 3, 192, (1, 2), 2, (16, 8), 64, 3, 3, 32),
-    "celeba256-text": VAEConfig(3, 3, 128, (1, 2, 4, 4), 2, (), 256, 4, 4, 32),
-}

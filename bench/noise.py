@@ -14,7 +14,7 @@ import time
 import torch
 
 import dp_sgd
-from support import run_folder
+from support import randomness, run_folder
 
 
 def main(argv=None):
@@ -26,7 +26,7 @@ def main(argv=None):
     if args.parameters < 1 or args.rounds < 1:
         raise ValueError("--parameters and --rounds must be at least 1")
     sums = [torch.zeros(args.parameters)]
-    generators = {"secure": dp_sgd.SecureGenerator(), "fast": dp_sgd.fresh_generator()}
+    generators = {"secure": dp_sgd.SecureGenerator(), "fast": randomness.fresh_generator()}
     work = {"noise": lambda g: dp_sgd.privatise(sums, 0.1, 1.5, 4000, g),
             "sample": lambda g: dp_sgd.poisson_sample(8000, 0.5, g)}
     seconds = {(name, what): [] for name in generators for what in work}

@@ -70,7 +70,7 @@ from torch import nn
 import accountant
 import dp_sgd
 from extensions.bookkeeping import bookkeeping
-from support import arguments, files, run_folder
+from support import arguments, files, randomness, run_folder
 from support.bars import tqdm
 from support.calculator import read_run
 
@@ -100,7 +100,7 @@ def attack(schedule, m, clip_norm=1.0, clipping="flat", fast=False, rng=None):
     """
     member = (np.random.default_rng() if rng is None else rng).random(m) < 0.5
     present = torch.from_numpy(member.nonzero()[0])
-    new = dp_sgd.fresh_generator if fast else dp_sgd.SecureGenerator
+    new = randomness.fresh_generator if fast else dp_sgd.SecureGenerator
     noise, sampler, again = new(), new(), new()  # `again`: the attacker starts the same program, without data
     model = nn.Embedding(m, 1)
     listener = Eavesdropper(model)

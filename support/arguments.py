@@ -1,9 +1,41 @@
-"""What the command lines of sample.py and evaluate.py ask for, checked: numbers, labels, prompts."""
+"""The command line of sample.py, and checks for those of other programs: numbers, labels, prompts."""
 import sys
 from pathlib import Path
 
+import torch
+
 import datasets
 from extensions import text
+from support import hardware, run_folder
+
+
+def of_sample(argv):
+    """The command line of sample.py, checked."""
+    parser = run_folder.Parser(description="Draw images from a released DP-LDM model (no privacy cost).")
+    add = parser.add_argument
+    add("run", help="run folder, release folder or model.pt")
+    add("--labels", help='classes to draw, e.g. "0-9" or "3,5" (default: all, in turn)')
+    add("--prompt", help="text to draw, for models conditioned on text")
+    add("--prompts", metavar="FILE", help="file of prompts, one per line, drawn in turn")
+    add("--n", type=int, default=100, help="number of images (default 100)")
+    add("--out", help="PNG grid to write (default samples.png unless --npz is given)")
+    add("--npz", help="NPZ to write: images (N,H,W[,C]) uint8, labels (N,) or prompts")
+    add("--columns", type=int, default=10, help="images per row of the grid (default 10)")
+    add("--steps", type=int, default=30, help="DDIM steps (default 30; the paper uses 200)")
+    add("--eta", type=float, default=0.0, help="fresh noise per step, 0..1 (default 0; the paper's MNIST: 1)")
+    add("--guidance", type=float, default=1.0, help="classifier-free guidance weight (default 1 = none)")
+    add("--seed", type=int, help="seed of the sampling noise (default: a fresh one)")
+    add("--batch", type=int, help="images at a time, as memory allows (default 500 of 32 pixels)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda[:i]")
+    add("--precision", choices=("auto", "float32", "bf16"), default="auto",
+        help="of the networks (default auto: the faster)")
+    args = parser.parse_args(argv)
+    check_numbers(args, n=(1, 10 ** 7), batch=(1, 10 ** 7), columns=(1, 1000), steps=(1, 100_000),
+                  eta=(0, 1), guidance=(-1000, 1000), seed=(0, 2 ** 62))
+    check_suffix("--out", args.out, ".png")
+    check_suffix("--npz", args.npz, ".npz")
+    hardware.check_device(args.device)
+    return args
 
 
 def check_numbers(args, **bounds):
@@ -46,6 +78,16 @@ def parse_labels(wanted, classes):
             raise ValueError(f"--labels: the range {part!r} runs backwards")
         labels += [label for number, label in sorted(numbers.items()) if int(first) <= number <= int(last)]
     return labels
+
+
+def wanted(args, release):
+    """The prompts or labels asked for, to be drawn in turn: --prompt, --prompts, --labels, or all labels."""
+    if release.model.embedder is None and (args.labels or args.guidance != 1):
+        raise ValueError("this model is unconditional: it has no use for --labels or --guidance")
+    prompts = read_prompts(args, release)
+    if args.labels:
+        return parse_labels(args.labels, release.classes)
+    return prompts or range(len(release.classes))
 
 
 def read_prompts(args, release):

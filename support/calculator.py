@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 import accountant
-from accountant import check, count_steps, one_kind, renyi, round_up
+from accountant import check, count_steps, one_kind, renyi
 from extensions import pld
 from support import files
+from support.rounding import round_up
 
 STATED = ("q", "sigma", "steps", "delta", "epsilon")  # numbers of a privacy.json
 

@@ -174,6 +174,13 @@ def load(path):
         return value
 
 
+def release_file(path):
+    """The model.pt of a run folder, of a release folder, or the file itself."""
+    path = Path(path)
+    file = path if path.is_file() else path / "release" / "model.pt"
+    return path / "model.pt" if not file.exists() and (path / "model.pt").exists() else file
+
+
 def refuse_release(checkpoint, path):
     """A checkpoint with a privacy statement was tuned on private images: it is no public network."""
     if "privacy" in checkpoint:

@@ -11,11 +11,11 @@ from collections import Counter
 import accountant
 import datasets
 import dp_sgd
-from accountant import round_up
 from extensions import pld
-from support import files, run_folder
+from support import files, randomness, run_folder
 from support.files import plain
 from support.hardware import count
+from support.rounding import round_up
 from support.team import rank
 
 GROUP = "epsilon_for_20_pictures_of_one_person"
@@ -38,7 +38,7 @@ def privacy_numbers(s, steps, delta):
     for step in steps:
         q, sigma, count = (step["q"], step["sigma"], 1) if isinstance(step, dict) else step
         kinds[q, sigma] += count
-    beyond = sum(dp_sgd.beyond_the_noise(noise_of(s), *kind, count, 20) for kind, count in kinds.items())
+    beyond = sum(randomness.beyond_the_noise(noise_of(s), *kind, count, 20) for kind, count in kinds.items())
     return {**{f"epsilon_{name}": found[f"epsilon_{name}"] for name in accountant.ACCOUNTANTS},
             GROUP: math.inf if beyond > NEGLIGIBLE * delta else found["epsilon_for_group"],
             ATTACKER: {str(rate): float(found["attacker"][rate]) for rate in FALSE_POSITIVES}}
@@ -47,7 +47,7 @@ def privacy_numbers(s, steps, delta):
 def noise_of(s):
     """The generator whose largest normal counts."""
     ordinary = s.fast_noise or s.insecure_seed is not None
-    return dp_sgd.fresh_generator() if ordinary else dp_sgd.SecureGenerator()
+    return randomness.fresh_generator() if ordinary else dp_sgd.SecureGenerator()
 
 
 def settled(planned, found):
@@ -87,9 +87,9 @@ def with_numbers(s, plan):
     """
     q, sigma, steps, delta = (plan[key] for key in ("q", "sigma", "steps", "delta"))
     generator = noise_of(s)
-    if sigma and dp_sgd.beyond_the_noise(generator, q, sigma, steps) > NEGLIGIBLE * delta:
+    if sigma and randomness.beyond_the_noise(generator, q, sigma, steps) > NEGLIGIBLE * delta:
         raise ValueError(f"sigma = {sigma:g} is so little noise that its largest value, "
-                         f"{dp_sgd.largest_normal(generator):.1f} "
+                         f"{randomness.largest_normal(generator):.1f} "
                          "standard deviations, would give examples away; choose a smaller --epsilon or a "
                          "larger --sigma")
     epsilon = float(accountant.epsilon(q, sigma, steps, delta, s.accountant))

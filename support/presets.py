@@ -8,6 +8,7 @@ from dataclasses import replace
 import diffusion
 import unet
 import vae
+from support.paper_networks import AUTOENCODERS, UNETS
 
 # every key is a flag or a network; a preset overrides some of them, the command line overrides both
 DIGITS = dict(
@@ -58,10 +59,10 @@ PRESETS = {
         unet=DIGITS["unet"], ldm_steps=4000, ldm_batch=128, steps=120),
     "mnist-paper": dict(  # the authors' networks and settings (theirs on grey images); large, for a GPU
         public="emnist", private="mnist", public_n=None,
-        vae=replace(vae.PAPER["mnist"], in_channels=1, out_ch=1), vae_steps=60_000, vae_batch=100,
+        vae=replace(AUTOENCODERS["mnist"], in_channels=1, out_ch=1), vae_steps=60_000, vae_batch=100,
         vae_lr=4.5e-4,
         perceptual_weight=1.0, adversarial_weight=0.5, adversarial_start=50_000,
-        unet=unet.PAPER["mnist"], schedule=diffusion.PAPER, ldm_steps=50_000, ldm_batch=512, ldm_lr=2.5e-3,
+        unet=UNETS["mnist"], schedule=diffusion.PAPER, ldm_steps=50_000, ldm_batch=512, ldm_lr=2.5e-3,
         cond_drop=0.0,
         batch_size=2000, steps=6000, clip_norm=1e-3, lr=1e-3, ema=0.9999, sample_steps=200, sample_eta=1.0),
     "faces": dict(  # colour at 32 pixels on two CPU cores: 4x4x16 latents, 256 numbers for 3,072
@@ -77,17 +78,17 @@ PRESETS = {
         unet=unet.UNetConfig(8, 8, 48, num_heads=4, context_dim=64, num_groups=8),
         ldm_steps=2500, ldm_batch=128, ldm_lr=1.2e-3, batch_size=2500, steps=40),
     "cifar10": CELEBA | dict(
-        private="cifar10", delta=1e-5, vae=vae.PAPER["cifar10"], unet=unet.PAPER["cifar10"],
+        private="cifar10", delta=1e-5, vae=AUTOENCODERS["cifar10"], unet=UNETS["cifar10"],
         schedule=diffusion.PAPER,
         ldm_batch=200, ldm_lr=2e-4, cond_drop=0.1, batch_size=2000, steps=750, clip_norm=1e-6, lr=2e-3,
         from_block=8),
-    "celeba32": CELEBA | dict(vae=vae.PAPER["cifar10"], unet=unet.PAPER["celeba32"], condition="none",
+    "celeba32": CELEBA | dict(vae=AUTOENCODERS["cifar10"], unet=UNETS["celeba32"], condition="none",
                               ldm_batch=384, ldm_lr=1.9e-4, batch_size=2048, steps=5563, lr=1e-3),
-    "celeba64": CELEBA | dict(vae=vae.PAPER["celeba64"], unet=unet.PAPER["celeba64"], condition="none",
+    "celeba64": CELEBA | dict(vae=AUTOENCODERS["celeba64"], unet=UNETS["celeba64"], condition="none",
                               ldm_batch=75, ldm_lr=7.5e-5, batch_size=8192, steps=1391, lr=8.2e-4),
     # theirs: LAION, then 30,000 images of CelebA-HQ; here all of CelebA, 1/n < delta
     "celeba256-text": CELEBA | dict(
-        public="folder:laion", vae=vae.PAPER["celeba256-text"], unet=unet.PAPER["celeba256-text"],
+        public="folder:laion", vae=AUTOENCODERS["celeba256-text"], unet=UNETS["celeba256-text"],
         schedule=diffusion.Schedule(beta_start=0.00085, beta_end=0.012), vae_batch=4, ldm_batch=16,
         ldm_lr=5e-5,
         condition="text", text_length=56, text_width=512, text_layers=4,  # theirs: 32 layers of width 1280

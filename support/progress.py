@@ -8,10 +8,10 @@ import time
 import torch
 
 import accountant
-from accountant import round_up
 from support import files
 from support.bars import tqdm
 from support.files import plain
+from support.rounding import round_up
 from support.team import agreed, rank
 
 # Steps, epsilon and the time left; no rate, which would tell the size of each private batch.

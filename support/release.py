@@ -13,10 +13,10 @@ import torch
 
 import datasets
 import sample
-from accountant import round_up
 from datasets import pixels
 from extensions import lora
 from support import checkpoints, conditions, files, guarantee
+from support.rounding import round_up
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 

@@ -1,4 +1,4 @@
-"""Which release is scored, on which real images, and where its scores may stand (evaluate.py)."""
+"""Which release is scored, on which real images, where its scores may stand; NPZs of samples."""
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +107,20 @@ def load_private(release, private, split, root=None, n=None):
                      label_attribute=release.data.get("label_attribute"))
     real.images = shrink(real.images)
     return real
+
+
+def write_samples(path, release, images, asked):
+    """Images (N, C, H, W) uint8 and what was asked for, N labels or prompts -> an NPZ for others to use.
+
+    images: (N, H, W, C), or (N, H, W) if grey; prompts or labels: (N,), neither of an unconditional model.
+    """
+    found = {"images": (images[:, 0] if images.shape[1] == 1 else images.permute(0, 2, 3, 1)).numpy()}
+    if isinstance(asked[0], str):
+        found["prompts"] = np.array(asked)
+    elif release.model.embedder is not None:
+        found["labels"] = np.array(asked, dtype=np.min_scalar_type(len(release.classes)))
+    with files.replacing(path) as file:
+        np.savez_compressed(file, **found)
 
 
 def read_samples(path, release, n=None):

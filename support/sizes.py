@@ -6,15 +6,16 @@ import torch
 import unet
 import vae
 from support.hardware import count
+from support.paper_networks import AUTOENCODERS, UNETS
 
 
 def main():
-    for name, config in vae.PAPER.items():
+    for name, config in AUTOENCODERS.items():
         with torch.device("meta"):
             model = vae.AutoencoderKL(config)
         print(f"{name:16} autoencoder {count(model.parameters()):>12,}   latents {model.latent_shape} = "
               f"{math.prod(model.latent_shape)} numbers")
-    for name, config in unet.PAPER.items():
+    for name, config in UNETS.items():
         with torch.device("meta"):
             model = unet.UNet(config)
         modules = unet.attention_modules(model)

@@ -1,7 +1,8 @@
-"""Private tuning as it happens: images of the same noise every few steps, in one strip, release/progress.png.
+"""Images on the way: public/autoencoder.png, and private tuning as it happens, release/progress.png.
 
-Nothing is spent by it. Every update is a result of the DP mechanism, whose epsilon covers all of them
-together, and what is drawn from such weights is post-processing (Dwork and Roth 2014, proposition 2.1).
+The latter shows images of the same noise every few steps. Nothing is spent by it. Every update is a result
+of the DP mechanism, whose epsilon covers all of them together, and what is drawn from such weights is
+post-processing (Dwork and Roth 2014, proposition 2.1).
 """
 import sys
 
@@ -13,6 +14,13 @@ from support import checkpoints, conditions
 from support.team import rank
 
 MOST = 10  # images in a row, one of each class
+
+
+@torch.no_grad()
+def save_reconstructions(model, images, path):
+    """Pairs of image and reconstruction, four in a row: images (N, C, H, W) in [-1, 1], public ones."""
+    pairs = torch.stack([images, model.decode(model.encode(images).mean)], 1).flatten(0, 1)
+    pixels.save_grid(pixels.to_uint8(pairs), path, 8)
 
 
 def watcher(s, plan, model, autoencoder, scale, private, embedder):

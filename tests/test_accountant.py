@@ -16,7 +16,7 @@ from scipy.stats import binom, norm
 
 import accountant
 from extensions import pld
-from support import calculator, files
+from support import calculator, files, rounding
 
 # T-fold Poisson-subsampled Gaussian: q, sigma, steps, delta, exact epsilon (two PLD programs agreeing to
 # 5e-6, or a closed form), epsilon of a perfect RDP accountant, its order.
@@ -465,7 +465,7 @@ def test_bad_input(call, word):
 
 
 def command(words):
-    return accountant.main(words.split())
+    return calculator.main(words.split())
 
 
 def numbers(line):
@@ -502,7 +502,7 @@ def test_command_line_runs(tmp_path, capsys):
     (tmp_path / "b" / "internal" / "ledger.jsonl").write_text(
         f"{row}\n" * 299 + row[:20]
     )  # torn by a crash: the 300th step; the statement is older
-    assert accountant.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert calculator.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     a, b, both = capsys.readouterr().out.splitlines()[2:5]
     rows = [{"q": 0.02, "sigma": 1.1}] * 400 + [{"q": 0.05, "sigma": 2.0}] * 300
     for line, part in ((a, rows[:400]), (b, rows[400:]), (both, rows)):
@@ -539,12 +539,12 @@ def test_a_run_that_is_not_private_counts_as_infinite_alone_and_in_the_sum(state
                                                                            tmp_path, capsys):
     good, bad = run_folder(tmp_path / "good", {}, 400), run_folder(tmp_path / "bad", statement, rows,
                                                                    settings)
-    assert accountant.main([str(good), str(bad)]) == 0
+    assert calculator.main([str(good), str(bad)]) == 0
     _, _, kept, lost, both, _ = capsys.readouterr().out.splitlines()
     assert "inf" not in kept and "NOT PRIVATE" not in kept
     assert lost.split()[3:6:2] == ["inf", "inf"] and "NOT PRIVATE" in lost
     assert both.split()[5:8:2] == ["inf", "inf"]
-    assert accountant.main([str(good), str(good)]) == 0 and "inf" not in capsys.readouterr().out
+    assert calculator.main([str(good), str(good)]) == 0 and "inf" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rows, stated, counted", [
@@ -554,13 +554,13 @@ def test_the_larger_of_ledger_and_statement_counts(rows, stated, counted, tmp_pa
     place = run_folder(tmp_path / "x", None if stated is None else {"steps": stated}, rows)
     other = run_folder(tmp_path / "y", {"q": 0.1, "sigma": 3.0, "steps": 50, "epsilon": 1.2, "delta": 1e-7},
                        None)
-    assert accountant.main([str(place), str(other)]) == 0
+    assert calculator.main([str(place), str(other)]) == 0
     head, _, line, _, both, _ = capsys.readouterr().out.splitlines()
     assert head.endswith(" 1e-06" if stated else " 1e-07")
     delta = 1e-6 if stated else 1e-7
     steps = [{"q": 0.02, "sigma": 1.1}] * counted
     for text, rows_of, column in ((line, steps, 3), (both, steps + [{"q": 0.1, "sigma": 3.0}] * 50, 5)):
-        assert text.split()[column] == accountant.round_up(accountant.epsilon_of_ledger(rows_of, delta), 6)
+        assert text.split()[column] == rounding.round_up(accountant.epsilon_of_ledger(rows_of, delta), 6)
     assert ("larger counts" in line) == (stated is not None and rows not in (None, stated))
     assert ("without a statement" in line) == (stated is None)
 
@@ -574,7 +574,7 @@ def test_ledger_and_statement_of_different_steps_both_count(tmp_path, capsys):
 def test_a_statement_above_its_own_steps_counts_as_it_stands(tmp_path, capsys):
     place, other = run_folder(tmp_path / "x", {"epsilon": 9.5}, 400), run_folder(tmp_path / "y", {}, 400)
     for words, alone in (([], "9.5"), (["--delta", "1e-5"], "9.5"), (["--delta", "1e-7"], "inf")):
-        assert accountant.main([str(place), str(other), *words]) == 0
+        assert calculator.main([str(place), str(other), *words]) == 0
         *_, line, _, both, _ = capsys.readouterr().out.splitlines()
         assert (
             line.split()[3:6:2] == [alone, alone]
@@ -586,7 +586,7 @@ def test_a_statement_above_its_own_steps_counts_as_it_stands(tmp_path, capsys):
 @pytest.mark.parametrize("statement", [{"epsilon": math.nan}, {"sigma": -1.0}, {"steps": 1.5}, {"delta": 0.0},
                                        {"q": "x"}])
 def test_a_statement_that_means_nothing_is_refused_in_one_line(statement, tmp_path, capsys):
-    assert accountant.main([str(run_folder(tmp_path / "x", statement, 400))]) == 2
+    assert calculator.main([str(run_folder(tmp_path / "x", statement, 400))]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -693,14 +693,14 @@ def test_round_up():
              7.4501: "7.451",
              1.0000001e-06: "1.001e-06", 123456: "1.235e+05", 9.9995: "10", 1.7e308: "1.7e+308",
              1.79761e308: "inf"}
-    assert {x: accountant.round_up(x) for x in exact} == exact
+    assert {x: rounding.round_up(x) for x in exact} == exact
     rng = np.random.default_rng(0)
     for _ in range(3000):
         x, digits = float(rng.uniform(1, 10) * 10.0 ** rng.integers(-300, 300)), int(rng.integers(1, 8))
-        text = accountant.round_up(x, digits)
+        text = rounding.round_up(x, digits)
         unit = Decimal(10) ** (Decimal(repr(x)).adjusted() + 1 - digits)
         assert 0 <= Decimal(text) - Decimal(repr(x)) < unit and Decimal(text) % unit == 0, (x, digits, text)
-        assert accountant.round_up(float(text), digits) == text  # what is exact stays
+        assert rounding.round_up(float(text), digits) == text  # what is exact stays
 
 
 def test_printed_bounds_are_rounded_up(capsys):

@@ -14,14 +14,14 @@ from scipy.stats import binom
 import accountant
 import dp_sgd
 from extensions import audit
-from support import files, run_folder
+from support import files, randomness, run_folder
 
 
 @pytest.fixture(autouse=True)
 def repeatable(monkeypatch):
     """Every fresh generator is a different one, but the same in every run of the tests."""
     seeds = iter(range(10_000))
-    monkeypatch.setattr(dp_sgd, "fresh_generator",
+    monkeypatch.setattr(randomness, "fresh_generator",
                         lambda device="cpu": torch.Generator(device).manual_seed(next(seeds)))
 
 
@@ -131,7 +131,7 @@ def break_noise_repeated(monkeypatch):
 
 
 def break_seed_fixed(monkeypatch):
-    monkeypatch.setattr(dp_sgd, "fresh_generator",
+    monkeypatch.setattr(randomness, "fresh_generator",
                         lambda device="cpu": torch.Generator(device).manual_seed(0))
 
 
@@ -195,8 +195,8 @@ def test_program_audits_the_generator_of_the_run(stated, words, fast, run, monke
     path = run / "release" / "privacy.json"
     statement = files.read_json(path) | stated
     files.write_json({key: value for key, value in statement.items() if value is not None}, path)
-    asked, honest = [], dp_sgd.fresh_generator
-    monkeypatch.setattr(dp_sgd, "fresh_generator",
+    asked, honest = [], randomness.fresh_generator
+    monkeypatch.setattr(randomness, "fresh_generator",
                         lambda device="cpu": asked.append("fast") or honest(device))
     secure = dp_sgd.SecureGenerator
     monkeypatch.setattr(dp_sgd, "SecureGenerator", lambda: asked.append("secure") or secure())

@@ -28,7 +28,7 @@ import dp_sgd
 import sample
 import train
 from datasets import pixels
-from support import calculator, files, guarantee, progress, run_folder
+from support import calculator, files, guarantee, progress, randomness, rounding, run_folder
 
 TINY = ["--preset", "smoke", "--public-n", "40", "--private-n", "100", "--vae-steps", "2", "--ldm-steps", "2",
         "--vae-batch",
@@ -92,7 +92,7 @@ def attempt(args, diary):
     os.close(1), os.close(2)
     os.open(os.devnull, os.O_WRONLY), os.open(os.devnull, os.O_WRONLY)
     file = os.open(diary, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    fresh, privatise = dp_sgd.fresh_generator, dp_sgd.privatise
+    fresh, privatise = randomness.fresh_generator, dp_sgd.privatise
 
     def watched_generator(device="cpu"):
         generator = fresh(device)
@@ -104,7 +104,7 @@ def attempt(args, diary):
         os.write(file, b"noise " + hashlib.sha256(noisy[0].numpy()).hexdigest().encode() + b"\n")
         return noisy
 
-    dp_sgd.fresh_generator, dp_sgd.privatise = watched_generator, watched_privatise
+    randomness.fresh_generator, dp_sgd.privatise = watched_generator, watched_privatise
     train.main(args)
 
 
@@ -314,7 +314,7 @@ def test_a_resumed_run_shows_its_epsilon_at_once(stopped, tmp_path, monkeypatch)
     plan = files.read_json(out / "internal" / "plan.json")
     spent = [accountant.epsilon(plan["q"], plan["sigma"], steps, 1e-5) for steps in range(4)]
     lost = len(ledger(stopped).splitlines())
-    assert lost == 1 and shown[0] == (1, {"epsilon": accountant.round_up(spent[1])})
+    assert lost == 1 and shown[0] == (1, {"epsilon": rounding.round_up(spent[1])})
     assert [float(values["epsilon"]) >= true for (_, values),
             true in zip(shown, spent[1:], strict=True)] == 3 * [True]
 

@@ -118,7 +118,7 @@ def test_every_command_parses(page, tmp_path, monkeypatch):
     text = without_edits(page.read_text())
     for words in commands(text, "train.py"):
         settings.parse([word for word in words if word != "--resume"])
-    sources = {"sample.py": "sample.py", "evaluate.py": "evaluate.py",
+    sources = {"sample.py": "support/arguments.py", "evaluate.py": "evaluate.py",
                "-m extensions.audit": "extensions/audit.py",
                "accountant.py": "support/calculator.py"}
     for program, source in sources.items():

@@ -18,6 +18,7 @@ import dp_sgd
 import unet
 from dp_sgd import CLIPPING
 from extensions import bookkeeping, lora
+from support import randomness
 from support.settings import GRADIENTS
 
 # vmap's fallback for fused attention
@@ -419,8 +420,8 @@ def test_randomness_is_fresh_and_leaves_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(draws[0][0], draws[1][0]) and draws[0][1] != draws[1][1]
     # all that CUDA has
-    assert dp_sgd.fresh_generator().initial_seed() != dp_sgd.fresh_generator().initial_seed()
-    generator = dp_sgd.fresh_generator()  # its stream is not the one that its 32-bit seed would give
+    assert randomness.fresh_generator().initial_seed() != randomness.fresh_generator().initial_seed()
+    generator = randomness.fresh_generator()  # its stream is not the one that its 32-bit seed would give
     again = torch.Generator().manual_seed(generator.initial_seed())
     assert not torch.equal(torch.rand(700, generator=generator)[-10:], torch.rand(700, generator=again)[-10:])
     assert 0.45 < torch.rand(10_000, generator=generator).mean() < 0.55

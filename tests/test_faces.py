@@ -24,7 +24,7 @@ import unet
 import vae
 from datasets import arrays, photos
 from extensions import memorisation
-from support import files, guarantee, presets, run_folder, scored, settings
+from support import files, guarantee, paper_networks, presets, run_folder, scored, settings
 
 ATTRIBUTES = ["Male", "Wearing_Hat", "Zebra"]  # not CelebA's forty
 N = 60
@@ -624,9 +624,9 @@ def test_256_pixels_end_to_end(tmp_path, monkeypatch):
     tiny = presets.PRESETS["celeba256-text"] | dict(
         vae=vae.VAEConfig(3, 3, 4, (1, 1, 1, 1), 1, (), 256, 4, 4, 4),
         schedule=diffusion.Schedule("cosine", "v"),
-        unet=replace(unet.PAPER["celeba256-text"], model_channels=16, channel_mult=(1, 1), num_res_blocks=1,
-                     num_heads=2,
-                     attention_resolutions=(2,), context_dim=8, num_groups=4), text_width=16, text_layers=1)
+        unet=replace(paper_networks.UNETS["celeba256-text"], model_channels=16, channel_mult=(1, 1),
+                     num_res_blocks=1, num_heads=2, attention_resolutions=(2,), context_dim=8, num_groups=4),
+        text_width=16, text_layers=1)
     monkeypatch.setitem(presets.PRESETS, "celeba256-text", tiny)
     out = tmp_path / "out"
     train.main(["--preset", "celeba256-text", *TINY, "--vae-batch", "2", "--data-root", str(tmp_path),

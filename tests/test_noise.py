@@ -11,6 +11,7 @@ from torch import nn
 
 import accountant
 import dp_sgd
+from support import randomness
 from support.presets import DIGITS, PRESETS
 
 # 5.768: torch's float32 normals on a CPU, from uniforms of 24 bits
@@ -138,7 +139,7 @@ def test_outputs_beyond_float32_s_last_normal_are_possible_without_an_example(mo
     assert float(noise[0]) == pytest.approx(2 * 2.95, abs=1e-5) and float(noise[0]) > FLOAT32_LIMIT
     monkeypatch.setattr(dp_sgd.os, "urandom", lambda n: np.repeat(  # the largest radius, angle 0
         np.array([2 ** 64 - 1, 0], dtype=np.uint64), n // 16).tobytes())
-    assert float(one_step(None)[0]) == pytest.approx(dp_sgd.largest_normal(dp_sgd.SecureGenerator()),
+    assert float(one_step(None)[0]) == pytest.approx(randomness.largest_normal(dp_sgd.SecureGenerator()),
                                                      rel=1e-6)
 
 
@@ -146,9 +147,9 @@ def test_fast_noise_is_drawn_in_float64_as_well(monkeypatch):
     asked, randn = [], torch.randn
     monkeypatch.setattr(torch, "randn", lambda *args,
                         **kwargs: asked.append(kwargs["dtype"]) or randn(*args, **kwargs))
-    noise = one_step(dp_sgd.fresh_generator(), n=10_000)
+    noise = one_step(randomness.fresh_generator(), n=10_000)
     assert asked == [torch.float64] and stats.kstest(noise.numpy(), "norm").pvalue > 1e-6
-    z = randn(16_000, dtype=torch.float64, generator=dp_sgd.fresh_generator()).view(-1, 2, 8)
+    z = randn(16_000, dtype=torch.float64, generator=randomness.fresh_generator()).view(-1, 2, 8)
     # Box-Muller inverted: the uniforms; whole numbers if of 24 bits
     grid = torch.exp(-z.square().sum(1) / 2) * 2 ** 24
     assert float((grid - grid.round()).abs().median()) > 0.2
@@ -168,10 +169,10 @@ def test_no_preset_reaches_beyond_its_noise(preset):
     q, steps, delta = s["batch_size"] / n, s["steps"], s["delta"]
     for epsilon in (10.0, 1.0):
         sigma = accountant.noise_multiplier(epsilon, delta, q, steps)
-        for generator in (dp_sgd.SecureGenerator(), dp_sgd.fresh_generator()):
-            assert dp_sgd.beyond_the_noise(generator, q, sigma, steps) < 1e-3 * delta
+        for generator in (dp_sgd.SecureGenerator(), randomness.fresh_generator()):
+            assert randomness.beyond_the_noise(generator, q, sigma, steps) < 1e-3 * delta
         if preset != "smoke":  # its four steps need little noise; the statement then says inf for 20 images
-            assert dp_sgd.beyond_the_noise(dp_sgd.SecureGenerator(), q, sigma, steps, 20) < 1e-3 * delta
+            assert randomness.beyond_the_noise(dp_sgd.SecureGenerator(), q, sigma, steps, 20) < 1e-3 * delta
 
 
 def test_the_bound_sees_what_float32_noise_cost(monkeypatch):
@@ -182,9 +183,9 @@ def test_the_bound_sees_what_float32_noise_cost(monkeypatch):
     generator, s = dp_sgd.SecureGenerator(), DIGITS | PRESETS["celeba64"]
     q = s["batch_size"] / SIZES["celeba"]
     sigma = accountant.noise_multiplier(s["epsilon"], s["delta"], q, s["steps"], "pld")
-    assert dp_sgd.beyond_the_noise(generator, q, sigma, s["steps"]) > s["delta"]
-    assert dp_sgd.beyond_the_noise(generator, 1.0, 0.5, 1) == pytest.approx(stats.norm.sf(FLOAT32_LIMIT - 2),
-                                                                            rel=1e-9)
-    assert dp_sgd.beyond_the_noise(generator, 0.3, 0.0, 1) == 1
+    assert randomness.beyond_the_noise(generator, q, sigma, s["steps"]) > s["delta"]
+    once = stats.norm.sf(FLOAT32_LIMIT - 2)
+    assert randomness.beyond_the_noise(generator, 1.0, 0.5, 1) == pytest.approx(once, rel=1e-9)
+    assert randomness.beyond_the_noise(generator, 0.3, 0.0, 1) == 1
     pair = 2 * 0.3 * 0.7 * stats.norm.sf(FLOAT32_LIMIT - 2) + 0.09 * stats.norm.sf(FLOAT32_LIMIT - 4)
-    assert dp_sgd.beyond_the_noise(generator, 0.3, 0.5, 7, 2) == pytest.approx(7 * pair, rel=1e-9)
+    assert randomness.beyond_the_noise(generator, 0.3, 0.5, 7, 2) == pytest.approx(7 * pair, rel=1e-9)

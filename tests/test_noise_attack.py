@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import dp_sgd
+from support import randomness
 
 LENGTH = 19_937  # bits of state of the Mersenne twister
 LEARNED, PREDICTED = 2 * LENGTH + 64, 512
@@ -73,7 +74,7 @@ def right_predictions(signs):
 
 
 def test_fast_noise_is_foretold():
-    length, right = right_predictions(signs_of_a_release(dp_sgd.fresh_generator()))
+    length, right = right_predictions(signs_of_a_release(randomness.fresh_generator()))
     assert length == LENGTH and right >= 1 - 1 / PREDICTED  # but for the block in which the example stands
 
 

@@ -20,7 +20,7 @@ import unet
 import vae
 from datasets import pixels
 from extensions import original_weights
-from support import checkpoints, files, presets
+from support import checkpoints, files, paper_networks, presets
 
 
 def affine(name, *shape):
@@ -204,12 +204,12 @@ def test_autoencoder_computes_what_the_original_computes(name):
 
 def test_names_and_shapes_cover_the_papers_networks():
     """The rule above gives exactly the tensors that our networks read, at the authors' sizes."""
-    for c in unet.PAPER.values():
+    for c in paper_networks.UNETS.values():
         with torch.device("meta"):
             network = unet.UNet(c)
             original_weights.load_unet(network,
                                        {k: torch.empty(shape) for k, shape in unet_shapes(c).items()})
-    for c in vae.PAPER.values():
+    for c in paper_networks.AUTOENCODERS.values():
         with torch.device("meta"):
             original_weights.load_autoencoder(vae.AutoencoderKL(c),
                                               {k: torch.empty(shape) for k, shape in vae_shapes(c).items()})

@@ -18,7 +18,7 @@ import accountant
 import dp_sgd
 import sample
 import train
-from support import files, run_folder, team
+from support import files, randomness, run_folder, team
 
 TINY = ["--preset", "smoke", "--public-n", "40", "--private-n", "101", "--vae-steps", "2", "--ldm-steps", "2",
         "--vae-batch",
@@ -121,7 +121,7 @@ def test_the_total_of_two_processes_is_the_sum_of_one_and_gets_the_noise_once(tm
 def run_job(flags, number, place):
     """train.main with plain gradient steps in place of Adam, so that the size of the noise can be seen."""
     seen = {"drawn": [], "noise": 0, "generators": [], "changes": [], "public": [], "drift": []}
-    poisson_sample, privatise, fresh = dp_sgd.poisson_sample, dp_sgd.privatise, dp_sgd.fresh_generator
+    poisson_sample, privatise, fresh = dp_sgd.poisson_sample, dp_sgd.privatise, randomness.fresh_generator
     broadcast, fit, before = team.broadcast, train.fit, {}
 
     def watched_sample(n, q, generator):
@@ -154,7 +154,7 @@ def run_job(flags, number, place):
     def sgd(parameters, lr, **betas):
         return torch.optim.SGD(parameters, lr)
 
-    dp_sgd.poisson_sample, dp_sgd.privatise, dp_sgd.fresh_generator = (
+    dp_sgd.poisson_sample, dp_sgd.privatise, randomness.fresh_generator = (
         watched_sample, watched_privatise, watched_generator
     )
     team.broadcast, train.fit, torch.optim.Adam = watched_broadcast, watched_fit, sgd

@@ -16,6 +16,7 @@ import vae
 from datasets import arrays, pixels
 from extensions import pld
 from support import checkpoints, files, guarantee, release, settings
+from support.rounding import round_up
 
 TINY = ["--preset", "smoke", "--public-n", "40", "--private-n", "100", "--vae-steps", "2", "--ldm-steps", "2",
         "--vae-batch",
@@ -185,8 +186,8 @@ def test_the_card_says_what_the_statement_says(run, monkeypatch):
     )
     assert "![samples](samples.png)" in card and privacy["statement"] in card and "at most" in card
     for item in (*privacy["does_not_cover"], privacy["adjacency"], privacy["unit"],
-                 accountant.round_up(privacy["epsilon"]),
-                 accountant.round_up(float(privacy["epsilon_for_20_pictures_of_one_person"]))):
+                 round_up(privacy["epsilon"]),
+                 round_up(float(privacy["epsilon_for_20_pictures_of_one_person"]))):
         assert item in card
     assert not re.search(r"\b(nan|None|True|False)\b", card)
     shown = [float(x) for x in re.findall(r"^\| [\d.]+% \| ([\d.]+) % \|$", card, re.MULTILINE)]

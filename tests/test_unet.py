@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import unet
 from extensions import lora, original_weights
+from support import paper_networks
 
 
 def tiny(**changes):
@@ -51,7 +52,7 @@ def paper_count(model, from_block=0):
 def test_parameter_counts_equal_the_papers(name):
     total, attention, modules, embedder, embedded = COUNTS[name]
     with torch.device("meta"):  # shapes only: the largest would need 3.5 GB
-        network = unet.UNet(unet.PAPER[name])
+        network = unet.UNet(paper_networks.UNETS[name])
         model = unet.LatentModel(network, unet.ClassEmbedder(*embedder) if embedder else None)
     assert count(network.parameters()) == total
     assert len(unet.attention_modules(model)) == modules
@@ -63,7 +64,8 @@ def test_parameter_counts_equal_the_papers(name):
 
 def test_later_blocks_of_the_cifar_network():
     with torch.device("meta"):
-        model = unet.LatentModel(unet.UNet(unet.PAPER["cifar10"]), unet.ClassEmbedder(1000, 512, True))
+        network = unet.UNet(paper_networks.UNETS["cifar10"])
+        model = unet.LatentModel(network, unet.ClassEmbedder(1000, 512, True))
     assert paper_count(model, from_block=8) == 9_788_032  # the authors' ablation_blocks = 9
 
 
@@ -72,7 +74,7 @@ def test_weights_without_a_gradient_are_not_trained(tune):
     """They would see nothing but noise, and a release would show it: clean equations for whoever wants to
     compute it.
     """
-    model = unet.LatentModel(unet.UNet(unet.PAPER["mnist"]), unet.ClassEmbedder(26, 5))
+    model = unet.LatentModel(unet.UNet(paper_networks.UNETS["mnist"]), unet.ClassEmbedder(26, 5))
     names = unet.without_gradient(model)
     assert count(dict(model.named_parameters())[n] for n in names) == 82_752
     trained = set(tuned(model, tune))

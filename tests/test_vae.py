@@ -11,7 +11,7 @@ from torch.distributions import Normal, kl_divergence
 import train
 import vae
 from extensions import original_weights, perceptual
-from support import settings
+from support import paper_networks, settings
 
 COUNTS = {"mnist": 102_553_535, "cifar10": 14_639_807, "celeba64": 29_935_359, "celeba256-text": 83_653_863}
 
@@ -25,7 +25,7 @@ def tiny():
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameter_counts_equal_the_papers(name):
     with torch.device("meta"):
-        model = vae.AutoencoderKL(vae.PAPER[name])
+        model = vae.AutoencoderKL(paper_networks.AUTOENCODERS[name])
     assert sum(p.numel() for p in model.parameters()) == COUNTS[name]
 
 

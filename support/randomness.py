@@ -1,0 +1,77 @@
+"""The generators of the private stage, and how far out their noise reaches.
+
+`dp_sgd.SecureGenerator` is the default for noise and batches. What stands here is for the options that leave
+it, --fast-noise and --insecure-seed, and for the draws of the loss, which need not be secret.
+"""
+import math
+import os
+from typing import NamedTuple
+
+import torch
+
+import dp_sgd
+from support.team import rank
+
+
+class Randomness(NamedTuple):
+    """Generators of the private stage. Their seeds are unknown, never saved and never set back.
+
+    sampling   which images enter a batch; the accountant assumes that nobody can guess it
+    noise      the noise of DP-SGD; whoever can compute it can subtract it
+    diffusion  timesteps and noise of the diffusion loss; the guarantee does not need them secret
+    """
+
+    sampling: object
+    noise: object
+    diffusion: torch.Generator
+
+
+def generators(s):
+    """`Randomness` from the operating system, except with --fast-noise and --insecure-seed."""
+    sampling = noise = dp_sgd.SecureGenerator()
+    draws = fresh_generator(s.device)
+    if s.fast_noise:
+        sampling, noise = fresh_generator(), fresh_generator(s.device)
+    if s.insecure_seed is not None:  # for debugging: NOT private; two seeds per process
+        sampling = torch.Generator().manual_seed(s.insecure_seed + 1 + 2 * rank())
+        noise = draws = torch.Generator(s.device).manual_seed(s.insecure_seed + 2 * rank())
+    return Randomness(sampling, noise, draws)
+
+
+def fresh_generator(device="cpu"):
+    """A torch.Generator with an unknown seed, for the draws of the loss, or for --fast-noise."""
+    generator = torch.Generator(device).manual_seed(int.from_bytes(os.urandom(8), "little"))
+    if generator.device.type == "cpu":
+        # manual_seed keeps 32 bits of a seed, few enough to try them all. So the whole state is filled. Its
+        # bytes: seed (8), left (4), seeded (4), next (8), then 624 words of 32 bits, each in 8 bytes.
+        state = generator.get_state()
+        words = torch.frombuffer(bytearray(os.urandom(624 * 4)), dtype=torch.int32).to(torch.int64)
+        state[24:24 + 624 * 8] = (words & 0xFFFFFFFF).view(torch.uint8)
+        generator.set_state(state)
+    return generator
+
+
+def largest_normal(generator):
+    """Largest normal that `dp_sgd.privatise` can draw, in standard deviations.
+
+    torch's float64 normals are single draws of Box-Muller, so they end at half of SecureGenerator's limit.
+    """
+    if isinstance(generator, dp_sgd.SecureGenerator):
+        return generator.limit
+    return dp_sgd.SecureGenerator.limit / 2
+
+
+def beyond_the_noise(generator, q, sigma, steps, k=1):
+    """Bound on the probability that k examples push an output further than the largest normal alone can.
+
+    Such an output proves that the examples were in the data, so the probability must be far below delta. In a
+    step j of the k are in the batch with probability Bin(j; k, q). They move the sum by at most j clip norms,
+    which is j / sigma deviations of the noise. Then a normal above limit - j / sigma is enough.
+    """
+    if sigma == 0:
+        return 1.0
+    limit, total = largest_normal(generator), 0.0
+    for j in range(1, k + 1):
+        present = math.comb(k, j) * q ** j * (1 - q) ** (k - j)
+        total += present * 0.5 * math.erfc((limit - j / sigma) / math.sqrt(2))
+    return min(1.0, steps * total)
