@@ -278,7 +278,7 @@ def table(result):
         cells = [f"{100 * p:.2f} +- {100 * errors[k]:.2f} %" for k, p in scores.items()]
         name = f"{word} ({result['recipes'][word]['kind']}, {result['recipes'][word]['epochs']} epochs)"
         lines.append(f"{name:36}" + "".join(f"{cell:>28}" for cell in cells))
-    if real := result["real"]:
+    if real := result.get("real"):
         lines.append(f"{'cnn, trained on ' + format(real['n'], ',') + ' real images':36}"
                      + "".join(f"{100 * p:>26.2f} %" for p in real["accuracy"].values()))
         taken = ", ".join(f"{name} {100 * p:.0f} %" for name, p in real["samples"].items())
