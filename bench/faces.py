@@ -7,10 +7,17 @@ from bench.runs import Row, main
 
 BASE = "runs/faces"
 SCORE = "--n 5000 --classifiers cnn,logreg"
+# the feature network of the rows without drawn faces, so that distances compare
+DRAWN = f"{SCORE} --features public32 --real"
 
 
 def again(label, name, flags, base=BASE):
     return Row(label, f"--preset faces {flags} --init {base} --out {BASE}-{name}", f"{BASE}-{name}", SCORE)
+
+
+def portraits(name, label, flags):
+    return Row(label, f"--preset portraits {flags} --init runs/portraits --out runs/portraits-{name}",
+               f"runs/portraits-{name}", DRAWN)
 
 
 ROWS = {
@@ -24,6 +31,9 @@ ROWS = {
     "64": Row("class, 64 x 64 pixels, epsilon 10",
               "--preset faces --size 64 --vae-batch 16 --vae-steps 1500 --ldm-batch 64 --ldm-steps 1500 "
               f"--out {BASE}-64", f"{BASE}-64", SCORE),
+    "portraits": Row("class, epsilon 10, public drawn faces", "--preset portraits", "runs/portraits", DRAWN),
+    "portraits-public": portraits("public", "class, public drawn faces only", "--steps 0"),
+    "portraits-eps1": portraits("eps1", "class, epsilon 1, public drawn faces", "--epsilon 1 --lr 2e-3"),
 }
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def load_mnist(ask):
 
 
 @dataset("fashion", "Fashion-MNIST, downloaded through torchvision when absent", n=60_000, classes=GARMENTS,
+         jiggled=False,  # all garments are centred and upright
          files="FashionMNIST")
 def load_fashion(ask):
     folders = [ask.root / "FashionMNIST" / "raw", DEBIAN_FASHION]

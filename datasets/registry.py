@@ -71,6 +71,7 @@ class DataSet:
     classes: tuple = ()  # names; () where the set itself declares them
     drawn: bool = False  # made by a program: no image went in
     own: bool = False  # "name:PATH"
+    jiggled: bool = True  # shifted and turned a little, an image is still one: evaluate.py augments
     files: str = ""  # where it lies in the data root
     overlaps: tuple = ()  # sets with images in common, even if encoded anew
 

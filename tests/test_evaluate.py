@@ -152,6 +152,31 @@ def test_paper_network_is_the_published_one():
             for k in ("n", "steps", "eta")} == {"n": 50_000, "steps": 200, "eta": 1.0}
 
 
+@pytest.mark.parametrize("kind", evaluate.RESIDUAL)
+def test_residual_networks_of_protocol_strict(kind):
+    recipe = evaluate.PROTOCOLS["strict"]["recipes"][kind]
+    images, labels = bars(8)
+    model = evaluate.train_classifier(images=images, labels=labels, num_classes=4, progress=False, batch=4,
+                                      **{**recipe, "epochs": 1})
+    assert evaluate.predict(model, images[:2]).shape == (2, 4)
+    blocks = [m for m in model.modules() if type(m).__name__ in ("BasicBlock", "Bottleneck")]
+    assert len(blocks) == 8 and model.conv1.stride == (1, 1) and not model.training
+
+
+def test_garments_are_not_shifted_and_turned(run, monkeypatch):
+    assert [name for name, entry in datasets.REGISTRY.items() if not entry.jiggled] == ["fashion"]
+    seen = []
+    monkeypatch.setattr(evaluate, "train_classifier",
+                        lambda augment=False, **rest: seen.append(augment) or torch.nn.Flatten())
+    monkeypatch.setattr(evaluate, "accuracy", lambda *args: 0.5)
+    recipe = {**evaluate.PROTOCOLS["quick"]["recipes"]["cnn"], "augment": True}
+    monkeypatch.setitem(evaluate.PROTOCOLS["quick"], "recipes", {"cnn": recipe})
+    for jiggled in (True, False):
+        monkeypatch.setattr(datasets.REGISTRY["mnist10k"], "jiggled", jiggled)
+        evaluate.main([str(run), "--no-distance"])
+    assert seen == [True, False]
+
+
 def test_last_step_is_returned(monkeypatch):
     """Every step's weights are written down: the network that comes back has the last ones, after all epochs.
     """
@@ -297,8 +322,8 @@ def test_a_classifier_of_real_images_gives_the_ceiling_and_judges_the_samples(ru
     np.savez(tmp_path / "s.npz", images=real.images[:, 0].numpy(), labels=swapped.numpy().astype(np.uint8))
     monkeypatch.setattr(scored, "load_private", lambda release, private, split, root=None: (
         real if split == "train" else datasets.load(private, split, root, 28)))
-    quick = {"kind": "logreg", **evaluate.SIMPLE}
-    monkeypatch.setitem(evaluate.PROTOCOLS["quick"]["recipes"], "cnn", quick)
+    monkeypatch.setitem(evaluate.PROTOCOLS["quick"], "recipes", {"logreg": {"kind": "logreg",
+                                                                            **evaluate.SIMPLE}})
     monkeypatch.setattr(evaluate, "FEATURE_IMAGES", 200)
     evaluate.main([str(run), "--samples", str(tmp_path / "s.npz"), "--classifiers", "logreg", "--real",
                    "--features", "garments"])
@@ -306,7 +331,7 @@ def test_a_classifier_of_real_images_gives_the_ceiling_and_judges_the_samples(ru
     ceiling = next(iter(result["real"]["accuracy"].values()))
     assert ceiling > 0.8 > next(iter(result["accuracy"]["logreg"].values()))
     taken = result["real"]["samples"]
-    assert taken["5"] > 0.8 and max(taken["1"], taken["2"]) < 0.2 and "trained on 1,500 real images" in out
+    assert taken["5"] > 0.8 and max(taken["1"], taken["2"]) < 0.2 and "on 1,500 real images" in out
     assert "garments" in result["distance"]["features"] and "not kept" in out
     with pytest.raises(ValueError, match="--features: 'celeba' is none of"):
         evaluate.main([str(run), "--features", "celeba"])
