@@ -103,7 +103,15 @@ def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, ca
         raise ValueError(f"{name} has the classes {', '.join(whole.classes)}; others were asked for, leave "
                          "out --classes")
     part = whole if entry.drawn else subset(whole, n, seed, f"{name} {split}")
-    images, side = prepared(part.images, size, channels, cache, root, decode)
+    try:
+        images, side = prepared(part.images, size, channels, cache, root, decode)
+    except ValueError as error:
+        if entry.own and split == "train":  # what is wrong on the other side is said now, not after the run
+            try:
+                prepared(entry.load(replace(ask, split="test")).images, size, channels, None, root, decode)
+            except ValueError as held_out:
+                raise ValueError(f"{error}; and held out: {held_out}") from None
+        raise
     if decode and not entry.drawn and (i := pixels.one_colour(images)) is not None:
         where = part.images[i] if isinstance(part.images, list) else f"{name}, image {i} of {split}"
         print(f"warning: of one colour, and perhaps not read as it should be: {where}", file=sys.stderr)

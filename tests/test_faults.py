@@ -345,6 +345,22 @@ def test_all_unreadable_images_are_named_at_once(tmp_path):
     assert str(paths[4]) not in message
 
 
+def test_unreadable_images_of_both_sides_are_named_at_once(tmp_path):
+    folder = tmp_path / "n" / "a"
+    for i in range(60):
+        draw(folder / f"{i}.png")
+    broken = {}
+    for i in range(100):  # until both sides have one: the content decides
+        path = folder / f"broken{i}.png"
+        path.write_bytes(b"no image" + bytes([i]))
+        side = "test" if photos.own_keys([path])[0] % 10 == 0 else "train"
+        path.unlink() if side in broken else broken.update({side: path})
+    refused(lambda: datasets.load(f"folder:{tmp_path / 'n'}", size=8), *broken.values(), "held out: ")
+    broken["test"].unlink()
+    message = refused(lambda: datasets.load(f"folder:{tmp_path / 'n'}", size=8), broken["train"])
+    assert "held out" not in message
+
+
 # ---- folders
 
 
