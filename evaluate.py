@@ -260,11 +260,10 @@ def table(result):
         lines += ["", f"samples that it takes for what they should be: {taken}"]
     if d:
         lines += ["", f"Frechet distance, features of a {d['features']}: {d['frechet']:.2f}",
-                  f"  {d['n'][0]:,} samples against {d['split']}, {d['resize']}; "
-                  f"real against real, {d['halves_n']:,} each (few read high): {d['halves']:.2f}",
-                  f"precision {d['precision']:.3f}, recall {d['recall']:.3f} in the same features, "
-                  f"k = {d['k']}, "
-                  f"{d['manifold_n'][0]:,} samples and {d['manifold_n'][1]:,} real"]
+                  f"  {d['n'][0]:,} samples against {d['split']}, {d['resize']}; real against real, "
+                  f"{d['halves_n']:,} each (few read high): {d['halves']:.2f}",
+                  f"precision {d['precision']:.3f}, recall {d['recall']:.3f} in the same features, k = "
+                  f"{d['k']}, {d['manifold_n'][0]:,} samples and {d['manifold_n'][1]:,} real"]
     seconds = ", ".join(f"{k} {v:.0f}" for k, v in result["seconds"].items())
     return "\n".join([*lines, "", f"seconds: {seconds}"])
 

@@ -52,9 +52,9 @@ def main(argv=None):
         y = pixels.to_float(images).flatten(1) - mean
         return pixels.to_uint8((y @ components @ components.T + mean).view(images.shape))
 
-    print(f"{len(real):,} held-out images, {real.images[0].numel()} values as {numbers} numbers; features "
-          f"of a {name}; a CNN "
-          f"trained on {len(chosen):,} training images, read on the held-out ones as they are")
+    print(f"{len(real):,} held-out images, {real.images[0].numel()} values as {numbers} numbers; features of "
+          f"a {name}; a CNN trained on {len(chosen):,} training images, read on the held-out ones as they "
+          "are")
     for title, code in (("images as they are", lambda images: images), ("autoencoder", autoencoded),
                         ("principal components", projected)):
         made = code(real.images)

@@ -184,8 +184,7 @@ def main():
     memory = {key: peak_memory(args, *key[0], key[1]) for key in runnable}  # before this process has grown
 
     print(f"torch {torch.__version__}, {args.device}, {args.threads} thread(s), channels-last "
-          f"{args.channels_last}, "
-          f"bf16 {args.bf16}; medians of {args.rounds} rounds\n")
+          f"{args.channels_last}, bf16 {args.bf16}; medians of {args.rounds} rounds\n")
     print("| latents | trained | micro-batch | method | examples/s | time / none | peak MiB | memory / none "
           "|")
     print("|---|---|---|---|---|---|---|---|", flush=True)

@@ -62,8 +62,7 @@ def main():
     real = datasets.load("mnist10k", "test", size=28)
     digits = evaluate.accuracy(reader, real.images, real.labels)
     print(f"{path}: a CNN trained on 10,000 plain strokes reads {share:.2%} of 10,000 of them, {digits:.2%} "
-          f"of {len(real):,} "
-          "held-out MNIST digits")
+          f"of {len(real):,} held-out MNIST digits")
 
 
 if __name__ == "__main__":

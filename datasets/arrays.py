@@ -197,11 +197,9 @@ def matched(labels, names, path):
     if not set(values) <= set(names):  # which ones is private
         spread = f" outside 0..{len(names) - 1}" if names == [str(i) for i in range(len(names))] else ""
         raise DataError(f"{path}: found labels{spread} that are none of the classes "
-                        f"{', '.join(names)[:200]}, "
-                        "expected their names or, where class_names is an array, their places from 0; "
-                        "convert "
-                        "like this: name all classes by --classes, or save labels - 1 if the first is "
-                        "called 1")
+                        f"{', '.join(names)[:200]}, expected their names or, where class_names is an array, "
+                        "their places from 0; convert like this: name all classes by --classes, or save "
+                        "labels - 1 if the first is called 1")
     return names, np.array([names.index(x) for x in values])[places.reshape(-1)]
 
 
@@ -367,9 +365,8 @@ def check(images, labels, path, first_label, last_label):
     labels = whole(labels, len(images), path)
     if labels.min() < first_label or labels.max() > last_label:
         raise DataError(f"{path}: found labels outside {first_label}..{last_label}, expected {first_label} "
-                        f"for the "
-                        "first class; convert like this: labels - 1 if they count from 1, or declare more "
-                        "classes")
+                        "for the first class; convert like this: labels - 1 if they count from 1, or declare "
+                        "more classes")
     return images, torch.from_numpy(labels.astype(np.int64))
 
 
@@ -384,9 +381,8 @@ def arranged(images, path):
     n, channels, height, width = images.shape if images.ndim == 4 else (0, 0, 0, 0)
     if not n or channels not in (1, 3) or height != width:
         raise DataError(f"{path}: found images {images.dtype} {shape}, expected uint8 (N,H,H) or (N,H,H,3), "
-                        f"at least "
-                        "one; convert like this: images[..., :3] without transparency, images[:, :H, :H] to "
-                        "a square, images.reshape(-1, H, H) of flat rows")
+                        "at least one; convert like this: images[..., :3] without transparency, images[:, "
+                        ":H, :H] to a square, images.reshape(-1, H, H) of flat rows")
     return images
 
 

@@ -20,9 +20,9 @@ def to_bytes(values, path):
     top = {"f": 1, "b": 1}.get(values.dtype.kind, 255)
     if values.dtype.kind not in "biuf" or not (values.min() >= 0 and values.max() <= top):  # NaN is neither
         raise DataError(f"{path}: found pixels of {values.dtype} beyond 0..{top}, expected uint8, whole "
-                        f"numbers in 0..255 "
-                        "or floats in 0..1; convert like this: images.clip(0, 255).astype('uint8') if 255 "
-                        "is white, images / 65535 of 16 bits, (images + 1) / 2 of floats from -1")
+                        "numbers in 0..255 or floats in 0..1; convert like this: images.clip(0, "
+                        "255).astype('uint8') if 255 is white, images / 65535 of 16 bits, (images + 1) / 2 "
+                        "of floats from -1")
     return np.rint(values * np.float32(255 / top)).astype(np.uint8)
 
 

@@ -309,9 +309,8 @@ def main(argv=None):
     print(f"epsilon estimated   {result['estimate']:6.2f}   Gaussian trade-off, Clopper-Pearson "
           f"{CONFIDENCE:.0%}: no proof")
     for name, bound in result["lower"].items():
-        print(f"epsilon at least    {bound:6.2f}   rigorous at {CONFIDENCE:.0%} (Steinke et al. 2023), "
-              f"score {name}: "
-              f"{result['right'][name]} of {result['guesses']} guesses right")
+        print(f"epsilon at least    {bound:6.2f}   rigorous at {CONFIDENCE:.0%} (Steinke et al. 2023), score "
+              f"{name}: {result['right'][name]} of {result['guesses']} guesses right")
     verdict = (
         "VIOLATED: the engine does not keep its promise"
         if best > result["upper_pld"]
@@ -320,8 +319,7 @@ def main(argv=None):
     print(verdict)
     if out:
         caption = (f"{plan[:60]}: epsilon at least {result['lower']['sum']:.2f} (rigorous), about "
-                   f"{result['estimate']:.2f} "
-                   f"(estimate), at most {result['upper_pld']:.2f}")
+                   f"{result['estimate']:.2f} (estimate), at most {result['upper_pld']:.2f}")
         histogram(result, caption, out)
         print(f"{out}: histograms of the scores")
     return 1 if best > result["upper_pld"] else 0

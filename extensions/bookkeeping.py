@@ -71,9 +71,8 @@ def bookkeeping(model, layers, loss_fn, batch):
             return  # used as a constant
         if x.dim() < FEWEST_DIMS[type(layers[i].module)] or len(x) % n:
             raise ValueError(f"layer {layers[i].name!r} saw an input of shape {tuple(x.shape)} in a "
-                             f"micro-batch of {n} "
-                             f"examples; its first dimension must be a multiple of {n}, example after "
-                             "example")
+                             f"micro-batch of {n} examples; its first dimension must be a multiple of {n}, "
+                             "example after example")
         uses[i] += 1
         if not out.requires_grad:
             out.requires_grad_()  # the graph starts here: no trainable layer before this one

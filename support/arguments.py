@@ -72,8 +72,7 @@ def parse_labels(wanted, classes):
         # Before a range is made of them, which could fill the memory.
         if max(len(first), len(last)) > 9 or not {int(first), int(last)} <= numbers.keys():
             raise ValueError(f"--labels: not {part[:40]!r}, this model has the labels "
-                             f"{min(numbers)}..{max(numbers)} "
-                             f"({', '.join(classes)})")
+                             f"{min(numbers)}..{max(numbers)} ({', '.join(classes)})")
         if int(last) < int(first):
             raise ValueError(f"--labels: the range {part!r} runs backwards")
         labels += [label for number, label in sorted(numbers.items()) if int(first) <= number <= int(last)]

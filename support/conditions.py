@@ -88,8 +88,7 @@ def for_private_classes(checkpoint, names):
     if rank() == 0:
         print(
             f"classes        {len(rows)} of {len(names)} private classes have the name of a public one and "
-            "begin with "
-            "its embedding"
+            "begin with its embedding"
         )
     key = "embedder.embedding.weight"
     table = checkpoint["model"][key][index + [total] * entry["null_class"]].clone()

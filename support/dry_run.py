@@ -31,8 +31,7 @@ def report(s, plan, embedder, public, private, known):
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     if s.device == "cpu" and needed > have:
         return print(f"time           not measured: a public step needs {needed:.0f} GB, this machine has "
-                     f"{have:.0f}; choose "
-                     "a smaller --vae-batch or --ldm-batch, or a larger --factor")
+                     f"{have:.0f}; choose a smaller --vae-batch or --ldm-batch, or a larger --factor")
     return estimate(s, plan, embedder, known)
 
 
@@ -69,10 +68,9 @@ def print_memory(s, model, public, private):
     trained, total, big = count(p for p in model.parameters()
                                 if p.requires_grad), count(model.parameters()), 1e9
     print(f"memory, GB     autoencoder {20 * count(autoencoder.parameters()) / big:.2f} + {first / big:.3f} "
-          "an image, latent "
-          f"diffusion {20 * total / big:.2f} + {second / big:.3f}, private tuning "
-          f"{(4 * total + 24 * trained) / big:.2f} + "
-          f"{second / big:.3f}; images and latents {stored / big:.2f} in all")
+          f"an image, latent diffusion {20 * total / big:.2f} + {second / big:.3f}, private tuning "
+          f"{(4 * total + 24 * trained) / big:.2f} + {second / big:.3f}; images and latents "
+          f"{stored / big:.2f} in all")
     return max(20 * count(autoencoder.parameters()) + s.vae_batch * first,
                20 * total + s.ldm_batch * second) / big
 
@@ -110,5 +108,5 @@ def estimate(s, plan, embedder, known=()):
     second = 0.0 if "ldm.pt" in known else minutes(
         s.ldm_steps, lambda: loss_fn(model, *diffusion.draw(z, y, 1, None, s.schedule)).mean().backward())
     print(f"time           autoencoder {first:.1f}, latent diffusion {second:.1f}, private tuning "
-          f"{private:.1f} minutes "
-          f"({'bf16' if s.bf16 else 'float32'} on {s.device}, {torch.get_num_threads()} threads)")
+          f"{private:.1f} minutes ({'bf16' if s.bf16 else 'float32'} on {s.device}, "
+          f"{torch.get_num_threads()} threads)")

@@ -70,9 +70,8 @@ def privacy_plan(s, n):
         raise ValueError(f"--batch-size {s.batch_size} exceeds the {n} private images: q = B/n must be at "
                          "most 1")
     if s.delta >= 1 / n:
-        raise ValueError(f"--delta {s.delta:g} is not below 1/n = {1 / n:.2g}: publishing one random "
-                         "image in the clear would "
-                         "satisfy it; choose a smaller delta")
+        raise ValueError(f"--delta {s.delta:g} is not below 1/n = {1 / n:.2g}: publishing one random image "
+                         "in the clear would satisfy it; choose a smaller delta")
     plan = {"n": n, "q": s.batch_size / n, "steps": s.steps, "delta": s.delta}
     if s.resume and (path := s.out / "internal" / "plan.json").exists():
         return stored_plan(s, plan, path)
@@ -89,9 +88,8 @@ def with_numbers(s, plan):
     generator = noise_of(s)
     if sigma and randomness.beyond_the_noise(generator, q, sigma, steps) > NEGLIGIBLE * delta:
         raise ValueError(f"sigma = {sigma:g} is so little noise that its largest value, "
-                         f"{randomness.largest_normal(generator):.1f} "
-                         "standard deviations, would give examples away; choose a smaller --epsilon or a "
-                         "larger --sigma")
+                         f"{randomness.largest_normal(generator):.1f} standard deviations, would give "
+                         "examples away; choose a smaller --epsilon or a larger --sigma")
     epsilon = float(accountant.epsilon(q, sigma, steps, delta, s.accountant))
     return {**plan, "epsilon": epsilon, "numbers": privacy_numbers(s, [(q, sigma, steps)], delta)}
 
@@ -115,8 +113,8 @@ def stored_plan(s, asked, path):
     found = plan["epsilon"]
     if found != stated and not -SAME * stated <= found - stated <= SAME * min(stated, 1.0):
         raise ValueError(f"cannot resume: plan.json states epsilon {stated:.9g}, recomputed it is "
-                         f"{found:.9g}; resume "
-                         f"with the program and libraries that this run began with; {run_folder.ADD_UP}")
+                         f"{found:.9g}; resume with the program and libraries that this run began with; "
+                         f"{run_folder.ADD_UP}")
     if s.sigma is None and stated > s.epsilon * (1 + SAME):
         raise ValueError(f"cannot resume: 'epsilon' is not what this run began with; {run_folder.ADD_UP}")
     with files.understanding(path, "plan"):  # the first programs did not write them
@@ -144,25 +142,20 @@ def print_plan(s, plan, model):
 
 # How the presets' hyper-parameters were chosen, where private results had a part in it (docs/privacy.md).
 SEEN = ("partly by looking at results on private data: batch size, steps and learning rate of the private "
-        "stage{} were compared "
-        "by scores on held-out and on test digits of MNIST, and the public strokes were drawn while watching "
-        "them; epsilon does "
-        "not cover that choice")
+        "stage{} were compared by scores on held-out and on test digits of MNIST, and the public strokes "
+        "were drawn while watching them; epsilon does not cover that choice")
 LOOKED = {
     "mnist10k": SEEN.format(""),
     "mnist": SEEN.format(", the size of the networks and the length of the public stages"),
     "faces": ("partly by looking at results on private data: size of the latents and of the UNet and length "
-    "of the public stages "
-              "were changed after seeing how the autoencoder draws held-out faces; epsilon does not cover "
-              "that choice"),
+              "of the public stages were changed after seeing how the autoencoder draws held-out faces; "
+              "epsilon does not cover that choice"),
     "fashion": ("partly by looking at private data: photographs as a public set, and the shape and training "
-    "of the autoencoder, "
-                "were chosen after measuring how others draw garments, and the drawn garments were improved "
-                "while watching how "
-                "well they teach the classes of test images; epsilon does not cover that choice")}
+                "of the autoencoder, were chosen after measuring how others draw garments, and the drawn "
+                "garments were improved while watching how well they teach the classes of test images; "
+                "epsilon does not cover that choice")}
 BEFOREHAND = ("taken as chosen without results on these images; if other runs on them were compared to "
-              "choose, their epsilons "
-              "add up")
+              "choose, their epsilons add up")
 
 
 def privacy_statement(s, plan, rows, trained, stages=()):
@@ -212,6 +205,5 @@ def privacy_statement(s, plan, rows, trained, stages=()):
             "several images of one person: the guarantee is for one image",
             "images that weights taken from elsewhere (public_weights) were trained on",
             *(["an attacker who computes the noise from the release: its generator is not a cryptographic "
-               "one (--fast-noise), "
-               "and epsilon is then infinite"] if s.fast_noise else []), "timing"],
+               "one (--fast-noise), and epsilon is then infinite"] if s.fast_noise else []), "timing"],
     })

@@ -93,8 +93,7 @@ def refuse_used(out):
     """ValueError where `out` holds a run already."""
     if any((out / part).exists() and any((out / part).iterdir()) for part in PARTS):
         raise ValueError(f"{out} already holds a run; go on with it (--resume --out {quoted(out)}), or "
-                         "choose another "
-                         f"--out; {ADD_UP}")
+                         f"choose another --out; {ADD_UP}")
 
 
 def lock(out):
@@ -119,8 +118,7 @@ def lock(out):
         os.close(os.open(held, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
     except FileExistsError:
         raise ValueError(f"{busy}. The file system of {out} has no locks; if no process is at work there, "
-                         "remove "
-                         f"{held}, which a crash has left") from None
+                         f"remove {held}, which a crash has left") from None
     atexit.register(held.unlink, missing_ok=True)
 
 

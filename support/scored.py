@@ -59,8 +59,7 @@ def check_held_out(run, release, private, root=None):
         return
     if not path.exists():
         raise ValueError(f"{run}: this run is older than {path.name}, and which images were held out was "
-                         "decided by "
-                         "their names then; train again, or evaluate on images of their own")
+                         "decided by their names then; train again, or evaluate on images of their own")
     config = release.vae.config
     held = datasets.load(private, "test", root, config.resolution, channels=config.in_channels,
                          classes=release.classes,

@@ -66,12 +66,11 @@ def parse(argv):
                    help="data sets, networks and defaults [digits]")
     g.add_argument("--out", type=Path, help="run folder to write [runs/PRESET]")
     g.add_argument("--init", type=Path, default=None,
-                   help="run folder whose public networks are reused; where it has no "
-                   "diffusion model, or one with another --condition, only its autoencoder [train them]")
+                   help="run folder whose public networks are reused; where it has no diffusion model, or "
+                        "one with another --condition, only its autoencoder [train them]")
     g.add_argument("--resume", nargs="?", const="yes", choices=("yes", "auto"), default=False,
-                   help="go on with the run in --out; auto: begin it if it never began (for a scheduler "
-                        "that restarts "
-                   "one command) [off]")
+                   help="go on with the run in --out; auto: begin it if it never began (for a scheduler that "
+                        "restarts one command) [off]")
     g.add_argument("--dry-run", action="store_true", default=False,
                    help="print plan, sizes and times, then stop")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -85,16 +84,15 @@ def parse(argv):
                    help="debugging: seed the private stage too, which VOIDS the guarantee [none]")
     g.add_argument("--fast-noise", action="store_true", default=False,
                    help="experiments only: noise and Poisson batches from torch's generator instead of the "
-                        "operating system's "
-                   "CSPRNG; whoever sees enough of the release can compute the noise, and epsilon is then "
-                   "infinite [off]")
+                        "operating system's CSPRNG; whoever sees enough of the release can compute the "
+                        "noise, and epsilon is then infinite [off]")
     g.add_argument("--watch", type=int, default=None, metavar="N",
                    help="every N private steps, images of the same noise into release/progress.png; 0: never "
                    "[ten times in a terminal, else never]")
     g.add_argument("--show-private", action="store_true", default=False,
                    help="for a course: loss, clipped share and examples/s of the private batches in the bar; "
-                   "private numbers on the terminal and in whatever keeps its output, NOT covered by epsilon "
-                   "[off]")
+                        "private numbers on the terminal and in whatever keeps its output, NOT covered by "
+                        "epsilon [off]")
     g.add_argument("--data-root", default=None,
                    help="folder of the full data sets [$DPLDM_DATA or ~/.cache/dpldm]")
     g.add_argument("--cache", default=None,

@@ -52,8 +52,7 @@ def settings_of(argv):
     if s.unet.in_channels != s.vae.embed_dim:
         raise ValueError(
             f"the UNet of preset {s.preset} takes {s.unet.in_channels} latent channels, the autoencoder "
-            "makes "
-            f"{s.vae.embed_dim}: use --init with runs of this preset only"
+            f"makes {s.vae.embed_dim}: use --init with runs of this preset only"
         )
     settings.check_sampling(s)  # again: the noise schedule may be that of --init now
     return s, known
@@ -193,8 +192,7 @@ def refuse_known(s, private, digests, stages):
     if shared := int(torch.isin(datasets.digests(private), torch.cat(known)).sum()):
         raise ValueError(
             f"--private {s.private}: {shared} of its images are among the images that the public networks "
-            "were "
-            "trained on, so nothing would be private; choose another private or public set"
+            "were trained on, so nothing would be private; choose another private or public set"
         )
 
 

@@ -112,8 +112,7 @@ def collective(operation, tensors):
         operation(flat)
     except RuntimeError:
         raise ConnectionError("another process of this run has died or hangs, so the step cannot be "
-                              "finished; all stop here, "
-                              "the ledger is whole, go on with --resume") from None
+                              "finished; all stop here, the ledger is whole, go on with --resume") from None
     with torch.no_grad():
         for a, part in zip(tensors, flat.split([a.numel() for a in tensors]), strict=True):
             a.copy_(part.view_as(a))
