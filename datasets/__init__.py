@@ -89,8 +89,7 @@ def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, ca
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
     if len(parts(name)) == 2:
         return mix(name, n, request, split=split, root=root, size=size, seed=seed, channels=channels,
-                   cache=cache,
-                   decode=decode)
+                   cache=cache, decode=decode)
     if request.get("public_classes") is not None and entry.name != "strokes":
         raise ValueError(f"public_classes only applies to strokes, not to {name!r}")
     if n is not None and n < 1:

@@ -48,15 +48,13 @@ def load_mnist10k(ask):
 
 
 @dataset("mnist", "MNIST, downloaded through torchvision when absent", n=60_000, classes=DIGITS,
-         files="MNIST",
-         overlaps=("mnist10k",))
+         files="MNIST", overlaps=("mnist10k",))
 def load_mnist(ask):
     return ImageSet(*read_pair([ask.root / "MNIST" / "raw"], STEMS[ask.split], ask.root, "MNIST"), DIGITS)
 
 
 @dataset("fashion", "Fashion-MNIST, downloaded through torchvision when absent", n=60_000, classes=GARMENTS,
-         jiggled=False,  # all garments are centred and upright
-         files="FashionMNIST")
+         files="FashionMNIST", jiggled=False)  # all garments are centred and upright
 def load_fashion(ask):
     folders = [ask.root / "FashionMNIST" / "raw", DEBIAN_FASHION]
     return ImageSet(*read_pair(folders, STEMS[ask.split], ask.root, "FashionMNIST"), GARMENTS)
@@ -74,8 +72,7 @@ def load_emnist(ask):
 
 
 @dataset("omniglot", "handwriting of 50 alphabets without labels, omniglot.npz in the data root",
-         role="public",
-         n=32_000, classes=("handwriting",), files="omniglot.npz")
+         role="public", n=32_000, classes=("handwriting",), files="omniglot.npz")
 def load_omniglot(ask):
     path = ask.root / "omniglot.npz"
     if not path.exists():
@@ -98,8 +95,7 @@ def load_cifar10(ask):
 
 
 @dataset("public32", "small colour photographs, public32.npz in the data root", role="public", channels=3,
-         side=32,
-         n=12_000, files="public32.npz", overlaps=("cifar10",))
+         side=32, n=12_000, files="public32.npz", overlaps=("cifar10",))
 def load_public32(ask):
     path = ask.root / "public32.npz"
     if not path.exists():

@@ -441,14 +441,12 @@ def draw_each(labels, generator, size, classes):
 
 
 @dataset("garments", "ten kinds of garment, in Fashion-MNIST's order, drawn by a program", role="public",
-         n=60_000,
-         classes=CLASSES, drawn=True)
+         n=60_000, classes=CLASSES, drawn=True)
 def load_garments(ask):
     return drawn_set(ask, draw, CLASSES)
 
 
 @dataset("shapes", "mirrored silhouettes of the same cloth that know no garment, drawn by a program",
-         role="public",
-         n=60_000, classes=SHAPES, drawn=True)
+         role="public", n=60_000, classes=SHAPES, drawn=True)
 def load_shapes(ask):
     return drawn_set(ask, draw_shapes, SHAPES)

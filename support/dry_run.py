@@ -53,8 +53,8 @@ def print_memory(s, model, public, private):
         with torch.autograd.graph.saved_tensors_hooks(lambda a: seen.update({a.untyped_storage()._cdata: a})
                                                       or a, lambda a: a):
             out = f()  # keeps the graph, and with it the storages, until they are counted
-        return sum(a.untyped_storage().nbytes() for key,
-                   a in seen.items() if key not in weights) + 0 * len(out)
+        kept_alive = [a for key, a in seen.items() if key not in weights]
+        return sum(a.untyped_storage().nbytes() for a in kept_alive) + 0 * len(out)
 
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(True)
@@ -65,8 +65,8 @@ def print_memory(s, model, public, private):
     stored = (s.public_n or len(public)) + len(private)
     stored *= x.numel() + 4 * (1 + s.flips) * z.numel()
     # Weights, gradient, two moments, EMA; tuned ones: moments, EMA, clipped sum, a micro-batch's sum, noise.
-    trained, total, big = count(p for p in model.parameters()
-                                if p.requires_grad), count(model.parameters()), 1e9
+    trained = count(p for p in model.parameters() if p.requires_grad)
+    total, big = count(model.parameters()), 1e9
     print(f"memory, GB     autoencoder {20 * count(autoencoder.parameters()) / big:.2f} + {first / big:.3f} "
           f"an image, latent diffusion {20 * total / big:.2f} + {second / big:.3f}, private tuning "
           f"{(4 * total + 24 * trained) / big:.2f} + {second / big:.3f}; images and latents "
@@ -98,11 +98,11 @@ def estimate(s, plan, embedder, known=()):
         # optimiser, data and checkpoints: about a tenth on top
         return 1.1 * times * hardware.seconds(s, f) / 60
 
-    private = minutes(plan["steps"] * s.batch_size / len(z[few]),
-                      lambda: engine.accumulate(loss_fn,
-                                                *diffusion.draw(z[few], select(y, few), s.noise_multiplicity,
-                                                                None,
-                                                                       s.schedule)))
+    def private_step():
+        drawn = diffusion.draw(z[few], select(y, few), s.noise_multiplicity, None, s.schedule)
+        engine.accumulate(loss_fn, *drawn)
+
+    private = minutes(plan["steps"] * s.batch_size / len(z[few]), private_step)
     model.requires_grad_(True)
     first = 0.0 if "vae.pt" in known else minutes(s.vae_steps, lambda: vae.loss(autoencoder, x)[0].backward())
     second = 0.0 if "ldm.pt" in known else minutes(
