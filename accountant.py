@@ -42,7 +42,7 @@ def check(q=0.0, sigma=1.0, steps=0, delta=0.5):
 
 
 def one_kind(q, sigma, steps):
-    """{(q, sigma): steps}, empty if they cost nothing. Extreme numbers become ones that cost more."""
+    """One kind of step as {(q, sigma): steps}, {} if free. Extreme numbers become ones that cost more."""
     if q <= 0 or steps <= 0 or sigma == math.inf:
         return {}
     if sigma < 1e-60 or steps > 1e18:
@@ -53,7 +53,8 @@ def one_kind(q, sigma, steps):
 def count_steps(rows):
     """Rows of a ledger, tuples (q, sigma, T), or {(q, sigma): T} -> {(q, sigma): T}, without free steps.
 
-    Equal steps are counted together, so their cost is computed once. ValueError for rows without numbers.
+    Equal steps are counted together, so their cost is computed once. If there are more than MOST_KINDS kinds,
+    similar ones are merged into one that costs at least as much. ValueError for rows without numbers.
     """
     counts, kinds = Counter(), Counter()
     try:
@@ -117,12 +118,12 @@ def moment_by_integral(q, sigma, alpha, ratio, k=1):
     one example; extensions/pld.py passes k for a group of k.
     """
     # Trapezoid sum over z = x / sigma with spacing h. The integrand is analytic up to |Im z| = pi sigma,
-    # where P = 0. So the error is about exp(-2 pi^2 sigma / h), at most e^-39. The sum ends 10 deviations
-    # beyond alpha k / sigma, to where the factor (P/Q)^alpha moves the bell at most.
+    # where P = 0. So the error is about exp(-2 pi^2 sigma / h), at most e^-39. The factor (P/Q)^alpha moves
+    # the centre of the integrand to alpha k / sigma at most. The sum ends 10 standard deviations beyond it.
     h, top = min(0.5, sigma / (2 * k)), alpha * k / sigma + 10.0
     if top / h * k > 2e5:
-        # Hardly any noise would need too many points. Use a bound, by convexity with r = N(1, .)/N(0, .):
-        # (1-q+qr)^alpha <= 1-q + q r^alpha.
+        # With so little noise the sum would need too many points. Use a bound instead, by convexity with
+        # r = N(1, .)/N(0, .): (1-q+qr)^alpha <= 1-q + q r^alpha.
         none = k * math.log1p(-q)  # log of the probability that none of the k is in the batch
         full = alpha * (alpha - 1) * (k / sigma) ** 2 / 2  # log E[r^alpha] if all k are
         return float(np.logaddexp(none, math.log(-math.expm1(none)) + full))
@@ -130,7 +131,8 @@ def moment_by_integral(q, sigma, alpha, ratio, k=1):
     u, loss = ratio(z * sigma, q, sigma)
     a, y = alpha, alpha * loss
     with np.errstate(all="ignore"):
-        # log g(u) in three forms. With e^y = (1+u)^alpha: for y > 1, for other y, and Taylor's for small u.
+        # log g(u), g(u) = (1+u)^alpha - 1 - alpha u, with e^y = (1+u)^alpha. Three forms avoid overflow and
+        # cancellation: for y > 1, for other y, and Taylor's for small u.
         log_g = np.where(y > 1, y + np.log1p(-(1 + a * u) * np.exp(-y)), np.log(np.expm1(y) - a * u))
         series = 1 + (a - 2) / 3 * u * (1 + (a - 3) / 4 * u * (1 + (a - 4) / 5 * u))
         log_g = np.where(a * np.abs(u) < 1e-2, np.log(a * (a - 1) / 2 * u * u * series), log_g)
@@ -165,7 +167,7 @@ def rdp(q, sigma, alphas):
     if not ((alphas > 1) & (alphas < np.inf)).all():
         raise ValueError("alphas: Renyi orders must be above 1 and finite; use 1.01 or more")
     steps = one_kind(q, sigma, 1)
-    if not steps or min(steps)[1] == 0:  # free, or without noise
+    if not steps or any(sigma == 0 for _, sigma in steps):  # free, or without noise
         return np.full(alphas.shape, math.inf if steps else 0.0)
     values = [composed(steps)(a) / (a - 1) for a in alphas.ravel().tolist()]
     return np.array(values).reshape(alphas.shape)
@@ -177,8 +179,8 @@ def rdp(q, sigma, alphas):
 def best_order(f):
     """(best order, minimum) of f over all real orders alpha > 1. Any order gives a valid bound.
 
-    log A and the terms that `log_delta` adds are convex in alpha, so f has one valley. Walk downhill in
-    t = log(alpha - 1), then refine by Brent's method. There is no grid of orders that could end too early.
+    log A and the terms that `log_delta` adds are convex in alpha. f is such a function divided by alpha - 1,
+    so it has one minimum. Walk downhill in t = log(alpha - 1), then refine by Brent's method.
     """
     g = lru_cache(maxsize=None)(lambda t: f(1 + math.exp(t)))
     t = math.log(7.0)  # begin at order 8
@@ -285,7 +287,8 @@ def noise_multiplier(epsilon, delta, q, steps, method="rdp"):
     def excess(log_sigma):  # epsilon above the target; falls as sigma grows; finite, as brentq wants it
         return min(cost(one_kind(q, math.exp(log_sigma), steps), delta, method), 1e308) - epsilon
 
-    # All three in log sigma. Other accountants are slow, so they begin near Renyi's sigma with small steps.
+    # Start, step and tolerance of the search, in log sigma. Accountants other than "rdp" are slow. So their
+    # search begins near the sigma that "rdp" finds, with small steps.
     if accountant(method) is epsilon_of:
         start, step, tolerance = 0.0, 1.0, 1e-8
     else:

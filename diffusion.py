@@ -6,10 +6,10 @@ Sampling is DDIM (Song et al. 2021, Eqs. 12 and 16) with classifier-free guidanc
 
 Symbols
     z_0      clean latent (N, C, H, W), scaled to unit variance;  c  its condition
-    t        timestep in 0..T-1;  epsilon  noise ~ N(0, I)
+    t        timestep in 0..T-1;  eps  noise ~ N(0, I), not the epsilon of privacy
     abar_t   prod_{s<=t} (1 - beta_s), see `alphas_cumprod`
-    z_t      noisy latent, sqrt(abar_t) z_0 + sqrt(1 - abar_t) epsilon
-    K        noise multiplicity: draws of (t, epsilon) for one example, over which its loss is averaged
+    z_t      noisy latent, sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps
+    K        noise multiplicity: draws of (t, eps) for one example, over which its loss is averaged
 
 All randomness of a training example is in `draw`, and `loss` is a deterministic function of it. So the
 gradient of one example is well defined, and different ways to compute it can be compared on the same draws.
@@ -27,8 +27,9 @@ class Schedule:
 
     kind: "linear" means that sqrt(beta) grows linearly, as in latent diffusion. With "cosine" abar_t falls as
     a squared cosine, so that fewer timesteps are pure noise (Nichol and Dhariwal 2021). prediction: "eps" is
-    the noise, as in the paper. "v" is sqrt(abar) epsilon - sqrt(1 - abar) z_0, which has unit variance at
-    every t, so that few sampling steps suffice (Salimans and Ho 2022). ValueError for other words.
+    the noise, as in the paper. "v" is sqrt(abar) eps - sqrt(1 - abar) z_0. From v, z_0 follows without
+    division by sqrt(abar), which is almost 0 where sampling begins. So few sampling steps suffice (Salimans
+    and Ho 2022). ValueError for other words.
     """
     kind: str = "linear"
     prediction: str = "eps"
@@ -63,8 +64,8 @@ def draw(z0, cond, K, generator, schedule, null=None, drop=0.0):
 
     z0: latents (N, C, H, W), or (N, F, C, H, W) with F orientations (the image and its mirror image). cond: N
     conditions or None. null: "no condition", in the shape of cond; it replaces cond with probability `drop`,
-    so that the network learns the unconditional prediction for guidance. Returns what `loss` takes: z0 (N, C,
-    H, W), cond, t (N, K) int64 uniform in 0..T-1, noise (N, K, C, H, W).
+    so that the network learns the unconditional prediction for guidance (drop > 0 needs null). Returns what
+    `loss` takes: z0 (N, C, H, W), cond, t (N, K) int64 uniform in 0..T-1, noise (N, K, C, H, W).
     """
     n, device = len(z0), z0.device
     if z0.dim() == 5:  # one orientation per example
@@ -105,10 +106,11 @@ def signal_and_noise(t, schedule, dtype):
 def ddim(model, shape, cond, steps, eta, guidance, generator, schedule):
     """Latents z_0 (N, C, H, W) float32, drawn from pure noise in `steps` steps (Song et al. 2021, Eq. 12).
 
-    shape: (N, C, H, W). cond: N conditions or None. eta: fresh noise per step; 0 is none after the
-    first noise, 1 as much as in DDPM. guidance: weight of the condition; 1 is the plain prediction, and
-    above 1 samples are more typical and less varied. ValueError for steps outside 1..T, eta outside 0..1,
-    or guidance other than 1 without a null condition.
+    shape: (N, C, H, W). cond: N conditions or None. eta: share of fresh noise in each step. 0: none, so the
+    samples depend on the initial noise only. 1: as much as in DDPM. guidance: weight of the condition, not
+    used if cond is None. 1 is the plain prediction; above 1 samples are more typical and less varied.
+    ValueError for steps outside 1..T, eta outside 0..1, and guidance other than 1 with conditions but no
+    null condition.
     """
     if not 1 <= steps <= schedule.T or not 0.0 <= eta <= 1.0:
         raise ValueError(f"ddim: steps must lie in 1..{schedule.T} and eta in 0..1, got {steps=}, {eta=}")

@@ -16,10 +16,12 @@ Symbols
     B      expected_batch_size = q * n, fixed before training, because the actual size is private
     N      number of examples of a micro-batch;  L  number of trainable layers
 
-The paper's C = 1e-3 looks tiny, but Adam divides by the gradient's own size. So C decides how many examples
-are clipped, and does not act as a learning rate. sigma * C / B must stay well above Adam's eps.
+The paper's C = 1e-3 looks tiny, but Adam divides by the size of recent gradients. So C decides how many
+examples are clipped, and does not act as a learning rate. This holds while sigma * C / B, the size of the
+noise, is well above Adam's eps (1e-8). Below it, Adam takes smaller steps.
 
-Not covered: a loss_fn that calls autograd itself, and what the duration of a step tells about its batch.
+The guarantee does not cover timing: the duration of a step tells the size of its batch. A loss_fn that calls
+autograd itself is not supported.
 """
 import math
 import os
@@ -100,8 +102,10 @@ def privatise(sums, clip_norm, noise_multiplier, expected_batch_size, generator)
     """Clipped sums, a list of tensors -> new noisy mean gradients (sum + N(0, sigma^2 C^2 I)) / B.
 
     Dividing by the actual batch size would reveal it and change the sensitivity. So B is the expected one.
+    generator: of the noise; None is a `SecureGenerator`.
     """
-    std = noise_multiplier * clip_norm  # sigma C: the sum moves by C at most if one example is added
+    generator = SecureGenerator() if generator is None else generator
+    std = noise_multiplier * clip_norm
     noisy = []
     for s in sums:
         # Every coordinate gets noise, because it is private which ones the batch touched.
@@ -109,7 +113,7 @@ def privatise(sums, clip_norm, noise_multiplier, expected_batch_size, generator)
             noise = generator.normals(s.shape, s.device if s.device.type == "cuda" else "cpu").to(s.device)
         else:
             noise = torch.randn(s.shape, dtype=torch.float64, device=s.device, generator=generator)
-        # Added in float64 and rounded once: float32 noise would end at 5.77 standard deviations.
+        # Added in float64, then rounded. Float32 noise would end at 5.77 standard deviations.
         noisy.append((s.double() + std * noise).to(s.dtype) / expected_batch_size)
     return noisy
 
@@ -127,7 +131,7 @@ def flat(norms, clip_norm):
 def automatic(norms, clip_norm):
     """C/(|g| + 0.01): the length is below C, and close to C unless |g| is small (Bu et al. 2022).
 
-    C is then a mere factor of the gradient, so use C = 1.
+    C only scales the gradient and its noise alike, so use C = 1.
     """
     total = norms.square().sum(0).sqrt()  # (N,)
     return (clip_norm / (total + 0.01)).expand_as(norms)  # times |g|: below C
@@ -255,8 +259,8 @@ class Layer(NamedTuple):
 def trainable_layers(model):
     """The layers that DP-SGD trains. ValueError, with the layer's name, where clipping would not be sound.
 
-    Refused are layers that mix examples or keep statistics of them, dropout, parameters shared by two layers,
-    and a model in which nothing is trainable.
+    Refused are BatchNorm and other layers with running statistics, dropout, parameters shared by two layers,
+    and a model in which nothing is trainable. A layer of your own that mixes examples is not found.
     """
     layers, owner = [], {}
     for name, m in model.named_modules():
@@ -369,7 +373,8 @@ class DPSGD:
         grads = privatise(self.sums, self.clip_norm,
                           self.noise_multiplier, self.expected_batch_size, self.generator)
         self.last = summary(self.metrics)
-        self.sums, self.metrics = zeros(self.parameters), []  # now, so that no error leaves sums to use twice
+        # Before the update: if that fails, the same sums cannot be released a second time.
+        self.sums, self.metrics = zeros(self.parameters), []
         for p, g in zip(self.parameters, grads, strict=True):
             p.grad = g.to(p.dtype)  # the optimizer takes it like any gradient
         optimizer.step()
@@ -408,7 +413,8 @@ def measure(norms, losses, factors):
 def summary(metrics):
     """Results of `measure`, one per micro-batch -> the dict `DPSGD.last`; means are over finite examples."""
     metrics = torch.cat(metrics, 1).cpu() if metrics else torch.zeros(4, 0, dtype=torch.float64)
-    norms, losses, clipped, _ = good = metrics[:, metrics[3] > 0]
+    good = metrics[:, metrics[3] > 0]  # the finite examples
+    norms, losses, clipped, _ = good
     count, quantiles = good.shape[1], torch.linspace(0, 1, 5, dtype=torch.float64)
     return {"examples": metrics.shape[1],
             "nonfinite": metrics.shape[1] - count,

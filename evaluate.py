@@ -7,11 +7,13 @@ and every metric is reported with its protocol:
     quick   10,000 samples, 30 DDIM steps, eta 0; small CNN, 12 epochs, images shifted and rotated a little
     table   50,000 samples, 200 DDIM steps, eta 1; the authors' networks, 50 epochs of batch 128, Adam 3e-4
     strict  60,000 samples, 200 DDIM steps, eta 1; the three kinds of residual networks of DPImageBench, 50
-            epochs of batch 128, Adam 1e-3 annealed; for a GPU. Its delta is 1 / (n ln n): train with --delta
+            epochs of batch 128, Adam 1e-3 annealed; for a GPU. DPImageBench compares at delta = 1 / (n ln n),
+            so train with that --delta (n: private images)
 
 The classifier after the LAST epoch counts. Held-out images never reach the training loop, so they cannot
-choose an epoch (docs/pitfalls.md, row 15). The authors choose it on a validation set, and they enlarge MNIST
-to 32 pixels. Here images of more than 64 pixels are reduced to 64, generated and real alike.
+choose an epoch (docs/pitfalls.md, row 15). The authors choose the epoch on a validation set. They also
+enlarge MNIST to 32 pixels; this program scores 28. Generated and real images of more than 64 pixels are
+reduced to 64.
 
     python evaluate.py runs/digits                       JSON goes to runs/digits/internal/evaluation.json
     python evaluate.py release --out scores.json         a release without its run folder
@@ -21,7 +23,7 @@ to 32 pixels. Here images of more than 64 pixels are reduced to 64, generated an
 
 Metrics on held-out images are NOT covered by epsilon, hence internal/. Publish them only if those images are
 public anyway, as MNIST's are. The Frechet distance is no "FID": its features come from a small CNN trained on
-PUBLIC images, not from Inception. So it compares runs of this project only.
+PUBLIC images, not from Inception. So it compares only runs whose feature network is the same.
 """
 from support import threads  # noqa: F401, I001 (first: before torch)
 
@@ -58,9 +60,10 @@ PROTOCOLS = {  # number of samples, steps and eta of DDIM, and the recipe of eac
     "strict": {"n": 60_000, "steps": 200, "eta": 1.0, "recipes": {
         kind: {"kind": kind, "epochs": 50, "lr": 1e-3, "anneal": True} for kind in RESIDUAL}},
 }
-FEATURES = {**STRONG, "epochs": 4}  # the feature network is the same in both protocols, so that runs compare
+FEATURES = {**STRONG, "epochs": 4}  # of the feature network; the same in all protocols, so that runs compare
 FEATURE_IMAGES = 12_000  # at most so many public images train it
-NEIGHBOURS, MANIFOLD = 3, 2_000  # precision and recall: k, and at most so many generated and real images each
+NEIGHBOURS = 3  # k of precision and recall
+MANIFOLD = 2_000  # of generated and of real images, precision and recall use at most so many each
 
 
 def train_classifier(kind, images, labels, num_classes, epochs, lr, batch=128, anneal=False, augment=False,
@@ -99,7 +102,7 @@ def train_classifier(kind, images, labels, num_classes, epochs, lr, batch=128, a
 
 
 def jiggle(x, shift=2.0, degrees=10.0):
-    """Each image (N,C,S,S) shifted by up to `shift` pixels both ways and rotated by up to `degrees`."""
+    """Images (N,C,S,S), each shifted by up to +-shift pixels along both axes and rotated by +-degrees."""
     angle = (2 * torch.rand(len(x), device=x.device) - 1) * math.radians(degrees)
     # affine_grid counts positions from -1 to 1, so a pixel is 2 / S wide.
     move = (2 * torch.rand(len(x), 2, 1, device=x.device) - 1) * shift * 2 / x.shape[-1]
@@ -170,9 +173,9 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
     """(model, name) of the feature network: a small CNN, trained on the PUBLIC set and kept as features.pt.
 
     It is trained anew if the file is missing, damaged or made with other settings. With public_folder None it
-    is not kept. Omniglot has no labels, so "strokes" stands for it. A run whose public set is a part of the
-    strokes is measured with all of them, like the others. datasets.DataError if the set is absent or has one
-    class only.
+    is not kept. Omniglot has no labels, so its runs use the network of "strokes". Runs with a part of the
+    strokes (--public-classes) use the network of all strokes, so that their distances compare.
+    datasets.DataError if the set is absent or has one class only.
     """
     public = "strokes" if public == "omniglot" else public
     kind = datasets.kind_of(public)
@@ -187,7 +190,7 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
         model = network(FEATURES["kind"], channels, size, saved["classes"])
         model.load_state_dict(saved["state"])
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError):
-        # Of a set that a program draws, draw no more than needed; n None reads a whole set.
+        # Sets drawn by a program: draw only as many images as are used. Other sets are read whole (None).
         n = FEATURE_IMAGES if datasets.partly_drawn(public) else None
         found = datasets.load(public, "train", root, size, n=n, channels=channels)
         classes = len(found.classes)
@@ -225,14 +228,16 @@ def compare(model, samples, real, seed=0):
 
 # ---------------------------------------------------------------------------------------------- the program
 
-def on_real_images(args, release, private, recipe, images, labels, real_sets):
-    """A classifier that learns the private TRAINING images, a dict: what the data allow, and what it sees.
+def on_real_images(args, release, run, private, recipe, images, labels, real_sets):
+    """Scores of a classifier trained on the private TRAINING images, the ceiling for all others: a dict.
 
-    accuracy: on each held-out set, the ceiling for classifiers that learn from samples. samples: the share of
-    the samples of each class that it takes for that class. It knows private images, so its scores are as
-    private as they are, and never leave internal/ except by the user's hand.
+    accuracy: on each held-out set. samples: for each class, the share of its samples that the classifier
+    assigns to it. The classifier knows private images, so its scores are private. They never leave internal/
+    except by the user's hand.
     """
-    train = scored.load_private(release, private, "train", args.data_root)
+    settings = run / "internal" / "settings.json"  # were all private images used?
+    n = files.read_json(settings).get("private_n") if settings.exists() else None
+    train = scored.load_private(release, private, "train", args.data_root, n)
     model = train_classifier(images=train.images, labels=train.labels, num_classes=len(release.classes),
                              device=args.device, generator=torch.Generator().manual_seed(args.seed),
                              bf16=release.bf16, **recipe)
@@ -257,7 +262,7 @@ def table(result):
         lines.append(f"{'the first, on ' + format(real['n'], ',') + ' real images':36}"
                      + "".join(f"{100 * p:>26.2f} %" for p in real["accuracy"].values()))
         taken = ", ".join(f"{name} {100 * p:.0f} %" for name, p in real["samples"].items())
-        lines += ["", f"samples that it takes for what they should be: {taken}"]
+        lines += ["", f"samples that it assigns to their own class: {taken}"]
     if d:
         lines += ["", f"Frechet distance, features of a {d['features']}: {d['frechet']:.2f}",
                   f"  {d['n'][0]:,} samples against {d['split']}, {d['resize']}; real against real, "
@@ -294,7 +299,7 @@ def distance_of(args, release, folder, public, images, split, real, lap):
     """
     size = images.shape[-1]
     try:
-        if args.features:  # kept with no run: it is not about this run's public set
+        if args.features:  # another set than the run's own, so the network is not kept
             folder, public = None, args.features
         judge, name = public_features(folder, public, images.shape[1], size, args.data_root, args.device)
     except datasets.DataError as error:  # the accuracies stand without it
@@ -314,16 +319,16 @@ def parse(argv):
     add("run", help="run folder, release folder or model.pt")
     add("--protocol", choices=list(PROTOCOLS), default="quick",
         help="table: hours on a CPU; strict: days [quick]")
-    add("--n", type=int, help="samples [10,000 quick, 50,000 table; all of --samples]")
-    add("--steps", type=int, help="DDIM steps [30 quick, 200 table]")
-    add("--eta", type=float, help="fresh noise per DDIM step, 0..1 [0 quick, 1 table]")
+    add("--n", type=int, help="samples [10,000 quick, 50,000 table, 60,000 strict; all of --samples]")
+    add("--steps", type=int, help="DDIM steps [30 quick, else 200]")
+    add("--eta", type=float, help="fresh noise per DDIM step, 0..1 [0 quick, else 1]")
     add("--guidance", type=float, help="classifier-free guidance weight [1 = none]")
     add("--seed", type=int, default=0, help="of sampling and classifiers [0]")
     add("--samples", help="NPZ of sample.py to score instead of sampling")
-    add("--classifiers", help="which to train, with commas [all of the protocol: cnn,mlp,logreg]")
+    add("--classifiers", help="which to train, with commas [all of the protocol]")
     add("--features", help="set whose classes the feature network learns [the run's public set]")
-    add("--real", action="store_true", help="the first classifier also learns the private training images: "
-        "the ceiling; and how it takes the samples")
+    add("--real", action="store_true", help="also train the first classifier on the private training images: "
+        "its accuracy is the ceiling, and it judges the samples")
     add("--memorisation", action="store_true",
         help="only look for private images near to samples (extensions/memorisation.py)")
     add("--no-distance", action="store_true", help="skip Frechet distance, precision and recall")
@@ -357,6 +362,8 @@ def main(argv=None):
     run, whole = scored.find_run(args.run)  # whole: a run folder, not a release that was copied
     scored.check_place(args, run, whole)
     public, private = scored.sources(release, run)
+    if args.features and datasets.same_images(args.features, private, args.data_root):
+        raise ValueError(f"--features {args.features}: the feature network would learn private images")
     # Read the held-out images before the long work, so that missing ones are reported at once.
     if whole:
         scored.check_held_out(run, release, private, args.data_root)
@@ -378,7 +385,7 @@ def main(argv=None):
     # The samples of an unconditional model have no labels to learn from.
     words = args.classifiers if release.model.embedder is not None else []
     recipes, scores = {word: dict(protocol["recipes"][word]) for word in words}, {}
-    if not datasets.REGISTRY[datasets.kind_of(private)].jiggled:
+    if not datasets.REGISTRY[datasets.kind_of(private)].jiggled:  # shifted, its images are no longer such
         for recipe in recipes.values():
             recipe.pop("augment", None)
     for word, recipe in recipes.items():
@@ -389,14 +396,19 @@ def main(argv=None):
         lap(word)
     ceiling, distance = None, None
     if args.real and words:
-        ceiling = on_real_images(args, release, private, recipes[words[0]], images, labels, real_sets)
+        ceiling = on_real_images(args, release, run, private, recipes[words[0]], images, labels, real_sets)
         lap("classifier of real images")
     if len(real) < 4:  # two halves of two, the least that has a covariance
         print(f"note: {len(real)} held-out images are too few for a Frechet distance, which is left out")
     elif not args.no_distance:
         folder = run / "public" if whole else None
         distance = distance_of(args, release, folder, public, images, split, real, lap)
-    result = {"note": "scores on real held-out images, not covered by epsilon", "protocol": args.protocol,
+    note = "scores on real held-out images, not covered by epsilon"
+    publish = "to be published only if the held-out images are public"
+    if ceiling:
+        note += "; also those of a classifier that knows private training images"
+        publish = "nor to be published, since a classifier of private training images is in it"
+    result = {"note": note, "protocol": args.protocol,
               "privacy": {key: release.privacy.get(key) for key in ("epsilon", "delta", "statement")},
               "n": len(images), "sampler": sampler, "seed": args.seed,
               "recipes": recipes, "accuracy": scores, "real": ceiling,
@@ -404,8 +416,7 @@ def main(argv=None):
               "precision": "bf16" if release.bf16 else "float32", "seconds": seconds}
     out = Path(args.out or run / "internal" / "evaluation.json")
     files.write_json(result, out)
-    print(f"\n{table(result)}\n{out}: not covered by epsilon, to be published only if the held-out images "
-          "are public")
+    print(f"\n{table(result)}\n{out}: not covered by epsilon, {publish}")
     return 0
 
 

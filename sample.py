@@ -36,7 +36,7 @@ class Release:
     crop: int  # side of the finished image in pixels: 28 for MNIST, whose networks see 32
     data: dict  # names of the public and the private set
     privacy: dict  # the content of privacy.json
-    tokenizer: text.Tokenizer | None = None  # this and prompts: only of models conditioned on text
+    tokenizer: text.Tokenizer | None = None  # this and prompts are None unless conditioned on text
     prompts: list | None = None  # for each class a list of prompts that describe it
     bf16: bool = False  # networks in bfloat16; the sampler stays in float32
 
@@ -47,7 +47,7 @@ def load_release(path, device="cpu", bf16=False):
     ValueError if the file is missing, damaged, or not a release.
     """
     file = files.release_file(path)
-    checkpoint = files.load(file)  # without running code that it may contain
+    checkpoint = files.load(file)  # a damaged or hostile file cannot run code
     with files.understanding(file, "release"):
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"written in format {checkpoint['format']}, this program reads format {FORMAT}")
@@ -100,7 +100,7 @@ def find_conditions(release, labels, seed):
         if release.tokenizer is None:
             raise ValueError("this model was not trained with prompts; ask for classes (--labels)")
         return release.tokenizer.encode(labels)
-    labels = torch.as_tensor(labels, dtype=torch.int64)  # so these are no prompts
+    labels = torch.as_tensor(labels, dtype=torch.int64)  # not prompts, so class labels
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(release.classes):
         raise ValueError(f"labels must lie in 0..{len(release.classes) - 1} ({', '.join(release.classes)})")
     if release.tokenizer is None:
@@ -114,7 +114,7 @@ def find_conditions(release, labels, seed):
 
 
 def uniform_labels(n, num_classes):
-    """n labels, the classes in turn: the private labels' histogram would leak (docs/pitfalls.md, row 16)."""
+    """(n,) int64 labels, the classes in turn. The private labels' histogram is not used: it would leak."""
     return torch.arange(n) % num_classes
 
 

@@ -11,8 +11,9 @@ and Algorithm 1. It puts the other files together:
     python train.py --dry-run                privacy plan, parameter counts, time estimate; then stop
     python train.py --resume --out runs/x    go on where a stopped run was
     python train.py --epsilon 1 --init runs/digits --out runs/digits-eps1     only the private stage anew
-    torchrun --nproc_per_node=4 train.py     four processes, a part of every batch each, the same result
+    torchrun --nproc_per_node=4 train.py     four processes, a part of every batch each, the same guarantee
 
+In all functions s is the settings (support/settings.py), and stop tells whether Ctrl-C was pressed.
 A private step is one Poisson batch, one ledger row, one noise addition, one update of Adam and of the EMA
 (the exponential moving average of the weights, which is the result of a stage). Nothing outside internal/
 depends on private images, except through the noisy gradients.
@@ -79,7 +80,7 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=Non
         optimizer.zero_grad()
         loss.backward()
         team.mean_gradients(parameters, also)
-        # The limit of 1 fits losses that are about 1 when training begins.
+        # Clip the norm of the mean gradient to 1, which fits losses that begin at about 1. No DP here.
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         update_ema(average, parameters, decay, step)
@@ -111,13 +112,13 @@ def train_autoencoder(s, images, facts, stop):
     fit(s, "1/3 autoencoder", model, loss_fn, s.vae_steps, s.vae_lr, 0.99, state_path, stop, adversary)
     model.eval()
     area = s.vae.resolution ** 2
-    # At most 4,000 images, or 8 million pixels, so that they fit into memory.
+    # 4,000 images, or fewer if they have more than 8 million pixels together: they must fit into memory.
     shown = pixels.to_float(images[:min(4000, 8_000_000 // area)].to(s.device))
     # The scale of PUBLIC images: one of private images would leak (docs/pitfalls.md, row 13).
     scale = team.agreed(vae.latent_scale(model, shown, max(1, 262_144 // area)))  # 256 at a time of 32 x 32
     save_reconstructions(model, shown[:32], s.out / "public" / "autoencoder.png")
     return {"config": asdict(s.vae), "state": model.state_dict(), "scale": scale, "steps": s.vae_steps,
-            "perceptual": perceptual_name, **facts}
+            "perceptual": perceptual_name, **perceptual.origin(perceptual_name), **facts}
 
 
 def train_diffusion(s, latents, labels, embedder, facts, stop):
@@ -149,7 +150,8 @@ def encode(s, autoencoder, images, scale):
     """Images (N, C, H, W) uint8 -> scaled latents (N, F, embed_dim, h, w), F = 2 with mirror images, else 1.
 
     Done once, before training. A latent is the mean of the posterior, whose standard deviation is tiny at a
-    KL weight of 1e-6. It depends on its own image only, so clipping per example bounds what the image does.
+    KL weight of 1e-6. Each latent depends on its own image only. So clipping per example bounds what one
+    image can do.
     """
     autoencoder = hardware.laid_out(autoencoder, s.device)
     latents = []
@@ -171,7 +173,7 @@ def tune_privately(s, model, latents, labels, plan, stop, watch=None):
     latents (n, F, C, h, w) of the private images; labels: n conditions or None. Each of several processes
     gets its own part of both. On return the tuned parameters hold their EMA (with several, on rank 0).
     """
-    rng = generators(s)  # their seeds are unknown, never saved and never set back
+    rng = generators(s)  # seeds unknown and never saved, except with --insecure-seed
     clip, gradients = dp_sgd.CLIPPING[s.clipping], GRADIENTS[s.method]
     engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, clip, gradients, rng.noise)
     adam = torch.optim.Adam(engine.parameters, s.lr)
@@ -197,12 +199,12 @@ def tune_privately(s, model, latents, labels, plan, stop, watch=None):
         # The step is spent BEFORE its result exists: a crash may lose a result, never a ledger row.
         state.spend(step)
         # Noise N(0, sigma^2 C^2) once, division by the EXPECTED batch size, Adam, then the EMA. state.done
-        # is the number of updates before this one; a crash may have lost some of the spent steps.
+        # counts the updates in the weights. It is below `step` if a crash lost the result of a spent step.
         if rank() == 0:
             engine.step(adam)
             update_ema(average, engine.parameters, s.ema, state.done)
         team.broadcast(engine.parameters)
-        # From here on everything is post-processing.
+        # The weights are now covered by epsilon. The metrics that `keep` logs in internal/ are not.
         state.keep(step)
         if watch:
             watch(step)
@@ -227,7 +229,7 @@ def main(argv=None):
     s, known = start.settings_of(argv)  # preset and flags; `known`: public networks that exist already
     public, private, facts = start.read_sets(s, known)  # refused if a public network knows a private image
     plan = team.once(guarantee.privacy_plan, s, len(private) if s.steps else 0)  # q, sigma, T; delta < 1/n
-    embedder = start.embedder(s, known, public, private)  # the kind of condition; uses names of classes only
+    embedder = start.embedder(s, known, public, private)  # from names of classes and attributes, no image
     if s.dry_run:
         return dry_run.report(s, plan, embedder, public, private, known)
     run = run_folder.RunFolder(s, plan, known, facts)  # locked; resumed without loss
@@ -242,7 +244,7 @@ def main(argv=None):
     ldm_checkpoint = conditions.for_private_classes(ldm_checkpoint, private.classes)  # matched by name
     model = hardware.laid_out(checkpoints.build_model(ldm_checkpoint)[0], s.device)
     names = lora.tuned(model, s)  # as --tune says; by default attention and condition embedder
-    trained, rows = guarantee.print_plan(s, plan, model), []
+    trained, rows = guarantee.print_plan(s, plan, model), []  # no rows with --steps 0
     if plan["steps"]:
         run.check_unchanged(plan, names, private)
         seen = inputs(s, autoencoder, scale, private, ldm_checkpoint["embedder"])

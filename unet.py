@@ -49,7 +49,7 @@ class UNetConfig:
 
 
 def timestep_embedding(t, dim):
-    """[cos, sin] of t * 10000^(-i/half), i < half = dim/2: (N,) -> (N, dim) float32 (Vaswani et al. 2017)."""
+    """[cos, sin] of t * 10000^(-2i/dim), i = 0..dim/2-1 (Vaswani et al. 2017): (N,) -> (N, dim) float32."""
     half = dim // 2
     i = torch.arange(half, dtype=torch.float32, device=t.device)
     frequencies = torch.exp(-math.log(10000) * i / half)
@@ -177,7 +177,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward, each behind a LayerNorm and around a residual."""
+    """Self-attention, cross-attention, feed-forward. Each is x + f(LayerNorm(x))."""
 
     def __init__(self, dim, context_dim, num_heads):
         super().__init__()
@@ -189,7 +189,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x, context, mask=None):
         y = self.norm1(x)
         x = x + self.attn1(y, y)  # self-attention: queries, keys and values from the same tokens
-        # Queries do not matter where the context is one token (`Attention`), so the norm is left out there.
+        # With a context of one token the queries do not matter (`Attention`), so norm2 is skipped.
         y = self.norm2(x) if context is None or context.shape[1] > 1 else x
         # As in the original, attn2 is a second self-attention where there is no context.
         x = x + (self.attn2(y, y) if context is None else self.attn2(y, context, mask))
@@ -281,7 +281,7 @@ class UNet(nn.Module):
         self.middle_block = nn.ModuleList([res(w, w), attention(w), res(w, w)])
         self.output_blocks = nn.ModuleList()
         for level, level_width in reversed(list(enumerate(widths))):
-            for i in range(c.num_res_blocks + 1):  # one more: the skip from before this level
+            for i in range(c.num_res_blocks + 1):  # one more: the skip before this level, going down
                 layers = block(w + skips.pop(), level_width)
                 w = level_width
                 if level > 0 and i == c.num_res_blocks:
@@ -334,7 +334,7 @@ class ClassEmbedder(nn.Module):
         self.embedding = nn.Embedding(num_classes + null_class, dim)  # a bool: one row more if True
 
     def forward(self, labels):
-        return self.embedding(labels)[:, None]  # L = 1: one token
+        return self.embedding(labels)[:, None]
 
     def null(self, labels):
         """Labels of the same shape that all mean "no condition". ValueError without a null class."""
@@ -379,7 +379,7 @@ def of_type(model, *types):
 def attention_modules(model, from_block=0):
     """The attention modules in forward order, without the first from_block of them.
 
-    from_block is the authors' `ablation_blocks` minus 1. ValueError if no module is left.
+    from_block is the authors' `ablation_blocks` minus 1. ValueError if it leaves none of those that exist.
     """
     found = of_type(model, SpatialTransformer, AttentionBlock)
     if not 0 <= from_block < max(len(found), 1):
@@ -410,7 +410,8 @@ TUNE = {
 def select_trainable(model, tune="attention", from_block=0):
     """Make the modules that TUNE[tune] chooses trainable, freeze the rest -> names of trainable parameters.
 
-    model: a LatentModel or a bare UNet. from_block: the first so many attention modules stay frozen.
+    model: a LatentModel or a bare UNet. from_block: number of attention modules, from the input on, that stay
+    frozen.
     ValueError for an unknown name, from_block with a `tune` that leaves attention out, or an empty selection.
     """
     if tune not in TUNE:
@@ -425,8 +426,8 @@ def select_trainable(model, tune="attention", from_block=0):
 def train_only(model, modules):
     """Make the parameters inside `modules` trainable and freeze the others -> names of the trainable ones.
 
-    Weights `without_gradient` stay frozen. DP-SGD would train them on noise alone, and the release would show
-    an attacker that noise. ValueError if nothing is left.
+    Parameters that `without_gradient` names stay frozen. DP-SGD would train them on noise alone, and the
+    release would show an attacker that noise. ValueError if nothing is left.
     """
     chosen = {id(p) for module in modules for p in module.parameters()}  # by identity
     silent = set(without_gradient(model))

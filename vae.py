@@ -3,8 +3,8 @@
 Implements the first stage of *High-Resolution Image Synthesis with Latent Diffusion Models* (Rombach et al.
 2022, section 3.1 and appendix G). An encoder gives a Gaussian posterior q(z|x), and a decoder gives x back.
 The loss is the reconstruction error plus a very small KL term. In DP-LDM (Liu et al. 2024, section 3, step 1)
-the autoencoder is trained on PUBLIC images only and then frozen, so it costs no privacy. The names of
-attributes are those of the original code, whose weights fit. The file imports nothing of the project.
+the autoencoder is trained on PUBLIC images only and then frozen, so it costs no privacy. Attributes are
+named as in the original code, so its weights can be loaded. The file imports nothing of the project.
 
 Symbols: x image (N, C, H, W) in [-1, 1] · z latent (N, embed_dim, H/f, W/f) · f = 2^(levels-1) ·
 mu, sigma^2 mean and variance of q(z|x).
@@ -51,7 +51,7 @@ class Posterior:
 
 
 class ResnetBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))): (N, in_channels, H, W) -> (N, out_channels, H, W)."""
+    """skip(x) + conv(silu(norm(conv(silu(norm(x)))))): (N, in_channels, H, W) -> (N, out_channels, H, W)."""
 
     def __init__(self, in_channels, out_channels, groups):
         super().__init__()
@@ -210,8 +210,8 @@ class AutoencoderKL(nn.Module):
         self.encoder, self.decoder = Encoder(c), Decoder(c)
         self.quant_conv = nn.Conv2d(2 * c.z_channels, 2 * c.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(c.embed_dim, c.z_channels, 1)
-        # Lower the initial log variance to about -6, a standard deviation of e^-3. At the usual 1 the decoder
-        # sees mostly noise for hundreds of steps. This is not in the original; it shortens training.
+        # Lower the initial log variance to about -6, a deviation of 0.05. With the usual 1, noise would hide
+        # the mean from the decoder for hundreds of steps. This is not in the original; it shortens training.
         with torch.no_grad():
             self.quant_conv.bias[c.embed_dim:] -= 6.0
 
@@ -228,22 +228,23 @@ class AutoencoderKL(nn.Module):
         return Posterior(mean, logvar)
 
     def decode(self, z):
-        """z (N, embed_dim, h, w), unscaled -> x (N, C, H, W), about [-1, 1] (not clamped)."""
+        """z (N, embed_dim, h, w), in the scale of `encode` -> x (N, C, H, W), about [-1, 1] (not clamped)."""
         return self.decoder(self.post_quant_conv(z))
 
 
 def loss(model, x, kl_weight=1e-6, generator=None, perceptual=None, perceptual_weight=1.0, adversary=None):
     """Training loss of the first stage (Rombach et al. 2022, appendix G), the mean over the batch.
 
-    Per image it is the sum over pixels of |x - decode(z)| with z ~ q(z|x), plus kl_weight * KL. Large images
-    may use two more terms of extensions/perceptual.py: perceptual, a function (x, y) -> (N,), and adversary,
-    an `Adversary`. Returns scalars: the loss, with gradient; the mean absolute error per pixel; the mean KL.
+    x: images (N, C, H, W) in [-1, 1]. Per image it is the sum over pixels and channels of |x - decode(z)|
+    with z ~ q(z|x), plus kl_weight * KL. Large images may use two more terms of extensions/perceptual.py:
+    perceptual, a function (x, y) -> (N,), and adversary, an `Adversary`. Returns scalars: the loss, with
+    gradient; the mean absolute error per number of x; the mean KL in nats, unweighted.
     """
     posterior = model.encode(x)
     y = model.decode(posterior.sample(generator))  # the reconstruction
     error, kl = (x - y).abs(), posterior.kl().mean()
-    reconstruction = error.sum(dim=(1, 2, 3)).mean()  # a sum over the pixels, a mean over the images
-    if perceptual is not None:  # one distance per image, times its C*H*W numbers: on the scale of the sum
+    reconstruction = error.sum(dim=(1, 2, 3)).mean()
+    if perceptual is not None:  # times C*H*W, because the error above is a sum over so many numbers
         reconstruction = reconstruction + perceptual_weight * x[0].numel() * perceptual(x, y).mean()
     total = reconstruction + kl_weight * kl
     if adversary is not None:  # weighted by comparing the gradients at the decoder's last layer
@@ -253,10 +254,11 @@ def loss(model, x, kl_weight=1e-6, generator=None, perceptual=None, perceptual_w
 
 @torch.no_grad()
 def latent_scale(model, x, batch=256):
-    """1 / (standard deviation of the latents of PUBLIC images x), a float; of private ones it would leak.
+    """1 / (standard deviation of the latents of x), a float. x: PUBLIC images (N, C, H, W) in [-1, 1].
 
-    The diffusion model sees z * scale, because its noise schedule assumes unit variance.
+    The scale is published, so private images would leak through it. The diffusion model sees z * scale,
+    because its noise schedule assumes unit variance. batch: images encoded at a time.
     """
-    # One number for all channels and pixels: of a latent its mean is taken, not a sample.
+    # One scale for all channels and pixels. The latent of an image is the posterior's mean, not a sample.
     z = torch.cat([model.encode(part).mean for part in x.split(batch)])
     return 1.0 / z.double().std().item()

@@ -4,7 +4,7 @@
 Examples per second of a training step of the autoencoder and of the UNet, of a private step (attention tuned,
 book-keeping) and of one evaluation while sampling; float32 and bfloat16 autocast, images contiguous and
 channels-last. All of a row in one run; the four ways take turns, and the best of the rounds counts. It is why
-`sample.laid_out` and `sample.bf16_wins` are what they are.
+`support.hardware.laid_out` and `bf16_wins` are what they are.
 
     OMP_NUM_THREADS=1 python -m bench.layout digits mnist-strokes faces
 """

@@ -37,7 +37,7 @@ LETTERS = "abcdefgh"  # of feature networks
 
 # The table of the README: (table, row, what it is).
 FIRST_ROWS = [
-    ("digits", "eps10", "digits on two cores: tuned on 8,000 MNIST digits"),
+    ("digits", "eps10", "digits: tuned on 8,000 MNIST digits"),
     ("digits", "letters", "the same; the public set has letters only, no digit"),
     ("papers", "mnist-eps10", "digits, wider network: tuned on all of MNIST"),
     ("papers", "mnist-eps1", "the same with a tenth of the budget (private stage only)"),

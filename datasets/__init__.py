@@ -136,7 +136,8 @@ def mix(name, n, request, **common):
         people = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
         sentences = [captions.caption(person, generator) for person in people]
     further = torch.full((len(other),), len(first.classes))
-    return ImageSet(torch.cat([first.images, other.images]), torch.cat([first.labels, further]),
+    images = first.images.to(other.images.device)  # "meta" where photographs are only listed
+    return ImageSet(torch.cat([images, other.images]), torch.cat([first.labels, further]),
                     [*first.classes, FURTHER], sentences and sentences + [f"a {FURTHER}"] * len(other), None,
                     first.side,
                     name)

@@ -190,7 +190,9 @@ def gram_squared_norm(layer, x, g, n, grams):
     longest = ((x_squared + lost) * (g_squared + lost)).sqrt().sum(-1)
     bound = 8 * max(most / 256, 1) * limits.eps * lengths.square()  # see "Rounding" above
     bound += longest.square() - lengths.square()
-    return products.mul_(gram_x).sum((1, 2), dtype=torch.float64).clamp(min=0) + bound
+    found = products.mul_(gram_x).sum((1, 2), dtype=torch.float64)
+    # Entries overflow to +inf or -inf; a norm clamped from -inf to 0 would let the example through unclipped.
+    return torch.where(found.isfinite(), found.clamp(min=0), torch.inf) + bound
 
 
 def patches_gram(conv, gram, size_out):

@@ -99,6 +99,11 @@ class Adversary(nn.Module):
         self.optimizer.load_state_dict(state["optimizer"])
 
 
+def origin(name):
+    """What the autoencoder's checkpoint, and then the statement, says of the weights that `terms` named."""
+    return {"public_weights": ["VGG16 of torchvision, trained on ImageNet"]} if name == "vgg16" else {}
+
+
 def terms(s):
     """What the settings ask for: (name of the distance or "", distance or None, Adversary or None).
 

@@ -206,10 +206,15 @@ def append_row(row, path):
     """One JSON line at the end of the file, on the disk before we go on."""
     if rank():
         return
+    first = not path.exists()
     with roomy(path), open(path, "a", opener=opening(path)) as file:
         file.write(json.dumps(row) + "\n")
         file.flush()
         os.fsync(file.fileno())
+    if first:  # the new name in its folder, too
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def read_ledger(path):

@@ -1,9 +1,9 @@
 """Presets: the settings of `digits`, the default, and what the others change.
 
-Every key is a flag of train.py or a network. A preset overrides some of the default's, the command line
-overrides both. The lines of a preset are in the order of the method: data sets, stage 1 (vae), stage 2
-(ldm), stage 3 (private), images at the end. The authors' settings (DP-LDM, Liu et al. 2024, appendix) are the
-presets mnist-paper, cifar10 and celeba*.
+Every key is a flag of train.py (with _ for -) or the shape of a network. A preset overrides settings of the
+default. The command line overrides both. The lines of a preset are in the order of the method: data sets,
+stage 1 (vae), stage 2 (ldm), stage 3 (private), images at the end. The authors' settings (DP-LDM, Liu et al.
+2024, appendix) are the presets mnist-paper, cifar10 and celeba*; celeba256-text has a smaller text encoder.
 """
 from dataclasses import replace
 
@@ -12,6 +12,7 @@ from support.paper_networks import AUTOENCODERS, UNETS
 from unet import UNetConfig
 from vae import VAEConfig
 
+# UNetConfig(input channels, output channels, width); VAEConfig(input channels, output channels, width).
 DIGITS = dict(
     public="strokes", public_classes="all", public_n=36_000,
     private="mnist10k", private_n=None, classes=None, label_attribute="Male", size=None, flips=False,
@@ -32,12 +33,13 @@ DIGITS = dict(
     # images at the end
     sample_steps=30, sample_eta=0.0, guidance=1.0,
 )
-# For 60,000 private images: the noise allows more steps, and the public model is what limits.
+# For 60,000 private images. With so many, the same epsilon allows more private steps. What limits the result
+# then is the public model, so it is larger and trained longer.
 LARGE = dict(
     vae_steps=1500,
     unet=replace(DIGITS["unet"], model_channels=48), ldm_steps=3500, ldm_lr=1.5e-3,
     batch_size=6000, steps=150, lr=3e-3, ema=0.95)
-# The same, larger still: 98.2 instead of 97.8 % (docs/results.md).
+# Larger still: the CNN reaches 98.2 instead of 97.8 % on MNIST at epsilon 10 (docs/lab-notebook.md).
 WIDE = LARGE | dict(
     vae_steps=2500,
     unet=replace(DIGITS["unet"], model_channels=64), ldm_steps=5000, ldm_lr=1.2e-3,
@@ -51,8 +53,9 @@ CELEBA = dict(
     schedule=diffusion.Schedule(beta_end=0.0195), ldm_steps=500_000, cond_drop=0.0,
     delta=1e-6, clip_norm=5e-4, ema=0.9999, micro_batch=64,
     sample_steps=200, sample_eta=1.0)
-# Latents of 8x8 and batches of 16: an autoencoder that carries over to images of another kind, and slower,
-# because the UNet has 64 tokens instead of 16 (docs/results.md).
+# An autoencoder that also encodes images of another kind than its public ones well (docs/results.md). For
+# that it has latents of 8x8, batches of 16 and one normalisation group. It is slower, because the UNet has
+# 64 tokens instead of 16.
 CAREFUL = dict(vae=VAEConfig(ch=8, ch_mult=(1, 2, 4), num_groups=1), vae_steps=10_000, vae_batch=16,
                unet=DIGITS["unet"])
 
@@ -67,7 +70,7 @@ PRESETS = {
     "garments": dict(  # drawn garments: nothing is downloaded for the public stages
         public="garments", public_n=60_000, private="fashion",
         **LARGE | CAREFUL | dict(ldm_steps=4000, ldm_batch=128, steps=120)),
-    "mnist-paper": dict(  # the authors' networks and settings (theirs on grey images); large, for a GPU
+    "mnist-paper": dict(  # the authors' networks and settings, but with one image channel; large, for a GPU
         public="emnist", public_n=None, private="mnist",
         vae=replace(AUTOENCODERS["mnist"], in_channels=1, out_ch=1),
         vae_steps=60_000, vae_batch=100, vae_lr=4.5e-4,
@@ -76,7 +79,7 @@ PRESETS = {
         ldm_steps=50_000, ldm_batch=512, ldm_lr=2.5e-3, cond_drop=0.0,
         batch_size=2000, steps=6000, clip_norm=1e-3, lr=1e-3, ema=0.9999,
         sample_steps=200, sample_eta=1.0),
-    "faces": dict(  # colour at 32 pixels on two CPU cores: 4x4x16 latents, 256 numbers for 3,072
+    "faces": dict(  # colour, 32 pixels, two CPU cores; an image of 3,072 numbers has a latent of 4x4x16 = 256
         public="public32", public_n=None, private="faces", flips=True,
         vae=VAEConfig(3, 3, 16, (1, 2, 4, 8), z_channels=16, embed_dim=16),
         vae_steps=5000, vae_batch=64, vae_lr=2e-3,
@@ -94,6 +97,7 @@ PRESETS = {
         private="cifar10",
         vae=AUTOENCODERS["cifar10"],
         unet=UNETS["cifar10"], schedule=diffusion.PAPER, ldm_batch=200, ldm_lr=2e-4, cond_drop=0.1,
+        # sigma * C / B is about 5e-10, below Adam's eps of 1e-8: the steps are far smaller than lr
         delta=1e-5, batch_size=2000, steps=750, clip_norm=1e-6, lr=2e-3, from_block=8),
     "celeba32": CELEBA | dict(
         condition="none",
@@ -105,7 +109,7 @@ PRESETS = {
         vae=AUTOENCODERS["celeba64"],
         unet=UNETS["celeba64"], ldm_batch=75, ldm_lr=7.5e-5,
         batch_size=8192, steps=1391, lr=8.2e-4),
-    "celeba256-text": CELEBA | dict(  # theirs: 30,000 images of CelebA-HQ; here all of CelebA, 1/n < delta
+    "celeba256-text": CELEBA | dict(  # on all of CelebA; the authors used 30,000 images of CelebA-HQ
         public="folder:laion",
         condition="text", text_length=56, text_width=512, text_layers=4,  # theirs: 32 layers of width 1280
         vae=AUTOENCODERS["celeba256-text"], vae_batch=4,

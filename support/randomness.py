@@ -1,7 +1,8 @@
 """The generators of the private stage, and how far out their noise reaches.
 
-`dp_sgd.SecureGenerator` is the default for noise and batches. What stands here is for the options that leave
-it, --fast-noise and --insecure-seed, and for the draws of the loss, which need not be secret.
+`dp_sgd.SecureGenerator` is the default for noise and batches. This file adds torch generators for three uses:
+--fast-noise, --insecure-seed, and the draws of the diffusion loss. The draws stay unknown too (`Randomness`),
+but no release shows a bit of them, so an ordinary generator with a full random state is enough.
 """
 import math
 import os
@@ -14,11 +15,13 @@ from support.team import rank
 
 
 class Randomness(NamedTuple):
-    """Generators of the private stage. Their seeds are unknown, never saved and never set back.
+    """Generators of the private stage. Except with --insecure-seed, their seeds are unknown and never saved.
 
     sampling   which images enter a batch; the accountant assumes that nobody can guess it
     noise      the noise of DP-SGD; whoever can compute it can subtract it
-    diffusion  timesteps and noise of the diffusion loss; the guarantee does not need them secret
+    diffusion  timesteps and noise of the diffusion loss. They are drawn in the order of the batch, so one
+               more example shifts the draws of those after it. For an attacker who knew the stream the sum
+               would move by more than C. For one who does not, the draws are random as before.
     """
 
     sampling: object
@@ -64,9 +67,10 @@ def largest_normal(generator):
 def beyond_the_noise(generator, q, sigma, steps, k=1):
     """Bound on the probability that k examples push an output further than the largest normal alone can.
 
-    Such an output proves that the examples were in the data, so the probability must be far below delta. In a
-    step j of the k are in the batch with probability Bin(j; k, q). They move the sum by at most j clip norms,
-    which is j / sigma deviations of the noise. Then a normal above limit - j / sigma is enough.
+    Such an output proves that the examples were in the data. So the result, in [0, 1], must be far below
+    delta. In each step the number j of these examples in the batch is Binomial(k, q). They move the sum by at
+    most j clip norms, which is j / sigma standard deviations of the noise. A normal above limit - j / sigma
+    then suffices. 1 if sigma is 0.
     """
     if sigma == 0:
         return 1.0

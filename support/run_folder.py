@@ -67,8 +67,12 @@ class RunFolder:
 
     def check_unchanged(self, plan, names, private):
         """Write down what the guarantee depends on; when the run is resumed, refuse if any of it differs."""
+        images = hashlib.sha256(private.images.numpy()).hexdigest()
+        if agreed(images) != images:  # each process takes a part of what it has read
+            raise ValueError("this process has read other private images than the first one, so an image "
+                             "could be in two parts; give all processes the same files")
         facts = {**plan, "clip_norm": self.s.clip_norm, "clipping": self.s.clipping, "tuned": names,
-                 "private_pictures": hashlib.sha256(private.images.numpy()).hexdigest()}
+                 "private_pictures": images}
         once(check_unchanged, plain(facts), self.s.out / "internal" / "plan.json")
         # For evaluate.py: what was trained on is never called held out, whatever its file's name.
         files.save({"digests": datasets.digests(private.images)}, self.s.out / "internal" / "digests.pt")
@@ -158,9 +162,10 @@ def check_public(s, digests):
     """Write down which public images there are (datasets.digests); refuse if a resumed run finds others."""
     path = s.out / "internal" / "public.json"
     found = hashlib.sha256(digests.numpy()).hexdigest()
-    if not path.exists():
+    begun = any(path.parent.glob("*_state.pt")) or any((s.out / "public").glob("*.pt"))
+    if not path.exists() and not (s.resume and begun and len(digests)):
         files.write_json({"images": found}, path)
-    elif files.read_json(path).get("images") != found:
+    elif not path.exists() or files.read_json(path).get("images") != found:
         raise ValueError(f"cannot resume: --public {s.public} has other images than when this run began; "
                          "bring them back, or choose another --out")
 

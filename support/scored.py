@@ -31,9 +31,9 @@ def check_place(args, run, whole):
     if not whole and not args.out:
         raise ValueError(f"{run} is no run folder (no internal/ or public/ beside release/), and epsilon "
                          "does not cover scores: say where they go with --out FILE")
-    place = Path(args.out or run).resolve().parent
-    if args.out and ((place / "model.pt").exists() or (place / "privacy.json").exists()):
-        raise ValueError(f"--out {args.out}: that folder is a release, and epsilon does not cover scores; "
+    place = Path(args.out or run).resolve()
+    if args.out and any((p / name).exists() for p in place.parents for name in ("model.pt", "privacy.json")):
+        raise ValueError(f"--out {args.out}: that is within a release, and epsilon does not cover scores; "
                          "choose another")
 
 

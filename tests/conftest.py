@@ -12,6 +12,7 @@ import sys
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+import torch  # noqa: E402
 
 
 def run_files(session, files, counter, pipe, folder):
@@ -21,11 +22,13 @@ def run_files(session, files, counter, pipe, folder):
     capture = manager.getplugin("capturemanager")
     capture.stop_global_capturing()  # its temporary files belong to all processes: take some of our own
     capture.start_global_capturing()
-    manager.unregister(name="terminalreporter")
+    reporter = manager.unregister(name="terminalreporter")
     folder.mkdir()
     config._tmp_path_factory._basetemp = folder
 
     class Sender:
+        _tw = reporter._tw  # asked for the width and colours of what is said of a failure
+
         @staticmethod
         def pytest_runtest_logreport(report):
             entry = config.hook.pytest_report_to_serializable(config=config, report=report)
@@ -33,7 +36,7 @@ def run_files(session, files, counter, pipe, folder):
                 pipe.write(json.dumps(entry) + "\n")
                 pipe.flush()
 
-    manager.register(Sender)
+    manager.register(Sender, "terminalreporter")
     while True:
         with counter.get_lock():
             number, counter.value = counter.value, counter.value + 1
@@ -49,6 +52,8 @@ def pytest_runtestloop(session):
     for item in session.items:
         files.setdefault(item.path, []).append(item)
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    if torch.get_num_threads() > 1:  # a fork of a process with a pool of threads may wait for them forever
+        cores = 1
     options = session.config.option
     if min(cores, len(files)) < 2 or session.testsfailed or options.collectonly or options.usepdb:
         return None  # pytest's own loop

@@ -245,6 +245,12 @@ MUTATIONS = [Mutation(*m) for m in (
     (30, "a public stage goes on with other images", "support/run_folder.py",
      (('files.read_json(path).get("images") != found', "False"),),
      "tests/test_faults_of_runs.py::test_public_images_that_change_before_a_run_goes_on"),
+    (19, "processes share out different copies of the private set", "support/run_folder.py",
+     (("        if agreed(images) != images:", "        if False:"),),
+     "tests/test_processes.py::test_processes_that_read_other_private_images_are_refused"),
+    (9, "a norm that overflows counts as zero", "extensions/bookkeeping.py",
+     (("torch.where(found.isfinite(), found.clamp(min=0), torch.inf)", "found.clamp(min=0)"),),
+     f"{ENGINE}::test_products_that_overflow_make_no_norm_smaller"),
     # Row 0: not of the table; the audit's theorem and the secure generator.
     (0, "original weights in a network with another number of groups", "extensions/original_weights.py",
      (("    if (groups := network.config.num_groups) != GROUPS:", "    if groups := 0:"),),

@@ -281,6 +281,22 @@ def test_cancelling_positions_never_exceed_the_clip_norm(layer, shape, autocast)
         assert clipped_sum(layer, loss_fn, [x, torch.randn(1, 64)], C).norm() <= C * (1 + 1e-3)
 
 
+def test_products_that_overflow_make_no_norm_smaller():
+    """An off-diagonal product may overflow to -inf where both diagonals are finite; clamped it would be 0."""
+    n, top, generator = 4000, torch.finfo(torch.float32).max, torch.Generator().manual_seed(0)
+    unit = torch.linalg.qr(torch.randn(n, 16, 4, generator=generator, dtype=torch.float64)).Q
+    u, w, v, r = unit.unbind(-1)  # orthogonal, of length 1
+    sizes = top ** 0.25 * (1 + 3e-7 * (2 * torch.rand(4, n, 1, generator=generator, dtype=torch.float64) - 1))
+    a, b, c, d = sizes.unbind(0)
+    x = torch.stack([a * u, b * u, w], 1).float()  # (n, 3 positions, 16)
+    g = torch.stack([c * v, -d * v, r], 1).float()
+    layer = dp_sgd.Layer("linear", nn.Linear(16, 16, bias=False), {"weight": torch.zeros(16, 16)})
+    found = bookkeeping.gram_squared_norm(layer, x, g, n, {}).sqrt()
+    exact = torch.einsum("npi,npj->nij", g.double(), x.double()).flatten(1).norm(dim=1)
+    assert 0 < found.isfinite().sum() < n, "some overflow, some do not"
+    assert (found[found.isfinite()] >= 0.9 * exact[found.isfinite()]).all()
+
+
 # ----------------------------------------------------------------------- neighbouring data sets, bad examples
 
 

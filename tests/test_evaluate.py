@@ -288,7 +288,7 @@ def test_official_test_digits_are_used_when_present(run, tmp_path, capsys):
 @pytest.mark.parametrize("arguments, message", [
     ([], "is no run folder.*--out"), (["--memorisation"], "--memorisation writes private images"),
     (["--memorisation", "--out", "x.json"], "leave out --out"),
-    (["--out", "INSIDE"], "that folder is a release")])
+    (["--out", "INSIDE"], "within a release"), (["--out", "DEEPER"], "within a release")])
 @pytest.mark.parametrize("form", ["folder", "release", "model.pt"])
 def test_nothing_uncovered_is_written_beside_a_copied_release(form, arguments, message, run, tmp_path,
                                                               monkeypatch):
@@ -299,7 +299,8 @@ def test_nothing_uncovered_is_written_beside_a_copied_release(form, arguments, m
             "model.pt": copied / "release" / "model.pt"}[form]
     monkeypatch.setattr(sample, "generate", None)  # would fail with a TypeError if the work began
     monkeypatch.setattr(scored, "held_out_sets", None)
-    arguments = [str(copied / "release" / "x.json") if a == "INSIDE" else a for a in arguments]
+    places = {"INSIDE": copied / "release" / "x.json", "DEEPER": copied / "release" / "sub" / "x.json"}
+    arguments = [str(places.get(a, a)) for a in arguments]
     with pytest.raises(ValueError, match=message):
         evaluate.main([str(path), *arguments])
     assert [p.relative_to(copied).as_posix() for p in copied.rglob("*")] == ["release", "release/model.pt"]
@@ -320,7 +321,7 @@ def test_a_classifier_of_real_images_gives_the_ceiling_and_judges_the_samples(ru
     swapped = real.labels.clone()
     swapped[real.labels == 1], swapped[real.labels == 2] = 2, 1
     np.savez(tmp_path / "s.npz", images=real.images[:, 0].numpy(), labels=swapped.numpy().astype(np.uint8))
-    monkeypatch.setattr(scored, "load_private", lambda release, private, split, root=None: (
+    monkeypatch.setattr(scored, "load_private", lambda release, private, split, root=None, n=None: (
         real if split == "train" else datasets.load(private, split, root, 28)))
     monkeypatch.setitem(evaluate.PROTOCOLS["quick"], "recipes", {"logreg": {"kind": "logreg",
                                                                             **evaluate.SIMPLE}})
@@ -333,8 +334,24 @@ def test_a_classifier_of_real_images_gives_the_ceiling_and_judges_the_samples(ru
     taken = result["real"]["samples"]
     assert taken["5"] > 0.8 and max(taken["1"], taken["2"]) < 0.2 and "on 1,500 real images" in out
     assert "garments" in result["distance"]["features"] and "not kept" in out
+    assert "private training images" in result["note"] and "nor to be published" in out
     with pytest.raises(ValueError, match="--features: 'celeba' is none of"):
         evaluate.main([str(run), "--features", "celeba"])
+    with pytest.raises(ValueError, match="--features mnist: the feature network would learn private images"):
+        evaluate.main([str(run), "--features", "mnist"])
+
+
+def test_the_ceiling_learns_as_many_private_images_as_the_run(run, monkeypatch):
+    asked = []
+
+    def load(release, private, split, root=None, n=None):
+        asked.append((split, n))
+        return datasets.load(private, split, root, 28, n=n)
+
+    monkeypatch.setattr(scored, "load_private", load)
+    files.write_json({"private_n": 120}, run / "internal" / "settings.json")
+    evaluate.main([str(run), "--classifiers", "logreg", "--real", "--no-distance"])
+    assert ("train", 120) in asked and read_result(run)["real"]["n"] == 120
 
 
 def test_samples_file_replaces_sampling(run, tmp_path):

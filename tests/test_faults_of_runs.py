@@ -53,6 +53,11 @@ def test_public_images_that_change_before_a_run_goes_on(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="has other images than when this run began"):
         train.main(["--resume", "--out", str(out)])
     assert not (out / "public" / "ldm.pt").exists()
+    known = (out / "internal" / "public.json").read_bytes()
+    (out / "internal" / "public.json").unlink()
+    with pytest.raises(ValueError, match="has other images than when this run began"):
+        train.main(["--resume", "--out", str(out)])  # nobody knows any more which they were
+    (out / "internal" / "public.json").write_bytes(known)
     np.savez(public, images=images, labels=np.arange(120) % 10)
     train.main(["--resume", "--out", str(out)])
     assert (out / "release" / "model.pt").exists()

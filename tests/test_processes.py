@@ -1,6 +1,7 @@
 """Several processes with gloo: the same sums as one, the noise once, one ledger, and a clear end when one of
 them dies.
 """
+import hashlib
 import json
 import multiprocessing
 import os
@@ -9,12 +10,14 @@ import socket
 import time
 from datetime import timedelta
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import accountant
+import datasets
 import dp_sgd
 import sample
 import train
@@ -265,6 +268,18 @@ def test_a_dead_process_ends_the_run_with_one_line(victim, how, within, tmp_path
 def test_an_error_that_all_would_meet_is_told_once(tmp_path):
     codes, errors = two_processes(partial(run_job, ["--delta", "0.5"]), tmp_path)
     assert codes == [2, 2] and len(errors[0]) == 1 and "below 1/n" in errors[0][0] and errors[1] == []
+
+
+def test_processes_that_read_other_private_images_are_refused(tmp_path, monkeypatch):
+    run = run_folder.RunFolder.__new__(run_folder.RunFolder)
+    run.s = SimpleNamespace(out=tmp_path, clip_norm=1.0, clipping="flat")
+    (tmp_path / "internal").mkdir()
+    private = datasets.ImageSet(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.zeros(3), ["a"])
+    run.check_unchanged({}, [], private)  # alone
+    first = hashlib.sha256(torch.ones(3).numpy()).hexdigest()
+    monkeypatch.setattr(run_folder, "agreed", lambda value: first)
+    with pytest.raises(ValueError, match="other private images than the first"):
+        run.check_unchanged({}, [], private)
 
 
 def test_alone_nothing_is_distributed(tmp_path):
