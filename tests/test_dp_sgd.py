@@ -288,8 +288,9 @@ def test_products_that_overflow_make_no_norm_smaller():
     u, w, v, r = unit.unbind(-1)  # orthogonal, of length 1
     sizes = top ** 0.25 * (1 + 3e-7 * (2 * torch.rand(4, n, 1, generator=generator, dtype=torch.float64) - 1))
     a, b, c, d = sizes.unbind(0)
-    x = torch.stack([a * u, b * u, w], 1).float()  # (n, 3 positions, 16)
-    g = torch.stack([c * v, -d * v, r], 1).float()
+    # The first two positions cancel, and one of their products overflows; the third is the gradient.
+    x = torch.stack([a * u, b * u, 0.9 * a * w], 1).float()  # (n, 3 positions, 16)
+    g = torch.stack([c * v, -d * v, 0.9 * c * r], 1).float()
     layer = dp_sgd.Layer("linear", nn.Linear(16, 16, bias=False), {"weight": torch.zeros(16, 16)})
     found = bookkeeping.gram_squared_norm(layer, x, g, n, {}).sqrt()
     exact = torch.einsum("npi,npj->nij", g.double(), x.double()).flatten(1).norm(dim=1)
