@@ -32,11 +32,12 @@ def main(argv=None):
     parser.add_argument("name", help="folder to write in pretrained/")
     args = parser.parse_args(argv)
     settings = files.read_json(args.run / "internal" / "settings.json")
-    note = {"command": " ".join(["python train.py", *(f"--{key.replace('_', '-')} {settings[key]}"
-                                                      for key in ("preset", *settings["given"]))]),
-            "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                                     cwd=HERE,
-                                     check=True).stdout.strip(), "trained_on": {}, "sha256": {}}
+    flags = (f"--{key.replace('_', '-')} {settings[key]}"
+             for key in dict.fromkeys(("preset", *settings["given"])))
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE,
+                         check=True)
+    note = {"command": " ".join(["python train.py", *flags]), "commit": git.stdout.strip(),
+            "trained_on": {}, "sha256": {}}
     for name in ("vae.pt", "ldm.pt"):
         checkpoint = checkpoints.load_public(args.run / "public" / name)
         origin = checkpoint["trained_on"]
