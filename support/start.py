@@ -120,8 +120,8 @@ def read_sets(s, known):
                                s.label_attribute, declared)
     if world() > 1:  # one process downloads what is missing, and tells what is wrong with it
         once(lambda: (find_private(), None)[1])
-        once(lambda: (datasets.is_drawn(s.public) or public_set(s), None)[1])
-    private, public = find_private(), public_set(s)
+        once(lambda: (datasets.is_drawn(s.public) or public_set(s, known), None)[1])
+    private, public = find_private(), public_set(s, known)
     for title, found in (("--public", public), ("--private", private)):
         if found.images.shape[1] != s.vae.in_channels:
             raise ValueError(
@@ -141,10 +141,14 @@ def read_sets(s, known):
     return public, private, facts
 
 
-def public_set(s):
-    """The settings' public ImageSet; for --dry-run few drawings are enough."""
-    few = s.dry_run and datasets.partly_drawn(s.public)
-    return find_set(s, s.public, n=200 if few else s.public_n, seed=s.seed, label_attribute=s.label_attribute,
+def public_set(s, known=()):
+    """The settings' public ImageSet. Where no network is trained on it, few drawings are enough: to show some
+    beside the samples, or to know their form. known: the public networks that exist already.
+    """
+    n = s.public_n
+    if datasets.partly_drawn(s.public) and (s.dry_run or "ldm.pt" in known):
+        n = min(n or 1000, 200 if s.dry_run else 1000)
+    return find_set(s, s.public, n=n, seed=s.seed, label_attribute=s.label_attribute,
                     public_classes=s.public_classes if s.public == "strokes" else None)
 
 

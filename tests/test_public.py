@@ -150,6 +150,23 @@ def altered(place, there, change):
     return there / "altered"
 
 
+def test_few_images_are_drawn_where_no_network_is_trained_on_them(tmp_path, monkeypatch):
+    drawn, load = [], datasets.load
+
+    def watched(name, *args, **kwargs):
+        if name == "strokes":
+            drawn.append(kwargs["n"])
+        return load(name, *args, **kwargs)
+
+    monkeypatch.setattr(datasets, "load", watched)
+    flags = ["--preset", "smoke", "--public-n", "1200", "--steps", "0", "--vae-steps", "1", "--ldm-steps",
+             "1"]
+    train.main([*flags, "--out", str(tmp_path / "a")])
+    train.main([*flags, "--init", str(tmp_path / "a"), "--out", str(tmp_path / "b")])
+    assert drawn == [1200, 1000]
+    assert (tmp_path / "b" / "release" / "comparison.png").exists()
+
+
 @pytest.mark.parametrize("origin", ["folder", "public32", "strokes"])
 def test_networks_from_before_digests_are_taken_only_if_drawn_images_made_them(origin, place, tmp_path):
     init = altered(place, tmp_path, lambda c: (c.pop("digests"), c.update(trained_on=origin)))
