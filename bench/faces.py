@@ -11,13 +11,9 @@ SCORE = "--n 5000 --classifiers cnn,logreg"
 DRAWN = f"{SCORE} --features public32 --real"
 
 
-def again(label, name, flags, base=BASE):
-    return Row(label, f"--preset faces {flags} --init {base} --out {BASE}-{name}", f"{BASE}-{name}", SCORE)
-
-
-def portraits(name, label, flags):
-    return Row(label, f"--preset portraits {flags} --init runs/portraits --out runs/portraits-{name}",
-               f"runs/portraits-{name}", DRAWN)
+def again(label, name, flags, base=BASE, preset="faces", score=SCORE):
+    out = f"runs/{preset}-{name}"
+    return Row(label, f"--preset {preset} {flags} --init {base} --out {out}", out, score)
 
 
 ROWS = {
@@ -32,8 +28,10 @@ ROWS = {
               "--preset faces --size 64 --vae-batch 16 --vae-steps 1500 --ldm-batch 64 --ldm-steps 1500 "
               f"--out {BASE}-64", f"{BASE}-64", SCORE),
     "portraits": Row("class, epsilon 10, public drawn faces", "--preset portraits", "runs/portraits", DRAWN),
-    "portraits-public": portraits("public", "class, public drawn faces only", "--steps 0"),
-    "portraits-eps1": portraits("eps1", "class, epsilon 1, public drawn faces", "--epsilon 1 --lr 2e-3"),
+    "portraits-public": again("class, public drawn faces only", "public", "--steps 0", "runs/portraits",
+                              "portraits", DRAWN),
+    "portraits-eps1": again("class, epsilon 1, public drawn faces", "eps1", "--epsilon 1 --lr 2e-3",
+                            "runs/portraits", "portraits", DRAWN),
 }
 
 if __name__ == "__main__":
