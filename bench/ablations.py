@@ -1,5 +1,6 @@
-"""One row per choice of the method, each under 15 minutes on two cores: `python -m bench.ablations NAME`. See
-`bench.runs`.
+"""One row per choice of the method: `python -m bench.ablations NAME`, see `bench.runs`.
+
+Each row takes less than 15 minutes on two cores.
 
 All rows reuse the public stages of the default run (`python train.py` first) and change one thing of its
 private stage: what is tuned (the paper's claim), the privacy level, or the recipe. Attention at epsilon 1 and

@@ -1,5 +1,6 @@
-"""Time and accuracy of the accountant, the table of docs/speed.md: OMP_NUM_THREADS=1 python -m
-bench.accountant  (about 10 s)
+"""Time and accuracy of the accountant, the table of docs/speed.md (about 10 s).
+
+    OMP_NUM_THREADS=1 python -m bench.accountant
 
 Measured elsewhere, on other machines, for one epsilon at (q 0.0333, sigma 1.5, 6000 steps): Opacus RDP 0.011
 s, dp_accounting RDP 0.020 s, dp_accounting PLD 0.33 s (interval 1e-4), Opacus PRV 0.42 s.  Magnitudes, not

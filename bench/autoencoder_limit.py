@@ -1,5 +1,6 @@
-"""What a run's autoencoder loses, before any diffusion: python -m bench.autoencoder_limit RUN [--data-root
-DIR]
+"""What a run's autoencoder loses, before any diffusion.
+
+    python -m bench.autoencoder_limit RUN [--data-root DIR]
 
 Real images are encoded and decoded by the run's autoencoder, no diffusion model involved. Held-out ones are
 compared with themselves: mean absolute error (0..1) and the Frechet distance of `evaluate.py`. And the

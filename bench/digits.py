@@ -1,5 +1,4 @@
-"""The table `digits` of docs/results.md: the default run, its privacy levels and what it is compared with.
-See `bench.runs`.
+"""The table `digits` of docs/results.md: the default run, its privacy levels, comparisons. See `bench.runs`.
 
 All rows but `letters`, whose public set is another, share the public stages of the first (`--init`).
 """

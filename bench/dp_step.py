@@ -33,9 +33,7 @@ LOOP_EXAMPLES = 16
 
 
 def build(args, tune):
-    """The MNIST network with a ten-class embedder, weights as initialised except for the zeros: (model,
-    parameters).
-    """
+    """(model, parameters): the MNIST network with an embedder of ten classes, only its zeros filled in."""
     torch.manual_seed(0)
     config = unet.UNetConfig(in_channels=4, out_channels=4, num_heads=4)
     model = unet.LatentModel(unet.UNet(config), unet.ClassEmbedder(10, 5))
@@ -115,9 +113,7 @@ def too_large(args, tune, batch_size, method):
 
 
 def profile(args, size, tune, batch_size):
-    """Milliseconds of book-keeping's parts: the smallest over the rounds, the rest being forward and
-    backward.
-    """
+    """Milliseconds of book-keeping's parts, the smallest over the rounds. The rest: forward and backward."""
     parts = {"gram_squared_norm": "norms from Grams", "per_example": "small gradients formed",
              "squared_norm": "their norms",
              "weighted_product": "sums by product", "weighted_sum": "sums of formed"}

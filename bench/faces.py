@@ -1,5 +1,4 @@
-"""Real faces at 32x32: `python -m bench.faces`. See `bench.runs`. Needs the sets faces and public32 in the
-data root.
+"""Real faces at 32x32: `python -m bench.faces`, see `bench.runs`. Needs the sets faces and public32.
 
 The first row trains the public stages that the others reuse; the text rows reuse its autoencoder only.
 """

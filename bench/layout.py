@@ -1,5 +1,4 @@
-"""Precision and memory layout, measured for each network at its own size: `python -m bench.layout [PRESET
-...]`.
+"""Precision and memory layout, measured for each network: `python -m bench.layout [PRESET ...]`.
 
 Examples per second of a training step of the autoencoder and of the UNet, of a private step (attention tuned,
 book-keeping) and of one evaluation while sampling; float32 and bfloat16 autocast, images contiguous and

@@ -1,5 +1,4 @@
-"""What cryptographic noise costs: CPU time per step to draw the noise and add it, for a number of tuned
-parameters.
+"""What cryptographic noise costs: CPU time per step to draw and add it, by the number of tuned parameters.
 
     python -m bench.noise [--parameters 401248] [--rounds 7]
 

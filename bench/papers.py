@@ -1,5 +1,4 @@
-"""Rows on the full data sets, to stand beside the paper's numbers: `python -m bench.papers`. See
-`bench.runs`.
+"""Rows on the full data sets, to stand beside the paper's: `python -m bench.papers`, see `bench.runs`.
 
 Need the data root (--data-root or DPLDM_DATA); rows eps1 reuse the public stages of rows eps10. Each run is
 scored with several sampling seeds.

@@ -1,5 +1,4 @@
-"""A pretend-private set on which recipes are chosen without spending anyone's privacy: stroke digits in
-another hand.
+"""A pretend-private set to choose recipes on without spending anyone's privacy: strokes in another hand.
 
     python -m bench.pretend FILE.npz     60,000 and a tenth more, for --private npz:FILE.npz
 

@@ -1,5 +1,4 @@
-"""The recipe, by measurement on a pretend-private set (`bench.pretend`): `python -m bench.recipes`. See
-`bench.runs`.
+"""The recipe, measured on a pretend-private set: `python -m bench.recipes`, see `bench.pretend` and `.runs`.
 
 Stroke digits in another hand take the place of MNIST, so nobody's privacy pays for the search: 8,000 of them
 with the default recipe and one change, at equal numbers of images seen unless the row says otherwise. The

@@ -1,5 +1,4 @@
-"""Measured training runs: a row of a table of docs/results.md is a train command and an evaluate command, run
-and written down.
+"""Measured training runs: a row of docs/results.md is a train and an evaluate command, run and written down.
 
 Used by `bench.digits`, `bench.papers` and `bench.ablations`, which only list rows. Each run adds one JSON
 line to bench/results.jsonl: commands, commit, date, seconds, threads, privacy statement, all metrics with
@@ -28,8 +27,10 @@ RESULTS = Path(__file__).with_name("results.jsonl")
 
 
 class Row(NamedTuple):
-    """label in the table; flags of train.py ("" for a row that only evaluates `out` again); run folder; flags
-    of evaluate.py.
+    """A row of a table.
+
+    label: its name there. flags: of train.py, "" for a row that only evaluates `out` again. out: run folder.
+    The last field: flags of evaluate.py.
     """
 
     label: str
@@ -39,18 +40,14 @@ class Row(NamedTuple):
 
 
 def commands(row):
-    """The commands of a row as a user would type them: [train, evaluate], or [evaluate] for a run that
-    another row made.
-    """
+    """The commands of a row as a user types them: [train, evaluate], or [evaluate] for another row's run."""
     evaluate = f"python evaluate.py {row.out} {row.evaluate}".strip()
     train = f"python train.py {row.train}".strip()
     return [evaluate] if row.train is None else [train, evaluate]
 
 
 def measure(table, name, row):
-    """Run a row's commands from the beginning and append the line. Raises CalledProcessError if a command
-    fails.
-    """
+    """Run a row's commands from the beginning and append the line. CalledProcessError if a command fails."""
     out, seconds = Path(row.out), {}
     evaluation = Path(row.evaluate.partition("--out ")[2] or out / "internal" / "evaluation.json")
     for command in commands(row):
@@ -75,9 +72,7 @@ def measure(table, name, row):
 
 
 def cpu():
-    """What the processor can do that matters here, e.g. "AMD EPYC, avx512_bf16"; its bare name where that
-    cannot be read.
-    """
+    """What the processor can do that matters here, such as "AMD EPYC, avx512_bf16", or its bare name."""
     try:
         first = Path("/proc/cpuinfo").read_text().replace("\t", "").partition("\n\n")[0]
         lines = dict(line.split(":", 1) for line in first.splitlines())

@@ -67,9 +67,7 @@ def worker(number, world, port, args, results):
 
 
 def measure(world, args):
-    """(examples per second, part of rank 0's time that is not computing gradients: noise, optimiser,
-    waiting).
-    """
+    """(examples per second, share of rank 0's time that is no gradient: noise, optimiser, waiting)."""
     context = multiprocessing.get_context("spawn")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

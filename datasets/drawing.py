@@ -19,8 +19,7 @@ PATTERNS = "plain melange rows columns checks dots patches flowers"
 
 
 def drawn_set(ask, draw, classes, first=0):
-    """A set of ask.n drawings by draw(labels, generator), every class equally often (to within one), in
-    random order.
+    """A set of ask.n drawings by draw(labels, generator), in random order. Class sizes differ by one at most.
 
     first: the drawer's label of the set's class 0.
     """

@@ -119,8 +119,11 @@ BOX = 20  # longer side of the ink in pixels, as in MNIST
 
 
 def parse(text):
-    """One skeleton -> weight, control points (K,2) in -1..1, the stroke number of each (K,), curves as lists
-    of point indices, the stroke number of each curve."""
+    """One skeleton as text -> what `segment_matrix` needs.
+
+    Returns the weight, the control points (K,2) in -1..1, the stroke number of each (K,), the curves as lists
+    of point indices, and the stroke number of each curve.
+    """
     weight, _, body = text.rpartition(":")
     points, stroke, curves, strokes_of_curves = [], [], [], []
     for number, part in enumerate(body.split("|")):
@@ -135,8 +138,9 @@ def parse(text):
 
 
 def segment_matrix(points, curves, strokes_of_curves):
-    """The linear map from K control points to segments: (sharp or smoothed corners, start or end, SEGMENTS,
-    K).
+    """The linear map from K control points to segments, a tensor.
+
+    Its shape is (sharp or smoothed corners, start or end, SEGMENTS, K).
     """
     from scipy.interpolate import CubicSpline  # here: it takes a quarter as long to load as torch
     lengths = [np.linalg.norm(np.diff(points[c], axis=0), axis=1).sum() for c in curves]
@@ -177,8 +181,7 @@ def compiled():
 
 
 def draw(labels, generator=None, size=28):
-    """One image per label: labels (N,) integers in 0..35 (index into CLASSES) -> (N,1,size,size) uint8, ink
-    255 on 0.
+    """One image per label: labels (N,) in 0..35, indices of CLASSES -> (N,1,size,size) uint8, ink 255 on 0.
 
     The ink fits a box of 20 pixels (times size / 28), its centre of mass lies within about a pixel of the
     image's centre. Deterministic for a given CPU generator. ValueError for labels out of range.
@@ -200,9 +203,7 @@ def draw(labels, generator=None, size=28):
 
 
 def pen_path(labels, generator):
-    """Random handwriting: segment ends (N,2,S,2) and pen radius (N,1,S), both in pixels of MNIST's 20-pixel
-    box.
-    """
+    """Random handwriting: segment ends (N,2,S,2), pen radius (N,1,S), in pixels of MNIST's box of 20."""
     n = len(labels)
 
     def normal(*shape):
@@ -252,8 +253,7 @@ def pen_path(labels, generator):
 
 
 def render(ends, radius, size):
-    """(N,2,S,2), (N,1,S) -> (N,size,size) uint8: coverage of each pixel by the nearest round-ended segment.
-    """
+    """(N,2,S,2), (N,1,S) -> (N,size,size) uint8: coverage of each pixel by the nearest round-ended stroke."""
     zoom = size / 28
     ends, radius = ends * zoom, radius[:, 0, :, None] * zoom
     axis = torch.arange(size) - (size - 1) / 2

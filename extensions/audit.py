@@ -91,8 +91,9 @@ class Eavesdropper:
 
 
 def attack(schedule, m, clip_norm=1.0, clipping="flat", fast=False, rng=None):
-    """One run of the real engine on m canaries -> (in the data? (m,) bool, {name of score: (m,) float64}),
-    numpy.
+    """One run of the real engine on m canaries -> (in the data? (m,) bool, {name of score: (m,) float64}).
+
+    Both results are numpy arrays.
 
     schedule: [(q, sigma, steps), ...], the order does not matter. fast: noise and sampling from an ordinary
     generator instead of SecureGenerator. rng (numpy) throws the secret coins; None: seeded by the operating
@@ -139,9 +140,7 @@ def attack(schedule, m, clip_norm=1.0, clipping="flat", fast=False, rng=None):
 
 
 def p_value(correct, guesses, m, epsilon, delta):
-    """Bound on P[at least `correct` of `guesses` right] for any (epsilon, delta)-DP mechanism; epsilon an
-    array (E,).
-    """
+    """Bound on P[at least `correct` of `guesses` right] under (epsilon, delta)-DP; epsilon an array (E,)."""
     p = expit(np.asarray(epsilon, dtype=float))
     # (E, v): P[v - i <= V < v]
     missing = binom.pmf(np.arange(correct - 1, -1, -1), guesses, p[:, None]).cumsum(1)
@@ -150,9 +149,7 @@ def p_value(correct, guesses, m, epsilon, delta):
 
 
 def rigorous_bound(correct, guesses, m, delta, confidence=CONFIDENCE):
-    """Lower bound on epsilon from `correct` right guesses (Steinke et al. 2023, Theorem 5.2), rounded down to
-    0.01.
-    """
+    """Lower bound on epsilon from right guesses (Steinke et al. 2023, Thm. 5.2), rounded down to 0.01."""
     top = np.log(m) + 1  # above the largest possible answer
     for start in np.arange(0, top, 0.5):
         epsilons = start + 0.01 * np.arange(50)
@@ -169,9 +166,7 @@ def right_guesses(score, member, guesses):
 
 
 def estimate(score, member, threshold, delta, confidence=CONFIDENCE):
-    """Estimate of a lower bound on epsilon: Clopper-Pearson rates of score > threshold, read as a Gaussian
-    mechanism.
-    """
+    """Estimated lower bound on epsilon: Clopper-Pearson rates of score > threshold, read as a Gaussian's."""
     def at_most(errors, trials):
         return beta.ppf((1 + confidence) / 2, errors + 1, trials - errors) if errors < trials else 1.0
 
@@ -182,9 +177,7 @@ def estimate(score, member, threshold, delta, confidence=CONFIDENCE):
 
 
 def plan_guesses(schedule, m, delta, rounds=4):
-    """The number of guesses with the best rigorous bound, on average over a simulation that knows no secret
-    coin.
-    """
+    """The number of guesses with the best mean rigorous bound, in a simulation that knows no secret coin."""
     rng, candidates = np.random.default_rng(0), np.unique(np.geomspace(10, m, 12).astype(int) // 2 * 2)
     bounds = np.zeros(len(candidates))
     for _ in range(rounds):

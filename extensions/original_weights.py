@@ -143,8 +143,7 @@ def read(path, average=False):
 
 
 def why_not(path, error):
-    """One line on a file that gave no tensors. Only where code was found in it is running that code
-    proposed."""
+    """One line on a file that gave no tensors. Running its code is proposed only where code was found."""
     cause = str(error.__context__)
     if "Unsupported global" not in cause or "blocked" in cause:
         reason = "no tensors in it" if "Weights only" in cause or error.__context__ is None else cause

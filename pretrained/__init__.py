@@ -1,5 +1,6 @@
-"""Public networks in half precision, each made by the command in its note.json; `python train.py --init
-pretrained/NAME`.
+"""Public networks in half precision: `python train.py --init pretrained/NAME`.
+
+note.json has the command that made each.
 
 Here belong networks of drawn images only. Not here: releases, and anything tuned on private images.
 """

@@ -8,9 +8,7 @@ PLAIN = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, 
 
 
 class tqdm(automatic):  # noqa: N801 (the name that everybody knows)
-    """tqdm.auto, but where stderr is a file, a batch job's or a CI's, a line every 30 seconds and one at the
-    end.
-    """
+    """tqdm.auto; but where stderr is a file, as in a batch job, a line per 30 seconds and one at the end."""
 
     def __init__(self, *args, **kwargs):
         self.lines = not sys.stderr.isatty() and "ipykernel" not in sys.modules

@@ -1,6 +1,4 @@
-"""Networks from the dicts that train.py writes, and back: what a checkpoint says is all that is needed to
-build them.
-"""
+"""Networks from the dicts that train.py writes, and back. A checkpoint says all that is needed for it."""
 import torch
 
 import diffusion
@@ -12,16 +10,15 @@ from support import files
 
 
 def condition_kind(entry):
-    """ "none", "class" or "text" from a checkpoint's entry `embedder`; the first checkpoints knew only
-    classes.
+    """What the checkpoint entry `embedder` conditions on: "none", "class" or "text".
+
+    The first checkpoints knew only classes.
     """
     return entry.get("kind", "class") if entry else "none"
 
 
 def build_embedder(entry):
-    """Condition embedder from a checkpoint's entry: None, {"kind": "class", ...} or {"kind": "text", "words":
-    ...}.
-    """
+    """Condition embedder from a checkpoint's entry: None, {"kind": "class", ...} or {"kind": "text", ...}."""
     kind, rest = condition_kind(entry), {k: v for k, v in (entry or {}).items() if k not in ("kind", "words")}
     if kind == "text":
         return text.TextEncoder(vocabulary_size=len(build_tokenizer(entry)), **rest)
@@ -58,9 +55,11 @@ def build_vae(checkpoint):
 
 
 def build(make, state, *configs):
-    """make() with the weights `state`. Tried without memory first: sizes in a damaged or hostile file that do
-    not fit its weights are refused before they cost terabytes or hours. Raises whatever the networks do about
-    them."""
+    """make() with the weights `state`.
+
+    It is tried without memory first: sizes in a damaged or hostile file that do not fit its weights are
+    refused before they cost terabytes or hours. Raises whatever the networks do about them.
+    """
     for key, value in (item for config in configs for item in (config or {}).items()):
         if key in ("num_res_blocks", "transformer_depth", "layers") and value > 100 or \
                 isinstance(value, (list, tuple)) and key != "words" and len(value) > 20:
@@ -87,8 +86,7 @@ def load_public(path):
 
 
 def check_finite(title, checkpoint):
-    """Refuse a public network whose training has diverged; nothing is spent on it yet. ValueError, one line.
-    """
+    """ValueError, one line, for a public network whose training has diverged. Nothing is spent on it yet."""
     weights = checkpoint.get("state", checkpoint.get("model"))
     numbers = [*weights.values(), torch.tensor(float(checkpoint.get("scale", 1.0)))]
     if not all(bool(a.isfinite().all()) for a in numbers):

@@ -18,8 +18,7 @@ from support.team import rank
 
 
 def embedder_entry(s, public, private):
-    """What the condition embedder is, as it stands in the checkpoints (`checkpoints.build_embedder`); None:
-    no condition.
+    """The condition embedder's entry in the checkpoints (`checkpoints.build_embedder`). None: no condition.
 
     public, private: ImageSets, of which only the names of classes and attributes are used.
     """
@@ -34,8 +33,7 @@ def embedder_entry(s, public, private):
 
 
 def of(s, found, embedder):
-    """The conditions of an ImageSet, on the device: None, labels (N,), or tokens (N, L) of one caption per
-    image.
+    """The conditions of an ImageSet, on the device: None, labels (N,), or the tokens (N, L) of captions.
 
     A caption is the image's own, else a sentence about its attributes, else about its class. Its wording is
     drawn with a seed made from the image itself. With one generator for all, leaving out one image would
@@ -57,15 +55,12 @@ def of(s, found, embedder):
 
 
 def null(s, model, conditions):
-    """The condition that stands for a dropped one, (1,) or (1, L), or None where conditions are never
-    dropped.
-    """
+    """The condition that stands for a dropped one, (1,) or (1, L). None where none is ever dropped."""
     return model.embedder.null(conditions[:1]) if conditions is not None and s.cond_drop > 0 else None
 
 
 def for_private_classes(checkpoint, names):
-    """Stage 2's checkpoint with one embedder row per private class, in the order of `names`, and the null
-    row.
+    """Stage 2's checkpoint with one embedder row per private class, in the order of `names`, and the null's.
 
     A class of the same name keeps its row, "7" that of the public sevens, wherever it stood. The others get
     the rows that are left, in order. Rows of other public classes are dropped: nothing private could train
@@ -99,10 +94,9 @@ def for_private_classes(checkpoint, names):
 
 
 def class_prompts(s, private, n=10):
-    """Prompts that mean a class, a list per class, from names only, so that a text model can be sampled by
-    label.
+    """For each class a list of prompts that mean it, so that a text model can be sampled by label.
 
-    None unless the condition is text.
+    They are made from names only. None unless the condition is text.
     """
     if s.condition != "text":
         return None

@@ -1,6 +1,4 @@
-"""What a run will spend, known before it begins: epsilon, memory, minutes. `train.py --dry-run` prints it and
-stops.
-"""
+"""What a run will spend, known before it begins: epsilon, memory, minutes. For `train.py --dry-run`."""
 import os
 from functools import partial
 
@@ -17,9 +15,7 @@ from support.settings import GRADIENTS
 
 
 def report(s, plan, embedder, public, private, known):
-    """Print the privacy plan, the memory and the minutes. known: public networks that exist already, by file
-    name.
-    """
+    """Print the privacy plan, memory and minutes. known: public networks that exist already, by file name."""
     with torch.device("meta"):  # shapes only
         model = unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(embedder))
         lora.tuned(model, s)
@@ -36,8 +32,7 @@ def report(s, plan, embedder, public, private, known):
 
 
 def print_memory(s, model, public, private):
-    """Print where the bytes go: weights with gradient, Adam and EMA, activations of one image, images and
-    latents.
+    """Print where the bytes go: weights with gradient, Adam, EMA, activations of an image, images, latents.
 
     Runs the networks on the meta device, which computes shapes only: no memory, no time, however large they
     are. All that autograd keeps of one image is counted; the private stage keeps about the same
@@ -76,9 +71,7 @@ def print_memory(s, model, public, private):
 
 
 def estimate(s, plan, embedder, known=()):
-    """Print the minutes of each stage, extrapolated from one step on random data; 0 for networks that are
-    `known`.
-    """
+    """Print the minutes of each stage, from one step on random data; 0 for networks that are `known`."""
     with torch.device(s.device):
         autoencoder = vae.AutoencoderKL(s.vae)
         model = unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(embedder))

@@ -21,8 +21,7 @@ from support.team import rank
 
 @contextlib.contextmanager
 def replacing(path, private=False):
-    """Open a file to write bytes; it takes the place of `path` when complete: a crash leaves the old or the
-    new.
+    """Open a file to write bytes. It takes the place of `path` when complete: a crash leaves old or new.
 
     Only plain files are replaced. A link's target is; what goes to a device or a pipe is written into it when
     complete. private: only its owner may read it, as all in internal/ (`opening`). ValueError, one line, on a
@@ -54,8 +53,7 @@ def replacing(path, private=False):
 
 
 def write_through(path):
-    """Is this a device, a pipe or an open file such as /dev/stdout? A file in its place would take it from
-    others."""
+    """Is this a device, a pipe or an open file such as /dev/stdout, which must not be replaced?"""
     links = [os.path.realpath(path.parent), os.readlink(path)] if path.is_symlink() else []
     return any(link.startswith("/proc/") for link in links) or (
         path.exists() and not path.is_file() and not path.is_dir())
@@ -151,9 +149,7 @@ def expanded(path):
 
 @contextlib.contextmanager
 def understanding(path, kind="checkpoint"):
-    """Reading a file that may be missing, damaged or made to harm: whatever the readers raise -> ValueError,
-    one line.
-    """
+    """Reading a file that may be missing, damaged or hostile: any error becomes a one-line ValueError."""
     try:
         yield
     except FileNotFoundError:
@@ -164,9 +160,7 @@ def understanding(path, kind="checkpoint"):
 
 
 def load(path):
-    """A dict by torch.load, on the CPU, without code execution (pitfall 21). ValueError, one line, if missing
-    or damaged.
-    """
+    """A dict by torch.load, on the CPU; no code of it runs (pitfall 21). ValueError if missing or damaged."""
     with understanding(path):
         value = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(value, dict):
@@ -218,8 +212,11 @@ def append_row(row, path):
 
 
 def read_ledger(path):
-    """Text of the ledger, "" if there is none, for `ledger_rows`. A torn line stays where it is, as
-    a step that was spent; only its line end is added, so that the next row stands on a line of its own."""
+    """Text of the ledger, "" if there is none, for `ledger_rows`.
+
+    A torn line stays where it is, as a step that was spent. Only its line end is added, so that the next row
+    stands on a line of its own.
+    """
     if not Path(path).exists():
         return ""
     text = Path(path).read_bytes().decode(errors="replace")
@@ -230,9 +227,7 @@ def read_ledger(path):
 
 
 def plain(value):
-    """A value as JSON gives it back: dataclasses as dicts, tuples as lists, numpy numbers as floats, infinity
-    as text.
-    """
+    """A value as JSON gives it back: dataclass to dict, tuple to list, numpy to float, infinity to text."""
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else str(float(value))
     if is_dataclass(value):

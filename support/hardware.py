@@ -8,9 +8,11 @@ from extensions import text
 
 
 def laid_out(network, device):
-    """The network on the device, its images laid out in memory as suits: channels last for a GPU's tensor
-    cores, contiguous on a CPU, where group norm and bfloat16 convolutions prefer it (up to 1.6 times: `python
-    -m bench.layout`)."""
+    """The network on the device, in the memory layout that suits the device (`python -m bench.layout`).
+
+    Channels last for a GPU's tensor cores. Contiguous on a CPU, where group norm and bfloat16 convolutions
+    are up to 1.6 times as fast that way.
+    """
     return network.to(device, memory_format=torch.channels_last
                       if "cuda" in str(device) else torch.contiguous_format)
 
@@ -22,8 +24,9 @@ def choose_bf16(precision, device):
 
 @functools.cache
 def bf16_wins(device):
-    """Time a convolution and a matrix product of the UNet's size in both precisions: some CPUs only emulate
-    bfloat16.
+    """Time a convolution and a matrix product of the UNet's size in both precisions.
+
+    Some CPUs only emulate bfloat16.
     """
     def seconds(dtype, n):  # n: images of 4 x 4
         x, w, a = (torch.randn(shape, device=device, dtype=dtype)

@@ -19,9 +19,7 @@ QUIET_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{r
 
 
 def load_optimizer(optimizer, state):
-    """Adam's moments from a checkpoint, their shapes checked; learning rate and the like are those of the
-    settings.
-    """
+    """Adam's moments from a checkpoint, their shapes checked; the learning rate is that of the settings."""
     optimizer.load_state_dict(
         {"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]}
     )
@@ -32,8 +30,7 @@ def load_optimizer(optimizer, state):
 
 
 class Public:
-    """State of a public stage in `path`: read at the beginning, written every minute and on Ctrl-C, removed
-    at the end.
+    """State of a public stage in `path`: read first, written every minute and on Ctrl-C, removed at the end.
 
     also: a module that the loss trains by itself, such as a discriminator; its state is saved as well.
     """
@@ -67,9 +64,7 @@ class Public:
         return self.bar
 
     def show(self, step, metrics):
-        """metrics: {name: number or tensor}; shown every tenth step, since reading a tensor waits for the
-        device.
-        """
+        """metrics: {name: number or tensor}, shown every tenth step: reading one waits for the device."""
         if step % 10 == 0:
             self.bar.set_postfix({k: f"{float(v):.4g}" for k, v in metrics.items()}, refresh=False)
 
@@ -108,9 +103,7 @@ class Private:
         agreed(None)  # nobody writes before all have read
 
     def steps(self):
-        """The numbers of the steps that the budget still allows, with a bar. It goes by the ledger, not by
-        the weights.
-        """
+        """The numbers of the steps left in the budget by the ledger's count, not the weights', with a bar."""
         first, total = len(self.rows), self.plan["steps"]
         self.bar = tqdm(
             range(first, total), desc="3/3 private tuning", unit="step", initial=first, total=total,
@@ -126,9 +119,7 @@ class Private:
         files.append_row(self.rows[-1], self.folder / "ledger.jsonl")
 
     def keep(self, step):
-        """After the step: save its result, log it, show epsilon; if Ctrl-C was pressed and steps are left,
-        leave.
-        """
+        """After the step: save its result, log it, show epsilon. After Ctrl-C leave, if steps are left."""
         engine, spent, total = self.engine, len(self.rows), self.plan["steps"]
         self.done, self.examples = self.done + 1, self.examples + engine.last["examples"]
         leaving = agreed(self.stop.asked) and spent < total

@@ -68,9 +68,7 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, private, privacy, pu
 
 
 def model_card(privacy, classes, name):
-    """release/MODEL_CARD.md: what the release is and promises, in plain words; every number is one of
-    privacy.json's.
-    """
+    """release/MODEL_CARD.md: what the release is and promises, in plain words. Numbers: privacy.json's."""
     p, rates = privacy, privacy[guarantee.ATTACKER]
     words = {
         **p, "name": name, "classes": ", ".join(classes), "number": len(classes),

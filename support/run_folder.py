@@ -1,5 +1,4 @@
-"""A run folder from its making to its end: locked, resumed only with what it began with, stopped without
-loss.
+"""A run folder from its making to its end: locked, resumed only with its own settings, stopped without loss.
 
     runs/NAME/public/     autoencoder and diffusion model, trained on public data only
     runs/NAME/release/    model, privacy statement, images: covered by epsilon, may be published
@@ -79,9 +78,11 @@ class RunFolder:
 
 
 def prepare(out, resume):
-    """Make the run folder, lock it until this process ends, clear up after a crash. Raises ValueError where a
-    new run would be mixed into an old one, or while another process trains there: two of them would each
-    spend the whole budget."""
+    """Make the run folder, lock it until this process ends, clear up after a crash.
+
+    ValueError where a new run would be mixed into an old one, or while another process trains there: each of
+    the two would spend the whole budget.
+    """
     if not resume:
         refuse_used(out)
     for part in PARTS:
@@ -101,8 +102,7 @@ def refuse_used(out):
 
 
 def lock(out):
-    """Lock the folder until this process ends. ValueError while another process holds it, or where nothing
-    can be locked.
+    """Lock the folder until this process ends. ValueError if another holds it, or nothing can be locked.
 
     Some file systems have no locks. There a file, made only if there is none, takes its place; it is removed
     at the end, but not after a crash.
@@ -132,9 +132,7 @@ def quoted(path):
 
 
 def handlers_restored(main):
-    """Decorator: the handlers of signals are afterwards what they were before, for whoever calls main() in a
-    program.
-    """
+    """Decorator: puts the handlers of signals back afterwards, for a program that calls main()."""
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
         before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -148,9 +146,7 @@ def handlers_restored(main):
 
 
 def check_unchanged(facts, path):
-    """Write down what the guarantee depends on; where it is written already (resume), refuse if any of it
-    differs.
-    """
+    """Write down what the guarantee depends on. If it is written already (resume), refuse any difference."""
     if not path.exists():
         return files.write_json(facts, path)
     for key, value in files.read_json(path).items():
@@ -213,8 +209,9 @@ def check_spent(out, plan):
 
 
 class Stop:
-    """First Ctrl-C (or SIGTERM, SIGUSR1): finish the step, save, leave with code 130. Second one: leave at
-    once.
+    """What Ctrl-C (SIGINT), SIGTERM and SIGUSR1 do.
+
+    The first finishes the step, saves, leaves with code 130. The second leaves at once.
 
     Signals within a second of the first are taken as the same one: torchrun passes on what the terminal has
     sent already.
@@ -243,8 +240,7 @@ class Stop:
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are one line, as all others are: ValueError instead of the whole usage.
-    """
+    """A command line whose mistakes are reported in one line, a ValueError, instead of the whole usage."""
 
     def error(self, message):
         raise ValueError(f"{message} (see --help)")

@@ -51,9 +51,7 @@ def sources(release, run):
 
 
 def check_held_out(run, release, private, root=None):
-    """ValueError where a set of one's own calls images held out that were trained on, in this run folder's
-    words.
-    """
+    """ValueError if a set of one's own holds out images that this run, by its own records, trained on."""
     path = run / "internal" / "digests.pt"
     if not datasets.REGISTRY[datasets.kind_of(private)].own or not release.privacy.get("steps"):
         return

@@ -45,9 +45,7 @@ def yes_or_no(word):
 
 
 def parse(argv):
-    """Command line -> settings: the preset's values, overridden by the flags given. ValueError for impossible
-    ones.
-    """
+    """Command line -> settings: the preset's values, overridden by flags. ValueError for impossible ones."""
     p = run_folder.Parser(description="Train DP-LDM: two public stages, one private stage.",
                           argument_default=argparse.SUPPRESS,
                           epilog="Defaults in brackets are those of the preset `digits`. --help-all shows "
@@ -205,8 +203,9 @@ def adopt_settings(s, given):
 
 
 def restored(default, value):
-    """A setting as JSON gave it back -> of its default's type (None: none or any). TypeError, ValueError if
-    it cannot be.
+    """A setting as JSON gave it back -> its default's type. default None: None or any type.
+
+    TypeError or ValueError if it does not convert.
     """
     if is_dataclass(default):
         return type(default)(**value)
@@ -269,8 +268,7 @@ def check(s):
 
 
 def check_sampling(s):
-    """Refuse settings of the images at the end that cannot be followed; nothing is spent yet. ValueError.
-    """
+    """ValueError for settings of the images at the end that cannot be followed. Nothing is spent yet."""
     if not 1 <= s.sample_steps <= s.schedule.T:
         raise ValueError(f"--sample-steps must lie in 1..{s.schedule.T}, the steps of the noise schedule, "
                          f"got {s.sample_steps}")

@@ -1,5 +1,4 @@
-"""From the command line to a run that may begin: settings, public networks that exist already, the two image
-sets.
+"""From the command line to a run that may begin: settings, existing public networks, the two image sets.
 
 Everything that can be refused is refused here, before the first long loop: nobody waits an hour to learn that
 a file is missing. The guarantee depends on one of these checks: no private image may be known to a public
@@ -24,8 +23,7 @@ ASSUMED = {"folder:imagenet/train": (1_281_167, 1000), "folder:laion": (1_000_00
 
 
 def settings_of(argv):
-    """Command line -> (settings, {"vae.pt": checkpoint, "ldm.pt": checkpoint} of public networks that exist
-    already).
+    """Command line -> (settings, {"vae.pt": checkpoint, "ldm.pt": checkpoint} of existing public networks).
 
     The networks are those of the run to be resumed, or of --init. Raises ValueError, one line, for what
     cannot be.
@@ -59,8 +57,7 @@ def settings_of(argv):
 
 
 def adopt(s):
-    """The public networks of the run --init, as they are: their checkpoints say what they are, the settings
-    follow.
+    """The public networks of the run --init, as they are. The settings follow what their checkpoints say.
 
     The diffusion model is left out where there is none, or where it has another kind of condition.
     """
@@ -95,9 +92,10 @@ def adopt(s):
 
 
 def read_sets(s, known):
-    """(public, private, facts): two ImageSets of images (N, C, H, W) uint8 of the autoencoder's size, and
-    what a public checkpoint says of its set: name, classes, digests of its images (None in a dry run). Sets
-    s.crop.
+    """(public, private, facts): two ImageSets of images (N, C, H, W) uint8, in the autoencoder's size.
+
+    facts: what a public checkpoint says of its set: name, classes, digests of its images (None in a dry run).
+    Sets s.crop.
 
     With --steps 0 no private image is read. Raises ValueError, one line, for sets that do not fit, and for
     private images that a public network knows. known: the public networks that exist already.
@@ -142,8 +140,10 @@ def read_sets(s, known):
 
 
 def public_set(s, known=()):
-    """The settings' public ImageSet. Where no network is trained on it, few drawings are enough: to show some
-    beside the samples, or to know their form. known: the public networks that exist already.
+    """The settings' public ImageSet. known: the public networks that exist already.
+
+    Where no network is trained on it, few drawings are enough: to show some beside the samples, or to know
+    their form.
     """
     n = s.public_n
     if datasets.partly_drawn(s.public) and (s.dry_run or "ldm.pt" in known):
@@ -153,9 +153,7 @@ def public_set(s, known=()):
 
 
 def find_set(s, name, **kwargs):
-    """datasets.load as the settings ask; for --dry-run photographs are only listed, and a set that is absent
-    is assumed.
-    """
+    """datasets.load as the settings ask. A dry run only lists photographs and assumes an absent set."""
     size, channels = s.vae.resolution, s.vae.in_channels
     try:
         return datasets.load(
@@ -201,8 +199,7 @@ def refuse_known(s, private, digests, stages):
 
 
 def embedder(s, known, public, private):
-    """What the condition embedder is, an entry of the checkpoints: that of the networks at hand, else as the
-    settings ask.
+    """The condition embedder's entry in the checkpoints: of the networks at hand, else as the settings ask.
 
     Refuses a wrong --tune (ValueError), and says which words the public model does not know: both before any
     work.

@@ -21,16 +21,12 @@ PATIENCE = timedelta(minutes=10)
 
 
 def rank():
-    """This process's number among those of a torchrun, 0 when alone. Only rank 0 writes: for others the
-    writers do nothing.
-    """
+    """This process's number among those of a torchrun, 0 when alone. Writers do nothing unless it is 0."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def join():
-    """Under torchrun: meet the other processes (gloo for tensors on the CPU, NCCL on CUDA). Only rank 0
-    prints and writes.
-    """
+    """Under torchrun: meet the other processes (gloo on the CPU, NCCL on CUDA). Rank 0 prints and writes."""
     if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not dist.is_initialized():
         dist.init_process_group(timeout=PATIENCE)
     if rank():
@@ -51,9 +47,7 @@ def agreed(value):
 
 
 def once(f, *args):
-    """f(*args) by rank 0 alone -> its result, for all. Where it raises, the error is told once: the others
-    leave quietly.
-    """
+    """f(*args) by rank 0 alone -> its result, for all. An error is told once: the others leave quietly."""
     result = error = None
     if rank() == 0:
         try:
@@ -69,9 +63,7 @@ def once(f, *args):
 
 
 def share(batch):
-    """This rank's part of a batch of the public stages; parts differ by one image at most, add up to the
-    batch.
-    """
+    """This rank's part of a public batch. Parts differ by one image at most and add up to the batch."""
     return batch // world() + (rank() < batch % world())
 
 
@@ -101,8 +93,7 @@ def own_device(device):
 
 
 def collective(operation, tensors):
-    """operation(flat tensor), one of torch.distributed's, on all tensors laid end to end; the result is
-    copied into them.
+    """operation(flat tensor), one of torch.distributed's, on all tensors laid end to end, result copied back.
 
     Raises ConnectionError, one line, when another process is dead or silent for longer than the group's
     timeout.
@@ -119,9 +110,7 @@ def collective(operation, tensors):
 
 
 def mean_gradients(parameters, also=None):
-    """The mean of all processes' gradients, in place; and of the weights of `also`, a module that trains by
-    itself.
-    """
+    """Mean over the processes, in place, of gradients, and of the weights of `also`, trained by itself."""
     if world() > 1:
         together = [p.grad for p in parameters if p.grad is not None] + list(
             () if also is None else also.parameters()
@@ -130,8 +119,7 @@ def mean_gradients(parameters, also=None):
 
 
 def reduce_sums(engine):
-    """Called by every process between accumulate and step: the sums of all ranks -> their total on rank 0,
-    zeros elsewhere.
+    """The sums of all ranks -> their total on rank 0, zeros elsewhere; between `accumulate` and `step`.
 
     Each rank samples a shard of its own with the same q, so an example is on one rank and moves the total by
     at most C, as in one process. Rank 0 alone then writes the ledger row, steps (all the noise, once) and

@@ -339,8 +339,7 @@ MUTATIONS = [Mutation(*m) for m in (
 
 
 def passes(folder, *tests):
-    """Do the tests pass in that copy? RuntimeError if one cannot be collected: that would look red, and be no
-    test.
+    """Do the tests pass in that copy? RuntimeError if one cannot be collected: it would look red, no test.
 
     In a fork of this process, which has imported torch and nothing of the project: saves most of the time.
     """

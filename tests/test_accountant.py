@@ -1,6 +1,4 @@
-"""accountant.py against closed forms, the definition integrated here, reference values and simulation (about
-15 s).
-"""
+"""accountant.py against closed forms, the definition integrated here, reference values, simulation (15 s)."""
 
 import json
 import math
@@ -95,8 +93,7 @@ def renyi(q, sigma, alpha, added=False):
 
 
 def exact_delta(groups, eps, theta, added):
-    """delta(eps) = integral of M(s) e^{-s eps} / (s(s+1)) ds / (2 pi i) over Re s = theta, with M(s) =
-    E[e^{sY}].
+    """delta(eps) = integral of M(s) e^{-s eps} / (s(s+1)) ds / (2 pi i) over Re s = theta; M(s) = E[e^{sY}].
 
     The inverse Laplace transform of the definition: no grid of losses, nothing shared with the FFT."""
     scale = math.sqrt(sum(t * q * q * math.expm1(1 / sigma**2) for (q, sigma), t in groups))
@@ -210,9 +207,7 @@ CONTOUR = [
 @pytest.mark.parametrize("groups", CONTOUR)
 @pytest.mark.parametrize("coarse", [1, 20])
 def test_pld_certificate_holds_on_every_grid(groups, coarse):
-    """lower <= exact <= upper in each direction, also on a grid so coarse that no slack can hide a missing
-    term.
-    """
+    """lower <= exact <= upper in each direction, also on grids so coarse that a missing term would show."""
     full = tuple(((q, sigma, 1), t) for (q, sigma), t in groups)
     eps, order = accountant.renyi(dict(groups), 1e-5)
     theta, steps = order - 1, sum(t for _, t in groups)
@@ -225,9 +220,7 @@ def test_pld_certificate_holds_on_every_grid(groups, coarse):
 
 
 def test_pld_certificate_counts_cut_tails_and_rounding(monkeypatch):
-    """The same with coarse tails (infinite losses of one percent) and with cell masses as if float64 had 8
-    digits.
-    """
+    """The same with coarse tails (infinite losses of one percent), and cell masses rounded to 8 digits."""
     groups, eps = (((0.02, 1.0), 500),), 1.6
     full = (((0.02, 1.0, 1), 500),)
     exact = [exact_delta(groups, eps, 6.0, added) for added in (False, True)]
@@ -239,9 +232,7 @@ def test_pld_certificate_counts_cut_tails_and_rounding(monkeypatch):
 
 
 def test_pld_delta_against_simulation():
-    """The definition, E[(1 - e^{eps - Y})_+], over simulated outputs of the composed mechanism, both
-    directions.
-    """
+    """The definition, E[(1 - e^{eps - Y})_+], over simulated outputs of all steps, both directions."""
     q, sigma, steps, n = 0.15, 1.2, 12, 300_000
     losses = sample_losses(q, sigma, steps, n, np.random.default_rng(1))
     for eps in (0.3, 1.0, 2.0):
@@ -264,9 +255,7 @@ def test_pld_full_batch():
 
 
 def test_pld_many_steps():
-    """A million steps of tiny q: close to one Gaussian mechanism of the same variance, and still certified
-    tightly.
-    """
+    """A million steps of tiny q: close to one Gaussian mechanism of the same variance, certified tightly."""
     lower, upper = pld.pld_epsilon(0.001, 3.0, 10**6, 1e-5)
     mu = 1e3 * 0.001 * math.sqrt(math.expm1(1 / 9))
     assert 0 < upper - lower < 5e-4 * upper < accountant.epsilon(0.001, 3.0, 10**6, 1e-5) * 5e-4
@@ -513,9 +502,7 @@ def test_command_line_runs(tmp_path, capsys):
 
 
 def run_folder(place, statement=None, rows=0, settings=None):
-    """A run of 400 steps as far as `statement` (a dict of changes) goes; its ledger has `rows` rows (None: no
-    ledger).
-    """
+    """A run of 400 steps as `statement` (a dict of changes) says, with `rows` ledger rows (None: no file)."""
     for part in ("release", "internal"):
         (place / part).mkdir(parents=True)
     if statement is not None:
@@ -729,9 +716,7 @@ def extreme_plan(rng):
 
 
 def simple_attacks(q, sigma, steps):
-    """(false alarms, detections) of attacks that need no accountant: thresholds on one output, on the
-    largest, on the sum.
-    """
+    """(false alarms, detections) of attacks without accountant: thresholds on one output, largest, sum."""
     cuts = np.concatenate([sigma * np.linspace(-8, 30, 200), np.linspace(0, 1, 20)])
     quiet, heard = ndtr(-cuts / sigma), (1 - q) * ndtr(-cuts / sigma) + q * ndtr((1 - cuts) / sigma)
     pairs = [(quiet, heard), tuple(-np.expm1(steps * np.log1p(-np.minimum(p, 1 - 1e-16)))
@@ -746,9 +731,7 @@ def simple_attacks(q, sigma, steps):
 
 
 def test_statement_numbers_are_total_and_above_what_simple_attacks_reach():
-    """Some hundred plans at the ends of float64, none raises, warns, or is understated; kinds of steps may be
-    mixed.
-    """
+    """Some hundred plans at the ends of float64, also mixed steps: none raises, warns or is understated."""
     rng, start, plans = np.random.default_rng(0), time.process_time(), 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,5 +1,4 @@
-"""The empirical audit: published values, known mechanisms, an engine broken on purpose (`pytest
-tests/test_audit.py`).
+"""The empirical audit: published values, known mechanisms, an engine broken on purpose.
 
 A broken engine must be CAUGHT: its rigorous lower bound lies above the epsilon that the accountant claims.
 """
@@ -33,17 +32,13 @@ def coins(seed=0):
 
 
 def test_the_papers_examples():
-    """Steinke, Nasr, Jagielski 2023: appendix D (75 of 100 guesses, m = 1000) and section 7 (1439 of 1510, m
-    = 100,000).
-    """
+    """Steinke et al. 2023: appendix D (75 of 100 guesses, m = 1000), section 7 (1439 of 1510, m = 1e5)."""
     assert 0.66 <= audit.rigorous_bound(75, 100, 1000, 1e-4) <= 0.673
     assert 2.66 <= audit.rigorous_bound(1439, 1510, 100_000, 1e-5) <= 2.676
 
 
 def test_delta_enters_by_the_worst_distribution_of_free_guesses():
-    """Against the definition, term by term, with m > r; delta = 0 is a binomial test; all right is about ln(m
-    / 3).
-    """
+    """Against the definition, term by term, with m > r. delta = 0: a binomial test; all right: ln(m / 3)."""
     m, r, v, epsilon, delta = 50, 20, 17, 0.8, 1e-3
     p = np.exp(epsilon) / (1 + np.exp(epsilon))
     law = [binom.pmf(w, r, p) for w in range(r + 1)]
@@ -59,9 +54,7 @@ def test_delta_enters_by_the_worst_distribution_of_free_guesses():
 
 
 def test_the_rigorous_bound_exceeds_randomised_response_in_at_most_five_percent():
-    """The mechanism on which the bound is exact: every coin is told truly with probability p. m = r = 200,
-    2000 repeats.
-    """
+    """The mechanism on which the bound is exact: each coin is told truly with probability p. m = r = 200."""
     epsilon, rng = 1.0, np.random.default_rng(0)
     right = rng.binomial(200, 1 / (1 + np.exp(-epsilon)), 2000)
     bounds = {int(v): audit.rigorous_bound(int(v), 200, 200, 0.0) for v in set(right)}

@@ -1,5 +1,4 @@
-"""Crash safety of the private stage: killed at random moments and at each named point of a step, resumed
-until finished.
+"""Crash safety of the private stage: killed at random and at each named point of a step, resumed to the end.
 
 What must hold whatever happens: nothing that is read again is torn, every step whose noisy result ever
 existed has its ledger row, the randomness is fresh, and epsilon of the whole ledger stays within the target.
@@ -85,9 +84,7 @@ def check_finished(out, steps):
 
 
 def attempt(args, diary):
-    """One run in a forked process. The diary outlives a kill: a line per fresh generator (its state) and per
-    noise (its hash).
-    """
+    """One run in a forked process. Its diary outlives a kill: generators' states, hashes of the noise."""
     torch.set_num_threads(1)
     os.close(1), os.close(2)
     os.open(os.devnull, os.O_WRONLY), os.open(os.devnull, os.O_WRONLY)
@@ -257,9 +254,7 @@ def test_resume_refuses_a_changed_flag(stopped, flag, value):
                                                    ("clip_norm", 0.2, "clip_norm"),
                                                    ("private_n", 101, "n"), ("steps", 4, "steps")])
 def test_resume_refuses_changed_settings(stopped, setting, value, named, tmp_path, monkeypatch):
-    """The settings of the run folder are edited: the plan, which lies beside the ledger, does not fit any
-    more.
-    """
+    """The settings of the run folder are edited: the plan beside the ledger does not fit any more."""
     out = tmp_path / "run"
     shutil.copytree(stopped, out)
     settings = files.read_json(out / "internal" / "settings.json")
@@ -320,8 +315,7 @@ def test_a_resumed_run_shows_its_epsilon_at_once(stopped, tmp_path, monkeypatch)
 
 
 def test_the_epsilon_on_the_way_is_never_below_the_true_one(public, tmp_path):
-    """It is computed a hundred times in a run, not at each of 250 steps; in between the later one is shown.
-    """
+    """It is computed a hundred times in a run, not at each of 250 steps. In between the later is shown."""
     train.main([*TINY, *FREE, "--steps", "250", "--tune", "embedder", "--batch-size", "1", "--init",
                 str(public), "--out",
                 str(tmp_path / "run")])
@@ -423,9 +417,7 @@ def test_the_log_too_knows_of_steps(tmp_path):
 
 
 def test_a_finished_release_survives_the_loss_of_its_checkpoint(stopped, tmp_path):
-    """Through the whole program: the release's bytes stay, whichever of its witnesses are lost; so does its
-    count.
-    """
+    """The whole program: the release's bytes and its count stay, whichever of its witnesses are lost."""
     out = tmp_path / "run"
     shutil.copytree(stopped, out)
     train.main(["--resume", "--out", str(out), *FREE])

@@ -1,6 +1,4 @@
-"""Image sets: the embedded digits, files in torchvision's layouts, padding, one clear line for bad files.
-About 3 s.
-"""
+"""Image sets: embedded digits, files in torchvision's layouts, padding, one clear line for bad files."""
 
 import gzip
 import runpy

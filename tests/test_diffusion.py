@@ -1,6 +1,4 @@
-"""Diffusion: schedule, exactness of the loss, randomness of draw, and DDIM on a Gaussian whose exact score is
-known.
-"""
+"""Diffusion: schedule, exactness of the loss, randomness of draw, DDIM on a Gaussian with a known score."""
 import math
 
 import pytest
@@ -32,9 +30,7 @@ def test_unknown_schedule_is_refused():
 
 
 class Exact(nn.Module):
-    """The optimal denoiser where the latents are N(mean_c, deviation^2) per condition: E[target | z_t] in
-    closed form.
-    """
+    """The optimal denoiser for latents N(mean_c, deviation^2) per condition: E[target | z_t], closed form."""
 
     def __init__(self, schedule, means, deviation):
         super().__init__()

@@ -1,5 +1,4 @@
-"""The DP-SGD engine against an independent oracle, statistics, and neighbouring data sets (`pytest
-tests/test_dp_sgd.py`).
+"""The DP-SGD engine against an independent oracle, statistics, and neighbouring data sets.
 
 The oracle below is the definition: one backward pass per example in float64, clip, add. Everything the engine
 does faster must come to the same number.
@@ -709,8 +708,7 @@ def test_default_engine_learns_a_tiny_problem():
     (1e-23, 1e18), (1e18, 1e-23), (1e-22, 1e17), (1e-25, 1e25), (1e25, 1e-25), (1e-30, 1e18), (1e-3, 1e3)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_tiny_inputs_and_huge_gradients_do_not_escape_the_clip(small, large, bias):
-    """Squares below 1e-38 vanish in float32; the product of a tiny input and a huge gradient may be any size.
-    """
+    """Squares below 1e-38 vanish in float32. A tiny input times a huge gradient may be any size."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 40, bias=bias))
     x = small * torch.randn(3, 4, 40)  # four positions: Gram matrices

@@ -1,6 +1,4 @@
-"""evaluate.py: distances against closed forms, honest training of classifiers, the whole program on a tiny
-release.
-"""
+"""evaluate.py: distances against closed forms, honest classifiers, the program on a tiny release."""
 import json
 import shutil
 
@@ -35,8 +33,7 @@ def bars(n, seed=0, size=20):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A run folder whose release is tiny and knows nothing; protocols and feature network shrunk to seconds.
-    """
+    """A run folder whose release is tiny and knows nothing. Protocols and feature network take seconds."""
     config = {"ch": 8, "ch_mult": (1, 1, 1, 1), "num_groups": 4}
     net = {"in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": (1,),
            "attention_resolutions": (),
@@ -178,8 +175,7 @@ def test_garments_are_not_shifted_and_turned(run, monkeypatch):
 
 
 def test_last_step_is_returned(monkeypatch):
-    """Every step's weights are written down: the network that comes back has the last ones, after all epochs.
-    """
+    """Every step's weights are written down: the returned network has the last ones, after all epochs."""
     seen, original = [], torch.optim.Adam.step
 
     def step(self, *args, **kwargs):
@@ -210,9 +206,7 @@ def test_training_is_reproducible_and_leaves_the_global_generator():
 
 
 def test_jiggle_moves_by_pixels():
-    """The centre of ink moves by at most `shift` pixels, and really moves; without shift and rotation nothing
-    does.
-    """
+    """The centre of ink moves, by at most `shift` pixels. Without shift and rotation nothing moves."""
     x = torch.full((64, 1, 28, 28), -1.0)
     x[:, :, 12:16, 12:16] = 1
     assert torch.allclose(evaluate.jiggle(x, shift=0, degrees=0), x, atol=1e-5)
@@ -234,9 +228,7 @@ def test_bad_training_input():
 
 
 def test_program_scores_a_release(run, monkeypatch, capsys):
-    """End to end; every training set that the program uses is recorded: samples or strokes, never a real
-    picture.
-    """
+    """End to end. Every training set of the program is recorded: samples or strokes, never a real image."""
     trained, original = [], evaluate.train_classifier
 
     def record(**arguments):

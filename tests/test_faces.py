@@ -1,6 +1,4 @@
-"""Colour sets: CelebA's layout, own folders and arrays, their errors in one line; all stages on tiny colour
-pictures.
-"""
+"""Colour sets: CelebA's layout, own folders and arrays, errors in one line, all stages on tiny images."""
 
 import json
 import os
@@ -36,9 +34,10 @@ def no_data_root(monkeypatch, tmp_path):
 
 
 def write_celeba(root, name="celeba", n=N):
-    """A folder in CelebA's layout: 22 x 28 pixels, JPEG; red grows with the picture's number, green marks the
-    first attribute, the top and bottom borders, outside the central square, are blue. Returns the base
-    folder.
+    """A folder in CelebA's layout -> the base folder. JPEG images of 22 x 28 pixels.
+
+    Red grows with the image's number, green marks the first attribute. The top and bottom borders, outside
+    the central square, are blue.
     """
     base = root / name
     (base / "img_align_celeba").mkdir(parents=True)

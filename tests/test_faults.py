@@ -1,5 +1,4 @@
-"""Input of every kind that public bug reports of other programs name: read if it has one meaning, else named
-in one line.
+"""Every kind of input that bug reports of other programs name: read, or named in one line.
 
 Parametrised by kind; each test writes its own small input.
 """
@@ -144,8 +143,7 @@ def test_stored_splits_are_kept(tmp_path, keys):
     ],
 )
 def test_labels_that_count_from_one(tmp_path, classes, found):
-    """Whole numbers are names where the names are numbers. Nothing is guessed from the labels that there
-    are."""
+    """Whole numbers are names where the names are numbers. Nothing is guessed from the labels that occur."""
     np.savez(tmp_path / "a.npz", images=IMAGES, labels=LABELS + 1)
     if isinstance(found, str):
         refused(lambda: both(f"npz:{tmp_path / 'a.npz'}", classes=classes, private=True), found)

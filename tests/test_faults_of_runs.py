@@ -1,6 +1,4 @@
-"""Faults of runs, by kind: schedulers, file systems without locks, other working folders, few held-out
-images.
-"""
+"""Faults of runs, by kind: schedulers, file systems without locks, working folders, few held-out images."""
 import errno
 import fcntl
 import os

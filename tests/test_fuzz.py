@@ -1,6 +1,4 @@
-"""Damaged and hostile input: a clear ValueError in one line, or a valid load; nothing else is raised, run or
-allocated.
-"""
+"""Damaged and hostile input: a one-line ValueError or a valid load. Nothing else is raised, run or made."""
 import copy
 import gzip
 import json
@@ -92,8 +90,7 @@ def little_memory():
 
 
 def survives(read, path):
-    """True if it was read, False if it was refused in one line; anything else that is raised fails the test.
-    """
+    """True if it was read, False if refused in one line. Anything else that is raised fails the test."""
     try:
         read(path)
         return True

@@ -1,6 +1,4 @@
-"""The noise of the mechanism: exact recipe, distribution, tail, where it is used (`pytest
-tests/test_noise.py`).
-"""
+"""The noise of the mechanism: exact recipe, distribution, tail, where it is used."""
 import math
 
 import numpy as np
@@ -111,9 +109,7 @@ def test_two_of_them_share_nothing():
 
 
 def one_step(generator, dtype=torch.float32, n=64, C=0.5, sigma=0.5):
-    """A step of the real engine without any example -> its output, the noise alone, in standard deviations
-    (n,).
-    """
+    """A step of the real engine without any example -> the noise alone, in standard deviations (n,)."""
     model = nn.Linear(n, 1, bias=False, dtype=dtype)
     before = model.weight.detach().clone()
     dp_sgd.DPSGD(model, C, sigma, 1.0, generator=generator).step(torch.optim.SGD(model.parameters(), lr=1.0))
@@ -121,8 +117,7 @@ def one_step(generator, dtype=torch.float32, n=64, C=0.5, sigma=0.5):
 
 
 def test_outputs_beyond_float32_s_last_normal_are_possible_without_an_example(monkeypatch):
-    """The event that gave examples away: output > 5.768 sigma C. With sigma 0.5 and the example it has
-    probability 8e-5.
+    """The event that gave examples away, output > 5.768 sigma C: 8e-5 with the example at sigma 0.5.
 
     The sampler's own map is inverted: four radii of 2.95, each of which one draw in 77 exceeds, all with
     angle 0.
@@ -161,9 +156,7 @@ SIZES = {"mnist10k": 8_000, "mnist": 60_000, "fashion": 60_000, "cifar10": 50_00
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_no_preset_reaches_beyond_its_noise(preset):
-    """T q P(N > limit - 1/sigma), the delta that truncated normals cost on top of the accountant's, for 1
-    image and 20.
-    """
+    """T q P(N > limit - 1/sigma), 1 image and 20: what truncated normals add to the accountant's delta."""
     s = DIGITS | PRESETS[preset]
     n = s["private_n"] or SIZES[s["private"]]
     q, steps, delta = s["batch_size"] / n, s["steps"], s["delta"]
@@ -176,9 +169,7 @@ def test_no_preset_reaches_beyond_its_noise(preset):
 
 
 def test_the_bound_sees_what_float32_noise_cost(monkeypatch):
-    """Published lower bounds on delta of runs with float32 noise: default 1.2e-5 of 1e-5, celeba64 2.4e-5 of
-    1e-6.
-    """
+    """Published lower bounds on delta with float32 noise: default 1.2e-5 of 1e-5, celeba64 2.4e-5 of 1e-6."""
     monkeypatch.setattr(dp_sgd.SecureGenerator, "limit", FLOAT32_LIMIT)
     generator, s = dp_sgd.SecureGenerator(), DIGITS | PRESETS["celeba64"]
     q = s["batch_size"] / SIZES["celeba"]

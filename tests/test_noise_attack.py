@@ -1,5 +1,4 @@
-"""Why the noise is cryptographic: with torch's own generator it follows from the release (`pytest
-tests/test_noise_attack.py`).
+"""Why the noise is cryptographic: with torch's own generator it follows from the release.
 
 One private step with Adam moves every weight by the learning rate, up or down: the release shows the sign of
 each noisy gradient, and where a weight has no gradient, the sign of its noise. The Mersenne twister is linear
@@ -25,8 +24,7 @@ LEARNED, PREDICTED = 2 * LENGTH + 64, 512
 
 
 def signs_of_a_release(generator):
-    """A step of the real engine on one example, then what anybody sees: is the noise of block i negative?
-    (blocks,) bool.
+    """A step of the real engine on one example -> what all see: is block i's noise negative? (blocks,) bool.
 
     The weights are blocks of 16, as torch's float64 normals are made from uniforms: number 8 of a block is
     radius * sin(2 pi u), negative where the first bit of u is 1. The example trains the last block, all
@@ -42,9 +40,7 @@ def signs_of_a_release(generator):
 
 
 def shortest_recurrence(bits):
-    """Berlekamp and Massey (1969) over GF(2): (length L, coefficients as bits of an int, bit k for the k-th
-    last bit).
-    """
+    """Berlekamp and Massey (1969) over GF(2): (length L, coefficients as bits of an int: k for k-th last)."""
     connection, previous, length, since, window = 1, 1, 0, 1, 0
     for n, bit in enumerate(bits):
         window = window << 1 | bit  # bit k: the k-th last one
@@ -60,9 +56,7 @@ def shortest_recurrence(bits):
 
 
 def right_predictions(signs):
-    """(length of the recurrence found in the first LEARNED signs, share of the other signs that it
-    foretells).
-    """
+    """(length of the recurrence in the first LEARNED signs, share of the other signs that it foretells)."""
     bits = signs.int().tolist()
     length, connection = shortest_recurrence(bits[:LEARNED])
     right, window = 0, int("".join(map(str, bits[:LEARNED])), 2)

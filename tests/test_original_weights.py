@@ -1,5 +1,7 @@
-"""Weights of the original latent-diffusion code: names and shapes, values computed with the original classes,
-and `python -m extensions.original_weights`, which makes a run folder of them for train.py --init.
+"""Weights of the original latent-diffusion code, and `python -m extensions.original_weights`.
+
+Names, shapes and values are those of the original classes. The program makes a run folder of such weights
+for train.py --init.
 
 `unet_shapes` and `vae_shapes` restate from scratch which tensors the original classes UNetModel
 (openaimodel.py), Encoder and Decoder (model.py) and AutoencoderKL (autoencoder.py) have. Their output was
@@ -123,15 +125,13 @@ def vae_shapes(c):
 
 
 def wave(shape, phase):
-    """sin(0.3 i^2 + phase) for i = 0, 1, ... in a tensor of this shape: without the low rank of a plain wave.
-    """
+    """sin(0.3 i^2 + phase), i = 0, 1, ..., in a tensor of this shape: not of low rank as a plain wave."""
     return torch.sin(0.3 * torch.arange(math.prod(shape), dtype=torch.float64) ** 2
                      + phase).float().view(shape)
 
 
 def waves(shapes, prefix=""):
-    """Weights that need no random numbers: waves of length about 1 per output (1 +- 0.3 where a norm scales).
-    """
+    """Weights without random numbers: waves of length about 1 per output (1 +- 0.3 where a norm scales)."""
     return {prefix + name: 1 + 0.3 * wave(shape, i) if len(shape) == 1 and name.endswith("weight") else
             wave(shape, i) * (2 / max(1, math.prod(shape[1:]))) ** 0.5 for i,
             (name, shape) in enumerate(sorted(shapes.items()))}

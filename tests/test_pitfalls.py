@@ -35,8 +35,7 @@ def tiny_model():
 
 
 def private_stage(out, *flags, model=None, latents=None):
-    """Stage 3 alone on random latents, four steps of about six examples -> settings, plan, model, ledger
-    rows.
+    """Stage 3 alone on random latents, four steps of about six examples -> settings, plan, model, ledger.
 
     Only the embedder is tuned: nothing here depends on how much is, and it is quick.
     """

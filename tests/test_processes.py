@@ -1,6 +1,4 @@
-"""Several processes with gloo: the same sums as one, the noise once, one ledger, and a clear end when one of
-them dies.
-"""
+"""Several processes with gloo: the sums of one, the noise once, one ledger, a clear end when one dies."""
 import hashlib
 import json
 import multiprocessing
@@ -40,9 +38,7 @@ def worker(number, port, job, place):
 
 
 def two_processes(job, place):
-    """Run job(rank, place) in two forks of a process that has imported train -> their exit codes, lines of
-    their stderr.
-    """
+    """Run job(rank, place) in two forks of a process that has imported train -> exit codes, stderr lines."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train"])
     with socket.socket() as free:
@@ -204,9 +200,7 @@ def test_a_run_by_two_processes(tmp_path):
 
 
 def stop_job(number, place):
-    """A signal reaches both processes at different moments; rank 0's word counts, and all leave after the
-    same step.
-    """
+    """A signal reaches both processes at different moments. Rank 0 decides; all leave after the same step."""
     append, stops = files.append_row, []
     init = run_folder.Stop.__init__
     run_folder.Stop.__init__ = lambda self: (init(self), stops.append(self))[0]

@@ -1,6 +1,4 @@
-"""release/ is clean: nothing in it holds a private pixel, latent, loss, norm, path or name; its card states
-what it promises.
-"""
+"""release/ is clean: no private pixel, latent, loss, norm, path or name. Its card says what it promises."""
 import json
 import re
 import zlib
@@ -30,8 +28,7 @@ MARKER = "marker-of-a-private-path"
 
 
 def marked_pictures():
-    """100 private pictures that no network draws by chance: checkerboards of two grey levels, all different.
-    """
+    """100 private images that no network draws by chance: checkerboards of two grey levels, all different."""
     y, x = torch.meshgrid(torch.arange(28), torch.arange(28), indexing="ij")
     grey = torch.stack([40 + torch.arange(100), 255 - torch.arange(100)], 1)  # (100, 2)
     return grey[:, (x + y) % 2].to(torch.uint8)[:, None]  # (100, 1, 28, 28)

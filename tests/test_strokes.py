@@ -60,9 +60,7 @@ def test_no_two_pictures_of_a_class_are_alike(pictures):
 
 
 def test_every_class_can_be_told_from_every_other(pictures):
-    """Mean pictures all differ, and a linear reader of a few hundred pictures is far above chance on fresh
-    ones.
-    """
+    """The mean images all differ, and a linear reader of a few hundred is far above chance on fresh ones."""
     means = torch.stack([pictures[label == LABELS].float().mean(0).flatten() for label in range(36)])
     distance = torch.cdist(means, means) + 1e9 * torch.eye(36)
     assert distance.min() > 200
@@ -112,9 +110,7 @@ def test_load_balances_the_classes_and_counts_labels_from_zero(group, count, fir
 
 
 def test_load_draws_the_class_that_the_label_names():
-    """Letters loaded as 0..25 are letters: nearer to their own mean than to that of the digit with their
-    number.
-    """
+    """Letters loaded as 0..25 are letters: nearer to their own mean than to that digit's."""
     drawn = datasets.load("strokes", size=28, public_classes="letters", n=520, seed=0)
 
     def mean(label):

@@ -1,6 +1,4 @@
-"""Text as condition: grammar, tokenizer, encoder, its per-example gradients, and runs from start to end by
-prompt.
-"""
+"""Text as condition: grammar, tokenizer, encoder, per-example gradients, runs from start to end by prompt."""
 import json
 from dataclasses import replace
 from functools import partial
@@ -240,9 +238,7 @@ def run_tiny(out, *flags):
 
 
 def faces(monkeypatch, captions=False):
-    """The private digits pass for faces with attributes, of which the label is one, or for pictures with
-    captions.
-    """
+    """The private digits pass for faces with attributes (the label is one), or for images with captions."""
     read = datasets.load
 
     def load(name, *args, **kwargs):

@@ -1,6 +1,4 @@
-"""The programs end to end on the smoke preset: all stages, release, sampling, resuming, and every refusal in
-one line.
-"""
+"""The programs end to end on the smoke preset: all stages, release, sampling, resuming, one-line refusals."""
 import json
 import re
 import shutil
@@ -75,9 +73,7 @@ def test_the_ledger_has_one_row_per_logical_step_and_gives_the_epsilon(run):
     (["1", "2", "9"], [1, 2, 9]), (["10", "2", "0"], [1, 2, 0]), (["cat", "3", "dog"], [0, 3, 1]),
     (["9"], [9])])
 def test_private_classes_begin_with_the_embedding_of_the_same_name(names, rows):
-    """Matched by name, not by position; others get rows that are left; what no private image can train is
-    dropped.
-    """
+    """Matched by name, not position. Others get rows that are left. Rows nothing can train are dropped."""
     table = torch.arange(37.0)[:, None].expand(-1, 4)
     entry = {"kind": "class", "dim": 4, "null_class": True, "num_classes": 36}
     checkpoint = {"embedder": entry, "model": {"embedder.embedding.weight": table, "x": 1},

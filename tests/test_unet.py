@@ -1,6 +1,4 @@
-"""The UNet: parameter counts of the paper's networks, shapes, conditioning, the choice of what is tuned,
-LoRA, weights.
-"""
+"""The UNet: parameter counts of the paper's networks, shapes, conditioning, what is tuned, LoRA, weights."""
 import copy
 from types import SimpleNamespace
 
@@ -71,9 +69,7 @@ def test_later_blocks_of_the_cifar_network():
 
 @pytest.mark.parametrize("tune", ["attention", "all", "norm", "lora:2"])
 def test_weights_without_a_gradient_are_not_trained(tune):
-    """They would see nothing but noise, and a release would show it: clean equations for whoever wants to
-    compute it.
-    """
+    """They would see nothing but noise, and a release would show it: clean equations to compute it from."""
     model = unet.LatentModel(unet.UNet(paper_networks.UNETS["mnist"]), unet.ClassEmbedder(26, 5))
     names = unet.without_gradient(model)
     assert count(dict(model.named_parameters())[n] for n in names) == 82_752
@@ -214,8 +210,7 @@ def test_bad_width_is_refused():
 
 
 def original_names(state):
-    """Our weights under the original's names and shapes, written independently of original_weights.LDM_NAMES.
-    """
+    """Our weights under the original's names and shapes, written without original_weights.LDM_NAMES."""
     table = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_proj": "emb_layers.1",
              "norm2": "out_layers.0",
              "conv2": "out_layers.3", "skip": "skip_connection"}

@@ -1,6 +1,4 @@
-"""The autoencoder: parameter counts of the paper's networks, closed forms of posterior and KL, shapes, scale,
-weights.
-"""
+"""The autoencoder: the paper's parameter counts, closed forms of posterior and KL, shapes, scale, weights."""
 from types import SimpleNamespace
 
 import pytest
