@@ -1,7 +1,7 @@
 """Time and memory of one private micro-batch, against training the same parameters without privacy.
 
-    python -m bench.dp_step [--threads 1] [--rounds 5] [--sizes 4 8] [--tune attention all] [--batches 64 256]
-    [--profile]
+    python -m bench.dp_step [--threads 1] [--rounds 5] [--sizes 4 8] [--tune attention all]
+                            [--batches 64 256] [--profile]
 
 The network is the paper's MNIST row with 4 latent channels at 4x4, and the same at 8x8. `none` is a forward
 and backward pass of the mean loss, weight gradients of the same parameters included. The methods of a row

@@ -41,8 +41,8 @@ RUNS = {  # name: (label, flags of train.py, run folder)
                          f"{PHOTOS8} --tune all",
                          "runs/photos-8x8", "all"),
 }
-# 200 steps with eta 1 would take thirteen times as long; 15 do as well as 30 (rows steps15 and steps30 of
-# bench.ablations).
+# 200 steps with eta 1 would take thirteen times as long. 15 do as well as 30: see the rows steps15 and
+# steps30 of bench.ablations.
 SCORE = "--protocol table --steps 15 --eta 0 --classifiers cnn"
 ROWS = {name: Row(label, f"{flags} --out {out}", out, SCORE) for name, (label, flags, out) in RUNS.items()}
 ROWS |= {f"{name}-seed{seed}": Row(row.label, None, row.out,

@@ -2,10 +2,10 @@
 
     python -m bench.strokes_realism [--data-root DIR] [--n 40000] [--epochs 4] [--seed 0]
 
-Prints the accuracy on the 2,000 held-out digits of data/mnist10k.npz, on the official 10,000 test digits when
-the data root has them, which digits are taken for which, and the drawing speed. No real image is used in
-training. The held-out digits guided the hand that wrote the skeletons (their confusions showed which ways of
-writing were missing), so the figure on the official test digits, first looked at when the skeletons were
+Prints the accuracy on the 2,000 held-out digits of datasets/mnist10k.npz, and on the official 10,000 test
+digits when the data root has them; which digits are taken for which; the drawing speed. No real image is used
+in training. The held-out digits guided the hand that wrote the skeletons (their confusions showed which ways
+of writing were missing). So the figure on the official test digits, first looked at when the skeletons were
 done, is the fairer one. About 90 s on one core.
 """
 

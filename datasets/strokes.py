@@ -189,8 +189,8 @@ def draw(labels, generator=None, size=28):
     labels = torch.as_tensor(labels)
     if labels.numel() and not 0 <= labels.min() <= labels.max() < len(CLASSES):
         raise ValueError(f"labels must lie in 0..{len(CLASSES) - 1}")
-    # Filled in place: a list of small results between large temporaries would fragment the heap (4 GB instead
-    # of 0.8).
+    # Filled in place. A list of small results between large temporaries would fragment the heap: 4 GB instead
+    # of 0.8.
     images = torch.empty(len(labels), 1, size, size, dtype=torch.uint8)
     # bounds the memory, whatever N
     for part, target in zip(labels.split(512), images.split(512), strict=True):
@@ -215,8 +215,7 @@ def pen_path(labels, generator):
     points, stroke, matrix, chance = compiled()
     variant = torch.multinomial(chance[labels], 1, generator=generator)[:, 0]
     points, stroke, matrix = points[variant], stroke[variant], matrix[variant]
-    # the hand: points miss their place, neighbours in like manner (a 0 stays round), and so does the whole
-    # stroke
+    # the hand: points miss their place, neighbours in like manner (a 0 stays round); so does a whole stroke
     miss = normal(points.shape[1] + 2, 2)
     miss = (miss[:, :-2] + miss[:, 1:-1] + miss[:, 2:]) / 3**0.5  # (N,K,2), unit variance
     points = points + miss * (0.03 + 0.1 * uniform(1, 1))

@@ -1,62 +1,76 @@
 """An attack on the real engine: a measured lower bound on epsilon, to hold against the computed upper bound.
 
 The worst case that DP-SGD (Liu et al. 2024, Algorithm 1) promises to withstand is built and attacked, once,
-with the sampler, clipping, sum and noise that train.py uses (dp_sgd.poisson_sample, DPSGD.accumulate,
-DPSGD.step):
+with the sampler, clipping, sum and noise that train.py uses (`dp_sgd.poisson_sample`, `DPSGD.accumulate`,
+`DPSGD.step`):
 
-  canaries   m examples, each in the data with probability 1/2 (a secret coin). Example j has a gradient of
-             length 10 C along a coordinate of its own, so clipping leaves C: the most that one example may do
+  canaries   m examples, each in the data with probability 1/2 (a secret coin). The gradient of example j has
+             length 10 C along a coordinate of its own. Clipping leaves C, the most that one example may do
              ("Dirac canaries", Nasr et al. 2023). The model is one number per example, an Embedding (m, 1),
              with a linear loss.
-  attacker   sees every noisy gradient y_t (m,), unit C, and gives canary j a score that is high if it seems
-             to be in:
+  attacker   sees every noisy gradient y_t (m,), in units of C. It gives canary j a score that is high if the
+             canary seems to be in the data:
                sum           sum_t (q_t / sigma_t^2) y_t[j]; the weights matter only where steps differ
                differences   sum_t |y_t[j] - y_(t-1)[j]|: sees noise that is the same in every step
-               regenerated   the sum, minus the noise which the same program draws when it is run again
+               regenerated   the sum, minus the noise that the same program draws when it is run again
 
-    python -m extensions.audit runs/digits       q, sigma, T of that run's ledger and privacy.json; the
-    default python -m extensions.audit --q 0.1 --sigma 1 --steps 300 --delta 1e-5
+The first command takes q, sigma and T from that run's ledger and privacy.json (runs/digits is the default).
+The second needs no run:
 
-Two bounds at 95 % confidence ----------------------------- RIGOROUS, whatever the mechanism does (Steinke,
-Nasr, Jagielski 2023, Theorem 5.2). The attacker guesses "in" for the r/2 highest scores and "out" for the r/2
-lowest; r is fixed before the run, from (q, sigma, T, m, delta) by a simulation.
-  delta = 0   Given the output and the other coins, epsilon-DP bounds the odds of a coin by e^epsilon: a guess
-              is right with probability at most p = e^epsilon / (1 + e^epsilon), so W, the number of right
-              guesses, is stochastically at most V ~ Binomial(r, p).
+    python -m extensions.audit runs/digits
+    python -m extensions.audit --q 0.1 --sigma 1 --steps 300 --delta 1e-5
+
+Two results, both at 95 % confidence
+------------------------------------
+RIGOROUS BOUND, whatever the mechanism does (Steinke, Nasr, Jagielski 2023, Theorem 5.2). The attacker guesses
+"in" for the r/2 highest scores and "out" for the r/2 lowest. r is fixed before the run, from (q, sigma, T, m,
+delta) by a simulation.
+
+  delta = 0   Given the output and the other coins, epsilon-DP bounds the odds of a coin by e^epsilon. So a
+              guess is right with probability at most p = e^epsilon / (1 + e^epsilon), and W, the number of
+              right guesses, is stochastically at most V ~ Binomial(r, p).
   delta > 0   An (epsilon, delta)-DP mechanism does as an epsilon-DP one except with probability about delta
-              per coin and neighbour; then a guess may be right for free. So W is at most V + F, where F >= 0
-              comes with the output, E[F] <= 2 m delta, and V, the coins that are left given the output, is
+              per coin and neighbour. Then a guess may be right for free. So W is at most V + F. F >= 0 comes
+              with the output, and E[F] <= 2 m delta. V, the coins that are left given the output, is
               independent of it. Hence
-                  P[W >= v] <= sum_i P[F = i] P[V >= v - i] = P[V >= v] + sum_(i > 0) P[F = i] P[v - i <= V <
-                  v]
-                            <= P[V >= v] + 2 m delta max_(i = 1..m) P[v - i <= V < v] / i,
-              the last step because P[F = i] = i P[F = i] / i and sum_i i P[F = i] = E[F].
-  The bound is the first epsilon, coming from 0, at which that is not below 5 %. Since even r = m right
-  guesses happen with probability p^m, it never exceeds about ln(m / 3): 8.1 for m = 10,000. It is valid, and
-  far from tight.
-Each score has its own bound, at 95 % by itself; the verdict is about any of the three, so its false alarms
-may be thrice 5 %. ESTIMATE. The coordinates are independent, so m canaries are m independent trials.
-Clopper-Pearson bounds (97.5 % each) on the false positives and negatives of "sum above its expected midpoint"
-give mu = z(1 - fpr) - z(fnr), and the epsilon of the Gaussian mechanism with that mu at delta. Close to the
-truth, but it trusts that the whole trade-off curve is Gaussian, which subsampling (q < 1) bends. A mechanism
-that is not the one claimed may break it: an estimate, no proof.
 
-What this cannot see: one linear layer and one kind of gradient go through the engine. Whether the per-example
-gradients of attention, convolutions or norms are right (a wrong norm is a wrong sensitivity), whether
-examples mix inside the network, whether train.py feeds the engine rightly: those are the subject of
-tests/test_dp_sgd.py (every layer against a float64 loop, neighbouring data sets) and tests/test_pitfalls.py.
-Nor does it see leaks outside the gradients (files, timing, floating point), nor a violation smaller than the
-gap between its bound and the claim: passing is no proof. Two faults of the noise that this repository once
-had passed this audit, and would pass it again:
+                  P[W >= v] <= sum_i P[F = i] P[V >= v - i]
+                             = P[V >= v] + sum_(i > 0) P[F = i] P[v - i <= V < v]
+                            <= P[V >= v] + 2 m delta max_(i = 1..m) P[v - i <= V < v] / i
+
+              The last step holds because P[F = i] = i P[F = i] / i and sum_i i P[F = i] = E[F].
+
+The bound is the first epsilon, coming from 0, at which this is not below 5 %. Even r = m right guesses happen
+with probability p^m. So the bound never exceeds about ln(m / 3), which is 8.1 for m = 10,000. It is valid,
+and far from tight. Each score has its own bound, at 95 % by itself. The verdict is about any of the three,
+so its false alarms may be thrice 5 %.
+
+ESTIMATE. The coordinates are independent, so m canaries are m independent trials. Clopper-Pearson bounds
+(97.5 % each) on the false positives and negatives of "sum above its expected midpoint" give mu = z(1 - fpr) -
+z(fnr), and from it the epsilon of the Gaussian mechanism with that mu at delta. It is close to the truth. But
+it trusts that the whole trade-off curve is Gaussian, which subsampling (q < 1) bends. A mechanism that is not
+the one claimed may break it: an estimate, no proof.
+
+What this cannot see
+--------------------
+One linear layer and one kind of gradient go through the engine. Whether the per-example gradients of
+attention, convolutions or norms are right (a wrong norm is a wrong sensitivity), whether examples mix inside
+the network, whether train.py feeds the engine rightly: those are the subject of tests/test_dp_sgd.py (every
+layer against a float64 loop, neighbouring data sets) and tests/test_pitfalls.py. The audit does not see leaks
+outside the gradients (files, timing, floating point), nor a violation smaller than the gap between its bound
+and the claim. Passing is no proof. Two faults of the noise that this repository once had passed this audit,
+and would pass it again:
+
   predictable noise   torch's CPU generator is linear over two-element arithmetic: enough signs of noise-only
                       weights give its state, and with it all the noise. The attacker here adds scores; it
                       solves no equations. Its score "regenerated" only sees a program that starts with the
                       same seed.
   a tail that ends    float32 normals of torch end at 5.77 standard deviations, and what lies beyond is
-                      impossible without the example. That happens to about one canary in 10^8 per step; the
+                      impossible without the example. That happens to about one canary in 10^8 per step. The
                       scores sum over all steps and the bounds count thousands of guesses, so no sample of a
                       feasible size holds such an event.
-Both are kept out by the generator (dp_sgd.SecureGenerator) and by tests of its own, not by this audit.
+
+Both are kept out by the generator (`dp_sgd.SecureGenerator`) and by tests of its own, not by this audit.
 """
 from pathlib import Path
 
@@ -189,14 +203,15 @@ def plan_guesses(schedule, m, delta, rounds=4):
 
 
 def audit(schedule, delta, m=10_000, guesses=None, **how):
-    """Attack and bounds. schedule [(q, sigma, steps), ...]; guesses None: planned; how: see `attack`. Returns
-    a dict:
+    """Attack and bounds -> a dict. schedule: [(q, sigma, steps), ...]. how: see `attack`.
 
-    upper_rdp, upper_pld   what the accountant claims       member, scores   what `attack` returned
-    lower                  {score: rigorous lower bound}    right            {score: right guesses out of
-                           `guesses`}
-    estimate               of the score "sum"               threshold        of that estimate
-    Raises ValueError for a schedule without noise or m below 10.
+    guesses: how many; None: planned (`plan_guesses`). ValueError for a schedule without noise or m below 10.
+
+    upper_rdp, upper_pld   what the accountant claims
+    member, scores         what `attack` returned
+    lower                  {score: rigorous lower bound}
+    right                  {score: right guesses out of `guesses`}
+    estimate, threshold    of the score "sum", and the threshold of that estimate
     """
     if m < 10:
         raise ValueError(f"--canaries must be at least 10, got {m}")

@@ -1,44 +1,56 @@
 """Book-keeping: all per-example gradient norms and the clipped sum from ONE forward and ONE backward pass.
 
-The fastest of the three methods for `dp_sgd.DPSGD(..., gradients=bookkeeping)`, with the same result as
-`dp_sgd.loop`, which tests/test_dp_sgd.py holds against it to 1e-10, layer by layer. Not in the paper; first
-read dp_sgd.py.
+The fastest of the three methods for `dp_sgd.DPSGD(..., gradients=bookkeeping)`. Its result is that of
+`dp_sgd.loop`: tests/test_dp_sgd.py compares the two, layer by layer, to 1e-10. Not in the paper. First read
+dp_sgd.py.
 
-The derivation -------------- A linear layer maps x_p -> W x_p + b at P positions. Backpropagating the
-*summed* loss of a micro-batch gives the gradient g_p of each output, and since examples do not mix, the g_p
-of example n depend on its own loss only. With X (P, d) and G (P, p) of that example, its gradient is
+The derivation
+--------------
+A linear layer maps its inputs x_s to W x_s + b, at the positions s = 1..P. Backpropagating the *summed* loss
+of a micro-batch gives the gradient g_s of each output. Examples do not mix, so the g_s of one example depend
+on its own loss only. Let X (P, d) be its inputs and G (P, p) its output gradients, one row per position. Then
+the gradient of its loss is
 
-    grad_W = sum_p g_p x_p^T = G^T X   (p, d)             and bias is the weight of a further input that is
-                                       always 1.
+    grad_W = sum_s g_s x_s^T = G^T X    (p, d)
 
-(1) Its norm does not need the matrix:  |G^T X|^2 = tr(X X^T G G^T) = sum over p, p' of (X X^T)[p,p'] (G
-G^T)[p,p'],
-    two Gram matrices: P^2 (d + p) multiplications instead of P d p. P = 1: |x|^2 |g|^2 (Goodfellow 2015).
-    Convolutions are the same on unfolded patches (Rochette et al. 2019); sequences: "ghost clipping" (Li et
-    al. 2022).
-(2) The clipped sum needs no second backward pass: with the factors c_n, sum_n c_n G_n^T X_n is one matrix
-product of
-    the stacked (c G)^T (p, N P) and X (N P, d): "book-keeping" (Bu et al. 2023). X and G of the trained
-    layers are kept.
-(3) Where the matrix itself is the cheaper way (many positions, few channels) it is formed once, (N, p, d); it
-gives the
-    norm, is kept in place of X and G, and the clipped sum is sum_n c_n grad_n.
+The bias is the weight of a further input that is always 1.
 
-Autograd does none of that work a second time: weights do not require grad in the meantime, and the graph
-starts at the output of the first trainable layer. An embedding is a linear layer on one-hot inputs; a 3x3
-convolution is nine linear layers on shifted images; the scales of norm layers have few enough numbers to be
-formed per example.
+(1) The norm does not need this matrix:
 
-Rounding. Gram products cancel: where positions of opposite sign leave a small norm as the difference of large
-numbers, rounding may make it too small, and that breaks the sensitivity. The error is a few float epsilons
-(more for sums over wide layers) times (sum_p |x_p||g_p|)^2, which the two diagonals tell. A bound of 8
-epsilons, and of 8 per 256 inputs or outputs where there are more, is *added*: rounding can only clip harder,
-by about 1e-4. (Measured errors: up to 20 epsilons at 1,280 inputs, 79 at 5,120.)
+        |G^T X|^2 = tr(X X^T G G^T) = sum over s, s' of (X X^T)[s, s'] (G G^T)[s, s']
 
-Underflow. Squares of entries below 1e-19 vanish in float32, and a tiny input may meet a huge gradient. What a
-Gram matrix may have lost that way is at most (number of products) * 1e-38 per entry; the norm is computed as
-if it had lost all of it. Overflow makes the norm infinite, and such an example contributes zero, as all
-non-finite ones.
+    The two Gram matrices cost P^2 (d + p) multiplications, the matrix P d p. For P = 1 the formula is
+    |x|^2 |g|^2 (Goodfellow 2015). For sequences it is "ghost clipping" (Li et al. 2022). Convolutions are the
+    same on unfolded patches (Rochette et al. 2019).
+
+(2) The clipped sum needs no second backward pass. With one factor c_n per example it is a single matrix
+    product, that of (c G)^T (p, N P) and X (N P, d), both stacked over the N examples:
+
+        sum_n c_n G_n^T X_n = (c G)^T X
+
+    This is "book-keeping" (Bu et al. 2023). It keeps X and G of the trained layers.
+
+(3) With many positions and few channels the matrices grad_W are the cheaper way. They are formed once,
+    (N, p, d), give the norms, and are kept in place of X and G. The clipped sum is sum_n c_n grad_n.
+
+Autograd does none of this work a second time: the weights do not require grad in the meantime, and the graph
+starts at the output of the first trainable layer. An embedding is a linear layer on one-hot inputs. A 3x3
+convolution is nine linear layers on shifted images. The scales of norm layers are so few that their gradients
+are formed per example.
+
+Rounding
+--------
+Gram products cancel: where positions have opposite signs, a small norm is the difference of large numbers.
+Rounding may make it too small, and that breaks the sensitivity. The error is a few float epsilons (more for
+sums over wide layers) times (sum_s |x_s| |g_s|)^2. The diagonals of the two Gram matrices tell this number.
+So a bound is *added*: 8 epsilons, and 8 per 256 inputs or outputs where there are more. Then rounding can
+only clip harder, by about 1e-4. (Measured errors: up to 20 epsilons at 1,280 inputs, 79 at 5,120.)
+
+Underflow
+---------
+Squares of entries below 1e-19 vanish in float32, and a tiny input may meet a huge gradient. A Gram matrix
+may have lost that way at most (number of products) * 1e-38 per entry. The norm is computed as if it had lost
+all of it. Overflow makes the norm infinite. Such an example contributes zero, as all non-finite ones do.
 """
 from collections import Counter
 from contextlib import ExitStack
@@ -49,17 +61,15 @@ from torch import nn
 
 from dp_sgd import checked, exact, kept, masked, rows, squared_norm, weighted_sum, zeros
 
-# Layers with a rule for the per-example gradient, and how many dimensions a batch of their inputs has at
-# least.
+# Layers with a rule for the per-example gradient, and the fewest dimensions that a batch of inputs has.
 FEWEST_DIMS = {nn.Linear: 2, nn.Conv2d: 4, nn.GroupNorm: 2, nn.LayerNorm: 2, nn.Embedding: 1}
 
 
 def bookkeeping(model, layers, loss_fn, batch):
-    """-> (norms (L, N), losses (N,), function from factors (L, N) to the weighted sum): see dp_sgd.py,
-    per-example gradients.
+    """norms (L, N), losses (N,), and a function from factors (L, N) to the weighted sum, as `dp_sgd.loop`.
 
-    One forward and one backward pass of the summed loss. Norms are computed as the output gradients arrive;
-    inputs and output gradients are kept for the weighted sum.
+    One forward and one backward pass of the summed loss. Norms are computed as the output gradients arrive.
+    Inputs and output gradients are kept for the weighted sum.
     """
     n, uses, stored, grams, views = rows(batch), Counter(), {}, {}, []
     params = [p for layer in layers for p in layer.params.values()]
@@ -138,16 +148,12 @@ def bookkeeping(model, layers, loss_fn, batch):
 
 
 def joined(parts):
-    """Weight gradients of a layer's linear parts -> of the layer: the kernel's offsets are the last
-    dimensions.
-    """
+    """Weight gradients of a layer's linear parts -> of the layer. The kernel's offsets come last."""
     return parts[0] if len(parts) == 1 else torch.stack(parts, -1)
 
 
 def grams_are_cheaper(layer, x, g, n):
-    """Count multiplications per example, P^2 (d + p) against P d p; the scales of norm layers are always
-    formed.
-    """
+    """Compares multiplications per example, P^2 (d + p) and P d p. False for the scales of norm layers."""
     m = layer.module
     if isinstance(m, (nn.GroupNorm, nn.LayerNorm)) or "weight" not in layer.params:
         return False
@@ -183,9 +189,9 @@ def gram_squared_norm(layer, x, g, n, grams):
             gram_x = gram_x + 1  # the further input that is always 1
     # (n, P, P)
     products, limits, most = g @ g.mT, torch.finfo(g.dtype), max(m.weight[0].numel(), len(m.weight))
-    # (n, P): |x_p|^2, |g_p|^2
+    # (n, P): |x_s|^2, |g_s|^2
     x_squared, g_squared = (a.diagonal(dim1=1, dim2=2).double() for a in (gram_x, products))
-    lengths = (x_squared * g_squared).sqrt().sum(-1)  # sum_p |x_p||g_p|
+    lengths = (x_squared * g_squared).sqrt().sum(-1)  # sum_s |x_s| |g_s|
     lost = most * limits.tiny  # see "Underflow" above
     longest = ((x_squared + lost) * (g_squared + lost)).sqrt().sum(-1)
     bound = 8 * max(most / 256, 1) * limits.eps * lengths.square()  # see "Rounding" above
@@ -214,9 +220,7 @@ def patches_gram(conv, gram, size_out):
 
 
 def per_example(layer, x, g, n):
-    """Per-example gradients {weight: (n, *weight.shape), bias: (n, p)} of one use of a layer, whichever are
-    trained.
-    """
+    """Per-example gradients of one use of a layer, {weight: (n, *weight.shape), bias: (n, p)}, if trained."""
     m, x, g, weight = layer.module, wide(x), wide(g), None
     if isinstance(m, nn.LayerNorm):
         scaled = g * F.layer_norm(x, m.normalized_shape, eps=m.eps)
@@ -235,9 +239,7 @@ def per_example(layer, x, g, n):
 
 
 def weighted_product(layer, x, g, factor):
-    """Clipped sum {weight, bias} of a layer from inputs x, output gradients g and one factor (n,) per
-    example.
-    """
+    """Clipped sum {weight, bias} of a layer from inputs x, output gradients g, and factors (n,)."""
     m, x, g, n = layer.module, wide(x), wide(g), len(factor)
     factor = factor.to(g.dtype)
     if isinstance(m, nn.Embedding):
@@ -264,9 +266,7 @@ def wide(a):
 
 
 def channels_last(layer, a):
-    """Images (n*K, c, H, W) of a convolution -> (n*K, H, W, c); rows of a Linear layer (n*K, ..., c) as they
-    are.
-    """
+    """Images of a convolution (n*K, c, H, W) -> (n*K, H, W, c). Rows of a Linear layer stay (n*K, ..., c)."""
     return a.movedim(1, -1) if isinstance(layer.module, nn.Conv2d) else a
 
 
@@ -276,8 +276,7 @@ def positions(a, n):
 
 
 def taps(conv, size_in, size_out):
-    """For each offset of a kernel in height, and in width: [(slice of outputs, slice of the inputs they
-    meet), ...].
+    """Two lists, for height and width. Per offset of the kernel: (slice of outputs, slice of their inputs).
 
     A 3x3 convolution is nine linear layers, one per offset, between images shifted against each other. The
     slices leave out what meets the zero padding: on a 2x2 image more than half.
@@ -295,9 +294,7 @@ def taps(conv, size_in, size_out):
 
 
 def linear_parts(layer, x, g, n):
-    """Inputs (n, P, d) and output gradients (n, P, p) of a Linear layer, or of each linear layer of a
-    convolution.
-    """
+    """Pairs of inputs (n, P, d), output gradients (n, P, p): one of a Linear layer, one per kernel offset."""
     x, g = channels_last(layer, x), channels_last(layer, g)
     if isinstance(layer.module, nn.Linear):
         return [(positions(x, n), positions(g, n))]
@@ -306,8 +303,7 @@ def linear_parts(layer, x, g, n):
 
 
 def refuse(layers):
-    """Raise ValueError, by name, for the first layer whose per-example gradient book-keeping has no rule for.
-    """
+    """ValueError, by name, for the first layer for whose per-example gradient book-keeping has no rule."""
     for name, module, params in layers:
         if reason := without_rule(module, params):
             raise ValueError(f"layer {name!r} ({type(module).__name__}): {reason}; freeze it or choose "
@@ -318,9 +314,7 @@ bookkeeping.refuse = refuse  # asked by DPSGD before the first step
 
 
 def without_rule(m, params):
-    """Why book-keeping cannot train this layer, or "". Subclasses may compute anything: the type must match
-    exactly.
-    """
+    """Why book-keeping cannot train this layer, or "". No subclass passes, since it may compute anything."""
     if type(m) not in FEWEST_DIMS or not set(params) <= {"weight", "bias"}:
         return f"book-keeping has no rule for its trainable parameters ({', '.join(params)})"
     if isinstance(m, nn.Conv2d) and (m.groups > 1 or m.padding_mode != "zeros" or isinstance(m.padding, str)):

@@ -202,9 +202,8 @@ def convert(s, unet_file, vae_file, scale, images, digests, embedder, average=Fa
     unet_file, vae_file: paths; None if the UNet is trained here, or if one file holds both. images (N, C, H,
     W) uint8: PUBLIC images, for the latent scale where only the autoencoder is given, with their digests.
     Otherwise the UNet was trained with one scale, the buffer `scale_factor`, or `scale` where the file has
-    none (None: 1, the original's default). embedder: see `ldm_checkpoint`. Sets num_groups and
-    the noise schedule of the settings s to the original's. Raises ValueError, one line, for weights that do
-    not fit.
+    none (None: 1, the original's default). embedder: see `ldm_checkpoint`. Sets num_groups and the noise
+    schedule of the settings s to the original's. ValueError, one line, for weights that do not fit.
     """
     unet_weights = read(unet_file, average) if unet_file else {}
     vae_weights = read(vae_file) if vae_file else unet_weights

@@ -465,8 +465,8 @@ def group_epsilon(k, q, sigma, steps, delta):
     """epsilon of k images that are added or removed together (one person), certified upper bound.
 
     Not k times epsilon: recomputed with Binomial(k, q) of the images in a batch.  The mixture of Gaussians
-    P = sum_j Bin(j) N(j, sigma^2) dominates any k clipped gradients (Ganesh 2024).
-    inf where float64 ends."""
+    P = sum_j Bin(j) N(j, sigma^2) dominates any k clipped gradients (Ganesh 2024).  inf where float64 ends.
+    """
     check(q, sigma, steps)
     _check_delta(delta)
     if not 0 <= k <= 1000 or k != int(k):
@@ -479,7 +479,8 @@ def attacker_tpr(q, sigma, steps, fprs=(0.001, 0.01, 0.1)):
 
     Neyman-Pearson for the composed loss distribution, so tight, not the looser line of one (eps, delta): the
     minimum over all eps of e^eps FPR + delta(eps), with the certified upper delta of the direction "example
-    removed"."""
+    removed".
+    """
     check(q, sigma, steps)
     return rates(one_kind(q, sigma, steps), fprs)
 
@@ -512,8 +513,8 @@ def statement_numbers(steps, delta, group=20, fprs=(0.001, 0.01, 0.1)):
     epsilon_rdp        by Renyi moments; and so on, one for each name in accountant.ACCOUNTANTS
     epsilon_pld        tight; Renyi's (or that of full batches, if smaller) where that cannot be certified:
                        delta below 1e-10, q below 1e-7, sigma above 1e3 or below about 1/35 (of groups: more)
-    epsilon_for_group  `group` examples added or removed together, tight; there that of full batches; inf
-                       beyond 700
+    epsilon_for_group  `group` examples added or removed together, tight; there that of full batches, and
+                       inf beyond 700
     attacker           {fpr: best true-positive rate of any membership attacker}, tight; there that of full
                        batches
     """

@@ -5,8 +5,8 @@ The condition embedder tau(y) of text-to-image latent diffusion (Rombach et al. 
 transformer over word tokens, trained from scratch on public captions and tuned privately with the attention.
 Captions come from extensions/captions.py or from the data set.
 
-    caption -> Tokenizer.encode -> tokens (N, L) -> TextEncoder -> context (N, L, D) + mask (N, L) ->
-    unet.Attention
+    caption -> Tokenizer.encode -> tokens (N, L) -> TextEncoder -> context (N, L, D), mask (N, L)
+                                                                        -> unet.Attention
 
 Privacy. The list of words (`vocabulary`) is published with the model, so it is made from the grammar, the
 schema (names of attributes and classes) and the captions of the public set, never from private captions: a
@@ -41,9 +41,8 @@ def vocabulary(attribute_names, class_names, public_captions=()):
     """Sorted list of all words that the grammar can say about these attributes and classes, and public ones.
 
     Made from names (the schema, treated as public) and captions of the PUBLIC set, never from private
-    captions
-    or images. All words of the face grammar are in it whatever the names, so that a public model can be tuned
-    on faces later.
+    captions or images. All words of the face grammar are in it whatever the names, so that a public model can
+    be tuned on faces later.
     """
     said = Counter(word for caption in public_captions or () for word in split(caption))
     often = sorted(said, key=lambda word: (-said[word], word))[:MOST_WORDS]

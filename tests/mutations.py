@@ -1,8 +1,7 @@
 """Put the mistakes of docs/pitfalls.md back, one at a time, and demand that the test named there goes red.
 
     python -m tests.mutations            all of them, some minutes
-    python -m tests.mutations 4 12       those rows only; 0: what is not in the table (audit, secure
-                                         generator)
+    python -m tests.mutations 4 12       those rows only; 0: audit, secure generator (not in the table)
 
 Run by hand (pytest does not collect it). The source is copied to a temporary folder; there a line is
 replaced, the named test is run, the line is restored. Fails, exit code 1, if a line no longer stands in its

@@ -184,8 +184,7 @@ def is_state(value, *rest):
     return isinstance(value, dict) and "done" in value
 
 
-# point: (object, name, what it does before it fails, which calls count, rows and updates on the disk
-# afterwards)
+# point: (object, name, what it does before it fails, which calls count, rows and updates on disk afterwards)
 POINTS = {
     "accumulate": (dp_sgd.DPSGD, "accumulate", None, lambda *a: len(a[2]) > 0, 1, 1),
     "append_row": (files, "append_row", half_a_row, lambda row, path: path.name == "ledger.jsonl", 2, 1),

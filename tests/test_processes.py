@@ -108,8 +108,8 @@ def test_the_total_of_two_processes_is_the_sum_of_one_and_gets_the_noise_once(tm
     assert first["figures"]["examples"] == whole["examples"] == 11 and second["figures"]["examples"] == 3
     assert first["figures"]["norm_quantiles"] == pytest.approx(whole["norm_quantiles"])
     assert torch.equal(first["change"], second["change"])
-    # 4340 numbers N(0, (sigma C / B)^2): the standard deviation is known to 1.1 %; noise of both ranks would
-    # give 1.41.
+    # 4340 numbers N(0, (sigma C / B)^2): the standard deviation is known to 1.1 %. Noise of both ranks would
+    # make it 1.41 times as large.
     assert float(first["change"].std()) / (3.0 * 0.5 / 8) == pytest.approx(1, abs=0.05)
     assert abs(float(first["change"].mean())) < 5 * (3.0 * 0.5 / 8) / 4340 ** 0.5
 

@@ -29,8 +29,8 @@ def count(parameters):
     return sum(p.numel() for p in parameters)
 
 
-# Exact counts of the authors' networks (measured by building them): UNet, in attention, modules; then
-# condition embedder.
+# Exact counts of the authors' networks, measured by building them: UNet, in attention, attention modules,
+# arguments of the condition embedder, its parameters.
 COUNTS = {
     "mnist": (4_606_467, 1_578_304, 7, (26, 5, False), 130),
     "cifar10": (90_290_563, 23_867_520, 16, (1000, 512, True), 512_512),
