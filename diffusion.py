@@ -1,12 +1,13 @@
 """Diffusion in latent space: noise schedule, training loss per example, DDIM sampling with guidance.
 
 Training is that of DDPM (Ho et al. 2020, Eqs. 4 and 14), as DP-LDM uses it (Liu et al. 2024, Algorithm 1).
-Sampling is DDIM (Song et al. 2021, Eqs. 12 and 16) with classifier-free guidance (Ho and Salimans 2022, Eq.
-6). The file imports nothing of the project.
+Sampling is DDIM (Song et al. 2021, Eqs. 12 and 16) with classifier-free guidance (Ho and Salimans 2022).
+The file imports nothing of the project.
 
 Symbols
-    z_0      clean latent (N, C, H, W), scaled to unit variance;  c  its condition
-    t        timestep in 0..T-1;  eps  noise ~ N(0, I), not the epsilon of privacy
+    z_0      clean latent (N, C, H, W), scaled to unit variance
+    t        timestep in 0..T-1. In dp_sgd.py and accountant.py steps are those of training, and T counts them
+    eps      noise ~ N(0, I), not the epsilon of privacy
     abar_t   prod_{s<=t} (1 - beta_s), see `alphas_cumprod`
     z_t      noisy latent, sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps
     K        noise multiplicity: draws of (t, eps) for one example, over which its loss is averaged
@@ -27,9 +28,9 @@ class Schedule:
 
     kind: "linear" means that sqrt(beta) grows linearly, as in latent diffusion. With "cosine" abar_t falls as
     a squared cosine, so that fewer timesteps are pure noise (Nichol and Dhariwal 2021). prediction: "eps" is
-    the noise, as in the paper. "v" is sqrt(abar) eps - sqrt(1 - abar) z_0. From v, z_0 follows without
-    division by sqrt(abar), which is almost 0 where sampling begins. So few sampling steps suffice (Salimans
-    and Ho 2022). ValueError for other words.
+    the noise, as in the paper. To get z_0 from it, `ddim` divides by sqrt(abar), which is almost 0 where
+    sampling begins. "v" is sqrt(abar) eps - sqrt(1 - abar) z_0. It gives z_0 without that division, so few
+    sampling steps suffice (Salimans and Ho 2022). ValueError for other words.
     """
     kind: str = "linear"
     prediction: str = "eps"
@@ -82,13 +83,13 @@ def draw(z0, cond, K, generator, schedule, null=None, drop=0.0):
 def loss(model, z0, cond, t, noise, schedule):
     """Diffusion loss of each example, (N,): the squared error of the prediction (Ho et al. 2020, Eq. 14).
 
-    z0 (N, C, H, W), cond N conditions or None, t (N, K), noise (N, K, C, H, W): what `draw` returns. The loss
-    is averaged over the K draws of one example BEFORE its gradient is clipped. So the gradient varies less
-    with t and noise, at no privacy cost (Dockhorn et al. 2023).
+    z0 (N, C, H, W), cond N conditions or None, t (N, K), noise (N, K, C, H, W): what `draw` returns. The mean
+    over the K draws of an example makes its gradient vary less with t and noise. It is taken BEFORE the
+    gradient is clipped, so it costs no privacy (Dockhorn et al. 2023).
     """
-    signal, sigma = signal_and_noise(t, schedule, z0.dtype)  # each (N, K, 1, 1, 1)
-    z_t = signal * z0[:, None] + sigma * noise  # (N, K, C, H, W)
-    target = noise if schedule.prediction == "eps" else signal * noise - sigma * z0[:, None]  # else v
+    signal, spread = signal_and_noise(t, schedule, z0.dtype)  # each (N, K, 1, 1, 1)
+    z_t = signal * z0[:, None] + spread * noise  # (N, K, C, H, W)
+    target = noise if schedule.prediction == "eps" else signal * noise - spread * z0[:, None]  # else v
     # (N*K, C, H, W): row n*K + k belongs to example n.
     prediction = model(z_t.flatten(0, 1), t.flatten(), cond)
     # Back to full precision if the network ran in bfloat16.
@@ -106,11 +107,10 @@ def signal_and_noise(t, schedule, dtype):
 def ddim(model, shape, cond, steps, eta, guidance, generator, schedule):
     """Latents z_0 (N, C, H, W) float32, drawn from pure noise in `steps` steps (Song et al. 2021, Eq. 12).
 
-    shape: (N, C, H, W). cond: N conditions or None. eta: share of fresh noise in each step. 0: none, so the
-    samples depend on the initial noise only. 1: as much as in DDPM. guidance: weight of the condition, not
-    used if cond is None. 1 is the plain prediction; above 1 samples are more typical and less varied.
-    ValueError for steps outside 1..T, eta outside 0..1, and guidance other than 1 with conditions but no
-    null condition.
+    shape: (N, C, H, W). cond: N conditions or None. eta: share of fresh noise in each step. 0: none, only the
+    initial noise is random. 1: as much as in DDPM. guidance: weight of the condition, not used if cond is
+    None. 1 is the plain prediction; above 1 samples are more typical and less varied. ValueError for steps
+    outside 1..T, eta outside 0..1, and guidance other than 1 with conditions but no null condition.
     """
     if not 1 <= steps <= schedule.T or not 0.0 <= eta <= 1.0:
         raise ValueError(f"ddim: steps must lie in 1..{schedule.T} and eta in 0..1, got {steps=}, {eta=}")

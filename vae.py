@@ -3,11 +3,11 @@
 Implements the first stage of *High-Resolution Image Synthesis with Latent Diffusion Models* (Rombach et al.
 2022, section 3.1 and appendix G). An encoder gives a Gaussian posterior q(z|x), and a decoder gives x back.
 The loss is the reconstruction error plus a very small KL term. In DP-LDM (Liu et al. 2024, section 3, step 1)
-the autoencoder is trained on PUBLIC images only and then frozen, so it costs no privacy. Attributes are
-named as in the original code, so its weights can be loaded. The file imports nothing of the project.
+the autoencoder is trained on PUBLIC images only and then frozen, so it costs no privacy. Attributes have the
+names of Rombach's code, so that weights made there can be loaded. The file imports nothing of the project.
 
-Symbols: x image (N, C, H, W) in [-1, 1] · z latent (N, embed_dim, H/f, W/f) · f = 2^(levels-1) ·
-mu, sigma^2 mean and variance of q(z|x).
+Symbols: x image (N, C, H, W) in [-1, 1]. z latent (N, embed_dim, H/f, W/f) with f = 2^(levels-1). mu and
+sigma^2 mean and variance of q(z|x).
 """
 from dataclasses import dataclass
 
@@ -135,9 +135,9 @@ class Level(nn.Module):
             h = block(h)
             if len(self.attn):
                 h = self.attn[i](h)
-        if hasattr(self, "downsample"):  # set by the encoder, for all levels but the last
+        if hasattr(self, "downsample"):  # set by the encoder, for all levels but the coarsest
             h = self.downsample(h)
-        if hasattr(self, "upsample"):  # set by the decoder, likewise
+        if hasattr(self, "upsample"):  # set by the decoder, for all levels but the finest
             h = self.upsample(h)
         return h
 
@@ -210,8 +210,8 @@ class AutoencoderKL(nn.Module):
         self.encoder, self.decoder = Encoder(c), Decoder(c)
         self.quant_conv = nn.Conv2d(2 * c.z_channels, 2 * c.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(c.embed_dim, c.z_channels, 1)
-        # Lower the initial log variance to about -6, a deviation of 0.05. With the usual 1, noise would hide
-        # the mean from the decoder for hundreds of steps. This is not in the original; it shortens training.
+        # Lower the initial log variance to about -6: deviation 0.05. With the usual deviation of 1, noise
+        # would hide the mean from the decoder for hundreds of steps. Not in the original; a shorter training.
         with torch.no_grad():
             self.quant_conv.bias[c.embed_dim:] -= 6.0
 
@@ -238,7 +238,7 @@ def loss(model, x, kl_weight=1e-6, generator=None, perceptual=None, perceptual_w
     x: images (N, C, H, W) in [-1, 1]. Per image it is the sum over pixels and channels of |x - decode(z)|
     with z ~ q(z|x), plus kl_weight * KL. Large images may use two more terms of extensions/perceptual.py:
     perceptual, a function (x, y) -> (N,), and adversary, an `Adversary`. Returns scalars: the loss, with
-    gradient; the mean absolute error per number of x; the mean KL in nats, unweighted.
+    gradient; the mean absolute error over pixels and channels; the mean KL of an image, in nats, unweighted.
     """
     posterior = model.encode(x)
     y = model.decode(posterior.sample(generator))  # the reconstruction
