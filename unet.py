@@ -4,7 +4,8 @@ Implements the denoiser epsilon_theta(z_t, t, c) of *High-Resolution Image Synth
 Models* (Rombach et al. 2022, sections 3.2 and 3.3), as DP-LDM uses it (Liu et al. 2024, section 3). The file
 imports nothing of the project.
 
-Symbols: z_t noisy latent (N, C, H, W) · t timestep (N,) · c condition, embedded as context (N, L, D).
+Symbols: z_t noisy latent (N, C, H, W). t timestep (N,). c condition, embedded as context (N, L, D).
+Attention sees the T = H * W pixels of a level as tokens (N, T, C).
 
 The paper's network for MNIST: 64 channels, multipliers 1 and 2, attention at every level::
 
@@ -281,7 +282,7 @@ class UNet(nn.Module):
         self.middle_block = nn.ModuleList([res(w, w), attention(w), res(w, w)])
         self.output_blocks = nn.ModuleList()
         for level, level_width in reversed(list(enumerate(widths))):
-            for i in range(c.num_res_blocks + 1):  # one more: the skip before this level, going down
+            for i in range(c.num_res_blocks + 1):  # one more: it takes the skip of what led to this level
                 layers = block(w + skips.pop(), level_width)
                 w = level_width
                 if level > 0 and i == c.num_res_blocks:
@@ -310,7 +311,7 @@ class UNet(nn.Module):
 
 
 def run(layers, x, time, context, mask):
-    """x through the layers, each with the further inputs that it takes."""
+    """x through the layers. A ResBlock also gets the timestep, an attention block the context."""
     for layer in layers:
         if isinstance(layer, ResBlock):
             x = layer(x, time)
@@ -379,7 +380,7 @@ def of_type(model, *types):
 def attention_modules(model, from_block=0):
     """The attention modules in forward order, without the first from_block of them.
 
-    from_block is the authors' `ablation_blocks` minus 1. ValueError if it leaves none of those that exist.
+    from_block is the authors' `ablation_blocks` minus 1. ValueError if it leaves out all, or is negative.
     """
     found = of_type(model, SpatialTransformer, AttentionBlock)
     if not 0 <= from_block < max(len(found), 1):
@@ -410,17 +411,16 @@ TUNE = {
 def select_trainable(model, tune="attention", from_block=0):
     """Make the modules that TUNE[tune] chooses trainable, freeze the rest -> names of trainable parameters.
 
-    model: a LatentModel or a bare UNet. from_block: number of attention modules, from the input on, that stay
-    frozen.
-    ValueError for an unknown name, from_block with a `tune` that leaves attention out, or an empty selection.
+    model: a LatentModel or a bare UNet. from_block: so many attention modules, from the input on, stay
+    frozen. ValueError for an unknown name, an empty selection, or with a `tune` that lists no attention.
     """
     if tune not in TUNE:
         raise ValueError(f"unknown tune={tune!r}; choose one of {', '.join(TUNE)}, lora:RANK")
-    modules, late = TUNE[tune](model), attention_modules(model, from_block)
-    early = [m for m in attention_modules(model) if m not in late]  # empty for from_block 0
-    if not all(m in modules for m in early):
+    modules, later = TUNE[tune](model), attention_modules(model, from_block)
+    skipped = [m for m in attention_modules(model) if m not in later]  # the first from_block of them
+    if not all(m in modules for m in skipped):  # to skip what is not chosen anyway is a mistake
         raise ValueError(f"from_block only applies to attention and lora tuning, not to tune={tune!r}")
-    return train_only(model, [m for m in modules if m not in early])
+    return train_only(model, [m for m in modules if m not in skipped])
 
 
 def train_only(model, modules):
@@ -430,9 +430,9 @@ def train_only(model, modules):
     release would show an attacker that noise. ValueError if nothing is left.
     """
     chosen = {id(p) for module in modules for p in module.parameters()}  # by identity
-    silent = set(without_gradient(model))
+    no_gradient = set(without_gradient(model))
     for name, p in model.named_parameters():
-        p.requires_grad_(id(p) in chosen and name not in silent)
+        p.requires_grad_(id(p) in chosen and name not in no_gradient)
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     if not names:
         raise ValueError("this choice selects no parameter of the model (does it have an embedder?)")
