@@ -2,19 +2,19 @@
 
 One step sums the clipped gradients of a Poisson batch and adds Gaussian noise of deviation sigma. The unit is
 the clip norm C = 1. Neighbouring data sets differ by one example, added or removed. At worst its gradient has
-length 1. Then the output of one step, projected on that gradient, has the distribution
+length 1. Subtract what the others add and project on that gradient: the output of a step is distributed as
 
     Q = N(0, sigma^2) without it,     P = (1-q) N(0, sigma^2) + q N(1, sigma^2) with it.
 
-An accountant is one function, epsilon_of(steps, delta) -> epsilon, where steps is {(q, sigma): T}.
+An accountant is one function of (steps, delta) that returns epsilon, where steps is {(q, sigma): T}.
   rdp   Renyi moments, in this file. They are exact for one step and add up over steps. Turning them into
         epsilon loses 5 to 10 % (Mironov, Talwar, Zhang 2019; Canonne, Kamath, Steinke 2020).
   pld   The distribution of the privacy loss log P/Q, in extensions/pld.py. Tight, with certified bounds.
 The argument `method` takes one of these names, or a function of your own.
-Symbols: q sampling probability, sigma noise multiplier, T number of steps (noise additions), alpha order.
+Symbols: q sampling probability, sigma noise multiplier, T number of noise additions, alpha Renyi order.
 
-    python accountant.py --n 60000 --batch 2000 --epochs 200 --delta 1e-5 --sigma 1.47     (or --epsilon 10)
-    python accountant.py runs/a runs/b                              (what runs have spent, alone and together)
+    python accountant.py --n 60000 --batch 2000 --epochs 200 --delta 1e-5 --sigma 1.47   # or --epsilon 10
+    python accountant.py runs/a runs/b                        # what runs have spent, alone and together
 """
 import math
 from collections import Counter
@@ -114,8 +114,8 @@ def ratio(x, q, sigma):
 def moment_by_integral(q, sigma, alpha, ratio, k=1):
     """log A for any order alpha: step 4 of the derivation in `rdp`.
 
-    ratio: function (x, q, sigma) -> (u, log P/Q), as `ratio`. k: the largest shift of the mean under P, 1 for
-    one example; extensions/pld.py passes k for a group of k.
+    ratio: function (x, q, sigma) -> (u, log P/Q), as `ratio`. k: how many examples come and go together. They
+    shift the mean under P by k at most. It is above 1 in extensions/pld.py only.
     """
     # Trapezoid sum over z = x / sigma with spacing h. The integrand is analytic up to |Im z| = pi sigma,
     # where P = 0. So the error is about exp(-2 pi^2 sigma / h), at most e^-39. The factor (P/Q)^alpha moves

@@ -47,8 +47,8 @@ class SecureGenerator:
     2. Tails. A float32 normal is at most sqrt(2 * 24 ln 2) = 5.77. An output that lies further out proves
        that an example was in the batch. Here the largest normal is `limit` = 17.1.
     3. Rounding (Mironov 2012). A normal made from two uniforms takes few values, so the low bits of a noisy
-       sum tell which sum it was. Here a normal is made from eight: four Box-Muller draws, added and divided
-       by 2 (Holohan and Braghin 2021). Then `privatise` drops the low bits by rounding to float32.
+       sum tell which sum it was. Here a normal is the sum of four Box-Muller draws, divided by 2 (Holohan and
+       Braghin 2021): it depends on eight. Then `privatise` drops the low bits by rounding to float32.
 
     For CUDA the bytes come from the host as well.
     """
@@ -68,7 +68,7 @@ class SecureGenerator:
         """Standard normals of the given shape, float64."""
         out = torch.empty(math.prod(shape), dtype=torch.float64, device=device)
         for part in out.split(CHUNK if out.device.type == "cpu" else 256 * CHUNK):
-            # Box-Muller turns 2 uniforms into 2 normals. Each result adds four: 8 uniforms for 2 results.
+            # Box-Muller turns 2 uniforms into 2 normals, by cos and sin. Four pairs are added: 8 make 2.
             half = (len(part) + 1) // 2
             u = self.uniforms(8 * half, out.device).view(2, 4, half)
             radius = u[0].neg_().log1p_().mul_(-2).sqrt_()  # sqrt(-2 ln(1 - u)), where 1 - u > 0
@@ -131,7 +131,7 @@ def flat(norms, clip_norm):
 def automatic(norms, clip_norm):
     """C/(|g| + 0.01): the length is below C, and close to C unless |g| is small (Bu et al. 2022).
 
-    C only scales the gradient and its noise alike, so use C = 1.
+    C scales the gradient and its noise alike, so it may as well be 1.
     """
     total = norms.square().sum(0).sqrt()  # (N,)
     return (clip_norm / (total + 0.01)).expand_as(norms)  # times |g|: below C
@@ -199,7 +199,7 @@ def vmap(model, layers, loss_fn, batch):
 
 def from_gradients(layers, grads, losses):
     """Per-example gradients (N, *parameter.shape), in the layers' order -> what a method returns."""
-    owner = [i for i, layer in enumerate(layers) for _ in layer.params]  # number of each gradient's layer
+    owner = [i for i, layer in enumerate(layers) for _ in layer.params]  # index of each gradient's layer
     with exact(losses.device):
         squared = torch.zeros(len(layers), len(losses), dtype=torch.float64, device=losses.device)
         for i, g in zip(owner, grads, strict=True):
@@ -369,7 +369,7 @@ class DPSGD:
 
     def step(self, optimizer):
         """Noise once, division by B, optimizer.step(). An empty batch (no `accumulate`) is a step too."""
-        # What goes in depends on single examples and is secret. What comes out may be published.
+        # What goes in depends on single examples and is secret. What comes out is covered by epsilon.
         grads = privatise(self.sums, self.clip_norm,
                           self.noise_multiplier, self.expected_batch_size, self.generator)
         self.last = summary(self.metrics)
@@ -388,7 +388,7 @@ def check_against_loop(engine, loss_fn, *batch):
     Call it with random data before the first step. Book-keeping watches layers by hooks. It misses a weight
     that is used outside its layer, or an input whose rows are not examples; then the results differ.
     """
-    def found(method):
+    def found(method):  # -> norms and sums in one vector, and the length of its part with the norms
         norms, _, weighted = method(engine.model, engine.layers, loss_fn, batch)
         with exact(norms.device):
             sums = weighted(torch.ones_like(norms))  # not clipped
