@@ -23,7 +23,7 @@ reduced to 64.
 
 Metrics on held-out images are NOT covered by epsilon, hence internal/. Publish them only if those images are
 public anyway, as MNIST's are. The Frechet distance is no "FID": its features come from a small CNN trained on
-PUBLIC images, not from Inception. So it compares only runs whose feature network is the same.
+PUBLIC images, not from Inception. Only distances in the features of the same network can be compared.
 """
 from support import threads  # noqa: F401, I001 (first: before torch)
 
@@ -63,7 +63,7 @@ PROTOCOLS = {  # number of samples, steps and eta of DDIM, and the recipe of eac
 FEATURES = {**STRONG, "epochs": 4}  # of the feature network; the same in all protocols, so that runs compare
 FEATURE_IMAGES = 12_000  # at most so many public images train it
 NEIGHBOURS = 3  # k of precision and recall
-MANIFOLD = 2_000  # of generated and of real images, precision and recall use at most so many each
+MANIFOLD = 2_000  # precision and recall use at most so many generated and so many real images
 
 
 def train_classifier(kind, images, labels, num_classes, epochs, lr, batch=128, anneal=False, augment=False,
@@ -139,10 +139,10 @@ def symmetric_root(matrix):
 def frechet(a, b):
     """Squared Frechet distance of the Gaussians fitted to a (N,D) and b (M,D): Heusel et al. 2017, Eq. 6.
 
-    |mu_a - mu_b|^2 + tr A + tr B - 2 tr (AB)^(1/2), with A and B the covariances. The last trace is the sum
-    of the singular values of A^(1/2) B^(1/2), also where a covariance is singular (fewer images than
-    features). Few images bias the distance upwards, so compare at equal N and M. ValueError for fewer than
-    two rows or unequal D.
+    The square is what FID is, too. Reports call it the Frechet distance for short. It is |mu_a - mu_b|^2 +
+    tr A + tr B - 2 tr (AB)^(1/2), with A and B the covariances. The last trace is the sum of the singular
+    values of A^(1/2) B^(1/2), also where a covariance is singular (fewer images than features). Few images
+    bias the distance upwards, so compare at equal N and M. ValueError for fewer than two rows or unequal D.
     """
     if a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(f"frechet: needs 2 rows or more and equal widths, got {tuple(a.shape)} and "
@@ -232,8 +232,8 @@ def on_real_images(args, release, run, private, recipe, images, labels, real_set
     """Scores of a classifier trained on the private TRAINING images, the ceiling for all others: a dict.
 
     accuracy: on each held-out set. samples: for each class, the share of its samples that the classifier
-    assigns to it. The classifier knows private images, so its scores are private. They never leave internal/
-    except by the user's hand.
+    assigns to it. The classifier knows private images, so its scores are private. They go to the terminal
+    and to internal/ (or where --out says).
     """
     settings = run / "internal" / "settings.json"  # were all private images used?
     n = files.read_json(settings).get("private_n") if settings.exists() else None
@@ -385,7 +385,7 @@ def main(argv=None):
     # The samples of an unconditional model have no labels to learn from.
     words = args.classifiers if release.model.embedder is not None else []
     recipes, scores = {word: dict(protocol["recipes"][word]) for word in words}, {}
-    if not datasets.REGISTRY[datasets.kind_of(private)].jiggled:  # shifted, its images are no longer such
+    if not datasets.REGISTRY[datasets.kind_of(private)].jiggled:  # garments are always centred and upright
         for recipe in recipes.values():
             recipe.pop("augment", None)
     for word, recipe in recipes.items():
@@ -398,7 +398,7 @@ def main(argv=None):
     if args.real and words:
         ceiling = on_real_images(args, release, run, private, recipes[words[0]], images, labels, real_sets)
         lap("classifier of real images")
-    if len(real) < 4:  # two halves of two, the least that has a covariance
+    if len(real) < 4:  # a covariance needs two images in each half
         print(f"note: {len(real)} held-out images are too few for a Frechet distance, which is left out")
     elif not args.no_distance:
         folder = run / "public" if whole else None

@@ -36,7 +36,7 @@ class Release:
     crop: int  # side of the finished image in pixels: 28 for MNIST, whose networks see 32
     data: dict  # names of the public and the private set
     privacy: dict  # the content of privacy.json
-    tokenizer: text.Tokenizer | None = None  # this and prompts are None unless conditioned on text
+    tokenizer: text.Tokenizer | None = None  # None, like prompts, unless the condition is text
     prompts: list | None = None  # for each class a list of prompts that describe it
     bf16: bool = False  # networks in bfloat16; the sampler stays in float32
 

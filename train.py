@@ -15,8 +15,9 @@ and Algorithm 1. It puts the other files together:
 
 In all functions s is the settings (support/settings.py), and stop tells whether Ctrl-C was pressed.
 A private step is one Poisson batch, one ledger row, one noise addition, one update of Adam and of the EMA
-(the exponential moving average of the weights, which is the result of a stage). Nothing outside internal/
-depends on private images, except through the noisy gradients.
+(the exponential moving average of the weights, which is the result of a stage). Outside internal/, all that
+depends on private images went through the noisy gradients, but for two things that count as public: the
+number of these images, and the names of their classes and attributes.
 """
 from support import threads  # noqa: F401, I001 (first: before torch)
 
@@ -54,8 +55,7 @@ def learning_rate(step, steps, peak):
 def update_ema(average, parameters, decay, step):
     """average <- d average + (1 - d) parameters, in place, once per step.
 
-    d = min(decay, (1 + step) / (10 + step)). It begins at 1/10 and grows, so that the initial weights are
-    soon forgotten.
+    d = min(decay, (1 + step) / (10 + step)) begins at 1/10 and grows. So the initial weights soon fade.
     """
     torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(decay, (1 + step) / (10 + step)))
 
@@ -80,7 +80,7 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=Non
         optimizer.zero_grad()
         loss.backward()
         team.mean_gradients(parameters, also)
-        # Clip the norm of the mean gradient to 1, which fits losses that begin at about 1. No DP here.
+        # The mean gradient is shortened to 1, a size for losses that begin at about 1. This is not DP.
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         update_ema(average, parameters, decay, step)
@@ -105,7 +105,7 @@ def train_autoencoder(s, images, facts, stop):
         index = torch.randint(len(images), (share(s.vae_batch),), generator=generator, device=s.device)
         x = pixels.to_float(images[index.cpu()].to(s.device))  # [-1, 1]
         loss, error, kl = vae.loss(model, x, s.kl_weight, generator, distance, s.perceptual_weight, adversary)
-        # vae.loss is a sum over an image's pixels; per pixel it is about 1, which `fit` expects
+        # vae.loss is a sum over pixels and channels. Their mean begins at about 1, as `fit` expects.
         return loss / images[0].numel(), {"error": error, "kl": kl}
 
     state_path = s.out / "internal" / "vae_state.pt"
