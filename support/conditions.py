@@ -1,8 +1,9 @@
 """What an image is made from: its class, a text, or nothing.
 
-The condition embedder is one of the two things that the private stage tunes (Liu et al. 2024, section 3). Of
-the private set only names of classes and attributes are used here, which are public; its images and captions
-are not.
+The condition embedder is one of the two things that the private stage tunes (Liu et al. 2024, section 3).
+What the private stage begins with (its shape, vocabulary and weights) depends on no private image: of the
+private set only names of classes and attributes are used, which are public. A private image's own label,
+attributes, caption and pixels are used in `of`, for the condition of this image and of no other.
 """
 import hashlib
 import sys
@@ -112,9 +113,9 @@ def class_prompts(s, private, n=10):
 
 
 def warn_of_unknown_words(s, public, private, embedder):
-    """Say which words of the class prompts, and how many of the public captions', the vocabulary lacks.
+    """Say which words the vocabulary lacks of the class prompts, and how many of the public captions.
 
-    What is said of private captions is fixed, `text.NOTE`: how many of their words are unknown is private.
+    Of private captions only the fixed `text.NOTE` is said: how many of their words are unknown is private.
     """
     if s.steps:
         print(text.NOTE, file=sys.stderr)

@@ -21,17 +21,16 @@ from support.team import rank
 GROUP = "epsilon_for_20_pictures_of_one_person"
 ATTACKER = "attacker_true_positive_rates"
 FALSE_POSITIVES = (0.001, 0.01, 0.1)
-NEGLIGIBLE = 1e-3  # of delta: what the end of the noise may add to it
+NEGLIGIBLE = 1e-3  # the largest share of delta that the end of the noise may add to it
 SAME = 1e-6  # relative: numbers of two machines that differ by less are the same number
 
 
 def privacy_numbers(s, steps, delta):
-    """What the statement says about steps, ledger rows or [(q, sigma, T)]: both accountants, a group of 20,
-    the attacker.
+    """What the statement says about steps: both accountants, a group of 20 images, the attacker.
 
-    Never raises for a plan that `privacy_plan` lets through: what cannot be computed is replaced by what is
-    never below it. The group's epsilon is infinite as well where 20 images together reach beyond the largest
-    noise.
+    steps: ledger rows or [(q, sigma, T)]. Never raises for a plan that `privacy_plan` lets through: where a
+    number cannot be computed, one that is never below it takes its place. The group's epsilon is infinite
+    also if 20 images together can push an output further than the largest normal.
     """
     found = pld.statement_numbers(steps, delta, 20, FALSE_POSITIVES)
     kinds = Counter()
@@ -45,7 +44,7 @@ def privacy_numbers(s, steps, delta):
 
 
 def noise_of(s):
-    """The generator whose largest normal counts."""
+    """A generator of the kind that draws the noise. Its largest normal is where the noise ends."""
     ordinary = s.fast_noise or s.insecure_seed is not None
     return randomness.fresh_generator() if ordinary else dp_sgd.SecureGenerator()
 
@@ -82,8 +81,7 @@ def privacy_plan(s, n):
 
 
 def with_numbers(s, plan):
-    """The plan and what it costs: epsilon by the chosen accountant, and the other numbers of the statement.
-    """
+    """The plan and its cost: epsilon by the chosen accountant, and the statement's other numbers."""
     q, sigma, steps, delta = (plan[key] for key in ("q", "sigma", "steps", "delta"))
     generator = noise_of(s)
     if sigma and randomness.beyond_the_noise(generator, q, sigma, steps) > NEGLIGIBLE * delta:
@@ -95,10 +93,10 @@ def with_numbers(s, plan):
 
 
 def stored_plan(s, asked, path):
-    """The plan in plan.json, which rules when a run is resumed: another CPU or numpy would calibrate sigma to
-    other last digits.
+    """The plan in plan.json, which rules when a run is resumed.
 
-    asked: what must be equal. ValueError, one line, if anything differs, or if epsilon is not what it says.
+    Calibrated anew, by another CPU or numpy, sigma would have other last digits. asked: what must be equal.
+    ValueError, one line, if anything differs, or if the epsilon in plan.json is not what it costs.
     """
     with files.understanding(path, "plan"):
         stored = files.read_json(path)
@@ -117,7 +115,7 @@ def stored_plan(s, asked, path):
                          f"{run_folder.ADD_UP}")
     if s.sigma is None and stated > s.epsilon * (1 + SAME):
         raise ValueError(f"cannot resume: 'epsilon' is not what this run began with; {run_folder.ADD_UP}")
-    with files.understanding(path, "plan"):  # the first programs did not write them
+    with files.understanding(path, "plan"):  # the first versions wrote no numbers
         numbers = stored.get("numbers", plan["numbers"])
         known = {key: {k: float(v) for k, v in value.items()} if key == ATTACKER else float(value)
                  for key, value in numbers.items()}
@@ -128,12 +126,10 @@ def print_plan(s, plan, model):
     """Print plan and share of tuned parameters -> number of tuned parameters."""
     trained, total = count(p for p in model.parameters() if p.requires_grad), count(model.parameters())
     print(f"privacy plan   epsilon {round_up(plan['epsilon'])} at delta {round_up(plan['delta'])} "
-          f"({s.accountant}); "
-          f"unit: one image, added or removed\n               n {plan['n']}, Poisson sampling with q "
-          f"{plan['q']:.4g} "
-          f"(expected batch {s.batch_size}), T {plan['steps']} steps, sigma {plan['sigma']:.4g}, C "
-          f"{s.clip_norm:g} "
-          f"{s.clipping}, K {s.noise_multiplicity}\n"
+          f"({s.accountant}); unit: one image, added or removed\n"
+          f"               n {plan['n']}, Poisson sampling with q {plan['q']:.4g} "
+          f"(expected batch {s.batch_size}), T {plan['steps']} steps, sigma {plan['sigma']:.4g}, "
+          f"C {s.clip_norm:g} {s.clipping}, K {s.noise_multiplicity}\n"
           f"tuned          {s.tune}: {trained:,} of {total:,} parameters ({trained / total:.1%})")
     if plan["steps"] and (plan["sigma"] == 0 or s.insecure_seed is not None) and rank() == 0:
         print("WARNING: no noise or a known noise seed: this run is NOT private", file=sys.stderr)
@@ -165,7 +161,7 @@ def privacy_statement(s, plan, rows, trained, stages=()):
     """
     trained_on = sorted({stage["trained_on"] for stage in stages})
     weights = sorted({name for stage in stages for name in stage.get("public_weights", ())})
-    # Known before the first private step; a step that the plan did not foresee would raise them here.
+    # Known before the first private step. A step that the plan did not foresee would make them larger here.
     numbers = settled(plan["numbers"], privacy_numbers(s, rows, s.delta))
     epsilon = numbers[f"epsilon_{s.accountant}"]
     private = s.insecure_seed is None and math.isfinite(epsilon)
@@ -188,8 +184,8 @@ def privacy_statement(s, plan, rows, trained, stages=()):
         "hyper_parameters": LOOKED.get(datasets.kind_of(s.private), BEFOREHAND),
         "public_weights": weights,
         "insecure_seed": s.insecure_seed is not None, "fast_noise": s.fast_noise,
-        "noise": "float64 from torch's generator (--fast-noise): Mersenne twister (CPU) or Philox (CUDA), no "
-        "cryptographic ones"
+        "noise": "float64 from torch's generator (--fast-noise): Mersenne twister (CPU) or Philox (CUDA), "
+                 "no cryptographic ones"
                  if s.fast_noise or s.insecure_seed is not None else
                  "float64 from the operating system's CSPRNG, four Box-Muller draws each "
                  "(dp_sgd.SecureGenerator)",

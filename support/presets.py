@@ -12,7 +12,7 @@ from support.paper_networks import AUTOENCODERS, UNETS
 from unet import UNetConfig
 from vae import VAEConfig
 
-# UNetConfig(input channels, output channels, width); VAEConfig(input channels, output channels, width).
+# The first arguments of UNetConfig and of VAEConfig are input channels, output channels and width.
 DIGITS = dict(
     public="strokes", public_classes="all", public_n=36_000,
     private="mnist10k", private_n=None, classes=None, label_attribute="Male", size=None, flips=False,
@@ -33,8 +33,8 @@ DIGITS = dict(
     # images at the end
     sample_steps=30, sample_eta=0.0, guidance=1.0,
 )
-# For 60,000 private images. With so many, the same epsilon allows more private steps. What limits the result
-# then is the public model, so it is larger and trained longer.
+# For 60,000 private images. A batch is then a smaller share of them, so the same epsilon allows more private
+# steps. What limits the result then is the public model, so it is larger and trained longer.
 LARGE = dict(
     vae_steps=1500,
     unet=replace(DIGITS["unet"], model_channels=48), ldm_steps=3500, ldm_lr=1.5e-3,
@@ -55,7 +55,7 @@ CELEBA = dict(
     sample_steps=200, sample_eta=1.0)
 # An autoencoder that also encodes images of another kind than its public ones well (docs/results.md). For
 # that it has latents of 8x8, batches of 16 and one normalisation group. It is slower, because the UNet has
-# 64 tokens instead of 16.
+# 64 tokens instead of 16. The UNet is that of DIGITS, narrower than LARGE's.
 CAREFUL = dict(vae=VAEConfig(ch=8, ch_mult=(1, 2, 4), num_groups=1), vae_steps=10_000, vae_batch=16,
                unet=DIGITS["unet"])
 
