@@ -6,7 +6,7 @@ The file imports nothing of the project.
 
 Symbols
     z_0      clean latent (N, C, H, W), scaled to unit variance
-    t        timestep in 0..T-1. In dp_sgd.py and accountant.py steps are those of training, and T counts them
+    t        timestep in 0..T-1; in README.md and accountant.py T is the number of private steps instead
     eps      noise ~ N(0, I), not the epsilon of privacy
     abar_t   prod_{s<=t} (1 - beta_s), see `alphas_cumprod`
     z_t      noisy latent, sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps

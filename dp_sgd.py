@@ -47,8 +47,8 @@ class SecureGenerator:
     2. Tails. A float32 normal is at most sqrt(2 * 24 ln 2) = 5.77. An output that lies further out proves
        that an example was in the batch. Here the largest normal is `limit` = 17.1.
     3. Rounding (Mironov 2012). A normal made from two uniforms takes few values, so the low bits of a noisy
-       sum tell which sum it was. Here a normal is the sum of four Box-Muller draws, divided by 2 (Holohan and
-       Braghin 2021): it depends on eight. Then `privatise` drops the low bits by rounding to float32.
+       sum tell which sum it was. Here four Box-Muller draws, from eight uniforms, are added and divided by 2
+       (Holohan and Braghin 2021). Then `privatise` drops the low bits by rounding to float32.
 
     For CUDA the bytes come from the host as well.
     """

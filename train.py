@@ -80,7 +80,7 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=Non
         optimizer.zero_grad()
         loss.backward()
         team.mean_gradients(parameters, also)
-        # The mean gradient is shortened to 1, a size for losses that begin at about 1. This is not DP.
+        # Clip the norm of the mean gradient to 1, a fitting size as losses begin at about 1. This is no DP.
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         update_ema(average, parameters, decay, step)

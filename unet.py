@@ -412,7 +412,7 @@ def select_trainable(model, tune="attention", from_block=0):
     """Make the modules that TUNE[tune] chooses trainable, freeze the rest -> names of trainable parameters.
 
     model: a LatentModel or a bare UNet. from_block: so many attention modules, from the input on, stay
-    frozen. ValueError for an unknown name, an empty selection, or with a `tune` that lists no attention.
+    frozen. ValueError for an unknown name, an empty selection, or from_block > 0 if `tune` has no attention.
     """
     if tune not in TUNE:
         raise ValueError(f"unknown tune={tune!r}; choose one of {', '.join(TUNE)}, lora:RANK")
