@@ -210,8 +210,8 @@ class AutoencoderKL(nn.Module):
         self.encoder, self.decoder = Encoder(c), Decoder(c)
         self.quant_conv = nn.Conv2d(2 * c.z_channels, 2 * c.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(c.embed_dim, c.z_channels, 1)
-        # Lower the initial log variance to about -6: deviation 0.05. With the usual deviation of 1, noise
-        # would hide the mean from the decoder for hundreds of steps. Not in the original; it shortens training.
+        # Lower the initial log variance to about -6: deviation 0.05. At a deviation of 1 noise would hide the
+        # mean from the decoder for hundreds of steps. This is not in the original; it shortens training.
         with torch.no_grad():
             self.quant_conv.bias[c.embed_dim:] -= 6.0
 
