@@ -1,7 +1,7 @@
 """Time and memory of one private micro-batch, against training the same parameters without privacy.
 
-    python -m bench.dp_step [--threads 1] [--rounds 5] [--sizes 4 8] [--tune attention all]
-                            [--batches 64 256] [--profile]
+    python -m bench.dp_step [--threads 1] [--rounds 5] [--sizes 4 8] [--tune attention all] [--batches 64 256]
+    [--profile]
 
 The network is the paper's MNIST row with 4 latent channels at 4x4, and the same at 8x8. `none` is a forward
 and backward pass of the mean loss, weight gradients of the same parameters included. The methods of a row
@@ -33,7 +33,9 @@ LOOP_EXAMPLES = 16
 
 
 def build(args, tune):
-    """(model, parameters): the MNIST network with an embedder of ten classes, only its zeros filled in."""
+    """The MNIST network with a ten-class embedder, weights as initialised except for the zeros: (model,
+    parameters).
+    """
     torch.manual_seed(0)
     config = unet.UNetConfig(in_channels=4, out_channels=4, num_heads=4)
     model = unet.LatentModel(unet.UNet(config), unet.ClassEmbedder(10, 5))
@@ -113,7 +115,9 @@ def too_large(args, tune, batch_size, method):
 
 
 def profile(args, size, tune, batch_size):
-    """Milliseconds of book-keeping's parts, the smallest over the rounds. The rest: forward and backward."""
+    """Milliseconds of book-keeping's parts: the smallest over the rounds, the rest being forward and
+    backward.
+    """
     parts = {"gram_squared_norm": "norms from Grams", "per_example": "small gradients formed",
              "squared_norm": "their norms",
              "weighted_product": "sums by product", "weighted_sum": "sums of formed"}

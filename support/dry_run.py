@@ -32,7 +32,8 @@ def report(s, plan, embedder, public, private, known):
 
 
 def print_memory(s, model, public, private):
-    """Print where the bytes go: weights with gradient, Adam, EMA, activations of an image, images, latents.
+    """Print where the bytes go: weights with gradient, Adam and EMA, activations of one image, images and
+    latents.
 
     Runs the networks on the meta device, which computes shapes only: no memory, no time, however large they
     are. All that autograd keeps of one image is counted; the private stage keeps about the same
@@ -71,7 +72,9 @@ def print_memory(s, model, public, private):
 
 
 def estimate(s, plan, embedder, known=()):
-    """Print the minutes of each stage, from one step on random data; 0 for networks that are `known`."""
+    """Print the minutes of each stage, extrapolated from one step on random data; 0 for networks that are
+    `known`.
+    """
     with torch.device(s.device):
         autoencoder = vae.AutoencoderKL(s.vae)
         model = unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(embedder))
