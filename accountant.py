@@ -51,7 +51,7 @@ def one_kind(q, sigma, steps):
 
 
 def count_steps(rows):
-    """Rows of a ledger, tuples (q, sigma, T), or {(q, sigma): T} -> {(q, sigma): T}, without free steps.
+    """A ledger's dicts, tuples (q, sigma, T), or {(q, sigma): T} -> {(q, sigma): T}, without free steps.
 
     Equal steps are counted together, so their cost is computed once. If there are more than MOST_KINDS kinds,
     similar ones are merged into one that costs at least as much. ValueError for rows without numbers.
@@ -122,7 +122,7 @@ def moment_by_integral(q, sigma, alpha, ratio, k=1):
     # the centre of the integrand to alpha k / sigma at most. The sum ends 10 standard deviations beyond it.
     h, top = min(0.5, sigma / (2 * k)), alpha * k / sigma + 10.0
     if top / h * k > 2e5:
-        # With so little noise the sum would need too many points. Use a bound instead, by convexity with
+        # Too many points, as there is little noise or a huge alpha. Use a bound instead, by convexity with
         # r = N(1, .)/N(0, .): (1-q+qr)^alpha <= 1-q + q r^alpha.
         none = k * math.log1p(-q)  # log of the probability that none of the k is in the batch
         full = alpha * (alpha - 1) * (k / sigma) ** 2 / 2  # log E[r^alpha] if all k are

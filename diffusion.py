@@ -54,7 +54,7 @@ def alphas_cumprod(schedule, device="cpu"):
                                dtype=torch.float64) ** 2
         return torch.cumprod(1.0 - betas, dim=0).to(device)
     # f(t + 1) / f(0) with f(t) = cos^2((t/T + s) / (1 + s) pi/2): Nichol and Dhariwal 2021, Eq. 17.
-    s = 0.008  # the paper's offset: even the first timestep has some noise
+    s = 0.008  # their offset: even the first timestep has some noise
     angle = (torch.arange(1, schedule.T + 1, dtype=torch.float64) / schedule.T + s) / (1 + s) * math.pi / 2
     # Strictly between 0 and 1, since `ddim` divides by sqrt(abar) and by 1 - abar.
     return (angle.cos() ** 2 / math.cos(s / (1 + s) * math.pi / 2) ** 2).clamp(1e-5, 0.99999).to(device)

@@ -48,7 +48,7 @@ class SecureGenerator:
        that an example was in the batch. Here the largest normal is `limit` = 17.1.
     3. Rounding (Mironov 2012). A normal made from two uniforms takes few values, so the low bits of a noisy
        sum tell which sum it was. Here four Box-Muller draws, from eight uniforms, are added and divided by 2
-       (Holohan and Braghin 2021). Then `privatise` drops the low bits by rounding to float32.
+       (Holohan and Braghin 2021). Rounding to float32 in `privatise` drops the low bits (float64 keeps them).
 
     For CUDA the bytes come from the host as well.
     """
@@ -180,7 +180,7 @@ def loop(model, layers, loss_fn, batch):
 
 def vmap(model, layers, loss_fn, batch):
     """The gradient function of one example, vectorised by torch.func. Needs memory for N gradients."""
-    # functional_call replaces parameters of a module whose forward is the loss. So wrap the model in one.
+    # functional_call runs a module's forward with other parameters. So the loss must be a module's forward.
     root = nn.Module()
     root.model, root.forward = model, lambda *example: loss_fn(root.model, *example)
     # The name of a parameter is model.LAYER.weight; the layer's name is "" if the model itself is the layer.
@@ -397,7 +397,7 @@ def check_against_loop(engine, loss_fn, *batch):
 
     with torch.enable_grad():
         (expected, size), (got, _) = found(loop), found(engine.gradients)
-    # 2 % is above rounding and below a missed gradient. 1e-12: book-keeping adds a bound on underflow.
+    # 2 % is above rounding and below a missed gradient. 1e-12: the norms of book-keeping allow for underflow.
     if (got - expected).norm() > 0.02 * size + 1e-12:
         raise ValueError(f"{engine.gradients.__name__} and the loop disagree about the gradients of random "
                          "examples: the model uses a trained layer in a way that hooks do not see; choose "

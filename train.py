@@ -114,7 +114,7 @@ def train_autoencoder(s, images, facts, stop):
     area = s.vae.resolution ** 2
     # 4,000 images, or fewer if they have more than 8 million pixels together: they must fit into memory.
     shown = pixels.to_float(images[:min(4000, 8_000_000 // area)].to(s.device))
-    # The scale of PUBLIC images: one of private images would leak (docs/pitfalls.md, row 13).
+    # The scale of PUBLIC images: that of private images would leak (docs/pitfalls.md, row 13).
     scale = team.agreed(vae.latent_scale(model, shown, max(1, 262_144 // area)))  # 256 at a time of 32 x 32
     save_reconstructions(model, shown[:32], s.out / "public" / "autoencoder.png")
     return {"config": asdict(s.vae), "state": model.state_dict(), "scale": scale, "steps": s.vae_steps,

@@ -411,8 +411,8 @@ TUNE = {
 def select_trainable(model, tune="attention", from_block=0):
     """Make the modules that TUNE[tune] chooses trainable, freeze the rest -> names of trainable parameters.
 
-    model: a LatentModel or a bare UNet. from_block: so many attention modules, from the input on, stay
-    frozen. ValueError for an unknown name, an empty selection, or from_block > 0 if `tune` has no attention.
+    model: a LatentModel or a bare UNet. The first from_block attention modules stay frozen. ValueError for an
+    unknown name, an empty selection, or from_block > 0 where TUNE[tune] does not list them ("all" does not).
     """
     if tune not in TUNE:
         raise ValueError(f"unknown tune={tune!r}; choose one of {', '.join(TUNE)}, lora:RANK")
@@ -426,8 +426,8 @@ def select_trainable(model, tune="attention", from_block=0):
 def train_only(model, modules):
     """Make the parameters inside `modules` trainable and freeze the others -> names of the trainable ones.
 
-    Parameters that `without_gradient` names stay frozen. DP-SGD would train them on noise alone, and the
-    release would show an attacker that noise. ValueError if nothing is left.
+    Parameters that `without_gradient` names stay frozen. They would show the noise alone, and enough noise of
+    an ordinary generator gives away the rest (tests/test_noise_attack.py). ValueError if nothing is left.
     """
     chosen = {id(p) for module in modules for p in module.parameters()}  # by identity
     no_gradient = set(without_gradient(model))

@@ -43,8 +43,9 @@ Rounding
 Gram products cancel: where positions have opposite signs, a small norm is the difference of large numbers.
 Rounding may make it too small, and that breaks the sensitivity. The error is a few float epsilons (more for
 sums over wide layers) times (sum_s |x_s| |g_s|)^2. The diagonals of the two Gram matrices tell this number.
-So a bound is *added*: 8 epsilons, and 8 per 256 inputs or outputs where there are more. Then rounding can
-only clip harder, by about 1e-4. (Measured errors: up to 20 epsilons at 1,280 inputs, 79 at 5,120.)
+So a bound is *added*: 8 epsilons times that square. If the layer has more than 256 inputs or outputs, it is
+8 epsilons per 256 of them. Then rounding can only clip harder, by a share of about 1e-4. (Measured errors:
+up to 20 epsilons at 1,280 inputs, 79 at 5,120.)
 
 Underflow
 ---------
@@ -101,7 +102,7 @@ def bookkeeping(model, layers, loss_fn, batch):
                 g = g.masked_fill((x == layer.module.padding_idx)[..., None], 0.0)
             if uses[i] == 1 and grams_are_cheaper(layer, x, g, n):
                 squared[i], stored[i] = gram_squared_norm(layer, x, g, n, grams), (x, g, version)
-            else:  # a layer used twice: the two gradients add up before the norm
+            else:  # gradients are formed; those of a layer used twice add up before the norm
                 grads = per_example(layer, x, g, n)
                 stored[i] = {k: v + stored[i][k] for k, v in grads.items()} if i in stored else grads
 
@@ -148,12 +149,15 @@ def bookkeeping(model, layers, loss_fn, batch):
 
 
 def joined(parts):
-    """Weight gradients of a layer's linear parts -> of the layer. The kernel's offsets come last."""
+    """A layer's weight gradient from those of its `linear_parts`: the kernel's offsets as last dimension."""
     return parts[0] if len(parts) == 1 else torch.stack(parts, -1)
 
 
 def grams_are_cheaper(layer, x, g, n):
-    """Compares multiplications per example, P^2 (d + p) and P d p. False for the scales of norm layers."""
+    """Compares multiplications per example, P^2 (d + p) and P d p. False for the scales of norm layers.
+
+    A convolution's inputs count as pixels with d channels: `patches_gram` only adds up their products.
+    """
     m = layer.module
     if isinstance(m, (nn.GroupNorm, nn.LayerNorm)) or "weight" not in layer.params:
         return False

@@ -11,21 +11,23 @@ order and no inequality, so epsilon is 5 to 10 % smaller than by moments, and si
 
 Every error is inside the bounds:
  grid, up    Connect the dots (Doroshenko et al. 2022): the mass of a cell moves to its two ends so that its
-             P- and Q-mass stay.  The result dominates the true pair, and dominating pairs compose: no drift.
- grid, down  The same move is a randomised rounding of Y to Y' = Y + D with |D| < h and mean in [0, h^2/8]
-             given Y.  Over T steps D is sub-Gaussian, variance tau^2 = T h^2/4 (Hoeffding), about a mean of
-             at most tau^2/2.  As (1 - e^{eps-y})_+ is concave but for its kink, rounding raises its mean only
-             there, by at most E[B(Y')] + eta tau, with
-                 B(y) = tau/(2E^2) (E^2 + tau^2 - (y-eps)^2)_+,  E = tau sqrt(2 log 1/eta).
-             Hence, with eps' = eps + tau^2/2,
+             P- and Q-mass stay.  The result dominates the true pair, and dominating pairs compose.  So the
+             grid needs no correction that grows with T.
+ grid, down  The same move rounds the loss of a step at random: by less than h, and by a mean in [0, h^2/8]
+             given the loss.  Over T steps Y becomes Y' = Y + D.  Given the losses, D is sub-Gaussian with
+             variance tau^2 = T h^2/4 (Hoeffding), about a mean of at most tau^2/2.  The function
+             (1 - e^{eps-y})_+ is concave but for its kink at eps.  So rounding raises its mean only there, by
+             at most E[B(Y')] + eta tau, with
+                 B(y) = tau/(2 R^2) (R^2 + tau^2 - (y-eps)^2)_+,  R = tau sqrt(2 log 1/eta).
+             Hence, with eps' = eps + tau^2/2 in place of eps, in B as well,
                  delta(eps) >= E[(1 - e^{eps'-Y'})_+ - B(Y')] - eta tau.
-             (The idea is that of Gopi et al. 2021, who shift eps by all of E; the kink costs only about
-             tau E.)
+             (The idea is that of Gopi et al. 2021, who shift eps by all of R.  The kink costs only about
+             tau R times the density of Y' there.)
  tails       A step's mass beyond `tail` counts as infinite loss (up), or not at all (down); mass that leaves
              the circle of the FFT is bounded by Chernoff.
  rounding    Masses are tilted by e^{theta l}, theta = best order - 1, which moves the tail of interest into
-             the middle: FFT noise (Higham 2002, Theorem 24.2) is then small beside delta.  Cell masses err
-             upwards by their own rounding error; downwards, `pushed` and `surplus` take it back.
+             the middle: FFT noise (Higham 2002, Theorem 24.2) is then small beside delta.  Cell masses are
+             enlarged by their own rounding error.  The lower bound takes it back by `pushed` and `surplus`.
 
 Beyond one epsilon for one image, the same distribution answers two questions that people ask: what k images
 of one person cost together (`group_epsilon`), and how often a membership attacker can be right
@@ -132,7 +134,7 @@ class Part(NamedTuple):
 
     loss: np.ndarray  # (n,) points of the grid
     log_pmf: np.ndarray  # (n,) log of their masses
-    surplus: np.ndarray  # (n,) what the masses may be too large
+    surplus: np.ndarray  # (n,) by how much the masses may be too large
     pushed: float  # P[a loss moved up because of rounding]
     infinite: float  # mass of infinite loss
     steps: int
@@ -149,7 +151,9 @@ def _span(q, sigma, k, tail):
 
 
 def _masses(tails, sign):
-    """From the smaller tail at each edge: (masses between, rounding errors, mass before, mass after)."""
+    """Tails at n+1 edges -> (n masses between, rounding errors, mass before the first, after the last).
+
+    tails (n+1,): the mass below the edge where sign is 1, above it where sign is -1."""
     left, right = tails[:-1], tails[1:]
     both_right = np.where(sign[:-1] < 0, left - right, 1 - left - right)
     mass = np.where(sign[1:] > 0, right - left, both_right)
@@ -176,6 +180,7 @@ def _cells(q, sigma, k, h, span):
     finite = np.isfinite(x)
     miss = np.zeros(len(x))
     miss[finite] = _ratio(x[finite], q, sigma, k)[1] - loss[finite]
+    # At either end only a miss outwards counts: inwards it makes the cell narrower.
     slack = max(np.abs(miss[1:-1]).max(initial=0.0), -miss[0], miss[-1]) + 1e-15 * (1 + np.abs(loss).max())
     sign = np.where(x < 0, 1.0, -1.0)
     tails = ndtr(sign[:, None] * (x[:, None] - j) / sigma)  # (n+1, k+1)
@@ -183,7 +188,10 @@ def _cells(q, sigma, k, h, span):
 
 
 def _connect_dots(loss, p, p_error, q, q_error, before, infinite, slack, steps):
-    """Cell masses (n,) of the two distributions -> Part with n+1 points."""
+    """Cell masses (n,) of the two distributions -> Part with n+1 points.
+
+    Of a cell between the losses l0 and l1 the part `up` of its mass p moves to l1, the rest to l0.  Its mass
+    q stays as well if (p - up) e^-l0 + up e^-l1 = q.  Hence up = (p - e^l0 q) / (1 - e^{l0-l1})."""
     cell, scale = -np.expm1(loss[0] - loss[1]), np.exp(loss[:-1])
     safety = (p_error + scale * q_error) / cell + 3 * slack / cell * (p + p_error)
     up = np.minimum(np.clip((p - scale * q) / cell, 0.0, p) + safety, p + p_error)
@@ -297,6 +305,7 @@ def _compose(parts, h, theta, eta, tail):
         kink = tau / (2 * reach**2) * (outer**2 - (grid[i:j] - eps) ** 2)  # B
         cost = math.exp(log_scale) * weight[i:j] @ kink
         error += markov * (surplus + noise * math.exp(theta * outer) * tau * math.sqrt(j - i))
+        # more than eta tau: there are more than `jumps` pushed steps with a probability of at most eta
         return (value - error - cost) * math.exp(-1e-14 * steps) - eta * (2 + tau) - steps * tail
 
     return upper, lower, grid
@@ -307,7 +316,7 @@ def _curves(groups, theta, eps, small):
     steps = sum(t for _, t in groups)
     if steps > PLD_STEPS or any(q < PLD_Q or sigma > PLD_SIGMA for (q, sigma, _), _ in groups):
         raise OverflowError("outside what the certificate is tested for")
-    # the standard deviation of the loss, about
+    # the standard deviation of the loss, about: log A is near alpha (alpha - 1) / 2 = 0.375 variances
     spread = math.sqrt(sum(t * _log_moment(q, sigma, 1.5, k) / 0.375 for (q, sigma, k), t in groups))
     tail = 1e-6 * small / steps
     spans = [_span(*mechanism, tail) for mechanism, _ in groups]
@@ -393,7 +402,7 @@ def delta_by_moments(moment, eps):
 @lru_cache(maxsize=256)
 @np.errstate(all="ignore")
 def _pld_epsilon(groups, delta):
-    """(lower, upper).  Where nothing can be certified, upper is the smallest bound known otherwise."""
+    """(lower, upper).  Without a certificate lower is 0 and upper the smallest other bound that is proven."""
     if not groups or _silent(groups):
         return (math.inf, math.inf) if groups else (0.0, 0.0)
     rdp_eps, order = epsilon_by_moments(_composed(groups), delta)
@@ -439,7 +448,7 @@ def _pld_delta(groups, eps):
 def bounds(steps, delta, k=1):
     """(lower, upper) bound on epsilon of steps {(q, sigma): T}; k: of so many images of one person together.
 
-    Where nothing can be certified, for any delta in (0, 1), lower is 0 and upper is proven otherwise."""
+    For any delta in (0, 1).  Where nothing can be certified, see `_pld_epsilon`."""
     return _pld_epsilon(_groups(count_steps(steps), k), delta)
 
 
@@ -477,9 +486,9 @@ def group_epsilon(k, q, sigma, steps, delta):
 def attacker_tpr(q, sigma, steps, fprs=(0.001, 0.01, 0.1)):
     """Best true-positive rate of ANY membership attacker at each false-positive rate: array shaped like fprs.
 
-    Neyman-Pearson for the composed loss distribution, so tight, not the looser line of one (eps, delta): the
-    minimum over all eps of e^eps FPR + delta(eps), with the certified upper delta of the direction "example
-    removed".
+    It is the minimum over all eps of e^eps FPR + delta(eps), with the certified upper delta of the direction
+    "example removed".  By Neyman and Pearson this is tight for the composed loss distribution.  A single
+    (eps, delta) would only give one of these lines, which is looser.
     """
     check(q, sigma, steps)
     return rates(one_kind(q, sigma, steps), fprs)
@@ -511,19 +520,20 @@ def statement_numbers(steps, delta, group=20, fprs=(0.001, 0.01, 0.1)):
 
     A dict of upper bounds, for any q in [0, 1], sigma >= 0, number of steps and delta in (0, 1):
     epsilon_rdp        by Renyi moments; and so on, one for each name in accountant.ACCOUNTANTS
-    epsilon_pld        tight; Renyi's (or that of full batches, if smaller) where that cannot be certified:
-                       delta below 1e-10, q below 1e-7, sigma above 1e3 or below about 1/35 (of groups: more)
-    epsilon_for_group  `group` examples added or removed together, tight; there that of full batches, and
-                       inf beyond 700
-    attacker           {fpr: best true-positive rate of any membership attacker}, tight; there that of full
-                       batches
+    epsilon_pld        tight; if not certified, Renyi's, or that of full batches if smaller
+    epsilon_for_group  `group` examples added or removed together, tight; if not certified, that of full
+                       batches, and inf beyond 700
+    attacker           {fpr: best true-positive rate of any membership attacker}, tight; if not certified,
+                       that of full batches
+    Not certified are: delta below 1e-10, q below 1e-7, sigma above 1e3 or below about 1/35.  For groups sigma
+    must be larger still.
     """
     check(delta=delta)
     steps, numbers = count_steps(steps), {}
     for name in accountant.ACCOUNTANTS:
         try:
             numbers[f"epsilon_{name}"] = accountant.epsilon_of_ledger(steps, delta, name)
-        except ValueError:  # it refuses, as pld does a small delta: a statement takes what is proven there
+        except ValueError:  # as pld refuses a small delta: a statement takes what is proven there
             numbers[f"epsilon_{name}"] = float(bounds(steps, delta)[1])
     attacker = rates(steps, fprs).tolist()
     return {
