@@ -27,9 +27,8 @@ def to_bytes(values, path):
 
 
 def one_colour(images):
-    """The first of images (N,C,H,W) whose pixels are all alike, or None."""
-    found = (images == images[..., :1, :1]).flatten(1).all(1).nonzero()
-    return int(found[0]) if len(found) else None
+    """The numbers of those of the images (N,C,H,W) whose pixels are all alike."""
+    return (images == images[..., :1, :1]).flatten(1).all(1).nonzero().flatten().tolist()
 
 
 def pad(images, size):

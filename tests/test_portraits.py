@@ -122,7 +122,7 @@ def test_missing_attributes_are_refused():
 @pytest.mark.parametrize("attribute", ["Male", "Young", "Smiling", "Eyeglasses"])
 def test_classes_and_attributes_have_celebas_form(attribute):
     found = datasets.load("portraits", n=12, size=32, label_attribute=attribute, seed=3)
-    assert found.classes == photos.attribute_classes(attribute)
+    assert found.classes == photos.attribute_classes(attribute, found.attributes, "")
     assert torch.equal(found.labels, found.attributes[attribute].long()) and found.labels.dtype == torch.int64
     assert all(column.shape == (12,) and column.dtype == torch.bool for column in found.attributes.values())
     described = datasets.describe("portraits", label_attribute=attribute)
