@@ -225,10 +225,7 @@ def place(name, root=None):
     if entry is None or entry.drawn or entry.own and not where:
         return None
     if entry.own:
-        try:
-            found = arrays.located(root, where)
-        except DataError:
-            found = files.expanded(where)
+        found = arrays.there(files.expanded(where), root / where)
     elif kind in ("celeba", "faces"):
         found = photos.celeba_list(root, kind).parent / "img_align_celeba"
     else:

@@ -81,7 +81,7 @@ def load_cifar10(ask):
     read, reason = fetched(ask, "CIFAR10", place.exists(), train=ask.split == "train")
     if read is None:
         raise DataError(f"{place} not found, {reason}: {WAYS_OUT}")
-    return ImageSet(*check(read.data, np.array(read.targets), ask.root, 0, 9), list(read.classes))
+    return ImageSet(*check(read.data, np.array(read.targets), ask.root, 0, 9), CIFAR10)
 
 
 @dataset("public32", "small colour photographs, public32.npz in the data root", role="public", channels=3,
@@ -116,7 +116,7 @@ def own_arrays(path, split=None, classes=None, private=False):
         of_images, of_labels, told = layout(arrays, path, split)
         names = declared_classes(path, arrays, of_labels, classes, private)
         by_name = of_labels and "class_names" not in arrays
-        images = np.concatenate([pixels.to_bytes(arranged(arrays[name], path), path) for name in of_images])
+        images = np.concatenate([pixels.to_bytes(arrays[name], path) for name in of_images])
         labels = np.concatenate([arrays[name] for name in of_labels] or [np.zeros(len(images), np.uint8)])
     names, labels = matched(labels, names, by_name, path)
     found = ImageSet(*check(images, labels, path, 0, len(names) - 1), names)
@@ -204,9 +204,8 @@ def describe_npz(path, classes=None, private=False):
             shape = arrays["images"].shape
         else:
             with arrays.zip.open(f"{images[0]}.npy") as file:
-                version = np.lib.format.read_magic(file)
-                number = "1_0" if version == (1, 0) else "2_0"
-                shape, _, _ = getattr(np.lib.format, f"read_array_header_{number}")(file)
+                major, _ = np.lib.format.read_magic(file)
+                shape, _, _ = getattr(np.lib.format, f"read_array_header_{min(major, 2)}_0")(file)
         _, channels, side, _ = arranged(np.broadcast_to(np.uint8(0), shape), path).shape
         names = declared_classes(path, arrays, labels, classes, private)
         return {"side": side, "channels": channels, "classes": names}
@@ -245,10 +244,15 @@ def read_npz(path, keys):
 # ---- files -------------------------------------------------------------------------------------------------
 
 
+def there(*paths):
+    """The first of these paths that exists, else the first of all."""
+    return next((path for path in paths if path.exists()), paths[0])
+
+
 def located(root, where):
     """The path of an own set as given, else under the data root. Raises DataError if there is neither."""
-    found = next((p for p in (files.expanded(where), root / where) if p.exists()), None)
-    if found is None:
+    found = there(files.expanded(where), root / where)
+    if not found.exists():
         raise DataError(f"{where} not found, neither here nor in {root}")
     return found
 

@@ -29,7 +29,7 @@ from support import files
 from support.bars import tqdm
 
 from . import pixels
-from .arrays import fetched, located
+from .arrays import fetched, located, there
 from .registry import WAYS_OUT, DataError, ImageSet, dataset, named, natural, own_rows, readable, reading
 
 # others: "not NAME", "NAME"
@@ -111,7 +111,7 @@ def load_celeba(ask):
     if not images:
         raise wrong(partition, f"no image of the split {ask.split!r}", "some")
     table = torch.tensor([rows[image] for image in images])  # (N, attributes) bool
-    attributes = {name: table[:, i].clone() for i, name in enumerate(names)}
+    attributes = dict(zip(names, table.T.contiguous(), strict=True))
     place = listed.parent / "img_align_celeba"
     place = place / place.name if (place / place.name).is_dir() else place  # as the CSV form is packed
     labels = attributes[ask.label_attribute].long()
@@ -132,8 +132,8 @@ def read_celeba(ask):
 
 def celeba_list(root, name):
     """Path of CelebA's list of attributes in ROOT/name or ROOT, .txt or .csv; the first of them if absent."""
-    paths = [base / f"list_attr_celeba.{form}" for base in (root / name, root) for form in ("txt", "csv")]
-    return next((path for path in paths if path.exists()), paths[0])
+    places, forms = (root / name, root), ("txt", "csv")
+    return there(*(place / f"list_attr_celeba.{form}" for place in places for form in forms))
 
 
 def attribute_classes(name, names, title):

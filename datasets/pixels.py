@@ -17,7 +17,7 @@ def to_bytes(values, path):
     """
     if values.dtype == np.uint8:
         return values
-    top = {"f": 1, "b": 1}.get(values.dtype.kind, 255)
+    top = 1 if values.dtype.kind in "fb" else 255
     if values.dtype.kind not in "biuf" or not (values.min() >= 0 and values.max() <= top):  # NaN is neither
         raise DataError(f"{path}: found pixels of {values.dtype} beyond 0..{top}, expected uint8, whole "
                         "numbers in 0..255 or floats in 0..1; convert like this: images.clip(0, "

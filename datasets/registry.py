@@ -144,7 +144,7 @@ def kind_of(name):
 def reading(path, expected):
     """Whatever a library raises on a file that is no `expected` -> DataError, one line; our own as they are.
 
-    Pillow, numpy, zipfile and zlib have three dozen types for it.
+    Pillow, numpy, zipfile and zlib have three dozen types for it, csv and the file system some more.
     """
     try:
         yield
@@ -161,9 +161,8 @@ def own_rows(keys, split, path, note=""):
     """
     rows = [row for row, key in enumerate(keys) if (key % 10 == 0) == (split == "test")]
     if not rows:
-        raise DataError(f"{path} has no image of the split {split!r} among its {len(keys)}: by a checksum of "
-                        f"its content each image is held out, as one in ten is, or not; add images, some "
-                        f"dozens are needed{note}")
+        raise DataError(f"{path} has no image of the split {split!r} among its {len(keys)}: one in ten is "
+                        f"'test', by a checksum of its content; add images, some dozens are needed{note}")
     return rows
 
 

@@ -136,7 +136,7 @@ def test_size_channels_and_unknown_attributes():
     assert found.images.shape == (3, 3, 64, 64) and found.side == 64
     assert datasets.load("portraits", n=3, size=32, channels=1).images.shape == (3, 1, 32, 32)
     assert not datasets.enlarged("portraits", 256)
-    with pytest.raises(ValueError, match="Attractive: portraits have Bald"):
+    with pytest.raises(ValueError, match="Attractive: the set portraits has Bald"):
         datasets.load("portraits", n=3, label_attribute="Attractive")
 
 
