@@ -184,8 +184,9 @@ def matched(labels, names, by_name, path):
 
 
 def declared_classes(path, arrays, labels, classes, private):
-    """Names of an npz's classes: class_names, else `classes`; [] if a public set says nothing and has labels,
-    whose arrays' names are `labels`.
+    """Names of an npz's classes: class_names, else `classes`; [] if a public set says nothing and has labels.
+
+    labels: names of the arrays of labels. DataError if a private set with labels declares no classes.
     """
     names = [readable(x) for x in np.ravel(arrays.get("class_names", classes or []))]
     if not labels:
@@ -261,8 +262,7 @@ PATIENCE = 30  # seconds that a server may be silent
 
 
 def fetched(ask, name, there=False, **options):
-    """Let torchvision read or download a set -> (the set or None, why it is absent if it is, in a few words).
-    """
+    """Let torchvision read or download a set -> (the set or None, why its files are absent, if they are)."""
     if not there and not ask.download:
         return None, "and nothing is downloaded now"
     import torchvision
@@ -283,8 +283,10 @@ def fetched(ask, name, there=False, **options):
 
 
 def read_pair(ask, stem, *elsewhere, first_label=0, last_label=9, **options):
-    """Images and labels stem-images-idx3-ubyte, stem-labels-idx1-ubyte from the first folder that has both:
-    where torchvision keeps them, or elsewhere. options: for torchvision, which downloads what is absent.
+    """Images and labels, STEM-images-idx3-ubyte and STEM-labels-idx1-ubyte, from the first folder with both.
+
+    The folders are torchvision's own, then those elsewhere. options: for torchvision, which downloads what is
+    absent.
     """
     name = REGISTRY[ask.name].files
     folders = [ask.root / name / "raw", *elsewhere]
