@@ -96,7 +96,8 @@ def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, ca
         raise ValueError(f"n must be at least 1, not {n}")
     root, classes = data_root(root), request.get("classes")
     given = {key: value for key, value in request.items() if value is not None}
-    ask = Request(root, split, str(name).partition(":")[2], seed=seed, size=size, download=decode, **given)
+    ask = Request(entry.name, root, split, str(name).partition(":")[2], seed=seed, size=size,
+                  download=decode, **given)
     whole = entry.load(replace(ask, n=n or ask.n))
     if classes and list(classes) != list(whole.classes):
         raise ValueError(f"{name} has the classes {', '.join(whole.classes)}; others were asked for, leave "
@@ -105,14 +106,17 @@ def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, ca
     try:
         images, side = prepared(part.images, size, channels, cache, root, decode)
     except ValueError as error:
-        if entry.own and split == "train":  # what is wrong on the other side is said now, not after the run
+        if entry.name == "folder" and split == "train":  # what else is wrong is said now, not after the run
             try:
-                prepared(entry.load(replace(ask, split="test")).images, size, channels, None, root, decode)
+                load(name, "test", root, size, channels=channels, **request)
+            except DataError:
+                pass  # nothing is held out
             except ValueError as held_out:
                 raise ValueError(f"{error}; and held out: {held_out}") from None
         raise
-    if decode and not entry.drawn and (i := pixels.one_colour(images)) is not None:
-        where = part.images[i] if isinstance(part.images, list) else f"{name}, image {i} of {split}"
+    if decode and not entry.drawn and (blank := pixels.one_colour(images)):
+        listed = isinstance(part.images, list)
+        where = part.images[blank[0]] if listed else f"{name}, image {blank[0]} of {split}"
         print(f"warning: of one colour, and perhaps not read as it should be: {where}", file=sys.stderr)
     return replace(part, name=name, images=images, side=side)
 
@@ -145,21 +149,21 @@ def mix(name, n, request, **common):
 
 def prepared(images, size, channels, cache, root, decode):
     """Images as a loader found them -> (tensor (N,channels,size,size) uint8, side before padding)."""
-    if isinstance(images, torch.Tensor) and images.shape[1] == 1:
+    if isinstance(images, list):  # of photographs
+        if not decode:
+            return torch.empty(len(images), channels, size, size, dtype=torch.uint8, device="meta"), size
+        cache = cache or cache_folder(root)
+        if cache is None and len(images) >= photos.CACHE_FROM:
+            print(f"note: {root} cannot be written to, so decoded images are not kept; --cache FOLDER keeps "
+                  "them", file=sys.stderr)
+        return photos.decode(images, size, channels, cache), size
+    if images.shape[1] == 1:
         return pixels.pad(images, size), images.shape[-1]
-    if isinstance(images, torch.Tensor):
-        images = pixels.resize(images, size)
-        if channels == 3:
-            return images, size
+    images = pixels.resize(images, size)
+    if channels == 1:
         from torchvision.transforms.functional import rgb_to_grayscale
-        return rgb_to_grayscale(images), size
-    if not decode:
-        return torch.empty(len(images), channels, size, size, dtype=torch.uint8, device="meta"), size
-    cache = cache or cache_folder(root)
-    if cache is None and len(images) >= photos.CACHE_FROM:
-        print(f"note: {root} cannot be written to, so decoded images are not kept; --cache FOLDER keeps them",
-              file=sys.stderr)
-    return photos.decode(images, size, channels, cache), size
+        images = rgb_to_grayscale(images)
+    return images, size
 
 
 def describe(name, root=None, size=32, channels=3, label_attribute="Male", classes=None):
@@ -169,25 +173,15 @@ def describe(name, root=None, size=32, channels=3, label_attribute="Male", class
     if len(both := parts(name)) == 2:
         first = describe(both[0], root, size, channels, label_attribute, classes)
         return replace(first, classes=[*first.classes, FURTHER], attributes=None, name=name)
-    side, attributes, found = entry.side, None, list(entry.classes)
-    if entry.name == "folder":
-        _, _, found, _ = photos.tree(arrays.located(root, str(name).partition(":")[2]), classes)
-    elif entry.name == "npz":
-        path = arrays.located(root, str(name).partition(":")[2])
-        side, colours, found = arrays.describe_npz(path, classes, private=entry.own)
-        entry = replace(entry, channels=colours)
-    elif entry.name == "portraits":
-        attributes = dict.fromkeys(portraits.ATTRIBUTES, torch.zeros(0).bool())
-        found = photos.attribute_classes(label_attribute)
-    elif entry.name in ("celeba", "faces"):
-        attributes = dict.fromkeys(photos.attribute_names(root, entry.name, label_attribute),
-                                   torch.zeros(0).bool())
-        found = photos.attribute_classes(label_attribute)
+    if entry.facts:
+        ask = Request(entry.name, root, where=str(name).partition(":")[2], classes=classes, private=True,
+                      label_attribute=label_attribute, download=False)
+        entry = replace(entry, **entry.facts(ask))
     colour = entry.channels == 3
-    shape = (0, channels if colour else 1, size, size)
-    return ImageSet(torch.empty(shape, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), found, None,
-                    attributes,
-                    size if colour else side, name)
+    images = torch.empty(0, channels if colour else 1, size, size, dtype=torch.uint8)
+    attributes = entry.attributes and dict.fromkeys(entry.attributes, torch.zeros(0).bool())
+    return ImageSet(images, torch.zeros(0, dtype=torch.int64), list(entry.classes), None, attributes,
+                    size if colour else entry.side, name)
 
 
 def enlarged(name, size):
@@ -217,12 +211,10 @@ def same_images(a, b, root=None):
     if first and second and (first == second or first in second.parents or second in first.parents):
         return True
     # whose file an own set may be
-    known = {place(entry.name, root): entry for entry in REGISTRY.values() if not entry.own}
-    kinds = [known.get(where) or REGISTRY.get(str(name).partition(":")[0]) for name,
-             where in ((a, first), (b, second))]
-    if None in kinds or any(kind.own for kind in kinds):
-        return False
-    return kinds[0].name == kinds[1].name or kinds[0].name in kinds[1].overlaps
+    known = {place(name, root): name for name, entry in REGISTRY.items() if not (entry.own or entry.drawn)}
+    names = {known.get(first, a), known.get(second, b)}
+    return len(names) == 1 or any(entry.name in names and names.intersection(entry.overlaps)
+                                  for entry in REGISTRY.values())
 
 
 def place(name, root=None):
@@ -233,12 +225,9 @@ def place(name, root=None):
     if entry is None or entry.drawn or entry.own and not where:
         return None
     if entry.own:
-        try:
-            found = arrays.located(root, where)
-        except DataError:
-            found = files.expanded(where)
+        found = arrays.there(files.expanded(where), root / where)
     elif kind in ("celeba", "faces"):
-        found = (photos.celeba_lists(root, kind)[0] or root / kind) / "img_align_celeba"
+        found = photos.celeba_list(root, kind).parent / "img_align_celeba"
     else:
         found = root / entry.files if entry.files else arrays.EMBEDDED
     return found.resolve()
@@ -290,13 +279,7 @@ def subset(whole, n, seed, title):
     if n > len(whole):
         raise ValueError(f"{title} has {len(whole)} images, fewer than the {n} asked for")
     chosen = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))[:n].sort().values
-
-    def take(values):
-        return [values[i] for i in chosen.tolist()] if isinstance(values, list) else values[chosen]
-
-    return replace(whole, images=take(whole.images), labels=whole.labels[chosen],
-                   captions=whole.captions and take(whole.captions),
-                   attributes=whole.attributes and {k: v[chosen] for k, v in whole.attributes.items()})
+    return whole[chosen.tolist()]
 
 
 def data_root(root=None):

@@ -7,11 +7,9 @@ loaded.
 import contextlib
 import gzip
 import io
-import math
 import shlex
 import socket
 import sys
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -21,7 +19,7 @@ import torch
 from support import files
 
 from . import pixels
-from .registry import WAYS_OUT, DataError, ImageSet, dataset, named, readable
+from .registry import REGISTRY, WAYS_OUT, DataError, ImageSet, dataset, named, own_rows, readable, reading
 
 EMBEDDED = Path(__file__).resolve().parent / "mnist10k.npz"
 EMBEDDED_TRAIN = 8_000  # private images of mnist10k; the rest is held out
@@ -41,23 +39,21 @@ CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 @dataset("mnist10k", "10,000 MNIST training digits, embedded: 8,000 private, 2,000 held out", role="private",
          n=EMBEDDED_TRAIN, classes=DIGITS, overlaps=("mnist",))
 def load_mnist10k(ask):
-    arrays = read_npz(EMBEDDED, ("images", "labels"))
+    found = own_arrays(EMBEDDED, classes=DIGITS)
     part = slice(0, EMBEDDED_TRAIN) if ask.split == "train" else slice(EMBEDDED_TRAIN, None)
-    images, labels = check(arrays["images"], arrays["labels"], EMBEDDED, 0, 9)
-    return ImageSet(images[part], labels[part], DIGITS)
+    return ImageSet(found.images[part], found.labels[part], DIGITS)
 
 
 @dataset("mnist", "MNIST, downloaded through torchvision when absent", n=60_000, classes=DIGITS,
          files="MNIST", overlaps=("mnist10k",))
 def load_mnist(ask):
-    return ImageSet(*read_pair([ask.root / "MNIST" / "raw"], STEMS[ask.split], ask.root, "MNIST"), DIGITS)
+    return ImageSet(*read_pair(ask, STEMS[ask.split]), DIGITS)
 
 
 @dataset("fashion", "Fashion-MNIST, downloaded through torchvision when absent", n=60_000, classes=GARMENTS,
          files="FashionMNIST", jiggled=False)  # all garments are centred and upright
 def load_fashion(ask):
-    folders = [ask.root / "FashionMNIST" / "raw", DEBIAN_FASHION]
-    return ImageSet(*read_pair(folders, STEMS[ask.split], ask.root, "FashionMNIST"), GARMENTS)
+    return ImageSet(*read_pair(ask, STEMS[ask.split], DEBIAN_FASHION), GARMENTS)
 
 
 @dataset("emnist", "EMNIST letters, downloaded through torchvision when absent", n=124_800, classes=LETTERS,
@@ -66,144 +62,134 @@ def load_emnist(ask):
     """EMNIST stores images column by column, transposed against MNIST. Labels of its letters run from 1 to
     26.
     """
-    folders, stem = [ask.root / "EMNIST" / "raw", ask.root], f"emnist-letters-{ask.split}"
-    images, labels = read_pair(folders, stem, ask.root, "EMNIST", 1, 26, split="letters")
+    stem = f"emnist-letters-{ask.split}"
+    images, labels = read_pair(ask, stem, ask.root, first_label=1, last_label=26, split="letters")
     return ImageSet(images.transpose(2, 3).contiguous(), labels - 1, LETTERS)
 
 
 @dataset("omniglot", "handwriting of 50 alphabets without labels, omniglot.npz in the data root",
          role="public", n=32_000, classes=("handwriting",), files="omniglot.npz")
 def load_omniglot(ask):
-    path = ask.root / "omniglot.npz"
-    if not path.exists():
-        raise DataError(f"{path} not found: {WAYS_OUT}, or draw public handwriting instead (data set "
-                        "strokes)")
-    images = read_npz(path, ("images",))["images"]
-    return ImageSet(*check(images, np.zeros(len(images), np.uint8), path, 0, 0), ["handwriting"])
+    found = stored(ask.root / "omniglot.npz", "draw public handwriting instead (data set strokes)")
+    return ImageSet(found.images, torch.zeros_like(found.labels), ["handwriting"])
 
 
 @dataset("cifar10", "CIFAR-10, downloaded through torchvision when absent", channels=3, side=32, n=50_000,
          classes=CIFAR10, files="cifar-10-batches-py", overlaps=("public32",))
 def load_cifar10(ask):
     place = ask.root / "cifar-10-batches-py"
-    if not ask.download and not place.exists():
-        raise DataError(f"{place} not found: {WAYS_OUT}")
-    read, reason = fetched("CIFAR10", ask.root, place.exists(), train=ask.split == "train")
-    if reason:
-        raise DataError(f"{place} not found, download failed ({reason}): {WAYS_OUT}")
-    return ImageSet(*check(read.data, np.array(read.targets), ask.root, 0, 9), list(read.classes))
+    read, reason = fetched(ask, "CIFAR10", place.exists(), train=ask.split == "train")
+    if read is None:
+        raise DataError(f"{place} not found, {reason}: {WAYS_OUT}")
+    return ImageSet(*check(read.data, np.array(read.targets), ask.root, 0, 9), CIFAR10)
 
 
 @dataset("public32", "small colour photographs, public32.npz in the data root", role="public", channels=3,
          side=32, n=12_000, files="public32.npz", overlaps=("cifar10",))
 def load_public32(ask):
-    path = ask.root / "public32.npz"
+    return stored(ask.root / "public32.npz", "use another public set (cifar10, folder:PATH)")
+
+
+def stored(path, otherwise):
+    """ImageSet of an npz in the data root; DataError says what else can be done where it is absent."""
     if not path.exists():
-        raise DataError(f"{path} not found: {WAYS_OUT}, or use another public set (cifar10, folder:PATH)")
+        raise DataError(f"{path} not found: {WAYS_OUT}, or {otherwise}")
     return own_arrays(path)
 
 
-@dataset("npz", "your own arrays: images (N,H,H) or (N,H,H,3) uint8, labels (N,), class_names", own=True)
+@dataset("npz", "your own arrays: images (N,H,H) or (N,H,H,3) uint8, labels (N,), class_names", own=True,
+         facts=lambda ask: describe_npz(located(ask.root, ask.where), ask.classes, ask.private))
 def load_npz(ask):
     return own_arrays(located(ask.root, ask.where), ask.split, ask.classes, ask.private)
+
+
+# ---- npz files ---------------------------------------------------------------------------------------------
 
 
 def own_arrays(path, split=None, classes=None, private=False):
     """ImageSet of an npz; labels and class_names may be absent. split None: all of it.
 
     Arrays of a split, as MedMNIST and Keras name them, are that split, "val" held out as "test" is. Otherwise
-    each image decides for itself (`held_out`).
+    each image decides for itself (`own_rows`).
     """
     with opened(path) as arrays:
-        images, labels, told = gathered(arrays, path, split)
-        names = declared_classes(path, arrays, classes, private)
-        by_name = "class_names" not in arrays
-    if labels is None:
-        labels = np.zeros(images.shape[:1], np.uint8)
-    elif labels.ndim > 1 and labels.size != len(images):  # one-hot: its width declares as many classes
-        names, by_name = names or [str(i) for i in range(labels.shape[1])], False
-    elif by_name or labels.dtype.kind in "US":
-        names, labels = matched(labels, names, path)
-    images, labels = check(images, labels, path, 0, len(names) - 1)
-    if split is not None and not told:
-        side = torch.tensor([held_out(x.numpy().tobytes()) for x in images]) == (split == "test")
-        images, labels = images[side], labels[side]
-    if not len(images):
-        raise DataError(f"{path} has no image in the split {split!r}: too few images")
-    return ImageSet(images, labels, names)
+        of_images, of_labels, told = layout(arrays, path, split)
+        names = declared_classes(path, arrays, of_labels, classes, private)
+        by_name = of_labels and "class_names" not in arrays
+        images = np.concatenate([pixels.to_bytes(arrays[name], path) for name in of_images])
+        labels = np.concatenate([arrays[name] for name in of_labels] or [np.zeros(len(images), np.uint8)])
+    names, labels = matched(labels, names, by_name, path)
+    found = ImageSet(*check(images, labels, path, 0, len(names) - 1), names)
+    if split is None or told:
+        return found
+    return found[own_rows([zlib.crc32(image.numpy()) for image in found.images], split, path)]
 
 
-ROLES = {"images": {"images", "image", "imgs", "x", "data"},
-         "labels": {"labels", "label", "y", "targets", "target"}}
+ROLES = {**dict.fromkeys(("images", "image", "imgs", "x", "data"), "images"),
+         **dict.fromkeys(("labels", "label", "y", "targets", "target"), "labels")}
 SIDES = {"train": "train", "test": "test", "val": "test", "valid": "test", "validation": "test"}
 
 
-def roles(names):
-    """Names of arrays -> {(role, side): [names]}: "x_train", "train_images" and "images" (side "") by one
-    rule."""
-    found = {}
-    for name in sorted(names):
-        words = set(name.lower().split("_"))
-        side = next((SIDES[word] for word in sorted(words & SIDES.keys())), "")
-        for role, words_of_role in ROLES.items():
-            if len(words & words_of_role) == 1 and words <= words_of_role | SIDES.keys():
-                found.setdefault((role, side), []).append(name)
-    return found
+def layout(arrays, path, split=None):
+    """(names of the arrays of images, of those of labels, whether they are the arrays of this split alone).
 
-
-def gathered(arrays, path, split):
-    """(images, labels or None, whether the arrays' names say which split they are)."""
-    found, told = roles(arrays), False
-    plain = found.get(("images", ""), [])
-    wanted = [("images" if "images" in plain else plain[0], "")] if plain else []
-    if not plain:
-        told = split is not None and ("images", "test") in found and ("images", "train") in found
-        sides = [split] if told else ["train", "test"]
-        wanted = [(name, side) for side in sides for name in found.get(("images", side), [])]
-    if not wanted or len(plain) > 1 and "images" not in plain:
-        names = ", ".join(arrays)[:200]
-        raise DataError(f"{path}: found the arrays {names or '(none)'}, expected images and labels; convert "
-                        "like this: np.savez('own.npz', images=..., labels=...)")
-    labels = found.get(("labels", wanted[0][1]), [])
-    if told or not plain:
-        labels = [name for side in sides for name in found.get(("labels", side), [])]
-    elif "labels" in labels:
-        labels = ["labels"]
-    if len(labels) not in (0, len(wanted)):
-        raise DataError(f"{path}: found labels {', '.join(labels)[:200]} for the images {wanted[0][0]}, "
-                        "expected one array of labels for each of images; convert like this: np.savez(..., "
-                        "labels=...)")
-    images = [arranged(arrays[name], path) for name, _ in wanted]
-    images = np.concatenate([pixels.to_bytes(x, path) for x in images]) if len(images) > 1 else images[0]
-    return images, np.concatenate([arrays[name] for name in labels]) if labels else None, told
-
-
-def matched(labels, names, path):
-    """Labels that name their classes, "cat" or 3 -> (class names, labels (N,) from 0).
-
-    Without an array class_names a whole number is the name of a class if all declared names are numbers, else
-    its place. names []: a public set's, in their order.
+    One rule: of the words in a name one says the role, another may say the side: "x_train", "train_images",
+    "images". Arrays without a side go first; of several, the one with the role's own name. DataError if
+    nothing fits.
     """
-    text = labels.dtype.kind in "US"
-    if not text and names and not all(name.isdecimal() for name in names):
-        return names, labels
-    values, places = np.unique(labels if text else whole(labels, labels.size, path), return_inverse=True)
+    found = {}
+    for name in sorted(arrays):
+        words = set(name.lower().split("_"))
+        side = max((SIDES[word] for word in words & SIDES.keys()), default="")
+        role = ROLES.get("_".join(words - SIDES.keys()))
+        found.setdefault((role, side), []).append(name)
+    plain = ("images", "") in found
+    told = not plain and split is not None and {("images", "train"), ("images", "test")} <= found.keys()
+    sides = [""] if plain else [split] if told else ["train", "test"]
+
+    def of(role):
+        groups = [found.get((role, side), []) for side in sides]
+        return [name for group in groups for name in ([role] if role in group else group)]
+
+    images, labels = of("images"), of("labels")
+    if not images or plain and len(images) > 1 or len(labels) not in (0, len(images)):
+        raise DataError(f"{path}: found the arrays {', '.join(arrays)[:200] or '(none)'}, expected images, "
+                        "and one array of labels for each or none; convert like this: np.savez('own.npz', "
+                        "images=..., labels=...)")
+    return images, labels, told
+
+
+def matched(labels, names, by_name, path):
+    """(class names, labels as places in them), from labels that name their classes, "cat" or 3.
+
+    Text is a name. A whole number is one as well if by_name holds, there being no array class_names, and all
+    declared names are numbers; else it is a place, as a column of one-hot labels is. names []: a public
+    set's, in their order.
+    """
+    if labels.dtype.kind not in "US":
+        if labels.ndim > 1 and labels.size > len(labels):  # one-hot: its width declares as many classes
+            return names or [str(i) for i in range(labels.shape[1])], labels
+        if not by_name or not all(name.isdecimal() for name in names):
+            return names, labels
+        labels = whole(labels, len(labels), path)
+    values, places = np.unique(labels, return_inverse=True)
     values = [readable(x) for x in values]
     names = names or values
     if not set(values) <= set(names):  # which ones is private
-        spread = f" outside 0..{len(names) - 1}" if names == [str(i) for i in range(len(names))] else ""
-        raise DataError(f"{path}: found labels{spread} that are none of the classes "
-                        f"{', '.join(names)[:200]}, expected their names or, where class_names is an array, "
-                        "their places from 0; convert like this: name all classes by --classes, or save "
-                        "labels - 1 if the first is called 1")
+        raise DataError(f"{path}: found labels that are none of the classes {', '.join(names)[:200]}, "
+                        "expected their names or, where class_names is an array, their places from 0; "
+                        "convert like this: name all classes by --classes, or save labels - 1 if the first "
+                        "is called 1")
     return names, np.array([names.index(x) for x in values])[places.reshape(-1)]
 
 
-def declared_classes(path, arrays, classes, private):
+def declared_classes(path, arrays, labels, classes, private):
     """Names of an npz's classes: class_names, else `classes`; [] if a public set says nothing and has labels.
+
+    labels: names of the arrays of labels. DataError if a private set with labels declares no classes.
     """
     names = [readable(x) for x in np.ravel(arrays.get("class_names", classes or []))]
-    if not any(role == "labels" for role, _ in roles(arrays)):
+    if not labels:
         return names or ["0"]
     if private and not names:
         raise DataError(f"{path} has no array class_names, and the list of classes is published, so it is "
@@ -212,34 +198,62 @@ def declared_classes(path, arrays, classes, private):
 
 
 def describe_npz(path, classes=None, private=False):
-    """(side, channels, class names) of an npz, from the header of its images and the names alone."""
+    """{side, channels, classes} of an npz, from the header of its images and the names alone."""
     with opened(path) as arrays:
-        found = [names for (role, _), names in roles(arrays).items() if role == "images"] or [["images"]]
+        images, labels, _ = layout(arrays, path)
         if not hasattr(arrays, "zip"):  # a single array
             shape = arrays["images"].shape
         else:
-            with arrays.zip.open(f"{found[0][0]}.npy") as file:
-                version = np.lib.format.read_magic(file)
-                number = "1_0" if version == (1, 0) else "2_0"
-                shape, _, _ = getattr(np.lib.format, f"read_array_header_{number}")(file)
+            with arrays.zip.open(f"{images[0]}.npy") as file:
+                major, _ = np.lib.format.read_magic(file)
+                shape, _, _ = getattr(np.lib.format, f"read_array_header_{min(major, 2)}_0")(file)
         _, channels, side, _ = arranged(np.broadcast_to(np.uint8(0), shape), path).shape
-        return side, channels, declared_classes(path, arrays, classes, private)
+        names = declared_classes(path, arrays, labels, classes, private)
+        return {"side": side, "channels": channels, "classes": names}
+
+
+@contextlib.contextmanager
+def opened(path):
+    """The arrays of an npz, or the images of an npy, by name; whatever goes wrong with them -> DataError.
+
+    Pickled objects are refused: loading one would run its code.
+    """
+    if path.is_dir():
+        raise DataError(f"{path} is a folder, expected an npz file: say folder:{shlex.quote(str(path))}")
+    with reading(path, "an npz file of numpy"):
+        try:
+            found = np.load(path, allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                yield {"images": found}
+            else:
+                with found:
+                    yield found
+        except ValueError as error:
+            if "Object arrays" not in str(error):
+                raise
+            raise DataError(f"{path}: found an array of objects, as images of unequal size are one, expected "
+                            "numbers or text; convert like this: np.stack of images of one size, "
+                            "np.array(class_names, dtype=str)") from error
+
+
+def read_npz(path, keys):
+    """{key: array}."""
+    with opened(path) as arrays:
+        return {key: arrays[key] for key in keys}
 
 
 # ---- files -------------------------------------------------------------------------------------------------
 
 
-def held_out(key):
-    """Whether the image with these bytes as its key is on the "test" side: one in ten, whatever the others
-    are.
-    """
-    return zlib.crc32(key) % 10 == 0
+def there(*paths):
+    """The first of these paths that exists, else the first of all."""
+    return next((path for path in paths if path.exists()), paths[0])
 
 
 def located(root, where):
     """The path of an own set as given, else under the data root. Raises DataError if there is neither."""
-    found = next((p for p in (files.expanded(where), root / where) if p.exists()), None)
-    if found is None:
+    found = there(files.expanded(where), root / where)
+    if not found.exists():
         raise DataError(f"{where} not found, neither here nor in {root}")
     return found
 
@@ -247,37 +261,42 @@ def located(root, where):
 PATIENCE = 30  # seconds that a server may be silent
 
 
-def fetched(name, root, there=False, **options):
-    """Let torchvision read or download a set -> (the set, ""), or (None, the reason why not, in one line)."""
+def fetched(ask, name, there=False, **options):
+    """Let torchvision read or download a set -> (the set or None, why its files are absent, if they are)."""
+    if not there and not ask.download:
+        return None, "and nothing is downloaded now"
     import torchvision
+    source = getattr(torchvision.datasets, name)
     if not there:
-        source = getattr(torchvision.datasets, name)
         where = [*getattr(source, "mirrors", []), getattr(source, "url", None) or "its distributor"][0]
-        print(f"fetching {name} from {where} into {root}; without an answer for {PATIENCE} seconds it is "
-              f"given up",
-              file=sys.stderr, flush=True)
+        print(f"fetching {name} from {where} into {ask.root}; without an answer for {PATIENCE} seconds it is "
+              f"given up", file=sys.stderr, flush=True)
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PATIENCE)  # torchvision's own requests have none
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints each failed mirror
-            return getattr(torchvision.datasets, name)(root, download=True, **options), ""
+            return source(ask.root, download=True, **options), "the download brought nothing"
     except Exception as error:  # of urllib, tarfile, zipfile and gdown, which raise what they like
-        return None, " ".join(str(error).split())[:120] or type(error).__name__
+        return None, f"download failed ({' '.join(str(error).split())[:120] or type(error).__name__})"
     finally:
         socket.setdefaulttimeout(before)
 
 
-def read_pair(folders, stem, root, name, first_label=0, last_label=9, **options):
-    """Images and labels stem-images-idx3-ubyte, stem-labels-idx1-ubyte from the first folder that has both.
+def read_pair(ask, stem, *elsewhere, first_label=0, last_label=9, **options):
+    """Images and labels, STEM-images-idx3-ubyte and STEM-labels-idx1-ubyte, from the first folder with both.
+
+    The folders are torchvision's own, then those elsewhere. options: for torchvision, which downloads what is
+    absent.
     """
+    name = REGISTRY[ask.name].files
+    folders = [ask.root / name / "raw", *elsewhere]
     paths, reason = find(folders, stem), ""
     if paths is None:
-        _, reason = fetched(name, root, **options)
+        _, reason = fetched(ask, name, **options)
         paths = find(folders, stem)
     if paths is None:
-        wanted = folders[0] / f"{stem}-images-idx3-ubyte"
-        raise DataError(f"{wanted} not found, download failed ({reason or 'it brought nothing'}): "
-                        f"{WAYS_OUT}, or use the embedded data (--preset digits)")
+        raise DataError(f"{folders[0] / stem}-images-idx3-ubyte not found, {reason}: {WAYS_OUT}, or use the "
+                        "embedded data (--preset digits)")
     return check(read_idx(paths[0]), read_idx(paths[1]), paths[0], first_label, last_label)
 
 
@@ -287,16 +306,12 @@ def find(folders, stem):
     Plain or .gz, "idx3" after a dash or a dot, in the folder, the one above or "gzip" in them: forms that are
     distributed, in that order.
     """
-    def there(place, kind):
-        names = (f"{stem}-{kind}{dash}ubyte" for dash in ("-idx3-", "-idx1-", ".idx3-", ".idx1-"))
-        paths = (place / f"{name}{suffix}" for name in names for suffix in ("", ".gz"))
-        return next((path for path in paths if path.is_file()), None)
-
     for folder in folders:
         for place in (folder, folder.parent, folder / "gzip", folder.parent / "gzip"):
-            paths = [there(place, kind) for kind in ("images", "labels")]
-            if None not in paths:
-                return paths
+            found = [sorted([*place.glob(f"{stem}-{kind}-ubyte"), *place.glob(f"{stem}-{kind}-ubyte.gz")])
+                     for kind in ("images[-.]idx3", "labels[-.]idx1")]
+            if all(found):
+                return [paths[0] for paths in found]
     return None
 
 
@@ -304,52 +319,15 @@ def read_idx(path):
     """One idx file of unsigned bytes (LeCun's MNIST page): 0 0 8 ndim, ndim big-endian uint32 sizes, then the
     bytes.
     """
-    try:
+    with reading(path, "an idx file"):
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except Exception as error:  # of gzip, zlib and the file system
-        raise DataError(files.unfit(path, "an idx file", error)) from error
-    ndim = raw[3] if len(raw) > 3 and raw[:3] == b"\0\0\x08" else 0
-    shape = np.frombuffer(raw, ">u4", ndim, 4).tolist() if ndim and len(raw) >= 4 + 4 * ndim else []
-    if not shape or len(raw) - 4 - 4 * ndim != math.prod(shape):
-        raise DataError(files.unfit(path, "an idx file", f"{len(raw)} bytes, another number than its header "
-                                                         f"says"))
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(shape)
+        if raw[:3] != b"\0\0\x08":
+            raise ValueError("it begins with other bytes")
+        shape = np.frombuffer(raw, ">u4", raw[3], 4).tolist()
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
 
 
-@contextlib.contextmanager
-def opened(path):
-    """The arrays of an npz, or the images of an npy, by name; whatever goes wrong with them -> DataError.
-
-    Pickled objects are refused: loading one would run its code.
-    """
-    try:
-        found = np.load(path, allow_pickle=False)
-        if isinstance(found, np.ndarray):
-            yield {"images": found}
-        else:
-            with found:
-                yield found
-    except DataError:
-        raise
-    except FileNotFoundError as error:
-        raise DataError(f"{path} not found: restore it from the repository") from error
-    except IsADirectoryError as error:
-        place = shlex.quote(str(path))
-        raise DataError(f"{path} is a folder, expected an npz file: say folder:{place}") from error
-    except KeyError as error:
-        raise DataError(f"{path}: {' '.join(str(error).split())}, but it is needed; convert like this: "
-                        "np.savez('own.npz', images=..., labels=...)") from error
-    except Exception as error:  # of zipfile, zlib and numpy, which has a dozen types
-        if "pickle" in str(error) and zipfile.is_zipfile(path):
-            error = ("an array of objects: images of unequal size, or pickles; convert like this: np.stack "
-                     "of images of one size, np.array(class_names, dtype=str)")
-        raise DataError(files.unfit(path, "an npz file of numpy", error)) from None
-
-
-def read_npz(path, keys, optional=()):
-    """{key: array}."""
-    with opened(path) as arrays:
-        return {key: arrays[key] for key in (*keys, *(key for key in optional if key in arrays))}
+# ---- forms of images and labels ----------------------------------------------------------------------------
 
 
 def check(images, labels, path, first_label, last_label):
@@ -357,13 +335,13 @@ def check(images, labels, path, first_label, last_label):
 
     DataError names path for others, and for labels outside first_label..last_label.
     """
-    images = torch.from_numpy(np.array(pixels.to_bytes(arranged(images, path), path), order="C"))
+    images = np.require(pixels.to_bytes(arranged(images, path), path), requirements="CW")
     labels = whole(labels, len(images), path)
     if labels.min() < first_label or labels.max() > last_label:
         raise DataError(f"{path}: found labels outside {first_label}..{last_label}, expected {first_label} "
                         "for the first class; convert like this: labels - 1 if they count from 1, or declare "
                         "more classes")
-    return images, torch.from_numpy(labels.astype(np.int64))
+    return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 def arranged(images, path):
@@ -383,17 +361,20 @@ def arranged(images, path):
 
 
 def whole(labels, n, path):
-    """Labels (N,), (N,1) or one-hot (N,K) of whole numbers in any dtype -> (N,) integers; DataError for
-    others."""
-    expected = f"expected ({n},) whole numbers from 0"
-    one_hot = labels.ndim == 2 and labels.shape[1] > 1 and len(labels) == n and labels.dtype.kind in "biuf"
-    if one_hot:
-        if not ((labels == 1).sum(1) == 1).all() or not ((labels != 0).sum(1) == 1).all():
-            raise DataError(f"{path}: found labels {labels.shape} that are not one-hot, {expected}; convert "
-                            "like this: one class of each image, labels.argmax(1)")
-        return labels.argmax(1)
-    shapely = labels.shape in ((n,), (n, 1)) and labels.dtype.kind in "biuf"
-    if not shapely or labels.dtype.kind == "f" and not (labels == np.rint(labels)).all():
-        raise DataError(f"{path}: found labels {labels.dtype} {labels.shape} for {n} images, {expected}; "
-                        "convert like this: labels.astype('int64'), one for each image")
-    return labels.reshape(n).astype(np.int64)
+    """Labels (N,), (N,1) or one-hot (N,K) of whole numbers in any dtype -> (N,) integers.
+
+    One rule: integers that say the same as the labels did. DataError where there are none.
+    """
+    if labels.dtype.kind in "biuf" and labels.ndim in (1, 2) and len(labels) == n and labels.size:
+        rows = labels.reshape(n, -1)
+        if rows.shape[1] > 1:
+            numbers = rows.argmax(1)
+            same = np.eye(rows.shape[1], dtype=bool)[numbers] == rows
+        else:
+            numbers = np.rint(rows[:, 0])
+            same = numbers == rows[:, 0]
+        if same.all():
+            return numbers.astype(np.int64)
+    raise DataError(f"{path}: found labels {labels.dtype} {labels.shape} for {n} images, expected whole "
+                    f"numbers from 0 ({n},), or one-hot ({n},K); convert like this: labels.astype('int64') "
+                    "of one label for each image, labels.argmax(1) of one column for each class")

@@ -17,7 +17,7 @@ def to_bytes(values, path):
     """
     if values.dtype == np.uint8:
         return values
-    top = {"f": 1, "b": 1}.get(values.dtype.kind, 255)
+    top = 1 if values.dtype.kind in "fb" else 255
     if values.dtype.kind not in "biuf" or not (values.min() >= 0 and values.max() <= top):  # NaN is neither
         raise DataError(f"{path}: found pixels of {values.dtype} beyond 0..{top}, expected uint8, whole "
                         "numbers in 0..255 or floats in 0..1; convert like this: images.clip(0, "
@@ -27,9 +27,8 @@ def to_bytes(values, path):
 
 
 def one_colour(images):
-    """The first of images (N,C,H,W) whose pixels are all alike, or None."""
-    found = (images == images[..., :1, :1]).flatten(1).all(1).nonzero()
-    return int(found[0]) if len(found) else None
+    """The numbers of those of the images (N,C,H,W) whose pixels are all alike."""
+    return (images == images[..., :1, :1]).flatten(1).all(1).nonzero().flatten().tolist()
 
 
 def pad(images, size):

@@ -701,12 +701,16 @@ class Portrait:
     side=0,
     n=60_000,
     drawn=True,
+    facts=lambda ask: {"attributes": ATTRIBUTES, "classes": classes_of(ask)},
 )
 def load_portraits(ask):
-    if ask.label_attribute not in ATTRIBUTES:
-        raise ValueError(f"--label-attribute {ask.label_attribute}: portraits have {', '.join(ATTRIBUTES)}")
+    classes = classes_of(ask)
     generator = torch.Generator().manual_seed(ask.seed)
     attributes = people(ask.n, generator)
     labels = attributes[ask.label_attribute].long()
     images = draw(attributes, generator, ask.size)
-    return ImageSet(images, labels, attribute_classes(ask.label_attribute), None, attributes)
+    return ImageSet(images, labels, classes, None, attributes)
+
+
+def classes_of(ask):
+    return attribute_classes(ask.label_attribute, ATTRIBUTES, "the set portraits")

@@ -1,4 +1,5 @@
 """What a data set is, and the list of those that there are. To add one, decorate a loader: see `dataset`."""
+import contextlib
 import os
 import re
 import unicodedata
@@ -6,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+
+from support import files
 
 WAYS_OUT = "point --data-root or DPLDM_DATA at a folder that has it"
 
@@ -35,6 +38,18 @@ class ImageSet:
     def __len__(self):
         return len(self.labels)
 
+    def __getitem__(self, rows):
+        """The ImageSet of these rows, a list of whole numbers."""
+        def of(values):
+            if isinstance(values, torch.Tensor):
+                return values[rows]
+            if isinstance(values, dict):
+                return {key: of(column) for key, column in values.items()}
+            return values and [values[row] for row in rows]
+
+        return replace(self, images=of(self.images), labels=of(self.labels), captions=of(self.captions),
+                       attributes=of(self.attributes))
+
 
 @dataclass
 class Request:
@@ -42,6 +57,7 @@ class Request:
     n, seed.
     """
 
+    name: str  # of the data set, a key of REGISTRY
     root: Path  # the folder of the full data sets
     split: str = "train"  # or "test", what is held out
     where: str = ""  # the PATH of "folder:PATH" and "npz:PATH"
@@ -64,11 +80,13 @@ class DataSet:
     name: str
     load: callable  # Request -> ImageSet
     about: str  # one line, for --help and docs/datasets.md
+    facts: callable = None  # Request -> {field of this class: value}, for what hangs on the set's own files
     role: str = "either"  # "public" (nothing of it is held out), "private" or "either"
     channels: int = 1
     side: int = 28  # pixels, as stored; own photographs: 0, any
     n: int = 0  # images of the "train" side
     classes: tuple = ()  # names; () where the set itself declares them
+    attributes: tuple = None  # names; None where it has none, and where it lists them itself
     drawn: bool = False  # made by a program: no image went in
     own: bool = False  # "name:PATH"
     jiggled: bool = True  # shifted and turned a little, an image is still one: evaluate.py augments
@@ -122,6 +140,32 @@ def kind_of(name):
     return kind
 
 
+@contextlib.contextmanager
+def reading(path, expected):
+    """Whatever a library raises on a file that is no `expected` -> DataError, one line; our own as they are.
+
+    Pillow, numpy, zipfile and zlib have three dozen types for it, csv and the file system some more.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(files.unfit(path, expected, error)) from error
+
+
+def own_rows(keys, split, path, note=""):
+    """The rows of an own set that are on a side, by a number from the content of each image.
+
+    One in ten is "test", whatever the others are. DataError, with the note, if none is on this side.
+    """
+    rows = [row for row, key in enumerate(keys) if (key % 10 == 0) == (split == "test")]
+    if not rows:
+        raise DataError(f"{path} has no image of the split {split!r} among its {len(keys)}: one in ten is "
+                        f"'test', by a checksum of its content; add images, some dozens are needed{note}")
+    return rows
+
+
 # ---- names of classes ----
 
 
@@ -142,8 +186,7 @@ def named(names, path):
 
 def natural(name):
     """Sort key: numbers in names count as numbers, so that "2" comes before "10"."""
-    parts = re.split(r"([0-9]+)", name)
-    return [(int(part), part) if i % 2 else (part,) for i, part in enumerate(parts)]
+    return re.sub("[0-9]+", lambda number: number[0].zfill(20), name), name
 
 
 def numbered(classes):

@@ -359,6 +359,27 @@ def test_unreadable_images_of_both_sides_are_named_at_once(tmp_path):
     assert "held out" not in message
 
 
+def test_a_folder_too_small_to_hold_out_images_says_so_and_only_when_asked(tmp_path):
+    paths = [tmp_path / "tiny" / f"{i}.png" for i in range(40)]
+    for path in paths:
+        draw(path)
+        if photos.own_keys([path])[0] % 10 == 0:
+            path.unlink()
+    left = sum(path.exists() for path in paths)
+    message = refused(lambda: datasets.load(f"folder:{tmp_path / 'tiny'}", "test", size=8), "one in ten")
+    assert f"'test' among its {left}" in message and "add images" in message
+    number = next(i for i in range(99) if zlib.crc32(bytes([i])) % 10)
+    (tmp_path / "tiny" / "broken.png").write_bytes(bytes([number]))
+    message = refused(lambda: datasets.load(f"folder:{tmp_path / 'tiny'}", size=8), "broken.png")
+    assert "held out" not in message and "split" not in message
+
+
+def test_nothing_is_downloaded_where_images_are_only_listed(tmp_path, monkeypatch):
+    for name, source in (("mnist", "MNIST"), ("cifar10", "CIFAR10"), ("celeba", "CelebA")):
+        monkeypatch.setattr(torchvision.datasets, source, lambda *args, **kwargs: pytest.fail("a download"))
+        refused(lambda name=name: datasets.load(name, root=tmp_path, decode=False), "nothing is downloaded")
+
+
 # ---- folders
 
 

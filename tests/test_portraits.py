@@ -122,7 +122,7 @@ def test_missing_attributes_are_refused():
 @pytest.mark.parametrize("attribute", ["Male", "Young", "Smiling", "Eyeglasses"])
 def test_classes_and_attributes_have_celebas_form(attribute):
     found = datasets.load("portraits", n=12, size=32, label_attribute=attribute, seed=3)
-    assert found.classes == photos.attribute_classes(attribute)
+    assert found.classes == photos.attribute_classes(attribute, found.attributes, "")
     assert torch.equal(found.labels, found.attributes[attribute].long()) and found.labels.dtype == torch.int64
     assert all(column.shape == (12,) and column.dtype == torch.bool for column in found.attributes.values())
     described = datasets.describe("portraits", label_attribute=attribute)
@@ -136,7 +136,7 @@ def test_size_channels_and_unknown_attributes():
     assert found.images.shape == (3, 3, 64, 64) and found.side == 64
     assert datasets.load("portraits", n=3, size=32, channels=1).images.shape == (3, 1, 32, 32)
     assert not datasets.enlarged("portraits", 256)
-    with pytest.raises(ValueError, match="Attractive: portraits have Bald"):
+    with pytest.raises(ValueError, match="Attractive: the set portraits has Bald"):
         datasets.load("portraits", n=3, label_attribute="Attractive")
 
 
