@@ -259,7 +259,8 @@ def table(result):
         name = f"{word} ({result['recipes'][word]['kind']}, {result['recipes'][word]['epochs']} epochs)"
         lines.append(f"{name:36}" + "".join(f"{cell:>28}" for cell in cells))
     if real := result.get("real"):
-        lines.append(f"{'the first, on ' + format(real['n'], ',') + ' real images':36}"
+        name = f"{next(iter(result['recipes']))}, trained on {real['n']:,} real images"
+        lines.append(f"{name:36}"
                      + "".join(f"{100 * p:>26.2f} %" for p in real["accuracy"].values()))
         taken = ", ".join(f"{name} {100 * p:.0f} %" for name, p in real["samples"].items())
         lines += ["", f"samples that it assigns to their own class: {taken}"]

@@ -384,7 +384,7 @@ def square(path, size, channels):
         image = ImageOps.exif_transpose(image)  # cameras store an image as it was held
         if image.mode[0] in "IF":
             image = eight_bits(image, path)
-        if image.has_transparency_data:
+        if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         side = min(image.size)

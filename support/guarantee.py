@@ -193,10 +193,10 @@ def privacy_statement(s, plan, rows, trained, stages=()):
         "does_not_cover": [
             "the number n of private images and the names of their classes and attributes, which are "
             "treated as public",
-            "hyper-parameters, taken as chosen beforehand",
+            "the choice of hyper-parameters: epsilon is computed as if they had been fixed beforehand",
             *(["the choice of these n images from a larger set: neighbours differ in a chosen image"]
               if s.private_n else []),
-            "other runs on the same private images: their epsilons add up",
+            "other runs on the same private images: their epsilons add up, and so do their deltas",
             "internal/ (losses, gradient norms)",
             "several images of one person: the guarantee is for one image",
             "images that weights taken from elsewhere (public_weights) were trained on",
