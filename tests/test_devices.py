@@ -19,9 +19,10 @@ import dp_sgd
 import evaluate
 import train
 import unet
+import vae
 from bench import gpu
 from extensions import lora, text
-from support import conditions, hardware
+from support import conditions, dry_run, hardware, run_folder, settings
 from support.settings import GRADIENTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -184,3 +185,46 @@ def test_scoring_keeps_to_its_device(card):
     waits = {key: n for key, n in card.counts.items() if key[0] != "to card"}
     # once an epoch for the bar, once for each 500 images that are looked at
     assert waits == {("number", "evaluate.py: train_classifier"): 1, ("to host", "evaluate.py: predict"): 1}
+
+
+# ----------------------------------------------------------------------------------------------------- memory
+
+
+def test_out_of_memory_names_the_stage_and_the_run_goes_on(monkeypatch, tmp_path, capsys):
+    out, calls = tmp_path / "run", []
+    flags = [*gpu.TINY, "--device", "cpu", "--precision", "float32", "--micro-batch", "8", "--out", str(out)]
+
+    def full(*args, **kwargs):
+        calls.append(args)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    for place, name, flag in ((vae, "loss", "--vae-batch"), (diffusion, "loss", "--ldm-batch"),
+                              (dp_sgd.DPSGD, "accumulate", "--micro-batch")):
+        with monkeypatch.context() as patched, pytest.raises(SystemExit) as left:
+            patched.setattr(place, name, full)
+            run_folder.run_cli(lambda: train.main([*flags, "--resume", "auto"]))
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert left.value.code == 2 and line.startswith("error: out of memory in") and flag in line
+    assert len(calls) == 3
+    train.main(["--resume", "--out", str(out), "--micro-batch", "4", "--device", "cpu"])
+    assert (out / "release" / "privacy.json").exists()
+    assert len((out / "internal" / "ledger.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_plan_names_the_largest_micro_batch(monkeypatch, capsys):
+    assert dry_run.largest_batch(free=1000, fixed=100, per_image=6) == 100
+    assert dry_run.largest_batch(free=1000, fixed=900, per_image=6) == 0
+    assert dry_run.largest_batch(free=1000, fixed=2000, per_image=6) == 0
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * 10 ** 9, 80 * 10 ** 9))
+    found = {}
+    for k in (1, 4):
+        s = settings.parse(["--preset", "celeba256-text", "--device", "cpu", "--noise-multiplicity", str(k)])
+        s.device = "cuda"
+        with torch.device("meta"):
+            model = unet.LatentModel(unet.UNet(s.unet), text.TextEncoder(100, s.unet.context_dim, 56, 512, 4))
+        lora.tuned(model, s)
+        dry_run.print_memory(s, model, range(1000), range(1000))
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert "80.0 free on cuda: --micro-batch at most " in line
+        found[k] = int(line.split()[-1])
+    assert found[1] > found[4] > 1 and abs(found[1] - 4 * found[4]) <= 4  # K draws are K times the memory
