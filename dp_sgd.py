@@ -94,8 +94,7 @@ def poisson_sample(n, q, generator=None):
         coins = generator.uniforms(n)
     else:  # float64, since float32 would round q
         coins = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)
-    # Their number is random, Binomial(n, q). An empty batch is a batch like any other.
-    return (coins < q).nonzero()[:, 0]
+    return (coins < q).nonzero()[:, 0]  # Binomial(n, q) many; an empty batch is a batch like any other
 
 
 def privatise(sums, clip_norm, noise_multiplier, expected_batch_size, generator):
@@ -206,7 +205,8 @@ def from_gradients(layers, grads, losses):
             squared[i] += squared_norm(g)  # weight and bias of a layer count together
 
     def weighted(factors):  # (L, N): each layer may have its own factors
-        return [weighted_sum(g, factors[i], kept(factors)) for i, g in zip(owner, grads, strict=True)]
+        keep = kept(factors)
+        return [weighted_sum(g, factors[i], keep) for i, g in zip(owner, grads, strict=True)]
 
     return squared.sqrt(), losses, weighted
 
@@ -223,9 +223,9 @@ def weighted_sum(a, factor, keep):
 
 
 def kept(factors):
-    """Factors (L, N) -> (N,) bool: which examples contribute at all. None if every one does."""
+    """Factors (L, N) -> (N,) bool: which examples contribute. None if a CPU finds that every one does."""
     keep = factors.any(0)
-    return None if keep.all() else keep
+    return None if keep.device.type == "cpu" and keep.all() else keep  # a GPU would be waited for: not asked
 
 
 def masked(a, keep):

@@ -1,9 +1,10 @@
 """Time and memory of one private micro-batch, against training the same parameters without privacy.
 
     python -m bench.dp_step [--threads 1] [--rounds 5] [--sizes 4 8] [--tune attention all] [--batches 64 256]
-    [--profile]
+    [--network cifar10] [--profile]
 
-The network is the paper's MNIST row with 4 latent channels at 4x4, and the same at 8x8. `none` is a forward
+The network is the paper's MNIST row with 4 latent channels at 4x4, and the same at 8x8. --network takes
+another one of the paper's, at its own size (support/paper_networks.py). `none` is a forward
 and backward pass of the mean loss, weight gradients of the same parameters included. The methods of a row
 take turns within a round, so that another load on the machine hits all of them; a ratio is the median over
 the rounds of (method / none in the same round). With one thread on the CPU the process's own CPU time is
@@ -26,35 +27,50 @@ import torch
 import diffusion
 import dp_sgd
 import unet
+from extensions import bookkeeping, text
+from support import hardware
+from support.paper_networks import AUTOENCODERS, UNETS
 from support.settings import GRADIENTS
 
 METHODS = ("none", *GRADIENTS)
 LOOP_EXAMPLES = 16
 
 
+def own_size(name):
+    """Height of the latents of one of the paper's networks."""
+    autoencoder = AUTOENCODERS["cifar10" if name == "celeba32" else name]
+    return autoencoder.resolution // 2 ** (len(autoencoder.ch_mult) - 1)
+
+
 def build(args, tune):
-    """The MNIST network with a ten-class embedder, weights as initialised except for the zeros: (model,
-    parameters).
+    """The network, weights as initialised except for the zeros: (model, parameters).
+
+    Its conditions are those of its preset: ten classes, prompts, or none.
     """
     torch.manual_seed(0)
-    config = unet.UNetConfig(in_channels=4, out_channels=4, num_heads=4)
-    model = unet.LatentModel(unet.UNet(config), unet.ClassEmbedder(10, 5))
+    config = UNETS.get(args.network, unet.UNetConfig(in_channels=4, out_channels=4, num_heads=4))
+    embedder = None
+    with torch.device(args.device):
+        if args.network == "celeba256-text":
+            embedder = text.TextEncoder(1000, config.context_dim, 56, 512, 4)
+        elif config.context_dim:
+            embedder = unet.ClassEmbedder(10, config.context_dim)
+        model = unet.LatentModel(unet.UNet(config), embedder)
     for p in model.parameters():
         if p.dim() > 1 and not p.any():
             torch.nn.init.normal_(p, std=0.02)  # zero-initialised layers would let no gradient through
     unet.select_trainable(model, tune)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
-    return model.to(args.device), [p for p in model.parameters() if p.requires_grad]
+    return model, [p for p in model.parameters() if p.requires_grad]
 
 
 def worker(args, size, tune, batch_size, method):
     """One cell: a function that runs a micro-batch, and the number of examples in it."""
     model, params = build(args, tune)
     n = min(batch_size, LOOP_EXAMPLES) if method == "loop" else batch_size
-    batch = diffusion.draw(torch.randn(n, 4, size, size, device=args.device),
-                           torch.arange(n, device=args.device) % 10, 1, None,
-                           diffusion.PAPER)
+    z = torch.randn(n, model.unet.config.in_channels, size, size, device=args.device)
+    batch = diffusion.draw(z, hardware.stand_in(model, n, args.device), 1, None, diffusion.PAPER)
 
     def loss_fn(model, *batch):
         autocast = torch.autocast(args.device, torch.bfloat16) if args.bf16 else contextlib.nullcontext()
@@ -114,6 +130,31 @@ def too_large(args, tune, batch_size, method):
     return method == "vmap" and batch_size * sum(p.numel() for p in build(args, tune)[1]) * 4 > 2 * 2 ** 30
 
 
+def memories(args, cell, methods):
+    """{method: MiB} of a cell (size, tune, batch size), for those methods that are not too large."""
+    return {m: peak_memory(args, *cell, m) for m in methods if not too_large(args, *cell[1:], m)}
+
+
+def compare(args, cell, memory):
+    """Rows {method, examples_per_s, time_ratio, peak_mib, memory_ratio} of a cell (size, tune, batch size).
+
+    memory: result of `memories`, with `none`. The methods take turns within a round.
+    """
+    methods = list(memory)
+    workers = {m: worker(args, *cell, m) for m in methods}
+    times = {m: [] for m in methods}  # seconds per example
+    for _ in range(args.rounds + 1):
+        for m, (run, n) in workers.items():
+            times[m].append(seconds(args, run) / n)
+    rows = []
+    for m in methods:
+        ratio = statistics.median(a / b for a, b in zip(times[m][1:], times["none"][1:], strict=True))
+        rows.append({"method": m, "examples_per_s": 1 / statistics.median(times[m][1:]), "time_ratio": ratio,
+                     "peak_mib": None if m == "loop" else memory[m],
+                     "memory_ratio": None if m == "loop" else memory[m] / memory["none"]})
+    return rows
+
+
 def profile(args, size, tune, batch_size):
     """Milliseconds of book-keeping's parts: the smallest over the rounds, the rest being forward and
     backward.
@@ -121,7 +162,7 @@ def profile(args, size, tune, batch_size):
     parts = {"gram_squared_norm": "norms from Grams", "per_example": "small gradients formed",
              "squared_norm": "their norms",
              "weighted_product": "sums by product", "weighted_sum": "sums of formed"}
-    spent, originals = dict.fromkeys(parts, 0.0), {name: getattr(dp_sgd, name) for name in parts}
+    spent, originals = dict.fromkeys(parts, 0.0), {name: getattr(bookkeeping, name) for name in parts}
 
     def timed(name):
         def function(*arguments):
@@ -136,13 +177,13 @@ def profile(args, size, tune, batch_size):
     rows = []
     try:
         for name in parts:
-            setattr(dp_sgd, name, timed(name))
+            setattr(bookkeeping, name, timed(name))
         for _ in range(args.rounds + 1):
             spent.update(dict.fromkeys(parts, 0.0))
             rows.append({"none": seconds(args, plain), "total": seconds(args, run), **spent})
     finally:
         for name in parts:
-            setattr(dp_sgd, name, originals[name])
+            setattr(bookkeeping, name, originals[name])
     best = {name: min(row[name] for row in rows[1:]) * 1e3 for name in rows[0]}
     print(f"\nbookkeeping {size}x{size} {tune} {batch_size}: {best['total']:.0f} ms (none "
           f"{best['none']:.0f} ms) = "
@@ -158,6 +199,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
     parser.add_argument("--rounds", type=int, default=5, help="timed repetitions after one to warm up (5)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 8], help="latent heights (4 8)")
+    parser.add_argument("--network", choices=UNETS, help="of the paper's, at its own size [its MNIST row]")
     parser.add_argument("--tune", nargs="+", default=["attention", "all"],
                         help="trainable subsets (attention all)")
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 256],
@@ -174,14 +216,15 @@ def main():
     if any(size % 2 for size in args.sizes):
         parser.error("sizes must be even: the network halves them once")
     torch.set_num_threads(args.threads)
+    if args.network:
+        args.sizes = [own_size(args.network)]
     cells = [(s, t, b) for s in args.sizes for t in args.tune for b in args.batches]
     if args.profile:
         for cell in cells:
             profile(args, *cell)
         return 0
     methods = ["none", *(m for m in args.methods if m != "none")]
-    runnable = [(cell, m) for cell in cells for m in methods if not too_large(args, cell[1], cell[2], m)]
-    memory = {key: peak_memory(args, *key[0], key[1]) for key in runnable}  # before this process has grown
+    memory = {cell: memories(args, cell, methods) for cell in cells}  # before this process has grown
 
     print(f"torch {torch.__version__}, {args.device}, {args.threads} thread(s), channels-last "
           f"{args.channels_last}, bf16 {args.bf16}; medians of {args.rounds} rounds\n")
@@ -189,21 +232,10 @@ def main():
           "|")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for cell in cells:
-        names = [m for m in methods if (cell, m) in memory]
-        workers = {m: worker(args, *cell, m) for m in names}
-        times = {m: [] for m in names}  # seconds per example
-        for _ in range(args.rounds + 1):
-            for m, (run, n) in workers.items():
-                times[m].append(seconds(args, run) / n)
-        for m in names:
-            ratio = statistics.median(a / b for a, b in zip(times[m][1:], times["none"][1:], strict=True))
-            peak = (
-                "" if m == "loop" else f"{memory[cell, m]:.0f} | {memory[cell, m] / memory[cell, 'none']:.2f}"
-            )
-            speed = 1 / statistics.median(times[m][1:])
-            print(f"| {cell[0]}x{cell[0]} | {cell[1]} | {cell[2]} | {m} | {speed:.0f} | {ratio:.2f} | "
-                  f"{peak or ' | '} |",
-                  flush=True)
+        for row in compare(args, cell, memory[cell]):
+            peak = " | " if row["peak_mib"] is None else f"{row['peak_mib']:.0f} | {row['memory_ratio']:.2f}"
+            print(f"| {cell[0]}x{cell[0]} | {cell[1]} | {cell[2]} | {row['method']} | "
+                  f"{row['examples_per_s']:.0f} | {row['time_ratio']:.2f} | {peak} |", flush=True)
     return 0
 
 

@@ -18,7 +18,7 @@ import dp_sgd
 import unet
 import vae
 from extensions.bookkeeping import bookkeeping
-from support import checkpoints
+from support import checkpoints, presets
 
 WAYS = [(bf16, layout) for bf16 in (False, True) for layout in (torch.contiguous_format, torch.channels_last)]
 ROUNDS = 3
@@ -57,15 +57,15 @@ def main():
     parser = argparse.ArgumentParser(prog="bench.layout", description=__doc__.splitlines()[0])
     parser.add_argument("presets", nargs="*", default=["digits", "mnist-strokes", "faces"], metavar="PRESET",
                         help="presets of train.py")
-    presets = parser.parse_args().presets
-    if unknown := [name for name in presets if name not in presets.PRESETS]:
+    names = parser.parse_args().presets
+    if unknown := [name for name in names if name not in presets.PRESETS]:
         parser.error(f"no preset {unknown[0]!r}; choose among {', '.join(presets.PRESETS)}")
     # alone on a core, whatever else runs
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s); examples/s\n")
     print("| preset | step | float32 | float32, channels-last | bf16 | bf16, channels-last "
           "|\n|---|---|---|---|---|---|")
-    for name in presets:
+    for name in names:
         s = {**presets.DIGITS, **presets.PRESETS[name]}
         for build in (autoencoder_steps, unet_steps):
             made = [(bf16, build(s, layout)) for bf16, layout in WAYS]

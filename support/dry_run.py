@@ -28,7 +28,7 @@ def report(s, plan, embedder, public, private, known):
     if s.device == "cpu" and needed > have:
         return print(f"time           not measured: a public step needs {needed:.0f} GB, this machine has "
                      f"{have:.0f}; choose a smaller --vae-batch or --ldm-batch, or a larger --factor")
-    return estimate(s, plan, embedder, known)
+    estimate(s, plan, embedder, known)
 
 
 def print_memory(s, model, public, private):
@@ -67,13 +67,28 @@ def print_memory(s, model, public, private):
           f"an image, latent diffusion {20 * total / big:.2f} + {second / big:.3f}, private tuning "
           f"{(4 * total + 24 * trained) / big:.2f} + {second / big:.3f}; images and latents "
           f"{stored / big:.2f} in all")
+    if "cuda" in s.device:
+        per_image = s.noise_multiplicity * second + 4 * trained * (s.method == "vmap")
+        free, _ = torch.cuda.mem_get_info(s.device)
+        n = largest_batch(free, 4 * total + 24 * trained + stored, per_image)
+        said = f"--micro-batch at most {n}" if n else "too little for one image of private tuning"
+        print(f"               {free / big:.1f} free on {s.device}: {said}")
     return max(20 * count(autoencoder.parameters()) + s.vae_batch * first,
                20 * total + s.ldm_batch * second) / big
 
 
+def largest_batch(free, fixed, per_image):
+    """Largest number of images at a time, from three numbers of bytes; 0 if not even one fits.
+
+    A tenth of the free memory is left to the allocator, and an image takes a third more than what autograd
+    keeps of it: gradients on their way, and the Gram matrices of book-keeping (bench/dp_step.py).
+    """
+    return max(0, int((0.9 * free - fixed) / (4 / 3 * per_image)))
+
+
 def estimate(s, plan, embedder, known=()):
     """Print the minutes of each stage, extrapolated from one step on random data; 0 for networks that are
-    `known`.
+    `known`. Returns (autoencoder, latent diffusion, private tuning).
     """
     with torch.device(s.device):
         autoencoder = vae.AutoencoderKL(s.vae)
@@ -106,3 +121,4 @@ def estimate(s, plan, embedder, known=()):
     print(f"time           autoencoder {first:.1f}, latent diffusion {second:.1f}, private tuning "
           f"{private:.1f} minutes ({'bf16' if s.bf16 else 'float32'} on {s.device}, "
           f"{torch.get_num_threads()} threads)")
+    return first, second, private

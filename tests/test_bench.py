@@ -5,7 +5,7 @@ from importlib import import_module
 
 import pytest
 
-from bench import runs, tables
+from bench import gpu, runs, tables
 from support import settings
 
 PLACES = [(page, name, make) for page, made in tables.PAGES for name, make in made.items()]
@@ -53,3 +53,21 @@ def test_a_run_folder_in_the_way_is_kept(tmp_path, monkeypatch):
     assert (tmp_path / "r.old1" / "internal" / "ledger.jsonl").read_text() == "r.old1"
     assert not (tmp_path / "r" / "internal" / "ledger.jsonl").exists()
     assert json.loads((tmp_path / "results.jsonl").read_text())["row"] == "row"
+
+
+def test_the_program_for_a_gpu_runs_on_a_cpu(tmp_path, monkeypatch):
+    """All four parts, tiny; a part that fails is a line, and so is one that does not fit into the time."""
+    monkeypatch.setattr(gpu, "sampling", lambda bench: 1 / 0)
+    command = ["--device", "cpu", "--tiny", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    assert gpu.main([*command, "--minutes", "9"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "gpu.jsonl").read_text().splitlines()]
+    failed = {row["what"]: row["error"] for row in rows if "error" in row}
+    assert failed == {"Poisson batches, generators": "ZeroDivisionError: division by zero"}
+    assert [row["part"] for row in rows] == [1] * 6 + [2, 3, 4, 0]
+    assert not any("skipped" in row for row in rows) and {row["card"] for row in rows} == {"cpu"}
+    for name in ("default", "faces-64"):
+        assert (tmp_path / "out" / f"{name}-comparison.png").exists()
+        assert (tmp_path / "out" / f"{name}-privacy.json").exists()
+    assert gpu.main([*command, "--minutes", "0.3", "--parts", "3,4"]) == 0
+    *_, third, fourth, _ = (tmp_path / "out" / "gpu.jsonl").read_text().splitlines()
+    assert "skipped" in json.loads(third) and "skipped" in json.loads(fourth)
