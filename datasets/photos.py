@@ -384,9 +384,8 @@ def square(path, size, channels):
         image = ImageOps.exif_transpose(image)  # cameras store an image as it was held
         if image.mode[0] in "IF":
             image = eight_bits(image, path)
-        if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if "transparency" in image.info or image.mode[-1] in "Aa":  # RGBA, LA, PA, RGBa, La
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         side = min(image.size)
         left, top = ((length - side) // 2 for length in image.size)
         small = image.convert("RGB" if channels == 3 else "L").resize(
