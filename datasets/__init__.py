@@ -60,8 +60,7 @@ def is_drawn(name):
 
 
 def partly_drawn(name):
-    """Is a part of the set, or all of it, drawn by a program? That part has as many images as are asked for.
-    """
+    """Is a part of the set, or all of it, drawn by a program? Such a part has as many images as wanted."""
     return any(map(is_drawn, parts(name)))
 
 
@@ -167,8 +166,7 @@ def prepared(images, size, channels, cache, root, decode):
 
 
 def describe(name, root=None, size=32, channels=3, label_attribute="Male", classes=None):
-    """An ImageSet without images: the names of classes and attributes, channels and side. No image is read.
-    """
+    """An ImageSet without images: names of classes and attributes, channels, side. No image is read."""
     entry, root = REGISTRY[kind_of(name)], data_root(root)
     if len(both := parts(name)) == 2:
         first = describe(both[0], root, size, channels, label_attribute, classes)
@@ -185,9 +183,7 @@ def describe(name, root=None, size=32, channels=3, label_attribute="Male", class
 
 
 def enlarged(name, size):
-    """What to say where the images of a known set are smaller than the networks see them, e.g. CelebA at 256;
-    or "".
-    """
+    """What to say where a known set's images are smaller than the networks see them, else ""."""
     entry = REGISTRY[kind_of(name)]
     if len(both := parts(name)) == 2:
         return "; ".join(filter(None, (enlarged(part, size) for part in both if part in REGISTRY)))
@@ -234,8 +230,7 @@ def place(name, root=None):
 
 
 def resolved(name, root=None):
-    """An own set's name with its whole path, as a resumed run needs it from another folder; others as they
-    are."""
+    """An own set's name with its whole path, for a run resumed from another folder; other names unchanged."""
     kind, colon, where = str(name).partition(":")
     return f"{kind}:{place(name, root)}" if where and kind in REGISTRY else name
 
@@ -283,9 +278,7 @@ def subset(whole, n, seed, title):
 
 
 def data_root(root=None):
-    """The folder of the full sets: the argument, else the environment variable DPLDM_DATA, else
-    ~/.cache/dpldm.
-    """
+    """The folder of the full sets: the argument, else $DPLDM_DATA, else ~/.cache/dpldm."""
     place = files.expanded(root or os.environ.get("DPLDM_DATA") or "~/.cache/dpldm")
     return Path("dpldm-data") if str(place).startswith("~") else place
 

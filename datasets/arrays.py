@@ -59,9 +59,7 @@ def load_fashion(ask):
 @dataset("emnist", "EMNIST letters, downloaded through torchvision when absent", n=124_800, classes=LETTERS,
          files="EMNIST")
 def load_emnist(ask):
-    """EMNIST stores images column by column, transposed against MNIST. Labels of its letters run from 1 to
-    26.
-    """
+    """EMNIST: its images are transposed against MNIST's. The labels of its letters run from 1 to 26."""
     stem = f"emnist-letters-{ask.split}"
     images, labels = read_pair(ask, stem, ask.root, first_label=1, last_label=26, split="letters")
     return ImageSet(images.transpose(2, 3).contiguous(), labels - 1, LETTERS)
@@ -316,8 +314,9 @@ def find(folders, stem):
 
 
 def read_idx(path):
-    """One idx file of unsigned bytes (LeCun's MNIST page): 0 0 8 ndim, ndim big-endian uint32 sizes, then the
-    bytes.
+    """One idx file of unsigned bytes (LeCun's MNIST page).
+
+    It holds the bytes 0 0 8 ndim, then ndim big-endian uint32 sizes, then the pixels or labels.
     """
     with reading(path, "an idx file"):
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -345,8 +344,10 @@ def check(images, labels, path, first_label, last_label):
 
 
 def arranged(images, path):
-    """(N,H,H), (N,H,H,C) or (N,C,H,H), C 1 or 3 -> a view (N,C,H,H). DataError, with the way to convert, for
-    others."""
+    """(N,H,H), (N,H,H,C) or (N,C,H,H) -> a view (N,C,H,H), C = 1 or 3.
+
+    DataError, with the way to convert, for other shapes.
+    """
     shape = images.shape
     if len(shape) == 3:
         images = images[:, None]

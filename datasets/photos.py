@@ -182,8 +182,7 @@ def inside(name):
 
 
 def tree(base, classes=None):
-    """Image files under a folder -> (paths relative to it, sorted; class of each; class names; the other
-    files).
+    """Image files under a folder -> (their paths relative to it, sorted; classes; class names; other files).
 
     One subfolder per class, as torchvision's ImageFolder has it, or one flat folder, whose only class is
     "picture". A class is a subfolder, empty or not: no image makes or unmakes one. `classes` gives their
@@ -226,8 +225,7 @@ def unreadable(error):
 
 
 def ask_about(base, top, found):
-    """Refuse subfolders that are hardly classes, splits or a wrapping, unless --classes says that they
-    are."""
+    """Refuse subfolders that are splits or a wrapping rather than classes, unless --classes names them."""
     split = next((name for name in top if name.lower().startswith("train")), None)
     if split and {name.lower() for name in top} <= SPLITS:
         reason = "are parts of a set, and would become classes"
@@ -243,8 +241,7 @@ def ask_about(base, top, found):
 
 
 def captions(base, paths, keys, others):
-    """(one caption for each file, where from); (None, "") where there are none. What was read leaves
-    `others`.
+    """(one caption for each file, where from), or (None, "") if there are none. Files read leave `others`.
 
     captions.txt: lines "filename TAB caption"; metadata.jsonl or .csv: file_name and text; else a .txt beside
     each image. Of several captions an image's own key, from its bytes, chooses.
@@ -304,8 +301,7 @@ def from_json(line):
 
 
 def listed_name(name):
-    """A file's name as lists may write it: "/" for "\\", without "./" and the "#0" of a caption's number,
-    NFC."""
+    """A file's name as lists may write it: "/" for "\\", no "./", no "#0" of a caption's number, NFC."""
     name = re.sub(r"(\.\w+)#\d+$", r"\1", name.strip().replace("\\", "/")).removeprefix("./")
     return unicodedata.normalize("NFC", name)
 
@@ -323,8 +319,7 @@ def read_text(path):
 
 
 def read_lines(path):
-    """[(number from 1, words)] of the lines of a text file, words apart at blanks or commas, empty lines left
-    out."""
+    """[(number from 1, words)] of a text file's lines that are not empty; blanks or commas part words."""
     lines = enumerate(read_text(path).splitlines(), 1)
     return [(number, line.replace(",", " ").split()) for number, line in lines if line.strip(" ,\t")]
 

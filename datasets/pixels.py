@@ -9,8 +9,7 @@ from .registry import DataError
 
 
 def to_bytes(values, path):
-    """Pixels in an array of any dtype -> uint8, by a constant of the dtype, never by a property of the
-    images.
+    """Pixels in an array of any dtype -> uint8, by a constant of the dtype, never by what the images hold.
 
     uint8 and other integers count 0..255, floats 0..1, bool is black and white. Others are refused, with the
     way to convert them: a file that holds them would be black, or white, in silence.
@@ -32,9 +31,7 @@ def one_colour(images):
 
 
 def pad(images, size):
-    """(N,C,h,h) -> (N,C,size,size): a border of zeros, the background. ValueError if size < h or size - h is
-    odd.
-    """
+    """(N,C,h,h) -> (N,C,size,size): a border of zeros. ValueError if size < h or size - h is odd."""
     h = images.shape[-1]
     border, uneven = divmod(size - h, 2)
     if border < 0:
@@ -75,9 +72,7 @@ def to_uint8(x):
 
 
 def save_grid(images, path, columns=10):
-    """Write images (N,C,H,W) uint8 as one PNG, row by row, small ones enlarged; all or nothing
-    (files.replacing).
-    """
+    """Write images (N,C,H,W) uint8 as one PNG, row by row, small ones enlarged; all or nothing."""
     import torchvision  # here and elsewhere: loading it takes as long as loading torch
     enlarge = max(1, min(3, 900 // (columns * images.shape[-1])))
     images = images.cpu().repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)

@@ -19,12 +19,11 @@ class DataError(ValueError):
 
 @dataclass
 class ImageSet:
-    """Images in memory: images (N,C,H,W) uint8, labels (N,) int64 in 0..len(classes)-1. Grey ones are light
-    on dark.
+    """Images in memory: images (N,C,H,W) uint8, labels (N,) int64 in 0..len(classes)-1.
 
-    captions: one sentence per image; attributes: {name: (N,) bool}; None where the set has none. side: of the
-    images before padding, to which a finished sample is cropped. A loader may return paths instead of a
-    tensor of images.
+    Grey images are light on dark. captions: one sentence per image; attributes: {name: (N,) bool}; both None
+    where the set has none. side: of the images before padding, to which a finished sample is cropped. A
+    loader may return paths instead of a tensor of images.
     """
 
     images: torch.Tensor | list[Path]
@@ -53,8 +52,9 @@ class ImageSet:
 
 @dataclass
 class Request:
-    """What a loader is asked for. Own sets use `where`, `classes` and `private`; drawn ones `public_classes`,
-    n, seed.
+    """What a loader is asked for.
+
+    Own sets use where, classes and private. Drawn sets use public_classes, n and seed.
     """
 
     name: str  # of the data set, a key of REGISTRY
@@ -73,9 +73,7 @@ class Request:
 
 @dataclass
 class DataSet:
-    """One entry of REGISTRY. What is said here is known without reading an image, so it may be said in a dry
-    run.
-    """
+    """One entry of REGISTRY: what is known without reading an image, so that a dry run may say it."""
 
     name: str
     load: callable  # Request -> ImageSet
@@ -118,16 +116,13 @@ def dataset(name, about, **facts):
 
 
 def parts(name):
-    """A mix "A+B" -> ["A", "B"], any other name -> [name]. A is never an own set: a PATH may have a + in it.
-    """
+    """A mix "A+B" -> ["A", "B"], else [name]. A is never an own set, since a PATH may have a + in it."""
     first, plus, other = str(name).partition("+")
     return [first, other] if plus and ":" not in first else [name]
 
 
 def kind_of(name):
-    """The key of REGISTRY that a name stands for; "folder:PATH" -> "folder". ValueError for a name that is
-    none.
-    """
+    """The key of REGISTRY that a name stands for: "folder:PATH" -> "folder". ValueError if there is none."""
     if len(both := parts(name)) == 2:
         kinds = [kind_of(part) for part in both]
         if private := next((kind for kind in kinds if REGISTRY[kind].role == "private"), None):
@@ -170,8 +165,7 @@ def own_rows(keys, split, path, note=""):
 
 
 def readable(name):
-    """A class's name as text, whatever wrote it: bytes as UTF-8, accents composed, what is no UTF-8 as
-    \\xff."""
+    """A class's name as text: bytes as UTF-8, accents composed, bytes that are no UTF-8 as \\xff."""
     raw = bytes(name) if isinstance(name, bytes) else os.fsencode(str(name))
     return unicodedata.normalize("NFC", raw.decode("utf-8", "backslashreplace"))
 
@@ -190,7 +184,6 @@ def natural(name):
 
 
 def numbered(classes):
-    """{number: label} for `--labels 1-3`: the classes' own numbers if all names are whole numbers, else
-    positions."""
+    """{number: label} for `--labels 1-3`: the names, if all are whole numbers, else positions."""
     own = all(name.isdecimal() and str(int(name)) == name for name in classes)
     return {int(name) if own else i: i for i, name in enumerate(classes)}
