@@ -156,7 +156,7 @@ def compare(args, cell, memory):
 
 
 def profile(args, size, tune, batch_size):
-    """Milliseconds of book-keeping's parts, the fewest of all rounds; the rest is forward and backward."""
+    """Milliseconds of book-keeping's parts, fewest of all rounds; the rest is forward and backward."""
     parts = {"gram_squared_norm": "norms from Grams", "per_example": "small gradients formed",
              "squared_norm": "their norms",
              "weighted_product": "sums by product", "weighted_sum": "sums of formed"}
