@@ -193,7 +193,7 @@ MUTATIONS = [Mutation(*m) for m in (
      (("        counts |= by_statement  #", "        counts = counts or by_statement  #"),),
      "tests/test_accountant.py::test_the_larger_of_ledger_and_statement_counts"),
     (25, "nothing said of other runs", "support/guarantee.py",
-     (('            "other runs on the same private images: their epsilons add up, and so do their deltas",\n', ""),),
+     (('their epsilons add up, and so do their deltas",\n', '",\n'),),
      f"{PIT}::test_the_statement_carries_what_a_guarantee_needs"),
     (28, "labels are counted to find the classes of private arrays", "datasets/arrays.py",
      (("    if private and not names:\n", "    if False:\n"),),
