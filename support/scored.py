@@ -122,7 +122,8 @@ def write_samples(path, release, images, asked):
 
 def read_samples(path, release, n=None):
     """The first n images (None: all) of an NPZ of sample.py -> uint8 (n,C,crop,crop), labels (n,)."""
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise ValueError(f"--samples: no file {path}; write one: python sample.py RUN --npz {path}")
     found = arrays.read_npz(path, ("images", "labels") if release.model.embedder else ("images",))
     # Samples of an unconditional model have no labels.
