@@ -14,6 +14,10 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 import torch  # noqa: E402
 
+# They take a minute or more on a slow core. Begun last, they would leave the other cores idle at the end.
+LONGEST = {"test_crash", "test_processes", "test_train", "test_dp_sgd", "test_edits", "test_course",
+           "test_devices"}
+
 
 def run_files(session, files, counter, pipe, folder):
     """A child: run one file of tests after the other; write each report into the pipe as a line of JSON."""
@@ -58,7 +62,8 @@ def pytest_runtestloop(session):
     if min(cores, len(files)) < 2 or session.testsfailed or options.collectonly or options.usepdb:
         return None  # pytest's own loop
     counter, base = multiprocessing.Value("i", 0), session.config._tmp_path_factory.getbasetemp()
-    order, missing, children = sorted(files.values(), key=len, reverse=True), len(session.items), []
+    order = sorted(files, key=lambda path: (path.stem not in LONGEST, -len(files[path])))
+    order, missing, children = [files[path] for path in order], len(session.items), []
     read, write = os.pipe()
     for number in range(cores):
         if not (child := os.fork()):
