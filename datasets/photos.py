@@ -308,8 +308,10 @@ def listed_name(name):
 
 def read_text(path):
     """A text file in UTF-8, or in UTF-16 that says so; ValueError, one line, for others."""
-    with reading(path, "text"):
+    try:
         raw = path.read_bytes()
+    except OSError as error:  # no DataError: a dry run takes that for a set that is absent, and assumes it
+        raise ValueError(files.unfit(path, "text", error)) from error
     wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return raw.decode("utf-16" if wide else "utf-8-sig")

@@ -194,6 +194,13 @@ def test_an_unknown_attribute_lists_those_there_are(tmp_path):
     one_line(caught, "--label-attribute Smiling", ", ".join(ATTRIBUTES))
 
 
+def test_a_dry_run_refuses_a_set_whose_partition_alone_is_missing(tmp_path):
+    write_celeba(tmp_path)
+    (tmp_path / "celeba" / "list_eval_partition.txt").unlink()
+    with pytest.raises(ValueError, match="list_eval_partition.txt cannot be read: No such file"):
+        train.main(["--preset", "smoke", "--private", "celeba", "--data-root", str(tmp_path), "--dry-run"])
+
+
 @pytest.mark.parametrize("name", ["../../x.jpg", "/etc/x.jpg", "a/../../x.jpg", "./000005.jpg", "a//b.jpg"])
 @pytest.mark.parametrize("file", ["list_attr_celeba.txt", "list_eval_partition.txt"])
 def test_lists_name_files_inside_their_folder_only(tmp_path, name, file):
