@@ -5,8 +5,6 @@ one program alone, and each of two programs side by side. The values of GOMP_SPI
 opposite order in every second round; the median of the rounds counts. Run it on a machine without other work.
 It is why `support/threads.py` asks for the spin that it does.
 """
-from support import threads  # noqa: F401, I001 (first: before torch)
-
 import argparse
 import json
 import os
