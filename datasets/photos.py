@@ -311,7 +311,7 @@ def read_text(path):
     try:
         raw = path.read_bytes()
     except OSError as error:  # no DataError: a dry run takes that for a set that is absent, and assumes it
-        raise ValueError(files.unfit(path, "text", error)) from error
+        unreadable(error)
     wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return raw.decode("utf-16" if wide else "utf-8-sig")
