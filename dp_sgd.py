@@ -279,7 +279,7 @@ def trainable_layers(model):
         if params:
             layers.append(Layer(name, m, params))
     if not layers:
-        raise ValueError("the model has no trainable parameter; call unet.select_trainable first")
+        raise ValueError("the model has no trainable parameter; call tuning.select_trainable first")
     return layers
 
 

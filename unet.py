@@ -1,4 +1,4 @@
-"""The latent UNet of latent diffusion, its class embedder, and the choice of what is tuned privately.
+"""The latent UNet of latent diffusion and its class embedder.
 
 Implements the denoiser epsilon_theta(z_t, t, c) of *High-Resolution Image Synthesis with Latent Diffusion
 Models* (Rombach et al. 2022, sections 3.2 and 3.3), as DP-LDM uses it (Liu et al. 2024, section 3). The file
@@ -16,13 +16,12 @@ The paper's network for MNIST: 64 channels, multipliers 1 and 2, attention at ev
 
 Res is a ResBlock: it knows the timestep and mixes neighbouring pixels. ST is a SpatialTransformer:
 self-attention over the pixels, then cross-attention to the condition. The condition enters nowhere else. ST
-and the embedder are what DP-LDM tunes on private images (`select_trainable`).
+and the embedder are what DP-LDM tunes on private images (`tuning.select_trainable`).
 
 All weights live in Linear, Conv2d, GroupNorm, LayerNorm and Embedding layers, because for these
 extensions/bookkeeping.py knows the per-example gradient. So nn.MultiheadAttention is not used.
 """
 import math
-import re
 from dataclasses import dataclass
 
 import torch
@@ -138,7 +137,7 @@ class Attention(nn.Module):
         """
         if context.shape[1] == 1:
             # A softmax over one token is 1 whatever Q and K are. So every pixel gets the same V, which the
-            # caller broadcasts, and Q and K get no gradient (`without_gradient`). A class is one token.
+            # caller broadcasts. Q and K get no gradient (`tuning.without_gradient`). A class is one token.
             return self.to_out(self.to_v(context))
         q = split_heads(self.to_q(x), self.num_heads)  # (N, heads, T, d)
         k = split_heads(self.to_k(context), self.num_heads)  # (N, heads, L, d)
@@ -212,8 +211,7 @@ class SpatialTransformer(nn.Module):
         tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (N, T = H*W, C)
         for block in self.blocks:
             tokens = block(tokens, context, mask)
-        # At first exactly x, because proj_out begins at zero.
-        return x + self.proj_out(tokens).transpose(1, 2).reshape(x.shape)
+        return x + self.proj_out(tokens).transpose(1, 2).reshape(x.shape)  # at first exactly x (zero_init)
 
 
 class AttentionBlock(nn.Module):
@@ -241,8 +239,7 @@ class UNet(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        c, width = config, config.model_channels
+        self.config, c, width = config, config, config.model_channels
         widths = [width * mult for mult in c.channel_mult]
         if any(w % c.num_groups or w % (c.num_head_channels or c.num_heads) for w in widths):
             raise ValueError(f"UNet: every level's width {widths} must be divisible by num_groups "
@@ -250,7 +247,6 @@ class UNet(nn.Module):
                              f"({c.num_head_channels or c.num_heads})")
         time_dim = 4 * width
         self.time_embed = nn.Sequential(nn.Linear(width, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
-
         w, factor = width, 1  # width and downsampling factor where the next block is built
 
         def res(in_width, out_width, resample=None):
@@ -298,8 +294,7 @@ class UNet(nn.Module):
         x (N, in_channels, H, W), H and W divisible by 2^(levels-1); t (N,) timesteps; context (N, L, D) or
         None; mask (N, L) bool, False where the context is padding, or None.
         """
-        time = timestep_embedding(t, self.config.model_channels).to(x.dtype)  # (N, width)
-        time = self.time_embed(time)  # (N, 4 * width)
+        time = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))
         skips = []
         for layers in self.input_blocks:  # down: ever smaller and wider
             x = run(layers, x, time, context, mask)
@@ -369,83 +364,3 @@ class LatentModel(nn.Module):
                 context = context.repeat_interleave(k, dim=0)  # (N*K, L, D)
                 mask = None if mask is None else mask.repeat_interleave(k, dim=0)  # (N*K, L)
         return self.unet(z_t, t, context, mask)
-
-
-# ------------------------------------------------------------------------------ what is tuned on private data
-
-def of_type(model, *types):
-    return [m for m in model.modules() if isinstance(m, types)]
-
-
-def attention_modules(model, from_block=0):
-    """The attention modules in forward order, without the first from_block of them.
-
-    from_block is the authors' `ablation_blocks` minus 1. ValueError if it leaves out all, or is negative.
-    """
-    found = of_type(model, SpatialTransformer, AttentionBlock)
-    if not 0 <= from_block < max(len(found), 1):
-        raise ValueError(f"from_block must lie in 0..{len(found) - 1} (the network has {len(found)} "
-                         f"attention modules), got {from_block}")
-    return found[from_block:]
-
-
-def embedder_of(model):
-    """A list of the condition embedder; empty for an unconditional model or a bare UNet."""
-    embedder = getattr(model, "embedder", None)
-    return [] if embedder is None else [embedder]
-
-
-# What `--tune NAME` tunes: name -> function(model) -> modules, with all their parameters. A new choice is a
-# new line. `--tune lora:RANK` is not here, because it inserts layers first (extensions/lora.py).
-TUNE = {
-    # The paper's choice (section 3): the attention and the condition embedder.
-    "attention": lambda model: attention_modules(model) + embedder_of(model),
-    "attention-only": attention_modules,
-    "all": lambda model: [model],
-    "resblocks": lambda model: of_type(model, ResBlock) + embedder_of(model),
-    "norm": lambda model: of_type(model, nn.GroupNorm, nn.LayerNorm) + embedder_of(model),
-    "embedder": embedder_of,
-}
-
-
-def select_trainable(model, tune="attention", from_block=0):
-    """Make the modules that TUNE[tune] chooses trainable, freeze the rest -> names of trainable parameters.
-
-    model: a LatentModel or a bare UNet. The first from_block attention modules stay frozen. ValueError for an
-    unknown name, an empty selection, or from_block > 0 where TUNE[tune] does not list them ("all" does not).
-    """
-    if tune not in TUNE:
-        raise ValueError(f"unknown tune={tune!r}; choose one of {', '.join(TUNE)}, lora:RANK")
-    modules, later = TUNE[tune](model), attention_modules(model, from_block)
-    skipped = [m for m in attention_modules(model) if m not in later]  # the first from_block of them
-    if not all(m in modules for m in skipped):  # to skip what is not chosen anyway is a mistake
-        raise ValueError(f"from_block only applies to attention and lora tuning, not to tune={tune!r}")
-    return train_only(model, [m for m in modules if m not in skipped])
-
-
-def train_only(model, modules):
-    """Make the parameters inside `modules` trainable and freeze the others -> names of the trainable ones.
-
-    Parameters that `without_gradient` names stay frozen. They would show the noise alone, and enough noise of
-    an ordinary generator gives away the rest (tests/test_noise_attack.py). ValueError if nothing is left.
-    """
-    chosen = {id(p) for module in modules for p in module.parameters()}  # by identity
-    no_gradient = set(without_gradient(model))
-    for name, p in model.named_parameters():
-        p.requires_grad_(id(p) in chosen and name not in no_gradient)
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
-    if not names:
-        raise ValueError("this choice selects no parameter of the model (does it have an embedder?)")
-    return names
-
-
-def without_gradient(model):
-    """Names of the parameters whose gradient is always zero because the context is one token (`Attention`).
-
-    They are Q and K of the cross-attention, and the norm before them.
-    """
-    embedder = getattr(model, "embedder", None)
-    # One token: a class, or a text of length 1. With more tokens all weights have a gradient.
-    if not isinstance(embedder, ClassEmbedder) and getattr(embedder, "length", None) != 1:
-        return []
-    return [n for n, _ in model.named_parameters() if re.search(r"attn2\.to_[qk]\.|blocks\.\d+\.norm2\.", n)]

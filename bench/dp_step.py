@@ -26,6 +26,7 @@ import torch
 
 import diffusion
 import dp_sgd
+import tuning
 import unet
 from extensions import bookkeeping, text
 from support import hardware
@@ -59,7 +60,7 @@ def build(args, tune):
     for p in model.parameters():
         if p.dim() > 1 and not p.any():
             torch.nn.init.normal_(p, std=0.02)  # zero-initialised layers would let no gradient through
-    unet.select_trainable(model, tune)
+    tuning.select_trainable(model, tune)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     return model, [p for p in model.parameters() if p.requires_grad]

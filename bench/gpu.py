@@ -29,12 +29,14 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from scipy.stats import binom
 
 import diffusion
 import dp_sgd
 import evaluate
 import sample
 import train
+import tuning
 import unet
 from bench import dp_step
 from bench.runs import commit
@@ -108,7 +110,7 @@ def small(device, dtype, tune, n=4):
     model = unet.LatentModel(unet.UNet(config), unet.ClassEmbedder(10, 8))
     for p in model.parameters():  # away from zero, where most gradients vanish
         torch.nn.init.normal_(p, mean=0.5 * (p.dim() == 1), std=0.2)
-    unet.select_trainable(model, tune)
+    tuning.select_trainable(model, tune)
     z = torch.randn(n, 4, 4, 4, dtype=torch.float64)
     batch = diffusion.draw(z, torch.arange(n), 2, torch.Generator().manual_seed(1), diffusion.PAPER)
     batch = [b.to(device, dtype) if b.is_floating_point() else b.to(device) for b in batch]
@@ -156,7 +158,7 @@ def lengths(bench):
 
 
 def noise(bench):
-    """Shares of normals beyond 1..5 deviations against erfc, in standard errors, and the largest possible."""
+    """Normals beyond 1..5 deviations, mean and deviation: the chance of each result. The largest possible."""
     n = 200_000 if bench.tiny else 50_000_000
     sums = torch.zeros(n, device=bench.device)
     begin = time.monotonic()
@@ -164,17 +166,17 @@ def noise(bench):
     if "cuda" in bench.device:
         torch.cuda.synchronize()
     seconds, z = time.monotonic() - begin, z.double() / (0.5 * 3.0 / 8.0)
-    errors = {}
-    for x in range(1, 6):
-        p = math.erfc(x / math.sqrt(2))
-        errors[x] = (float((z.abs() > x).double().mean()) - p) / math.sqrt(p * (1 - p) / n)
-    errors["mean"] = float(z.mean()) * math.sqrt(n)
-    errors["deviation"] = (float(z.std()) - 1) * math.sqrt(2 * n)
-    demand(all(abs(e) < 5 for e in errors.values()), f"standard errors {errors}")
+    chances = {}  # of a count, mean or deviation this far from the expected one, or farther, on its side
+    for x in range(1, 6):  # beyond 5 only a few are expected, so standard errors would not do
+        count, law = int((z.abs() > x).sum()), binom(n, math.erfc(x / math.sqrt(2)))
+        chances[x] = float(min(law.cdf(count), law.sf(count - 1)))
+    chances["mean"] = math.erfc(abs(float(z.mean())) * math.sqrt(n / 2)) / 2
+    chances["deviation"] = math.erfc(abs(float(z.std()) - 1) * math.sqrt(n)) / 2
+    demand(all(chance > 1e-7 for chance in chances.values()), f"chances {chances}")
     with mock.patch.object(os, "urandom", lambda count: b"\xff" * count):
         largest = float(dp_sgd.SecureGenerator().normals((2,), bench.device).abs().max())
     demand(abs(largest - dp_sgd.SecureGenerator.limit) < 1e-6, f"the largest normal is {largest}")
-    return {"normals": n, "normals_per_s": round(n / seconds), "standard_errors": errors, "limit": largest}
+    return {"normals": n, "normals_per_s": round(n / seconds), "chances": chances, "limit": largest}
 
 
 def sampling(bench):

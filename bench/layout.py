@@ -15,6 +15,7 @@ import torch
 
 import diffusion
 import dp_sgd
+import tuning
 import unet
 import vae
 from extensions.bookkeeping import bookkeeping
@@ -38,7 +39,7 @@ def unet_steps(s, layout, n=256):
     def make(tune):
         model = unet.LatentModel(unet.UNet(s["unet"]),
                                  checkpoints.build_embedder(entry)).to(memory_format=layout)
-        unet.select_trainable(model, tune)
+        tuning.select_trainable(model, tune)
         return model
 
     public, private = make("all"), make("attention")

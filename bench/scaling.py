@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 import diffusion
 import dp_sgd
+import tuning
 import unet
 from extensions.bookkeeping import bookkeeping
 from support import presets, team
@@ -33,7 +34,7 @@ def worker(number, world, port, args, results):
     torch.manual_seed(0)
     config = presets.DIGITS["unet"]
     model = unet.LatentModel(unet.UNet(config), unet.ClassEmbedder(10, config.context_dim))
-    unet.select_trainable(model)
+    tuning.select_trainable(model)
     n, q = 4 * args.batch, 1 / 4
     latents, labels = team.shard(torch.randn(n, 1, config.in_channels, 4,
                                              4)), team.shard(torch.arange(n) % 10)

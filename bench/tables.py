@@ -25,7 +25,8 @@ DATASETS = ROOT / "docs" / "datasets.md"
 READING = {
     "diffusion.py": "noise schedule, training loss, DDIM sampling",
     "vae.py": "the autoencoder and its latent scale",
-    "unet.py": "the network, and which parameters are tuned",
+    "unet.py": "the network that predicts the noise",
+    "tuning.py": "which parameters are tuned on private images",
     "dp_sgd.py": "Poisson batches, clipping, noise; the per-example gradients",
     "accountant.py": "from q, sigma and the number of steps to epsilon",
     "train.py": "the three stages, one after the other",

@@ -8,6 +8,7 @@ them could mean less noise. docs/results.md shows how far that carries.
 import torch
 from torch import nn
 
+import tuning
 import unet
 
 PROJECTIONS = {unet.Attention: ("to_q", "to_k", "to_v", "to_out"), unet.AttentionBlock: ("qkv", "proj_out")}
@@ -39,7 +40,7 @@ def insert(model, rank, from_block=0):
     if any(isinstance(m, LoRALinear) for m in model.modules()):
         raise ValueError("this model already has LoRA pairs; lora.merge(model) first")
     pairs = []
-    for attention in unet.attention_modules(model, from_block):
+    for attention in tuning.attention_modules(model, from_block):
         for parent in list(attention.modules()):
             for name in PROJECTIONS.get(type(parent), ()):
                 wrapped = LoRALinear(getattr(parent, name), rank)
@@ -61,13 +62,13 @@ def merge(model):
 def tuned(model, s):
     """Choose what is trained by the settings s.tune and s.from_block, freeze the rest -> names of parameters.
 
-    "lora:RANK" inserts the pairs and selects them with the embedder; the rest is `unet.select_trainable`.
+    "lora:RANK" inserts the pairs and selects them with the embedder; the rest is `tuning.select_trainable`.
     Raises ValueError for what cannot be selected.
     """
     kind, colon, rank = s.tune.partition(":")
     if kind != "lora" or not colon:
-        return unet.select_trainable(model, s.tune, s.from_block)
+        return tuning.select_trainable(model, s.tune, s.from_block)
     if not rank.isdigit() or int(rank) < 1:
         raise ValueError(f"tune={s.tune!r}: the rank after 'lora:' must be a whole number of at least 1")
     pairs = insert(model, int(rank), s.from_block)
-    return unet.train_only(model, [*pairs, *unet.embedder_of(model)])
+    return tuning.train_only(model, [*pairs, *tuning.embedder_of(model)])

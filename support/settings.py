@@ -14,7 +14,7 @@ import torch
 import accountant
 import datasets
 import dp_sgd
-import unet
+import tuning
 from extensions.bookkeeping import bookkeeping
 from support import checkpoints, files, hardware, presets, run_folder
 from support.files import plain
@@ -139,7 +139,7 @@ def parse(argv):
           ("clipping", str, "how gradients are clipped", [*dp_sgd.CLIPPING]))
     flags("stage 3, tuning", ("noise_multiplicity", int,
                               "K: (t, noise) draws averaged per example before clipping"),
-          ("tune", str, f"what is tuned: {', '.join(unet.TUNE)}, lora:RANK"),
+          ("tune", str, f"what is tuned: {', '.join(tuning.TUNE)}, lora:RANK"),
           ("from_block", int, "leave out the first attention modules in forward order"),
           ("lr", float, "learning rate of Adam"),
           ("ema", float, "decay of the average of the tuned parameters, per step"),

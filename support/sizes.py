@@ -3,6 +3,7 @@ import math
 
 import torch
 
+import tuning
 import unet
 import vae
 from support.hardware import count
@@ -18,7 +19,7 @@ def main():
     for name, config in UNETS.items():
         with torch.device("meta"):
             model = unet.UNet(config)
-        modules = unet.attention_modules(model)
+        modules = tuning.attention_modules(model)
         attention = count(p for module in modules for p in module.parameters())
         total = count(model.parameters())
         print(f"{name:16} UNet        {total:>12,}   attention {attention:>12,} ({attention / total:.2%}) "

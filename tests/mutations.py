@@ -108,7 +108,7 @@ MUTATIONS = [Mutation(*m) for m in (
      (("self.generator = SecureGenerator() if generator is None else generator",
        "self.generator = torch.Generator() if generator is None else generator"),),
      "tests/test_noise_attack.py::test_the_default_noise_is_not"),
-    (26, "weights without a gradient are trained on noise", "unet.py",
+    (26, "weights without a gradient are trained on noise", "tuning.py",
      (("(id(p) in chosen and name not in no_gradient)", "(id(p) in chosen)"),),
      "tests/test_unet.py::test_weights_without_a_gradient_are_not_trained"),
     (0, "classes are matched by position", "support/conditions.py",

@@ -18,6 +18,7 @@ import diffusion
 import dp_sgd
 import sample
 import train
+import tuning
 import unet
 import vae
 from datasets import arrays, photos
@@ -57,7 +58,7 @@ def contents():
 def training(model=None):
     if model is None:
         model = unet.LatentModel(unet.UNet(unet.UNetConfig(**UNET)), unet.ClassEmbedder(3, 4, True))
-    unet.select_trainable(model)
+    tuning.select_trainable(model)
     engine = dp_sgd.DPSGD(model, 1.0, 1.0, 1)
     return engine, [p.detach().clone() for p in engine.parameters], torch.optim.Adam(engine.parameters)
 

@@ -9,7 +9,7 @@ example.
 
 The attack on a default run of this program, whose 42,688 weights without a gradient were too few for that,
 solved the 27,968 linear equations for the state itself instead, and got back all noise values bit for bit.
-Both ways end at a cryptographic generator, and such weights are no longer trained (`unet.without_gradient`).
+Both ways end at a cryptographic generator, and such weights are not trained now (`tuning.without_gradient`).
 """
 import math
 

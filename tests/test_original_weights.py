@@ -18,6 +18,7 @@ import torch
 import datasets
 import diffusion
 import train
+import tuning
 import unet
 import vae
 from datasets import pixels
@@ -320,7 +321,7 @@ def test_a_checkpoint_takes_the_place_of_the_public_stages(tmp_path, monkeypatch
     assert privacy["public_weights"] == ["x.ckpt"] and privacy["steps"] == 1 and 9 < privacy["epsilon"] <= 10
     released = files.load(tmp_path / "r" / "release" / "model.pt")
     changed = {k for k, v in second["model"].items() if not torch.equal(v, released["model"][k])}
-    assert changed == set(unet.select_trainable(model, "attention"))
+    assert changed == set(tuning.select_trainable(model, "attention"))
     with pytest.raises(ValueError, match="already holds a run"):
         convert(tmp_path / "x.ckpt", "--out", tmp_path / "original")
     for path in (tmp_path / "original").rglob("*.pt"):

@@ -18,6 +18,7 @@ import dp_sgd
 import evaluate
 import sample
 import train
+import tuning
 import unet
 import vae
 from datasets import arrays, pixels
@@ -45,7 +46,7 @@ def private_stage(out, *flags, model=None, latents=None):
     s.bf16 = False
     (out / "internal").mkdir(parents=True)
     model = tiny_model() if model is None else model
-    unet.select_trainable(model, s.tune, s.from_block)
+    tuning.select_trainable(model, s.tune, s.from_block)
     latents = torch.randn(N, 1, 4, 4, 4,
                           generator=torch.Generator().manual_seed(1)) if latents is None else latents
     plan = guarantee.privacy_plan(s, N)

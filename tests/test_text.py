@@ -15,6 +15,7 @@ import dp_sgd
 import evaluate
 import sample
 import train
+import tuning
 import unet
 import vae
 from extensions import captions, lora, text
@@ -209,7 +210,7 @@ def test_the_text_is_encoded_once_per_example_and_everything_in_it_learns():
     model.embedder.register_forward_hook(lambda _, args, out: seen.append(len(args[0])))
     LOSS(model, *examples(3)).sum().backward()
     assert seen == [4]
-    assert unet.without_gradient(model) == []  # query and key of the cross-attention included
+    assert tuning.without_gradient(model) == []  # query and key of the cross-attention included
     silent = [n for n, p in model.named_parameters() if p.requires_grad
               and (p.grad is None or not p.grad.any())]
     assert not silent

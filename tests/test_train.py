@@ -14,6 +14,7 @@ import accountant
 import datasets
 import sample
 import train
+import tuning
 import vae
 from datasets import strokes
 from support import checkpoints, conditions, dry_run, files, guarantee, presets, run_folder, settings
@@ -105,8 +106,7 @@ def test_only_the_chosen_parameters_changed(run):
     )
     changed = {k for k in public if not torch.equal(public[k], released[k])}
     model, _ = checkpoints.build_model(files.load(run / "public" / "ldm.pt"))
-    import unet
-    assert changed == set(unet.select_trainable(model, "attention"))  # each of them gets noise, used or not
+    assert changed == set(tuning.select_trainable(model, "attention"))  # each of them gets noise, used or not
     assert torch.equal(files.load(run / "public" / "vae.pt")["state"]["quant_conv.weight"],
                        files.load(run / "release" / "model.pt")["vae"]["state"]["quant_conv.weight"])
 

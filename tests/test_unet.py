@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import tuning
 import unet
 from extensions import lora, original_weights
 from support import paper_networks
@@ -42,7 +43,7 @@ COUNTS = {
 
 def paper_count(model, from_block=0):
     """Number of parameters that the paper says it tunes; it counts those `without_gradient` as well."""
-    modules = [*unet.attention_modules(model, from_block), *unet.embedder_of(model)]
+    modules = [*tuning.attention_modules(model, from_block), *tuning.embedder_of(model)]
     return count(p for module in modules for p in module.parameters())
 
 
@@ -53,10 +54,10 @@ def test_parameter_counts_equal_the_papers(name):
         network = unet.UNet(paper_networks.UNETS[name])
         model = unet.LatentModel(network, unet.ClassEmbedder(*embedder) if embedder else None)
     assert count(network.parameters()) == total
-    assert len(unet.attention_modules(model)) == modules
+    assert len(tuning.attention_modules(model)) == modules
     assert paper_count(model) == attention + embedded
-    unet.select_trainable(model, "attention")
-    silent = count(dict(model.named_parameters())[n] for n in unet.without_gradient(model))
+    tuning.select_trainable(model, "attention")
+    silent = count(dict(model.named_parameters())[n] for n in tuning.without_gradient(model))
     assert count(p for p in model.parameters() if p.requires_grad) == attention + embedded - silent
 
 
@@ -71,10 +72,10 @@ def test_later_blocks_of_the_cifar_network():
 def test_weights_without_a_gradient_are_not_trained(tune):
     """They would see nothing but noise, and a release would show it: clean equations to compute it from."""
     model = unet.LatentModel(unet.UNet(paper_networks.UNETS["mnist"]), unet.ClassEmbedder(26, 5))
-    names = unet.without_gradient(model)
+    names = tuning.without_gradient(model)
     assert count(dict(model.named_parameters())[n] for n in names) == 82_752
     trained = set(tuned(model, tune))
-    assert not trained & set(unet.without_gradient(model))
+    assert not trained & set(tuning.without_gradient(model))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     model(torch.randn(2, 3, 4, 4), torch.tensor([1, 500]), torch.tensor([0, 1])).sum().backward()
@@ -83,7 +84,7 @@ def test_weights_without_a_gradient_are_not_trained(tune):
     model.zero_grad()
     model(torch.randn(2, 3, 4, 4), torch.tensor([1, 500]), torch.tensor([0, 1])).sum().backward()
     silent = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
-    assert silent == set(unet.without_gradient(model))  # nothing else is left out
+    assert silent == set(tuning.without_gradient(model))  # nothing else is left out
 
 
 @pytest.mark.parametrize("changes", [
@@ -96,12 +97,12 @@ def test_every_variant_keeps_the_shape_and_uses_every_parameter(changes):
     cond = torch.tensor([0, 2]) if model.embedder else None
     out = model(x, torch.tensor([1, 999]), cond)
     assert out.shape == x.shape
-    unet.select_trainable(model, "all")
+    tuning.select_trainable(model, "all")
     out.square().sum().backward()
     out = model(x, torch.tensor([1, 999]), cond)
     out.square().sum().backward()
     unused = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
-    assert unused <= set(unet.without_gradient(model))
+    assert unused <= set(tuning.without_gradient(model))
 
 
 def test_the_class_and_the_time_matter():
@@ -158,20 +159,20 @@ def test_null_class():
 
 def test_select_trainable():
     def names(tune, from_block=0):
-        return set(unet.select_trainable(tiny(), tune, from_block))
+        return set(tuning.select_trainable(tiny(), tune, from_block))
 
     attention, only = names("attention"), names("attention-only")
     assert attention - only == {"embedder.embedding.weight"} == names("embedder")
-    silent = set(unet.without_gradient(tiny()))
+    silent = set(tuning.without_gradient(tiny()))
     model = tiny()
-    inside = {id(p) for m in unet.attention_modules(model) for p in m.parameters()}
+    inside = {id(p) for m in tuning.attention_modules(model) for p in m.parameters()}
     assert only == {n for n, p in model.named_parameters() if id(p) in inside} - silent
     assert names("all") == {n for n, _ in tiny().named_parameters()} - silent
     assert not (names("resblocks") & only) and any("conv1" in n for n in names("resblocks"))
     assert all("norm" in n or "out.0" in n or "embedder" in n for n in names("norm"))
     assert names("attention-only", 6) == {n for n in only if n.startswith("unet.output_blocks.3")}
     model = tiny()
-    chosen = unet.select_trainable(model, "attention")
+    chosen = tuning.select_trainable(model, "attention")
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(chosen)
 
 
@@ -188,7 +189,7 @@ def test_lora_starts_as_identity_trains_few_and_merges_exactly():
     model = tiny().double()
     x, t, cond = torch.randn(2, 2, 4, 4).double(), torch.tensor([3, 700]), torch.tensor([0, 1])
     plain, keys = model(x, t, cond), set(model.state_dict())
-    full = count(p for m in unet.attention_modules(model) for p in m.parameters())
+    full = count(p for m in tuning.attention_modules(model) for p in m.parameters())
     names = tuned(model, "lora:2")
     assert torch.allclose(model(x, t, cond), plain)
     assert all("up" in n or "down" in n or "embedder" in n for n in names)

@@ -1,0 +1,85 @@
+"""The choice of what is tuned on private images: DP-LDM's central idea (Liu et al. 2024, section 3).
+
+On private images only the attention modules and the condition embedder change. The fewer weights change, the
+less noise there is: its length grows with the square root of their number. `--tune` offers other choices.
+"""
+import re
+
+from torch import nn
+
+import unet
+
+
+def of_type(model, *types):
+    return [m for m in model.modules() if isinstance(m, types)]
+
+
+def attention_modules(model, from_block=0):
+    """The attention modules in forward order, without the first from_block of them.
+
+    from_block is the authors' `ablation_blocks` minus 1. ValueError if it leaves out all, or is negative.
+    """
+    found = of_type(model, unet.SpatialTransformer, unet.AttentionBlock)
+    if not 0 <= from_block < max(len(found), 1):
+        raise ValueError(f"from_block must lie in 0..{len(found) - 1} (the network has {len(found)} "
+                         f"attention modules), got {from_block}")
+    return found[from_block:]
+
+
+def embedder_of(model):
+    """A list of the condition embedder; empty for an unconditional model or a bare UNet."""
+    embedder = getattr(model, "embedder", None)
+    return [] if embedder is None else [embedder]
+
+
+# What `--tune NAME` tunes: name -> function(model) -> modules, with all their parameters. A new choice is a
+# new line. `--tune lora:RANK` is not here, because it inserts layers first (extensions/lora.py).
+TUNE = {
+    # The paper's choice (section 3): the attention and the condition embedder.
+    "attention": lambda model: attention_modules(model) + embedder_of(model),
+    "attention-only": attention_modules,
+    "all": lambda model: [model],
+    "resblocks": lambda model: of_type(model, unet.ResBlock) + embedder_of(model),
+    "norm": lambda model: of_type(model, nn.GroupNorm, nn.LayerNorm) + embedder_of(model),
+    "embedder": embedder_of,
+}
+
+
+def select_trainable(model, tune="attention", from_block=0):
+    """Make the modules that TUNE[tune] chooses trainable, freeze the rest -> names of trainable parameters.
+
+    model: a LatentModel or a bare UNet. The first from_block attention modules stay frozen. ValueError for an
+    unknown name, an empty selection, or from_block > 0 where TUNE[tune] does not list them ("all" does not).
+    """
+    if tune not in TUNE:
+        raise ValueError(f"unknown tune={tune!r}; choose one of {', '.join(TUNE)}, lora:RANK")
+    modules, later = TUNE[tune](model), attention_modules(model, from_block)
+    skipped = [m for m in attention_modules(model) if m not in later]  # the first from_block of them
+    if not all(m in modules for m in skipped):  # to skip what is not chosen anyway is a mistake
+        raise ValueError(f"from_block only applies to attention and lora tuning, not to tune={tune!r}")
+    return train_only(model, [m for m in modules if m not in skipped])
+
+
+def train_only(model, modules):
+    """Make the parameters inside `modules` trainable and freeze the others -> names of the trainable ones.
+
+    Parameters that `without_gradient` names stay frozen. They would show the noise alone, and enough noise of
+    an ordinary generator gives away the rest (tests/test_noise_attack.py). ValueError if nothing is left.
+    """
+    chosen = {id(p) for module in modules for p in module.parameters()}  # by identity
+    no_gradient = set(without_gradient(model))
+    for name, p in model.named_parameters():
+        p.requires_grad_(id(p) in chosen and name not in no_gradient)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    if not names:
+        raise ValueError("this choice selects no parameter of the model (does it have an embedder?)")
+    return names
+
+
+def without_gradient(model):
+    """Names of what has no gradient where the context is one token: Q, K of cross-attention, their norm."""
+    embedder = getattr(model, "embedder", None)
+    # One token: a class, or a text of length 1. With more tokens all weights have a gradient.
+    if not isinstance(embedder, unet.ClassEmbedder) and getattr(embedder, "length", None) != 1:
+        return []
+    return [n for n, _ in model.named_parameters() if re.search(r"attn2\.to_[qk]\.|blocks\.\d+\.norm2\.", n)]
