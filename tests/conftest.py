@@ -19,6 +19,10 @@ LONGEST = {"test_crash", "test_processes", "test_train", "test_dp_sgd", "test_ed
            "test_devices"}
 
 
+# What forks of a server that has imported it need not import again. The optimizers import torch's compiler.
+PRELOAD = ["train", "torch._dynamo", "torchvision.utils", "scipy.interpolate"]
+
+
 def run_files(session, files, counter, pipe, folder):
     """A child: run one file of tests after the other; write each report into the pipe as a line of JSON."""
     config = session.config

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import PRELOAD
 
 import accountant
 import dp_sgd
@@ -114,7 +115,7 @@ def cpu_seconds(pid):
 def test_killed_eight_times_at_random_moments(public, tmp_path):
     steps, out, diary = 40, tmp_path / "run", tmp_path / "diary"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])  # imports once; every attempt is a fork of it
+    context.set_forkserver_preload(PRELOAD)  # imports once; every attempt is a fork of it
     kills, before, rng = 0, b"", random.Random()
     for _ in range(60):
         process = context.Process(target=attempt, args=(command(out, public, steps), diary))

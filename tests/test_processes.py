@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import PRELOAD
 
 import accountant
 import datasets
@@ -37,10 +38,13 @@ def worker(number, port, job, place):
     run_folder.run_cli(partial(job, number, place))
 
 
-def two_processes(job, place):
-    """Run job(rank, place) in two forks of a process that has imported train -> exit codes, stderr lines."""
+def two_processes(job, place, stopped=None):
+    """Run job(rank, place) in two forks of a process that has imported train -> exit codes, stderr lines.
+
+    stopped: the one that SIGSTOP will keep from ending. It is killed when the other one has ended.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
+    context.set_forkserver_preload(PRELOAD)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -48,7 +52,7 @@ def two_processes(job, place):
     for process in started:
         process.start()
     patience = 240.0
-    while any(process.is_alive() for process in started) and patience > 0:
+    while any(process.is_alive() for i, process in enumerate(started) if i != stopped) and patience > 0:
         time.sleep(0.05)
         patience = min(patience, 20 if any(process.exitcode for process in started) else 240) - 0.05
     for process in started:  # who is still there is stopped, or waits for ever
@@ -246,7 +250,8 @@ def end_job(victim, how, number, place):
 @pytest.mark.parametrize("victim, how, within",
                          [(1, signal.SIGKILL, 10), (0, signal.SIGKILL, 10), (1, signal.SIGSTOP, 20)])
 def test_a_dead_process_ends_the_run_with_one_line(victim, how, within, tmp_path):
-    codes, errors = two_processes(partial(end_job, victim, how), tmp_path)
+    codes, errors = two_processes(partial(end_job, victim, how), tmp_path,
+                                  stopped=victim if how == signal.SIGSTOP else None)
     survivor = 1 - victim
     assert codes[victim] == -signal.SIGKILL and codes[survivor] == 2
     assert len(errors[survivor]) == 1 and "another process" in errors[survivor][0] and not errors[victim]
