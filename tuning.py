@@ -1,7 +1,7 @@
 """The choice of what is tuned on private images: DP-LDM's central idea (Liu et al. 2024, section 3).
 
-On private images only the attention modules and the condition embedder change. The fewer weights change, the
-less noise there is: its length grows with the square root of their number. `--tune` offers other choices.
+On private images only the attention modules (with their norms and feed-forward) and the condition embedder
+change. The fewer weights change, the less noise there is: its norm grows with the root of their number.
 """
 import re
 
@@ -17,7 +17,7 @@ def of_type(model, *types):
 def attention_modules(model, from_block=0):
     """The attention modules in forward order, without the first from_block of them.
 
-    from_block is the authors' `ablation_blocks` minus 1. ValueError if it leaves out all, or is negative.
+    from_block is max(0, the authors' `ablation_blocks` - 1). ValueError if it leaves out all, or is negative.
     """
     found = of_type(model, unet.SpatialTransformer, unet.AttentionBlock)
     if not 0 <= from_block < max(len(found), 1):
@@ -27,7 +27,7 @@ def attention_modules(model, from_block=0):
 
 
 def embedder_of(model):
-    """A list of the condition embedder; empty for an unconditional model or a bare UNet."""
+    """[condition embedder], or [] for an unconditional model or a bare UNet."""
     embedder = getattr(model, "embedder", None)
     return [] if embedder is None else [embedder]
 
@@ -49,13 +49,13 @@ def select_trainable(model, tune="attention", from_block=0):
     """Make the modules that TUNE[tune] chooses trainable, freeze the rest -> names of trainable parameters.
 
     model: a LatentModel or a bare UNet. The first from_block attention modules stay frozen. ValueError for an
-    unknown name, an empty selection, or from_block > 0 where TUNE[tune] does not list them ("all" does not).
+    unknown name, an empty selection, or from_block > 0 where TUNE[tune] does not list the attention modules.
     """
     if tune not in TUNE:
         raise ValueError(f"unknown tune={tune!r}; choose one of {', '.join(TUNE)}, lora:RANK")
     modules, later = TUNE[tune](model), attention_modules(model, from_block)
     skipped = [m for m in attention_modules(model) if m not in later]  # the first from_block of them
-    if not all(m in modules for m in skipped):  # to skip what is not chosen anyway is a mistake
+    if not all(m in modules for m in skipped):  # from_block would change nothing
         raise ValueError(f"from_block only applies to attention and lora tuning, not to tune={tune!r}")
     return train_only(model, [m for m in modules if m not in skipped])
 
@@ -63,8 +63,8 @@ def select_trainable(model, tune="attention", from_block=0):
 def train_only(model, modules):
     """Make the parameters inside `modules` trainable and freeze the others -> names of the trainable ones.
 
-    Parameters that `without_gradient` names stay frozen. They would show the noise alone, and enough noise of
-    an ordinary generator gives away the rest (tests/test_noise_attack.py). ValueError if nothing is left.
+    Parameters that `without_gradient` names stay frozen. Their update would be noise in the clear, and enough
+    of it gives away an ordinary generator (tests/test_noise_attack.py). ValueError if nothing is left.
     """
     chosen = {id(p) for module in modules for p in module.parameters()}  # by identity
     no_gradient = set(without_gradient(model))
@@ -77,9 +77,9 @@ def train_only(model, modules):
 
 
 def without_gradient(model):
-    """Names of what has no gradient where the context is one token: Q, K of cross-attention, their norm."""
+    """Names of what has no gradient where the context is one token: to_q, to_k of cross-attention, norm2."""
     embedder = getattr(model, "embedder", None)
     # One token: a class, or a text of length 1. With more tokens all weights have a gradient.
-    if not isinstance(embedder, unet.ClassEmbedder) and getattr(embedder, "length", None) != 1:
-        return []
-    return [n for n, _ in model.named_parameters() if re.search(r"attn2\.to_[qk]\.|blocks\.\d+\.norm2\.", n)]
+    one_token = isinstance(embedder, unet.ClassEmbedder) or getattr(embedder, "length", None) == 1
+    pattern = r"attn2\.to_[qk]\.|blocks\.\d+\.norm2\."  # norm2 of a TransformerBlock, not of a ResBlock
+    return [n for n, _ in model.named_parameters() if one_token and re.search(pattern, n)]

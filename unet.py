@@ -5,7 +5,7 @@ Models* (Rombach et al. 2022, sections 3.2 and 3.3), as DP-LDM uses it (Liu et a
 imports nothing of the project.
 
 Symbols: z_t noisy latent (N, C, H, W). t timestep (N,). c condition, embedded as context (N, L, D).
-Attention sees the T = H * W pixels of a level as tokens (N, T, C).
+Attention sees the T = H * W pixels of a level as tokens (N, T, C). K: draws per example (diffusion.py).
 
 The paper's network for MNIST: 64 channels, multipliers 1 and 2, attention at every level::
 
@@ -14,9 +14,9 @@ The paper's network for MNIST: 64 channels, multipliers 1 and 2, attention at ev
               |        |             |            v                   v
               +--------+-------------+-----> skip connections -> 2x[Res + ST], Res-up -> 2x[Res + ST] -> conv
 
-Res is a ResBlock: it knows the timestep and mixes neighbouring pixels. ST is a SpatialTransformer:
-self-attention over the pixels, then cross-attention to the condition. The condition enters nowhere else. ST
-and the embedder are what DP-LDM tunes on private images (`tuning.select_trainable`).
+Each block on the way up takes one skip connection, the latest first. Res is a ResBlock: it knows the timestep
+and mixes neighbouring pixels. ST is a SpatialTransformer: self-attention, cross-attention to the condition
+(it enters nowhere else), feed-forward. DP-LDM tunes all of ST and the embedder (`tuning.select_trainable`).
 
 All weights live in Linear, Conv2d, GroupNorm, LayerNorm and Embedding layers, because for these
 extensions/bookkeeping.py knows the per-example gradient. So nn.MultiheadAttention is not used.
@@ -31,14 +31,14 @@ from torch import nn
 
 @dataclass
 class UNetConfig:
-    """Shape of a UNet, with the field names of the original code. Defaults: the paper's MNIST network."""
+    """Shape of a UNet, with the field names of the original code. Defaults: the paper's for MNIST."""
     in_channels: int = 3
     out_channels: int = 3
     model_channels: int = 64
     channel_mult: tuple = (1, 2)  # width of each level in units of model_channels
     num_res_blocks: int = 1  # per level on the way down; one more on the way up
     attention_resolutions: tuple = (1, 2)  # *downsampling factors* at which blocks have attention
-    num_heads: int = 2
+    num_heads: int = 2  # in the public stage; the authors tune the same weights with 4
     num_head_channels: int | None = None  # if given: width of a head, and num_heads is not used
     use_spatial_transformer: bool = True  # False: `AttentionBlock`, for networks without condition
     transformer_depth: int = 1
@@ -239,7 +239,7 @@ class UNet(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, c, width = config, config, config.model_channels
+        self.config, c, width = config, config, config.model_channels  # c: the config, not the condition
         widths = [width * mult for mult in c.channel_mult]
         if any(w % c.num_groups or w % (c.num_head_channels or c.num_heads) for w in widths):
             raise ValueError(f"UNet: every level's width {widths} must be divisible by num_groups "
@@ -278,7 +278,7 @@ class UNet(nn.Module):
         self.middle_block = nn.ModuleList([res(w, w), attention(w), res(w, w)])
         self.output_blocks = nn.ModuleList()
         for level, level_width in reversed(list(enumerate(widths))):
-            for i in range(c.num_res_blocks + 1):  # one more: it takes the skip of what led to this level
+            for i in range(c.num_res_blocks + 1):  # one more: for the skip of the first conv or of Res-down
                 layers = block(w + skips.pop(), level_width)
                 w = level_width
                 if level > 0 and i == c.num_res_blocks:

@@ -19,9 +19,9 @@ The bias is the weight of a further input that is always 1.
 
         |G^T X|^2 = tr(X X^T G G^T) = sum over s, s' of (X X^T)[s, s'] (G G^T)[s, s']
 
-    The two Gram matrices cost P^2 (d + p) multiplications, the matrix P d p. For P = 1 the formula is
-    |x|^2 |g|^2 (Goodfellow 2015). For sequences it is "ghost clipping" (Li et al. 2022). Convolutions are the
-    same on unfolded patches (Rochette et al. 2019).
+    The two Gram matrices cost P^2 (d + p) multiplications, grad_W itself P d p. For P = 1 the formula is
+    |x|^2 |g|^2 (Goodfellow 2015). For sequences it is "ghost clipping" (Li et al. 2022), for convolutions the
+    same on unfolded patches (Bu, Mao, Xu 2022).
 
 (2) The clipped sum needs no second backward pass. With one factor c_n per example it is a single matrix
     product, that of (c G)^T (p, N P) and X (N P, d), both stacked over the N examples:
@@ -33,25 +33,25 @@ The bias is the weight of a further input that is always 1.
 (3) With many positions and few channels the matrices grad_W are the cheaper way. They are formed once,
     (N, p, d), give the norms, and are kept in place of X and G. The clipped sum is sum_n c_n grad_n.
 
-Autograd does none of this work a second time: the weights do not require grad in the meantime, and the graph
-starts at the output of the first trainable layer. An embedding is a linear layer on one-hot inputs. A 3x3
+Autograd forms no gradient of a weight: no weight requires grad during the backward pass. The graph starts at
+the output of the first trainable layer. An embedding is a linear layer on one-hot inputs. A 3x3
 convolution is nine linear layers on shifted images. The scales of norm layers are so few that their gradients
 are formed per example.
 
 Rounding
 --------
 Gram products cancel: where positions have opposite signs, a small norm is the difference of large numbers.
-Rounding may make it too small, and that breaks the sensitivity. The error is a few float epsilons (more for
-sums over wide layers) times (sum_s |x_s| |g_s|)^2. The diagonals of the two Gram matrices tell this number.
-So a bound is *added*: 8 epsilons times that square. If the layer has more than 256 inputs or outputs, it is
-8 epsilons per 256 of them. Then rounding can only clip harder, by a share of about 1e-4. (Measured errors:
-up to 20 epsilons at 1,280 inputs, 79 at 5,120.)
+Rounding may make it too small, and that breaks the sensitivity. The error is some float epsilons times S^2
+with S = sum_s |x_s| |g_s|, which the diagonals of the Gram matrices give. (Measured: up to 20 epsilons at
+1,280 inputs, 79 at 5,120.) So a bound is *added* to the squared norm: 8 epsilons times S^2 for every 256
+inputs or outputs, whichever are more, and never less than 8. Then rounding can only clip harder.
 
 Underflow
 ---------
-Squares of entries below 1e-19 vanish in float32, and a tiny input may meet a huge gradient. A Gram matrix
-may have lost that way at most (number of products) * 1e-38 per entry. The norm is computed as if it had lost
-all of it. Overflow makes the norm infinite. Such an example contributes zero, as all non-finite ones do.
+Squares of entries below 1e-19 vanish in float32, and a tiny input may meet a huge gradient. An entry of a
+Gram matrix may have lost at most (number of products in its sum) * 1e-38. The norm is computed as if all of
+it had been lost. Overflow makes the norm infinite. Such an example contributes zero, as all non-finite ones
+do.
 """
 from collections import Counter
 from contextlib import ExitStack
@@ -70,7 +70,7 @@ def bookkeeping(model, layers, loss_fn, batch):
     """norms (L, N), losses (N,), and a function from factors (L, N) to the weighted sum, as `dp_sgd.loop`.
 
     One forward and one backward pass of the summed loss. Norms are computed as the output gradients arrive.
-    Inputs and output gradients are kept for the weighted sum.
+    Inputs and output gradients are kept for the weighted sum. n is N; an example has K rows of an input.
     """
     n, uses, stored, grams, views = rows(batch), Counter(), {}, {}, []
     params = [p for layer in layers for p in layer.params.values()]
@@ -79,7 +79,7 @@ def bookkeeping(model, layers, loss_fn, batch):
     def seen(i, x, out):
         """Forward hook of layer i."""
         if not torch.is_grad_enabled():
-            return  # used as a constant
+            return  # under no_grad: this use of the layer has no gradient
         if x.dim() < FEWEST_DIMS[type(layers[i].module)] or len(x) % n:
             raise ValueError(f"layer {layers[i].name!r} saw an input of shape {tuple(x.shape)} in a "
                              f"micro-batch of {n} examples; its first dimension must be a multiple of {n}, "
@@ -154,9 +154,10 @@ def joined(parts):
 
 
 def grams_are_cheaper(layer, x, g, n):
-    """Compares multiplications per example, P^2 (d + p) and P d p. False for the scales of norm layers.
+    """Compares multiplications per example: P^2 (d + p), and P times the weights.
 
-    A convolution's inputs count as pixels with d channels: `patches_gram` only adds up their products.
+    A convolution's inputs count as pixels with d channels: `patches_gram` only adds up their products. True
+    for embeddings, False for norm layers and where only a bias is trained.
     """
     m = layer.module
     if isinstance(m, (nn.GroupNorm, nn.LayerNorm)) or "weight" not in layer.params:
@@ -185,13 +186,13 @@ def gram_squared_norm(layer, x, g, n, grams):
         g = positions(channels_last(layer, g), n)
         if key not in grams:
             x = positions(channels_last(layer, wide(x)), n)
-            grams[key] = x @ x.mT  # (n, P, P)
+            grams[key] = x @ x.mT  # (n, P, P); for a convolution P = K H W, its pixels
         gram_x = grams[key]
         if isinstance(m, nn.Conv2d):
             gram_x = patches_gram(m, gram_x.view(n, *2 * (shape[0] // n, *shape[2:])), size_out)
         if "bias" in layer.params:
             gram_x = gram_x + 1  # the further input that is always 1
-    # (n, P, P)
+    # products (n, P, P); most: inputs or outputs of the layer, whichever are more
     products, limits, most = g @ g.mT, torch.finfo(g.dtype), max(m.weight[0].numel(), len(m.weight))
     # (n, P): |x_s|^2, |g_s|^2
     x_squared, g_squared = (a.diagonal(dim1=1, dim2=2).double() for a in (gram_x, products))
@@ -209,16 +210,16 @@ def patches_gram(conv, gram, size_out):
     """Gram matrix of a convolution's pixels (n, K, H, W, K, H, W) -> of its patches (n, P, P), P = K H' W'.
 
     The inner product of two patches is the sum over the kernel's offsets of the inner products of their
-    pixels: the patches, nine times the size of the input, need not exist. First the offsets in height are
-    summed, then in width.
+    pixels: the patches, for a 3x3 kernel nine times the size of the input, need not exist. First the
+    offsets in height are summed, then in width.
     """
-    rows, columns = taps(conv, gram.shape[2:4], size_out)
+    heights, widths = taps(conv, gram.shape[2:4], size_out)
     (n, k, _, w), (h_out, w_out) = gram.shape[:4], size_out
     high = gram.new_zeros(n, k, h_out, w, k, h_out, w)
-    for o, i in rows:
+    for o, i in heights:
         high[:, :, o, :, :, o] += gram[:, :, i, :, :, i]
     full = gram.new_zeros(n, k, h_out, w_out, k, h_out, w_out)
-    for o, i in columns:
+    for o, i in widths:
         full[:, :, :, o, :, :, o] += high[:, :, :, i, :, :, i]
     return full.view(n, k * h_out * w_out, -1)
 
@@ -227,11 +228,11 @@ def per_example(layer, x, g, n):
     """Per-example gradients of one use of a layer, {weight: (n, *weight.shape), bias: (n, p)}, if trained."""
     m, x, g, weight = layer.module, wide(x), wide(g), None
     if isinstance(m, nn.LayerNorm):
-        scaled = g * F.layer_norm(x, m.normalized_shape, eps=m.eps)
-        weight, bias = (a.reshape(n, -1, *m.normalized_shape).sum(1) for a in (scaled, g))
+        product = g * F.layer_norm(x, m.normalized_shape, eps=m.eps)
+        weight, bias = (a.reshape(n, -1, *m.normalized_shape).sum(1) for a in (product, g))
     elif isinstance(m, nn.GroupNorm):
-        scaled = g * F.group_norm(x, m.num_groups, eps=m.eps)
-        weight, bias = (a.reshape(n, -1, m.num_channels, a[0, 0].numel()).sum((1, 3)) for a in (scaled, g))
+        product = g * F.group_norm(x, m.num_groups, eps=m.eps)
+        weight, bias = (a.reshape(n, -1, m.num_channels, a[0, 0].numel()).sum((1, 3)) for a in (product, g))
     elif isinstance(m, nn.Embedding):
         one_hot = F.one_hot(x.reshape(n, -1), m.num_embeddings).to(g.dtype)  # (n, P, V)
         weight, bias = one_hot.mT @ positions(g, n), None
@@ -250,7 +251,7 @@ def weighted_product(layer, x, g, factor):
         g = positions(g, n) * factor[:, None, None]
         return {"weight": g.new_zeros(m.weight.shape).index_add_(0, x.flatten(), g.flatten(0, 1))}
     bias = {"bias": factor @ positions(channels_last(layer, g), n).sum(1)} if "bias" in layer.params else {}
-    if x.numel() < g.numel():  # the factor belongs to the product; the smaller of the two carries it
+    if x.numel() < g.numel():  # c_n may scale either side of the product: the smaller one is cheaper
         x = scaled(x, factor)
     else:
         g = scaled(g, factor)
@@ -265,7 +266,7 @@ def scaled(a, factor):
 
 
 def wide(a):
-    """bfloat16 (autocast) -> float32; float32, float64 and token numbers as they are."""
+    """bfloat16 and float16 (autocast) -> float32; float32, float64 and token numbers as they are."""
     return a.float() if a.dtype in (torch.bfloat16, torch.float16) else a
 
 
@@ -286,24 +287,24 @@ def taps(conv, size_in, size_out):
     slices leave out what meets the zero padding: on a 2x2 image more than half.
     """
     axes = []
-    for k, s, p, d, n_in, n_out in zip(conv.kernel_size, conv.stride, conv.padding, conv.dilation, size_in,
-                                       size_out,
-                                       strict=True):
+    for size, stride, pad, dilation, n_in, n_out in zip(conv.kernel_size, conv.stride, conv.padding,
+                                                        conv.dilation, size_in, size_out, strict=True):
         axes.append([])
-        for shift in range(-p, k * d - p, d):  # output o meets input o*s + shift, if 0 <= o*s + shift < n_in
-            first = max(0, -(shift // s))
-            end = max(first, min(n_out, (n_in - 1 - shift) // s + 1))
-            axes[-1].append((slice(first, end), slice(first * s + shift, end * s + shift, s)))
+        for shift in range(-pad, size * dilation - pad, dilation):
+            # Output o meets input o * stride + shift, if that is an input: 0 <= o * stride + shift < n_in.
+            first = max(0, -(shift // stride))
+            end = max(first, min(n_out, (n_in - 1 - shift) // stride + 1))
+            axes[-1].append((slice(first, end), slice(first * stride + shift, end * stride + shift, stride)))
     return axes
 
 
 def linear_parts(layer, x, g, n):
-    """Pairs of inputs (n, P, d), output gradients (n, P, p): one of a Linear layer, one per kernel offset."""
+    """Pairs of inputs (n, P, d), output gradients (n, P, p): one for a Linear layer, else one per offset."""
     x, g = channels_last(layer, x), channels_last(layer, g)
     if isinstance(layer.module, nn.Linear):
         return [(positions(x, n), positions(g, n))]
-    rows, columns = taps(layer.module, x.shape[1:3], g.shape[1:3])
-    return [(positions(x[:, i, j], n), positions(g[:, o, q], n)) for o, i in rows for q, j in columns]
+    heights, widths = taps(layer.module, x.shape[1:3], g.shape[1:3])
+    return [(positions(x[:, i, j], n), positions(g[:, o, q], n)) for o, i in heights for q, j in widths]
 
 
 def refuse(layers):

@@ -5,8 +5,8 @@ is L = log P/Q, and over T steps the losses add up to Y.  With the distribution 
 
     delta(eps) = E_P[(1 - e^{eps-Y})_+].
 
-The loss of one step is put on a grid h Z; T steps are a T-fold convolution, by FFT.  That needs no Renyi
-order and no inequality, so epsilon is 5 to 10 % smaller than by moments, and sigma 4 to 8 %.  The direction
+The loss of one step is put on a grid h Z; T steps are a T-fold convolution, by FFT.  A Renyi order only
+steers the numerics.  So epsilon is 5 to 10 % smaller than by moments, and sigma 4 to 8 %.  The direction
 "removed" takes the loss log P/Q under P, "added" log Q/P under Q; both are computed, the larger counts.
 
 Every error is inside the bounds:
@@ -15,25 +15,27 @@ Every error is inside the bounds:
              grid needs no correction that grows with T.
  grid, down  The same move rounds the loss of a step at random: by less than h, and by a mean in [0, h^2/8]
              given the loss.  Over T steps Y becomes Y' = Y + D.  Given the losses, D is sub-Gaussian with
-             variance tau^2 = T h^2/4 (Hoeffding), about a mean of at most tau^2/2.  The function
-             (1 - e^{eps-y})_+ is concave but for its kink at eps.  So rounding raises its mean only there, by
-             at most E[B(Y')] + eta tau, with
-                 B(y) = tau/(2 R^2) (R^2 + tau^2 - (y-eps)^2)_+,  R = tau sqrt(2 log 1/eta).
-             Hence, with eps' = eps + tau^2/2 in place of eps, in B as well,
+             variance proxy tau^2 = T h^2/4 (Hoeffding), about a mean in [0, tau^2/2].  The shifted
+             eps' = eps + tau^2/2 pays for the mean.  (1 - e^{eps-y})_+ is concave but for its kink at eps, so
+             only there the centred rest raises its mean, by at most E(+-D - a)_+ at distance a from the kink.
+             That is tau/2 at a = 0, eta tau at a = R = tau sqrt(2 log 1/eta), and convex between them, hence
+             below a parabola.  With Y' in place of Y, which is tau off, the parabola is
+                 B(y) = tau/(2 R^2) (R^2 + tau^2 - (y-eps')^2)_+,  and
                  delta(eps) >= E[(1 - e^{eps'-Y'})_+ - B(Y')] - eta tau.
              (The idea is that of Gopi et al. 2021, who shift eps by all of R.  The kink costs only about
              tau R times the density of Y' there.)
- tails       A step's mass beyond `tail` counts as infinite loss (up), or not at all (down); mass that leaves
-             the circle of the FFT is bounded by Chernoff.
- rounding    Masses are tilted by e^{theta l}, theta = best order - 1, which moves the tail of interest into
-             the middle: FFT noise (Higham 2002, Theorem 24.2) is then small beside delta.  Cell masses are
-             enlarged by their own rounding error.  The lower bound takes it back by `pushed` and `surplus`.
+ tails       At the upper end of a step a mass of `tail` counts as infinite loss (up), or not at all (down).
+             At the lower end it moves up to the grid.  What leaves the circle of the FFT is bounded by
+             Chernoff.
+ rounding    Masses are tilted by e^{theta l}, theta = best order - 1 (0 for the attacker).  That moves the
+             tail of interest into the middle, where FFT noise (Higham 2002, Theorem 24.2) is small beside
+             delta.  Cell masses are enlarged by their rounding error.  The lower bound undoes that by
+             `pushed` and `surplus`.
 
 Beyond one epsilon for one image, the same distribution answers two questions that people ask: what k images
 of one person cost together (`group_epsilon`), and how often a membership attacker can be right
-(`attacker_tpr`).  Therefore a mechanism is `groups` inside this file, a tuple of ((q, sigma, k), T): k
-examples come and go together, usually 1, and P = sum_j Binomial(k, q)(j) N(j, sigma^2), a mixture of
-Gaussians.
+(`attacker_tpr`).  So a mechanism is (q, sigma, k) in this file: k examples come and go together, usually 1,
+and P = sum_j Binomial(k, q)(j) N(j, sigma^2), a mixture of Gaussians.  `groups` is a tuple of (mechanism, T).
 
     from extensions import pld
     pld.epsilon_of({(0.0333, 1.5): 6000}, 1e-5)           the accountant "pld" of accountant.py
@@ -82,7 +84,7 @@ def _groups(steps, k=1):
 
 
 def _silent(groups):
-    return any(sigma == 0 for (_, sigma, _), _ in groups)
+    return any(sigma == 0 for (_, sigma, _), _ in groups)  # a step without noise
 
 
 def _subsampled(groups):
@@ -100,7 +102,7 @@ def _weights(q, k):
 
 def _ratio(x, q, sigma, k=1):
     """accountant.ratio for k examples: at outputs x (n,) u = P/Q - 1 and the loss L = log P/Q."""
-    j, b = (v[1:] for v in _weights(q, k))
+    j, b = (v[1:] for v in _weights(q, k))  # without j = 0, which adds nothing to u
     if len(x) > 1 and len(x) * k > 1 << 23:  # the table (n, k) of a large group would not fit into memory
         halves = [_ratio(half, q, sigma, k) for half in np.array_split(x, 2)]
         return tuple(map(np.concatenate, zip(*halves, strict=True)))
@@ -141,11 +143,11 @@ class Part(NamedTuple):
 
 
 def _span(q, sigma, k, tail):
-    """What matters of one step: outputs (x_low, x_high) with mass <= tail on either side, their losses."""
+    """(x_low, x_high, their losses): at most `tail` of P and Q lies below x_low, and above x_high."""
     j, b = _weights(q, k)
     x_low = sigma * float(ndtri(tail))
     x_high = brentq(lambda x: ndtr((j - x) / sigma) @ b - tail, 0.0, k - 2 * x_low) + 1e-9
-    if (k - x_low) / sigma > 36:
+    if (k - x_low) / sigma > 36:  # losses reach about 36^2 / 2 = 648; e^709 overflows
         raise OverflowError("the privacy losses of one step leave the range of float64")
     return x_low, x_high, *_ratio(np.array([x_low, x_high]), q, sigma, k)[1]
 
@@ -155,8 +157,8 @@ def _masses(tails, sign):
 
     tails (n+1,): the mass below the edge where sign is 1, above it where sign is -1."""
     left, right = tails[:-1], tails[1:]
-    both_right = np.where(sign[:-1] < 0, left - right, 1 - left - right)
-    mass = np.where(sign[1:] > 0, right - left, both_right)
+    not_left = np.where(sign[:-1] < 0, left - right, 1 - left - right)  # the second: 0 lies in the cell
+    mass = np.where(sign[1:] > 0, right - left, not_left)
     return np.maximum(mass, 0.0), MASS_NOISE * np.maximum(left, right), tails[0], tails[-1]
 
 
@@ -188,16 +190,17 @@ def _cells(q, sigma, k, h, span):
 
 
 def _connect_dots(loss, p, p_error, q, q_error, before, infinite, slack, steps):
-    """Cell masses (n,) of the two distributions -> Part with n+1 points.
+    """Cell masses (n,), p of the first and q of the second distribution -> Part with n+1 points.
 
     Of a cell between the losses l0 and l1 the part `up` of its mass p moves to l1, the rest to l0.  Its mass
-    q stays as well if (p - up) e^-l0 + up e^-l1 = q.  Hence up = (p - e^l0 q) / (1 - e^{l0-l1})."""
+    q stays as well if (p - up) e^-l0 + up e^-l1 = q.  Hence up = (p - e^l0 q) / (1 - e^{l0-l1}).  `safety` is
+    for rounding, and for cuts that miss the grid by `slack`: once in e^l0, twice in the width of the cell."""
     cell, scale = -np.expm1(loss[0] - loss[1]), np.exp(loss[:-1])
     safety = (p_error + scale * q_error) / cell + 3 * slack / cell * (p + p_error)
     up = np.minimum(np.clip((p - scale * q) / cell, 0.0, p) + safety, p + p_error)
     pmf, surplus = np.append(p + p_error - up, 0.0), np.append(2 * p_error, 0.0)
     pmf[1:] += up
-    pmf[1] += before
+    pmf[1] += before  # not pmf[0]: with `slack` some of it may have losses just above loss[0]
     with np.errstate(divide="ignore"):
         return Part(loss, np.log(pmf), surplus, 2 * safety.sum(), infinite, steps)
 
@@ -212,7 +215,7 @@ def _cgf(parts, s):
 
 
 def _tilt(parts, theta):
-    """Masses times e^{theta l}, normalised: (list of them, mean of their sum, variance, surplus)."""
+    """Masses times e^{theta l}, normalised: (one array per part; mean, variance, surplus of their sum Y')."""
     middle, variance, surplus, tilted = 0.0, 0.0, 0.0, []
     for part in parts:
         exponent = part.log_pmf + theta * part.loss
@@ -237,7 +240,7 @@ def _edge(parts, theta, base, variance, sign):
 
 
 def _convolve(parts, tilted, h, low, high):
-    """(grid (size,), tilted P[Y' = grid]) on the circle from low to high."""
+    """(grid (size,), bell: tilted masses of Y' there) on the circle from low to high."""
     size = 1 << max(4, math.ceil(math.log2((high - low) / h + 2)))
     if size > 1 << 21:
         raise MemoryError("the grid is too fine")
@@ -256,7 +259,7 @@ def _convolve(parts, tilted, h, low, high):
 def _compose(parts, h, theta, eta, tail):
     """T-fold convolution: (upper, lower, grid), the first two functions eps -> bound on delta(eps).
 
-    parts: a Part per kind of step; theta: the tilt; eta: what the lower bound may neglect."""
+    parts: a Part per kind of step; theta: the tilt; eta: see the top; tail: mass cut off a step's ends."""
     steps = sum(part.steps for part in parts)
     base = _cgf(parts, theta)
     tilted, middle, variance, surplus = _tilt(parts, theta)
@@ -275,7 +278,7 @@ def _compose(parts, h, theta, eta, tail):
         tail0, tail1 = (np.append(np.cumsum(w[::-1])[::-1], 0.0) for w in weights)
 
     def sharp(eps):
-        """E[(1 - e^{eps-Y'})_+] on the grid; how far FFT, circle and summation may be off; Markov's bound."""
+        """(E[(1 - e^{eps-Y'})_+] on the grid, its numerical error, Markov's bound on P[Y' > eps])."""
         i = np.searchsorted(grid, eps, side="right")
         markov = np.exp(log_scale - theta * (eps - middle))
         value = math.exp(log_scale) * (tail0[i] - np.exp(np.minimum(eps - middle, 700.0)) * tail1[i])
@@ -286,43 +289,43 @@ def _compose(parts, h, theta, eta, tail):
         with np.errstate(over="ignore", invalid="ignore"):
             value, error, _ = sharp(eps)
         known = (eps >= grid[0]) & np.isfinite(value)  # not where e^(y - middle) has left float64
-        value = (np.maximum(value, 0.0) + error) * math.exp(1e-14 * steps)
+        value = (np.maximum(value, 0.0) + error) * math.exp(1e-14 * steps)  # rounding, T times
         value = value + sum(part.steps * part.infinite for part in parts)
         return np.where(known, np.fmin(value, 1.0), 1.0)
 
     tau = h * math.sqrt(steps) / 2
-    reach = tau * math.sqrt(-2 * math.log(eta))
+    R = tau * math.sqrt(-2 * math.log(eta))
     jumps, rate = 0, sum(part.steps * part.pushed for part in parts)
-    while gammainc(jumps + 1, rate) > eta:  # P[Poisson(rate) > jumps] steps were pushed up by rounding
+    while gammainc(jumps + 1, rate) > eta:  # P[Poisson(rate) > jumps], of the number of pushed steps
         jumps += 1 + jumps // 8
 
     def lower(eps):
-        eps, outer = eps + tau**2 / 2 + jumps * h, math.hypot(reach, tau)
+        eps, outer = eps + tau**2 / 2 + jumps * h, math.hypot(R, tau)  # eps' with pushed steps; edge of B
         i, j = np.searchsorted(grid, [eps - outer, eps + outer])
         if i == 0:
             return 0.0
         value, error, markov = sharp(eps)
-        kink = tau / (2 * reach**2) * (outer**2 - (grid[i:j] - eps) ** 2)  # B
+        kink = tau / (2 * R**2) * (outer**2 - (grid[i:j] - eps) ** 2)  # B
         cost = math.exp(log_scale) * weight[i:j] @ kink
         error += markov * (surplus + noise * math.exp(theta * outer) * tau * math.sqrt(j - i))
-        # more than eta tau: there are more than `jumps` pushed steps with a probability of at most eta
+        # eta (2 + tau): eta tau as at the top; over `jumps` pushed steps have a probability below 2 eta
         return (value - error - cost) * math.exp(-1e-14 * steps) - eta * (2 + tau) - steps * tail
 
     return upper, lower, grid
 
 
 def _curves(groups, theta, eps, small):
-    """[(upper, lower, grid)] for example removed, added; on a grid that makes the gap about 2e-4 of eps."""
+    """[(upper, lower, grid)] for removed, added; gap about 2e-4 of eps.  small: the least delta (or FPR)."""
     steps = sum(t for _, t in groups)
     if steps > PLD_STEPS or any(q < PLD_Q or sigma > PLD_SIGMA for (q, sigma, _), _ in groups):
         raise OverflowError("outside what the certificate is tested for")
-    # the standard deviation of the loss, about: log A is near alpha (alpha - 1) / 2 = 0.375 variances
+    # standard deviation of Y, about: at alpha = 1.5 log A is near alpha (alpha - 1) / 2 = 0.375 variances
     spread = math.sqrt(sum(t * _log_moment(q, sigma, 1.5, k) / 0.375 for (q, sigma, k), t in groups))
     tail = 1e-6 * small / steps
     spans = [_span(*mechanism, tail) for mechanism, _ in groups]
     h = math.sqrt(1.5e-4 * max(1, steps / 1e6) * max(eps, spread) / ((1 + max(theta, 1 / spread)) * steps))
     h = max(h, *((s[3] - s[2]) * (k + 1) / 2**21 for s, ((_, _, k), _) in zip(spans, groups, strict=True)))
-    while True:
+    while True:  # h begins where the gap is about 2e-4 of eps and a step's tables have at most 2^21 numbers
         removed, added = [], []
         for (mechanism, t), span in zip(groups, spans, strict=True):
             loss, (p, dp, p_low, p_high), (q, dq, q_low, q_high), slack = _cells(*mechanism, h, span)
@@ -370,7 +373,7 @@ def _gaussian_epsilon(mu, delta):
 
 
 def _halve(holds, lo, hi):
-    """Narrow bracket of the switch of `holds` from False at lo to True at hi."""
+    """(lo, hi) bisected until close, with holds(lo) False and holds(hi) True as at the start."""
     while hi - lo > 1e-9 * abs(hi) + 1e-12:
         mid = (lo + hi) / 2
         lo, hi = (lo, mid) if holds(mid) else (mid, hi)
@@ -389,7 +392,7 @@ def _invert(upper, lower, grid, delta):
     gap = 1e-4 * up
     while gap < up - start and lower(up - gap) < delta:
         gap *= 2
-    low = max(start, up - gap)  # lower(e) >= delta proves that e is needed; 0 needs no proof
+    low = max(start, up - gap)  # lower(e) >= delta proves epsilon >= e; epsilon >= 0 needs no proof
     return (_halve(lambda e: lower(e) < delta, low, up)[0] if lower(low) >= delta else 0.0), up
 
 
@@ -474,7 +477,8 @@ def group_epsilon(k, q, sigma, steps, delta):
     """epsilon of k images that are added or removed together (one person), certified upper bound.
 
     Not k times epsilon: recomputed with Binomial(k, q) of the images in a batch.  The mixture of Gaussians
-    P = sum_j Bin(j) N(j, sigma^2) dominates any k clipped gradients (Ganesh 2024).  inf where float64 ends.
+    P = sum_j Bin(j) N(j, sigma^2) dominates any k clipped gradients (Ganesh 2024).  If not certified, that of
+    full batches, and inf beyond 700.
     """
     check(q, sigma, steps)
     _check_delta(delta)
@@ -484,7 +488,7 @@ def group_epsilon(k, q, sigma, steps, delta):
 
 
 def attacker_tpr(q, sigma, steps, fprs=(0.001, 0.01, 0.1)):
-    """Best true-positive rate of ANY membership attacker at each false-positive rate: array shaped like fprs.
+    """Bound on the true-positive rate of ANY membership attacker at each false-positive rate, like fprs.
 
     It is the minimum over all eps of e^eps FPR + delta(eps), with the certified upper delta of the direction
     "example removed".  By Neyman and Pearson this is tight for the composed loss distribution.  A single
@@ -519,14 +523,14 @@ def statement_numbers(steps, delta, group=20, fprs=(0.001, 0.01, 0.1)):
     """All that a privacy statement says of `steps`: rows of a ledger, or a plan [(q, sigma, T), ...].
 
     A dict of upper bounds, for any q in [0, 1], sigma >= 0, number of steps and delta in (0, 1):
-    epsilon_rdp        by Renyi moments; and so on, one for each name in accountant.ACCOUNTANTS
+    epsilon_NAME       one for each NAME in accountant.ACCOUNTANTS; epsilon_rdp is by Renyi moments
     epsilon_pld        tight; if not certified, Renyi's, or that of full batches if smaller
     epsilon_for_group  `group` examples added or removed together, tight; if not certified, that of full
                        batches, and inf beyond 700
     attacker           {fpr: best true-positive rate of any membership attacker}, tight; if not certified,
                        that of full batches
-    Not certified are: delta below 1e-10, q below 1e-7, sigma above 1e3 or below about 1/35.  For groups sigma
-    must be larger still.
+    Not certified are: delta below 1e-10, q below 1e-7, over 1e7 steps, sigma above 1e3 or below about k/28,
+    where k is 1 or the size of the group.
     """
     check(delta=delta)
     steps, numbers = count_steps(steps), {}
