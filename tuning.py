@@ -32,8 +32,8 @@ def embedder_of(model):
     return [] if embedder is None else [embedder]
 
 
-# What `--tune NAME` tunes: name -> function(model) -> modules, with all their parameters. A new choice is a
-# new line. `--tune lora:RANK` is not here, because it inserts layers first (extensions/lora.py).
+# What `--tune NAME` tunes: name -> function(model) -> modules, with all parameters that get a gradient.
+# A new choice is a new line. `--tune lora:RANK` is not here: it inserts layers first (extensions/lora.py).
 TUNE = {
     # The paper's choice (section 3): the attention and the condition embedder.
     "attention": lambda model: attention_modules(model) + embedder_of(model),
@@ -63,8 +63,8 @@ def select_trainable(model, tune="attention", from_block=0):
 def train_only(model, modules):
     """Make the parameters inside `modules` trainable and freeze the others -> names of the trainable ones.
 
-    Parameters that `without_gradient` names stay frozen. Their update would be noise in the clear, and enough
-    of it gives away an ordinary generator (tests/test_noise_attack.py). ValueError if nothing is left.
+    Parameters that `without_gradient` names stay frozen. Their update would be pure noise, and enough of that
+    gives away the state of an ordinary generator (tests/test_noise_attack.py). ValueError if nothing is left.
     """
     chosen = {id(p) for module in modules for p in module.parameters()}  # by identity
     no_gradient = set(without_gradient(model))

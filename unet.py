@@ -16,7 +16,7 @@ The paper's network for MNIST: 64 channels, multipliers 1 and 2, attention at ev
 
 Each block on the way up takes one skip connection, the latest first. Res is a ResBlock: it knows the timestep
 and mixes neighbouring pixels. ST is a SpatialTransformer: self-attention, cross-attention to the condition
-(it enters nowhere else), feed-forward. DP-LDM tunes all of ST and the embedder (`tuning.select_trainable`).
+(it enters nowhere else), feed-forward. ST and the embedder are tuned on private images (tuning.py).
 
 All weights live in Linear, Conv2d, GroupNorm, LayerNorm and Embedding layers, because for these
 extensions/bookkeeping.py knows the per-example gradient. So nn.MultiheadAttention is not used.
@@ -44,7 +44,7 @@ class UNetConfig:
     transformer_depth: int = 1
     context_dim: int | None = 5  # D of the context; None: there is no condition
     use_scale_shift_norm: bool = True  # how the timestep enters: see `ResBlock`
-    resblock_updown: bool = True  # ResBlocks change the size, not plain convolutions
+    resblock_updown: bool = True  # the size changes in ResBlocks; False: in plain convolutions
     num_groups: int = 32  # of every GroupNorm; fewer in narrow networks
 
 
@@ -58,7 +58,7 @@ def timestep_embedding(t, dim):
 
 
 def zero_init(layer):
-    """Set the last layer of a residual branch to zero, so that its block starts as the identity."""
+    """Set a last layer to zero. A residual branch then adds nothing at first, and the UNet predicts 0."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

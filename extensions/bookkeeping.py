@@ -69,8 +69,8 @@ FEWEST_DIMS = {nn.Linear: 2, nn.Conv2d: 4, nn.GroupNorm: 2, nn.LayerNorm: 2, nn.
 def bookkeeping(model, layers, loss_fn, batch):
     """norms (L, N), losses (N,), and a function from factors (L, N) to the weighted sum, as `dp_sgd.loop`.
 
-    One forward and one backward pass of the summed loss. Norms are computed as the output gradients arrive.
-    Inputs and output gradients are kept for the weighted sum. n is N; an example has K rows of an input.
+    One forward and one backward pass. As an output gradient arrives, a layer's norms are computed and both
+    sides kept, or its per-example gradients formed and kept. n is N; an example has K rows of an input.
     """
     n, uses, stored, grams, views = rows(batch), Counter(), {}, {}, []
     params = [p for layer in layers for p in layer.params.values()]
@@ -112,7 +112,7 @@ def bookkeeping(model, layers, loss_fn, batch):
                              "had used it")
 
     with ExitStack() as undo:
-        for p in params:  # or autograd would compute the sum of the unclipped gradients as well
+        for p in params:  # frozen until `undo`; else autograd would compute the unclipped sum as well
             undo.callback(p.requires_grad_(False).requires_grad_, True)
         for i, layer in enumerate(layers):
             handle = layer.module.register_forward_hook(lambda _, args, out, i=i: seen(i, args[0], out))
@@ -189,7 +189,7 @@ def gram_squared_norm(layer, x, g, n, grams):
             grams[key] = x @ x.mT  # (n, P, P); for a convolution P = K H W, its pixels
         gram_x = grams[key]
         if isinstance(m, nn.Conv2d):
-            gram_x = patches_gram(m, gram_x.view(n, *2 * (shape[0] // n, *shape[2:])), size_out)
+            gram_x = patches_gram(m, gram_x.view(n, *(2 * (shape[0] // n, *shape[2:]))), size_out)
         if "bias" in layer.params:
             gram_x = gram_x + 1  # the further input that is always 1
     # products (n, P, P); most: inputs or outputs of the layer, whichever are more
@@ -209,9 +209,9 @@ def gram_squared_norm(layer, x, g, n, grams):
 def patches_gram(conv, gram, size_out):
     """Gram matrix of a convolution's pixels (n, K, H, W, K, H, W) -> of its patches (n, P, P), P = K H' W'.
 
-    The inner product of two patches is the sum over the kernel's offsets of the inner products of their
-    pixels: the patches, for a 3x3 kernel nine times the size of the input, need not exist. First the
-    offsets in height are summed, then in width.
+    The inner product of two patches is a sum of inner products of pixels, over the kernel's offsets. So the
+    patches need not exist (for a 3x3 kernel they are nine times the size of the input). First the offsets in
+    height are summed, then in width.
     """
     heights, widths = taps(conv, gram.shape[2:4], size_out)
     (n, k, _, w), (h_out, w_out) = gram.shape[:4], size_out
@@ -308,7 +308,7 @@ def linear_parts(layer, x, g, n):
 
 
 def refuse(layers):
-    """ValueError, by name, for the first layer for whose per-example gradient book-keeping has no rule."""
+    """ValueError, with the layer's name, for the first layer that book-keeping has no rule for."""
     for name, module, params in layers:
         if reason := without_rule(module, params):
             raise ValueError(f"layer {name!r} ({type(module).__name__}): {reason}; freeze it or choose "

@@ -6,8 +6,8 @@ is L = log P/Q, and over T steps the losses add up to Y.  With the distribution 
     delta(eps) = E_P[(1 - e^{eps-Y})_+].
 
 The loss of one step is put on a grid h Z; T steps are a T-fold convolution, by FFT.  A Renyi order only
-steers the numerics.  So epsilon is 5 to 10 % smaller than by moments, and sigma 4 to 8 %.  The direction
-"removed" takes the loss log P/Q under P, "added" log Q/P under Q; both are computed, the larger counts.
+steers the numerics, so no conversion loses anything.  Epsilon is 5 to 10 % smaller than by moments, and sigma
+4 to 8 %.  Direction "removed" takes the loss log P/Q under P, "added" log Q/P under Q; the larger counts.
 
 Every error is inside the bounds:
  grid, up    Connect the dots (Doroshenko et al. 2022): the mass of a cell moves to its two ends so that its
@@ -17,16 +17,16 @@ Every error is inside the bounds:
              given the loss.  Over T steps Y becomes Y' = Y + D.  Given the losses, D is sub-Gaussian with
              variance proxy tau^2 = T h^2/4 (Hoeffding), about a mean in [0, tau^2/2].  The shifted
              eps' = eps + tau^2/2 pays for the mean.  (1 - e^{eps-y})_+ is concave but for its kink at eps, so
-             only there the centred rest raises its mean, by at most E(+-D - a)_+ at distance a from the kink.
+             only there the rest Z = D - E[D] raises its mean, by at most E(+-Z - a)_+ at distance a from it.
              That is tau/2 at a = 0, eta tau at a = R = tau sqrt(2 log 1/eta), and convex between them, hence
-             below a parabola.  With Y' in place of Y, which is tau off, the parabola is
+             below a parabola.  In Y' = Y + D the distance has a further variance tau^2, so the parabola is
                  B(y) = tau/(2 R^2) (R^2 + tau^2 - (y-eps')^2)_+,  and
                  delta(eps) >= E[(1 - e^{eps'-Y'})_+ - B(Y')] - eta tau.
              (The idea is that of Gopi et al. 2021, who shift eps by all of R.  The kink costs only about
              tau R times the density of Y' there.)
  tails       At the upper end of a step a mass of `tail` counts as infinite loss (up), or not at all (down).
-             At the lower end it moves up to the grid.  What leaves the circle of the FFT is bounded by
-             Chernoff.
+             At the lower end it moves up to the grid; for that the lower bound subtracts T times `tail`.
+             What leaves the circle of the FFT is bounded by Chernoff.
  rounding    Masses are tilted by e^{theta l}, theta = best order - 1 (0 for the attacker).  That moves the
              tail of interest into the middle, where FFT noise (Higham 2002, Theorem 24.2) is small beside
              delta.  Cell masses are enlarged by their rounding error.  The lower bound undoes that by
@@ -101,7 +101,7 @@ def _weights(q, k):
 
 
 def _ratio(x, q, sigma, k=1):
-    """accountant.ratio for k examples: at outputs x (n,) u = P/Q - 1 and the loss L = log P/Q."""
+    """accountant.ratio for k examples: outputs x (n,) -> (u = P/Q - 1, the loss L = log P/Q)."""
     j, b = (v[1:] for v in _weights(q, k))  # without j = 0, which adds nothing to u
     if len(x) > 1 and len(x) * k > 1 << 23:  # the table (n, k) of a large group would not fit into memory
         halves = [_ratio(half, q, sigma, k) for half in np.array_split(x, 2)]
@@ -157,7 +157,7 @@ def _masses(tails, sign):
 
     tails (n+1,): the mass below the edge where sign is 1, above it where sign is -1."""
     left, right = tails[:-1], tails[1:]
-    not_left = np.where(sign[:-1] < 0, left - right, 1 - left - right)  # the second: 0 lies in the cell
+    not_left = np.where(sign[:-1] < 0, left - right, 1 - left - right)  # 1 - both tails: 0 is in the cell
     mass = np.where(sign[1:] > 0, right - left, not_left)
     return np.maximum(mass, 0.0), MASS_NOISE * np.maximum(left, right), tails[0], tails[-1]
 
@@ -248,7 +248,7 @@ def _convolve(parts, tilted, h, low, high):
     for part, p in zip(parts, tilted, strict=True):
         f = np.fft.rfft(np.bincount(np.rint(part.loss / h).astype(np.int64) % size, p, size))
         with np.errstate(divide="ignore"):
-            alive = part.steps * np.log(np.abs(f)) > -75  # the others vanish in float64
+            alive = part.steps * np.log(np.abs(f)) > -75  # the others, below e^-75, are lost in rounding
         f[alive] = np.exp(part.steps * np.log(f[alive]))
         spectrum *= np.where(alive, f, 0.0)
     shift = math.floor(low / h)
@@ -308,7 +308,7 @@ def _compose(parts, h, theta, eta, tail):
         kink = tau / (2 * R**2) * (outer**2 - (grid[i:j] - eps) ** 2)  # B
         cost = math.exp(log_scale) * weight[i:j] @ kink
         error += markov * (surplus + noise * math.exp(theta * outer) * tau * math.sqrt(j - i))
-        # eta (2 + tau): eta tau as at the top; over `jumps` pushed steps have a probability below 2 eta
+        # eta (2 + tau): eta tau as at the top; more than `jumps` pushed steps have a probability < 2 eta
         return (value - error - cost) * math.exp(-1e-14 * steps) - eta * (2 + tau) - steps * tail
 
     return upper, lower, grid
@@ -325,7 +325,7 @@ def _curves(groups, theta, eps, small):
     spans = [_span(*mechanism, tail) for mechanism, _ in groups]
     h = math.sqrt(1.5e-4 * max(1, steps / 1e6) * max(eps, spread) / ((1 + max(theta, 1 / spread)) * steps))
     h = max(h, *((s[3] - s[2]) * (k + 1) / 2**21 for s, ((_, _, k), _) in zip(spans, groups, strict=True)))
-    while True:  # h begins where the gap is about 2e-4 of eps and a step's tables have at most 2^21 numbers
+    while True:  # first h: gap about 2e-4 of eps, and at most 2^21 numbers in a step's tables; then doubled
         removed, added = [], []
         for (mechanism, t), span in zip(groups, spans, strict=True):
             loss, (p, dp, p_low, p_high), (q, dq, q_low, q_high), slack = _cells(*mechanism, h, span)
@@ -449,7 +449,7 @@ def _pld_delta(groups, eps):
 
 
 def bounds(steps, delta, k=1):
-    """(lower, upper) bound on epsilon of steps {(q, sigma): T}; k: of so many images of one person together.
+    """(lower, upper) bound on epsilon of steps {(q, sigma): T}, for k images of one person together.
 
     For any delta in (0, 1).  Where nothing can be certified, see `_pld_epsilon`."""
     return _pld_epsilon(_groups(count_steps(steps), k), delta)
@@ -529,8 +529,8 @@ def statement_numbers(steps, delta, group=20, fprs=(0.001, 0.01, 0.1)):
                        batches, and inf beyond 700
     attacker           {fpr: best true-positive rate of any membership attacker}, tight; if not certified,
                        that of full batches
-    Not certified are: delta below 1e-10, q below 1e-7, over 1e7 steps, sigma above 1e3 or below about k/28,
-    where k is 1 or the size of the group.
+    Not certified are, where q < 1: delta below 1e-10 (not for the attacker), q below 1e-7, over 1e7 steps,
+    sigma above 1e3 or below about k/28, where k is 1 or the size of the group.
     """
     check(delta=delta)
     steps, numbers = count_steps(steps), {}
