@@ -19,8 +19,9 @@ LONGEST = {"test_crash", "test_processes", "test_train", "test_dp_sgd", "test_ed
            "test_devices"}
 
 
-# What forks of a server that has imported it need not import again. The optimizers import torch's compiler.
-PRELOAD = ["train", "torch._dynamo", "torchvision.utils", "scipy.interpolate"]
+# Tests that need a process of their own fork it from a server that has imported all this once. (Optimizers
+# import torch's compiler at their first call.)
+multiprocessing.set_forkserver_preload(["train", "torch._dynamo", "torchvision.utils", "scipy.interpolate"])
 
 
 def run_files(session, files, counter, pipe, folder):

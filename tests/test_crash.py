@@ -21,7 +21,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PRELOAD
 
 import accountant
 import dp_sgd
@@ -114,8 +113,7 @@ def cpu_seconds(pid):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads CPU times from /proc")
 def test_killed_eight_times_at_random_moments(public, tmp_path):
     steps, out, diary = 40, tmp_path / "run", tmp_path / "diary"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)  # imports once; every attempt is a fork of it
+    context = multiprocessing.get_context("forkserver")  # imports once; every attempt is a fork of it
     kills, before, rng = 0, b"", random.Random()
     for _ in range(60):
         process = context.Process(target=attempt, args=(command(out, public, steps), diary))

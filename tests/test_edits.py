@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PRELOAD
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs" / "exercises.md").read_text()
@@ -58,7 +57,6 @@ def test_an_edit_applies_and_runs(command, patch, tmp_path):
     _, *words = command.split()
     accountant = [] if "--accountant" in words else ["--accountant", "rdp"]  # faster
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
     process = context.Process(target=run_copy, args=(copy, [*words, *TINY, *accountant]))
     process.start()
     process.join()

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import PRELOAD
 
 import accountant
 import datasets
@@ -44,7 +43,6 @@ def two_processes(job, place, stopped=None):
     stopped: the one that SIGSTOP will keep from ending. It is killed when the other one has ended.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
