@@ -8,7 +8,7 @@ length 1. Subtract what the others add and project on that gradient: the output 
 
 An accountant is one function of (steps, delta) that returns epsilon, where steps is {(q, sigma): T}.
   rdp   Renyi moments, in this file. They are exact for one step and add up over steps. Turning them into
-        epsilon loses 5 to 10 % (Mironov, Talwar, Zhang 2019; Canonne, Kamath, Steinke 2020).
+        epsilon loses 5 to 15 % (Mironov, Talwar, Zhang 2019; Canonne, Kamath, Steinke 2020).
   pld   The distribution of the privacy loss log P/Q, in extensions/pld.py. Tight, with certified bounds.
 The argument `method` takes one of these names, or a function of your own.
 Symbols: q sampling probability, sigma noise multiplier, T number of noise additions, alpha Renyi order.

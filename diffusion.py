@@ -90,7 +90,7 @@ def loss(model, z0, cond, t, noise, schedule):
     signal, spread = signal_and_noise(t, schedule, z0.dtype)  # each (N, K, 1, 1, 1)
     z_t = signal * z0[:, None] + spread * noise  # (N, K, C, H, W)
     target = noise if schedule.prediction == "eps" else signal * noise - spread * z0[:, None]  # else v
-    # (N*K, C, H, W): row n*K + k belongs to example n.
+    # (N*K, C, H, W): row n*K + k belongs to example n. The model repeats each of the N conditions K times.
     prediction = model(z_t.flatten(0, 1), t.flatten(), cond)
     # Back to full precision if the network ran in bfloat16.
     error = prediction.to(z0.dtype) - target.flatten(0, 1)

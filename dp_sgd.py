@@ -45,24 +45,21 @@ class SecureGenerator:
     1. Prediction. The bits of torch's CPU generator are linear in its state, so enough of them give away all
        others. A release can show such bits (tests/test_noise_attack.py). Here there is no seed and no state.
     2. Tails. A float32 normal is at most sqrt(2 * 24 ln 2) = 5.77. An output that lies further out proves
-       that an example was in the batch. Here the largest normal is `limit` = 17.1.
+       that an example was in the batch. Here the density is a normal's up to `reach` and beyond.
     3. Rounding (Mironov 2012). A normal made from two uniforms takes few values, so the low bits of a noisy
        sum tell which sum it was. Here four Box-Muller draws, from eight uniforms, are added and divided by 2
        (Holohan and Braghin 2021). Rounding to float32 in `privatise` drops the low bits (float64 keeps them).
-
-    For CUDA the bytes come from the host as well.
     """
 
     device = torch.device("cpu")
-    limit = 2 * math.sqrt(2 * 53 * math.log(2))  # four draws of at most sqrt(-2 ln 2^-53), divided by 2
+    reach = 64.0  # deviations; the largest normal has 74.9
 
-    def uniforms(self, n, device="cpu"):
+    def uniforms(self, n):
         """(n,) float64, multiples of 2^-53 in [0, 1)."""
         if n == 0:
-            return torch.zeros(0, dtype=torch.float64, device=device)
-        bits = torch.frombuffer(bytearray(os.urandom(8 * n)), dtype=torch.int64).to(device)
-        bits = (bits >> 11) & (2 ** 53 - 1)  # 53 of 64 bits; the mask clears copies of the sign bit
-        return bits.double().mul_(2.0 ** -53)
+            return torch.zeros(0, dtype=torch.float64)
+        bits = torch.frombuffer(bytearray(os.urandom(8 * n)), dtype=torch.int64)
+        return ((bits >> 11) & (2 ** 53 - 1)).double().mul_(2.0 ** -53)  # the mask clears copies of the sign
 
     def normals(self, shape, device="cpu"):
         """Standard normals of the given shape, float64."""
@@ -70,8 +67,14 @@ class SecureGenerator:
         for part in out.split(CHUNK if out.device.type == "cpu" else 256 * CHUNK):
             # Box-Muller turns 2 uniforms into 2 normals, by cos and sin. Four pairs are added: 8 make 2.
             half = (len(part) + 1) // 2
-            u = self.uniforms(8 * half, out.device).view(2, 4, half)
-            radius = u[0].neg_().log1p_().mul_(-2).sqrt_()  # sqrt(-2 ln(1 - u)), where 1 - u > 0
+            u = self.uniforms(8 * half).view(2, 4, half)
+            for power in range(32, 961, 32):
+                # Small multiples of 2^-53 are coarse. Whatever is below 2^-32 is uniform there: draw it anew.
+                if not (small := u[0] < 2.0 ** -power).any():
+                    break
+                u[0][small] = 2.0 ** -power * (1 - self.uniforms(int(small.sum())))
+            u = u.to(out.device)  # for CUDA too the bytes come from the host
+            radius = u[0].log_().mul_(-2).sqrt_()  # sqrt(-2 ln u), where u > 0
             angle = u[1].mul_(2 * math.pi)
             part[:half] = (radius * angle.cos()).sum(0)
             part[half:] = (radius * angle.sin_()).sum(0)[:len(part) - half]
@@ -104,15 +107,14 @@ def privatise(sums, clip_norm, noise_multiplier, expected_batch_size, generator)
     generator: of the noise; None is a `SecureGenerator`.
     """
     generator = SecureGenerator() if generator is None else generator
-    std = noise_multiplier * clip_norm
-    noisy = []
+    std, noisy = noise_multiplier * clip_norm, []
     for s in sums:
         # Every coordinate gets noise, because it is private which ones the batch touched.
         if isinstance(generator, SecureGenerator):
             noise = generator.normals(s.shape, s.device if s.device.type == "cuda" else "cpu").to(s.device)
         else:
             noise = torch.randn(s.shape, dtype=torch.float64, device=s.device, generator=generator)
-        # Added in float64, then rounded. Float32 noise would end at 5.77 standard deviations.
+        # Float32 normals end at 5.77 deviations: an output further out would prove that an example was there.
         noisy.append((s.double() + std * noise).to(s.dtype) / expected_batch_size)
     return noisy
 
@@ -320,11 +322,10 @@ class DPSGD:
     gradients            method: `loop`, `vmap` or extensions.bookkeeping.bookkeeping, with equal results
     generator            of the noise; None for `SecureGenerator`. A torch.Generator makes it predictable
 
-    ValueError for values out of range and for layers that `trainable_layers` refuses.
-
     `sums` holds the clipped sums, one tensor per trainable parameter in the order of `names`. `last` holds
     metrics of the last step (`summary`). Neither has noise, so neither may be published. The caller may run
-    loss_fn under bfloat16 autocast: norms and sums are taken in full precision all the same.
+    loss_fn under bfloat16 autocast: norms and sums are taken in full precision all the same. ValueError for
+    values out of range and for layers that `trainable_layers` refuses.
     """
 
     def __init__(self, model, clip_norm, noise_multiplier, expected_batch_size, clip=flat, gradients=loop,
@@ -336,9 +337,8 @@ class DPSGD:
             raise ValueError(f"noise_multiplier sigma must be >= 0 (0: not private), got {noise_multiplier}")
         if not 0 < expected_batch_size < math.inf:
             raise ValueError(f"expected_batch_size q * n must be positive, got {expected_batch_size}")
-        self.model, self.clip, self.gradients = model, clip, gradients
-        self.clip_norm, self.noise_multiplier = clip_norm, noise_multiplier
-        self.expected_batch_size = expected_batch_size
+        self.model, self.clip, self.gradients, self.clip_norm = model, clip, gradients, clip_norm
+        self.noise_multiplier, self.expected_batch_size = noise_multiplier, expected_batch_size
         self.layers = trainable_layers(model)
         if refuse := getattr(gradients, "refuse", None):  # a method may refuse layers that it does not know
             refuse(self.layers)
@@ -361,7 +361,7 @@ class DPSGD:
         with torch.enable_grad():
             norms, losses, weighted = self.gradients(self.model, self.layers, loss_fn, batch)
         with exact(losses.device):
-            factors = usable(self.clip(norms, self.clip_norm), norms, losses)  # (L, N)
+            factors = usable(self.clip(norms, self.clip_norm), norms, losses)  # (L, N); 0 if not finite
             sums = weighted(factors)  # of N gradients, each of length C at most
             metrics = measure(norms, losses, factors)
             torch._foreach_add_(self.sums, sums)  # nothing changes before this line, nothing fails after it

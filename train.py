@@ -15,9 +15,9 @@ and Algorithm 1. It puts the other files together:
 
 In all functions s is the settings (support/settings.py), and stop tells whether Ctrl-C was pressed.
 A private step is one Poisson batch, one ledger row, one noise addition, one update of Adam and of the EMA
-(the exponential moving average of the weights, which is the result of a stage). Outside internal/, all that
-depends on private images went through the noisy gradients, but for two things that count as public: the
-number of these images, and the names of their classes and attributes.
+(the exponential moving average of the weights, which is the result of a stage). In the run folder outside
+internal/, all that depends on private images went through the noisy gradients, but for two things that count
+as public: the number of these images, and the names of their classes and attributes.
 """
 from support import threads  # noqa: F401, I001 (first: before torch)
 
@@ -210,7 +210,7 @@ def tune_privately(s, model, latents, labels, plan, stop, watch=None):
             watch(step)
 
     torch._foreach_copy_([p.data for p in engine.parameters], average)
-    return state.rows
+    return state.finished()
 
 
 # ---------------------------------------------------------------------------------------------------- the run

@@ -173,10 +173,11 @@ def noise(bench):
     chances["mean"] = math.erfc(abs(float(z.mean())) * math.sqrt(n / 2)) / 2
     chances["deviation"] = math.erfc(abs(float(z.std()) - 1) * math.sqrt(n)) / 2
     demand(all(chance > 1e-7 for chance in chances.values()), f"chances {chances}")
-    with mock.patch.object(os, "urandom", lambda count: b"\xff" * count):
+    words = iter([b"\0"])  # the first uniforms are 0; what is then drawn anew is the smallest possible
+    with mock.patch.object(os, "urandom", lambda count: next(words, b"\xff") * count):
         largest = float(dp_sgd.SecureGenerator().normals((2,), bench.device).abs().max())
-    demand(abs(largest - dp_sgd.SecureGenerator.limit) < 1e-6, f"the largest normal is {largest}")
-    return {"normals": n, "normals_per_s": round(n / seconds), "chances": chances, "limit": largest}
+    demand(74.9 < largest < 75, f"the largest normal is {largest}")
+    return {"normals": n, "normals_per_s": round(n / seconds), "chances": chances, "largest": largest}
 
 
 def sampling(bench):

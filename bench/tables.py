@@ -132,7 +132,7 @@ def reading():
 
 def sets():
     """docs/datasets.md: what the registry knows of each data set."""
-    head = ["name", "part", "images", "pixels", "in training", "classes", "in the data root"]
+    head = ["name", "role", "images", "pixels", "in training", "classes", "in the data root"]
     cells = []
     for name, entry in datasets.REGISTRY.items():
         place = f"`{entry.files or name}`"

@@ -258,6 +258,10 @@ def captions(base, paths, keys, others):
         source, used = "a .txt beside each", notes.values()
         rows = [(path.as_posix(), " ".join(read_text(base / note).split())) for path, note in beside.items()]
     others[:] = [path for path in others if path not in set(used)]
+    called = Counter(listed_name((path if lists else path.with_suffix("")).as_posix()) for path in paths)
+    if shared := [name for name, times in called.items() if times > 1]:
+        # A caption shared by two images would depend on both. So one image could change that of the other.
+        raise ValueError(f"{base}: two images go by the name {shared[0]} in the captions: rename one")
     found, lines = {}, []
     for name, caption in rows:
         found.setdefault(listed_name(name), []).append(caption)

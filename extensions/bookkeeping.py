@@ -1,8 +1,8 @@
 """Book-keeping: all per-example gradient norms and the clipped sum from ONE forward and ONE backward pass.
 
 The fastest of the three methods for `dp_sgd.DPSGD(..., gradients=bookkeeping)`. Its result is that of
-`dp_sgd.loop`: tests/test_dp_sgd.py compares the two, layer by layer, to 1e-10. Not in the paper. First read
-dp_sgd.py.
+`dp_sgd.loop` up to rounding: tests/test_dp_sgd.py compares the clipped sums of every kind of layer with a
+loop of its own, in float64, to 1e-10. Not in the paper. First read dp_sgd.py.
 
 The derivation
 --------------
@@ -33,25 +33,26 @@ The bias is the weight of a further input that is always 1.
 (3) With many positions and few channels the matrices grad_W are the cheaper way. They are formed once,
     (N, p, d), give the norms, and are kept in place of X and G. The clipped sum is sum_n c_n grad_n.
 
-Autograd forms no gradient of a weight: no weight requires grad during the backward pass. The graph starts at
-the output of the first trainable layer. An embedding is a linear layer on one-hot inputs. A 3x3
-convolution is nine linear layers on shifted images. The scales of norm layers are so few that their gradients
-are formed per example.
+Autograd forms no gradient of a weight: weights are frozen during both passes. The graph starts at the output
+of the first trainable layer. An embedding is a linear layer on one-hot inputs. A 3x3 convolution is nine
+linear layers on shifted images. The scales of norm layers are so few that their gradients are formed per
+example.
 
 Rounding
 --------
-Gram products cancel: where positions have opposite signs, a small norm is the difference of large numbers.
-Rounding may make it too small, and that breaks the sensitivity. The error is some float epsilons times S^2
-with S = sum_s |x_s| |g_s|, which the diagonals of the Gram matrices give. (Measured: up to 20 epsilons at
-1,280 inputs, 79 at 5,120.) So a bound is *added* to the squared norm: 8 epsilons times S^2 for every 256
-inputs or outputs, whichever are more, and never less than 8. Then rounding can only clip harder.
+Where the contributions of positions cancel, a small norm is the difference of large numbers. Rounding may
+make it too small, and that breaks the sensitivity. The error is some float epsilons times S^2, where S =
+sum_s |x_s| |g_s| follows from the diagonals of the Gram matrices. (Measured: up to 20 epsilons where x_s has
+1,280 entries, 79 where it has 5,120.) So a bound is *added* to the squared norm: 8 epsilons times S^2 for
+every 256 entries of x_s or of g_s, whichever has more, and at least 8. In all that was measured, rounding
+then only clips harder.
 
 Underflow
 ---------
-Squares of entries below 1e-19 vanish in float32, and a tiny input may meet a huge gradient. An entry of a
-Gram matrix may have lost at most (number of products in its sum) * 1e-38. The norm is computed as if all of
-it had been lost. Overflow makes the norm infinite. Such an example contributes zero, as all non-finite ones
-do.
+Squares of entries below 1e-19 lose digits or vanish in float32, and a tiny input may meet a huge gradient. An
+entry of a Gram matrix may have lost at most (number of products in its sum) * 1e-38. So the squared norm is
+raised by what S^2 grows if every |x_s|^2 and |g_s|^2 grows by that much. Overflow makes the norm infinite or
+NaN. Such an example contributes zero, as all non-finite ones do.
 """
 from collections import Counter
 from contextlib import ExitStack
@@ -69,10 +70,11 @@ FEWEST_DIMS = {nn.Linear: 2, nn.Conv2d: 4, nn.GroupNorm: 2, nn.LayerNorm: 2, nn.
 def bookkeeping(model, layers, loss_fn, batch):
     """norms (L, N), losses (N,), and a function from factors (L, N) to the weighted sum, as `dp_sgd.loop`.
 
-    One forward and one backward pass. As an output gradient arrives, a layer's norms are computed and both
-    sides kept, or its per-example gradients formed and kept. n is N; an example has K rows of an input.
+    One forward and one backward pass. As a layer's output gradients G arrive, its norms are computed and
+    X and G kept, or its per-example gradients are formed and kept. n is N. A layer's input has n K rows, K
+    for each example. Call the function once: it frees what it has used.
     """
-    n, uses, stored, grams, views = rows(batch), Counter(), {}, {}, []
+    n, uses, stored, grams, views = rows(batch), Counter(), {}, {}, []  # stored: (x, g, version) or a dict
     params = [p for layer in layers for p in layer.params.values()]
     squared = torch.zeros(len(layers), n, dtype=torch.float64, device=params[0].device)
 
@@ -82,12 +84,12 @@ def bookkeeping(model, layers, loss_fn, batch):
             return  # under no_grad: this use of the layer has no gradient
         if x.dim() < FEWEST_DIMS[type(layers[i].module)] or len(x) % n:
             raise ValueError(f"layer {layers[i].name!r} saw an input of shape {tuple(x.shape)} in a "
-                             f"micro-batch of {n} examples; its first dimension must be a multiple of {n}, "
-                             "example after example")
+                             f"micro-batch of {n} examples; it needs a batch whose first dimension is a "
+                             f"multiple of {n}, the rows of one example next to each other")
         uses[i] += 1
         if not out.requires_grad:
             out.requires_grad_()  # the graph starts here: no trainable layer before this one
-        x, version = x.detach(), x._version
+        x, version = x.detach(), x._version  # torch's count of changes in place, which x and x.detach() share
         if out._is_view():  # changing a view in place would silently take the hook away
             views.append((i, out, out._version))
         out.register_hook(lambda g: received(i, x, g, version))
@@ -109,11 +111,12 @@ def bookkeeping(model, layers, loss_fn, batch):
     def unchanged(what, i, tensor, version):
         if tensor._version != version:
             raise ValueError(f"the {what} of layer {layers[i].name!r} was changed in place after the layer "
-                             "had used it")
+                             "had run")
 
     with ExitStack() as undo:
         for p in params:  # frozen until `undo`; else autograd would compute the unclipped sum as well
-            undo.callback(p.requires_grad_(False).requires_grad_, True)
+            p.requires_grad_(False)
+            undo.callback(p.requires_grad_, True)
         for i, layer in enumerate(layers):
             handle = layer.module.register_forward_hook(lambda _, args, out, i=i: seen(i, args[0], out))
             undo.callback(handle.remove)
@@ -165,8 +168,8 @@ def grams_are_cheaper(layer, x, g, n):
     if isinstance(m, nn.Embedding):
         return True
     d, p = m.weight.shape[1], m.weight.shape[0]
-    p_in, p_out = x.numel() // n // d, g.numel() // n // p
-    return p_in ** 2 * d + p_out ** 2 * p < p_out * m.weight.numel()
+    inputs, outputs = x.numel() // n // d, g.numel() // n // p  # positions of one example
+    return inputs ** 2 * d + outputs ** 2 * p < outputs * m.weight.numel()
 
 
 def gram_squared_norm(layer, x, g, n, grams):
@@ -189,19 +192,21 @@ def gram_squared_norm(layer, x, g, n, grams):
             grams[key] = x @ x.mT  # (n, P, P); for a convolution P = K H W, its pixels
         gram_x = grams[key]
         if isinstance(m, nn.Conv2d):
-            gram_x = patches_gram(m, gram_x.view(n, *(2 * (shape[0] // n, *shape[2:]))), size_out)
+            k_h_w = (shape[0] // n, *shape[2:])
+            gram_x = patches_gram(m, gram_x.view(n, *k_h_w, *k_h_w), size_out)
         if "bias" in layer.params:
             gram_x = gram_x + 1  # the further input that is always 1
-    # products (n, P, P); most: inputs or outputs of the layer, whichever are more
-    products, limits, most = g @ g.mT, torch.finfo(g.dtype), max(m.weight[0].numel(), len(m.weight))
+    # gram_g (n, P, P); most: entries of x_s or of g_s, whichever has more
+    gram_g, limits, most = g @ g.mT, torch.finfo(g.dtype), max(m.weight[0].numel(), len(m.weight))
     # (n, P): |x_s|^2, |g_s|^2
-    x_squared, g_squared = (a.diagonal(dim1=1, dim2=2).double() for a in (gram_x, products))
+    x_squared, g_squared = (a.diagonal(dim1=1, dim2=2).double() for a in (gram_x, gram_g))
     lengths = (x_squared * g_squared).sqrt().sum(-1)  # sum_s |x_s| |g_s|
     lost = most * limits.tiny  # see "Underflow" above
     longest = ((x_squared + lost) * (g_squared + lost)).sqrt().sum(-1)
     bound = 8 * max(most / 256, 1) * limits.eps * lengths.square()  # see "Rounding" above
     bound += longest.square() - lengths.square()
-    found = products.mul_(gram_x).sum((1, 2), dtype=torch.float64)
+    # These products may vanish too, but cost a norm less than 1e-19 P, far below any clip norm.
+    found = gram_g.mul_(gram_x).sum((1, 2), dtype=torch.float64)
     # Entries overflow to +inf or -inf; a norm clamped from -inf to 0 would let the example through unclipped.
     return torch.where(found.isfinite(), found.clamp(min=0), torch.inf) + bound
 
@@ -216,7 +221,7 @@ def patches_gram(conv, gram, size_out):
     heights, widths = taps(conv, gram.shape[2:4], size_out)
     (n, k, _, w), (h_out, w_out) = gram.shape[:4], size_out
     high = gram.new_zeros(n, k, h_out, w, k, h_out, w)
-    for o, i in heights:
+    for o, i in heights:  # a slice of outputs, and of the inputs that they meet
         high[:, :, o, :, :, o] += gram[:, :, i, :, :, i]
     full = gram.new_zeros(n, k, h_out, w_out, k, h_out, w_out)
     for o, i in widths:
@@ -225,12 +230,12 @@ def patches_gram(conv, gram, size_out):
 
 
 def per_example(layer, x, g, n):
-    """Per-example gradients of one use of a layer, {weight: (n, *weight.shape), bias: (n, p)}, if trained."""
+    """Per-example gradients of one use of a layer: {name: (n, *its shape)} of what is trained."""
     m, x, g, weight = layer.module, wide(x), wide(g), None
     if isinstance(m, nn.LayerNorm):
         product = g * F.layer_norm(x, m.normalized_shape, eps=m.eps)
         weight, bias = (a.reshape(n, -1, *m.normalized_shape).sum(1) for a in (product, g))
-    elif isinstance(m, nn.GroupNorm):
+    elif isinstance(m, nn.GroupNorm):  # rows and pixels are summed: (n, K, C, pixels) -> (n, C)
         product = g * F.group_norm(x, m.num_groups, eps=m.eps)
         weight, bias = (a.reshape(n, -1, m.num_channels, a[0, 0].numel()).sum((1, 3)) for a in (product, g))
     elif isinstance(m, nn.Embedding):
@@ -292,7 +297,7 @@ def taps(conv, size_in, size_out):
         axes.append([])
         for shift in range(-pad, size * dilation - pad, dilation):
             # Output o meets input o * stride + shift, if that is an input: 0 <= o * stride + shift < n_in.
-            first = max(0, -(shift // stride))
+            first = max(0, -(shift // stride))  # -(a // b) is -a / b, rounded up
             end = max(first, min(n_out, (n_in - 1 - shift) // stride + 1))
             axes[-1].append((slice(first, end), slice(first * stride + shift, end * stride + shift, stride)))
     return axes
@@ -325,5 +330,5 @@ def without_rule(m, params):
     if isinstance(m, nn.Conv2d) and (m.groups > 1 or m.padding_mode != "zeros" or isinstance(m.padding, str)):
         return "only convolutions without groups, with zero padding given in numbers, have a rule"
     if isinstance(m, nn.Embedding) and (m.max_norm is not None or m.scale_grad_by_freq or m.sparse):
-        return "max_norm and scale_grad_by_freq mix examples, sparse gradients have no rule"
+        return "scale_grad_by_freq can mix examples, max_norm sets weights without noise, sparse has no rule"
     return ""

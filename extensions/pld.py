@@ -6,31 +6,32 @@ is L = log P/Q, and over T steps the losses add up to Y.  With the distribution 
     delta(eps) = E_P[(1 - e^{eps-Y})_+].
 
 The loss of one step is put on a grid h Z; T steps are a T-fold convolution, by FFT.  A Renyi order only
-steers the numerics, so no conversion loses anything.  Epsilon is 5 to 10 % smaller than by moments, and sigma
+sets the tilt ("rounding", below); nothing is converted.  Epsilon is 5 to 15 % smaller than by moments, sigma
 4 to 8 %.  Direction "removed" takes the loss log P/Q under P, "added" log Q/P under Q; the larger counts.
 
 Every error is inside the bounds:
  grid, up    Connect the dots (Doroshenko et al. 2022): the mass of a cell moves to its two ends so that its
              P- and Q-mass stay.  The result dominates the true pair, and dominating pairs compose.  So the
              grid needs no correction that grows with T.
- grid, down  The same move rounds the loss of a step at random: by less than h, and by a mean in [0, h^2/8]
-             given the loss.  Over T steps Y becomes Y' = Y + D.  Given the losses, D is sub-Gaussian with
-             variance proxy tau^2 = T h^2/4 (Hoeffding), about a mean in [0, tau^2/2].  The shifted
-             eps' = eps + tau^2/2 pays for the mean.  (1 - e^{eps-y})_+ is concave but for its kink at eps, so
-             only there the rest Z = D - E[D] raises its mean, by at most E(+-Z - a)_+ at distance a from it.
-             That is tau/2 at a = 0, eta tau at a = R = tau sqrt(2 log 1/eta), and convex between them, hence
-             below a parabola.  In Y' = Y + D the distance has a further variance tau^2, so the parabola is
+ grid, down  The same move rounds the loss of a step at random to one of two points h apart, on average up by
+             0 to h^2/8.  Over T steps Y becomes Y' = Y + D.  Given the losses, D is sub-Gaussian with
+             variance proxy tau^2 = T h^2/4 (Hoeffding), about a mean m in [0, tau^2/2].  Let V = Y + m,
+             Z = D - m and eps' = eps + tau^2/2.  Then delta(eps) >= E f(V) with f(y) = (1 - e^{eps'-y})_+.
+             f is a concave function plus (eps'-y)_+.  So, given V, Z raises its mean by at most E(s Z - a)_+,
+             a = |V - eps'|, s = 1 if V < eps', else -1.  For eta = 1e-6 delta that is at most tau/2 at a = 0,
+             and eta tau from a = R = tau sqrt(2 log 1/eta) on.  Being convex in a, it lies below their chord,
+             and so below the parabola tau/2 (1 - a^2/R^2) + eta tau.  In terms of Y' = V + Z, the mean of
+             (Y'-eps')^2 is at most tau^2 above a^2, so tau^2 is added to R^2:
                  B(y) = tau/(2 R^2) (R^2 + tau^2 - (y-eps')^2)_+,  and
                  delta(eps) >= E[(1 - e^{eps'-Y'})_+ - B(Y')] - eta tau.
-             (The idea is that of Gopi et al. 2021, who shift eps by all of R.  The kink costs only about
-             tau R times the density of Y' there.)
+             (Gopi et al. 2021 shift eps by all of R.  B costs about tau R times the density of Y' at eps'.)
  tails       At the upper end of a step a mass of `tail` counts as infinite loss (up), or not at all (down).
              At the lower end it moves up to the grid; for that the lower bound subtracts T times `tail`.
              What leaves the circle of the FFT is bounded by Chernoff.
  rounding    Masses are tilted by e^{theta l}, theta = best order - 1 (0 for the attacker).  That moves the
              tail of interest into the middle, where FFT noise (Higham 2002, Theorem 24.2) is small beside
-             delta.  Cell masses are enlarged by their rounding error.  The lower bound undoes that by
-             `pushed` and `surplus`.
+             delta.  Cell masses, and the parts of them that move up, are enlarged by their rounding
+             errors.  The lower bound takes both back: fields `surplus` and `pushed` of Part.
 
 Beyond one epsilon for one image, the same distribution answers two questions that people ask: what k images
 of one person cost together (`group_epsilon`), and how often a membership attacker can be right
@@ -55,7 +56,7 @@ from accountant import best_order, check, count_steps, epsilon_by_moments, log_d
 
 FFT_NOISE = 1e-15  # per level of the FFT
 MASS_NOISE = 4e-15  # of a normal tail, relative
-LEAK = 1e-10  # mass outside the circle of the FFT
+LEAK = 1e-10  # tilted mass beyond either end of the circle of the FFT
 # The certificate is tested inside these limits: smallest delta and q, largest sigma, most steps.
 PLD_DELTA, PLD_Q, PLD_SIGMA, PLD_STEPS = 1e-10, 1e-7, 1e3, 1e7
 # What is raised where float64, memory or those limits end.  Then a proven bound takes the place: Renyi's, or
@@ -79,7 +80,7 @@ def _check_delta(delta):
 
 
 def _groups(steps, k=1):
-    """Steps {(q, sigma): T} as groups of k examples that come and go together."""
+    """Steps {(q, sigma): T} as a tuple of ((q, sigma, k), T); empty for k = 0, which costs nothing."""
     return tuple(((q, sigma, int(k)), T) for (q, sigma), T in steps.items()) if k else ()
 
 
@@ -137,7 +138,7 @@ class Part(NamedTuple):
     loss: np.ndarray  # (n,) points of the grid
     log_pmf: np.ndarray  # (n,) log of their masses
     surplus: np.ndarray  # (n,) by how much the masses may be too large
-    pushed: float  # P[a loss moved up because of rounding]
+    pushed: float  # bound on P[a loss moved up because of rounding]
     infinite: float  # mass of infinite loss
     steps: int
 
@@ -147,7 +148,7 @@ def _span(q, sigma, k, tail):
     j, b = _weights(q, k)
     x_low = sigma * float(ndtri(tail))
     x_high = brentq(lambda x: ndtr((j - x) / sigma) @ b - tail, 0.0, k - 2 * x_low) + 1e-9
-    if (k - x_low) / sigma > 36:  # losses reach about 36^2 / 2 = 648; e^709 overflows
+    if (k - x_low) / sigma > 36:  # a loss is at most ((k - x_low) / sigma)^2 / 2 = 648; e^709 overflows
         raise OverflowError("the privacy losses of one step leave the range of float64")
     return x_low, x_high, *_ratio(np.array([x_low, x_high]), q, sigma, k)[1]
 
@@ -157,8 +158,9 @@ def _masses(tails, sign):
 
     tails (n+1,): the mass below the edge where sign is 1, above it where sign is -1."""
     left, right = tails[:-1], tails[1:]
-    not_left = np.where(sign[:-1] < 0, left - right, 1 - left - right)  # 1 - both tails: 0 is in the cell
-    mass = np.where(sign[1:] > 0, right - left, not_left)
+    # a cell above 0, or around it: there it is 1 minus both tails
+    not_below = np.where(sign[:-1] < 0, left - right, 1 - left - right)
+    mass = np.where(sign[1:] > 0, right - left, not_below)
     return np.maximum(mass, 0.0), MASS_NOISE * np.maximum(left, right), tails[0], tails[-1]
 
 
@@ -171,7 +173,7 @@ def _cells(q, sigma, k, h, span):
         if k == 1:
             far = loss - math.log(q) + np.log1p((q - 1) * np.exp(-loss))
             x = sigma**2 * np.where(loss < 30, np.log1p(np.expm1(np.minimum(loss, 30)) / q), far) + 0.5
-        else:  # table, then one Newton step
+        else:  # table, then one Newton step if it is small; `slack` counts what still misses
             table = np.linspace(x_low * 1.1 - 1, x_high * 1.1 + 1, 1 << 15)
             known, keep = np.unique(_ratio(table, q, sigma, k)[1], return_index=True)
             x, slope = np.interp(loss, known, table[keep]), np.gradient(table[keep], known)
@@ -182,7 +184,7 @@ def _cells(q, sigma, k, h, span):
     finite = np.isfinite(x)
     miss = np.zeros(len(x))
     miss[finite] = _ratio(x[finite], q, sigma, k)[1] - loss[finite]
-    # At either end only a miss outwards counts: inwards it makes the cell narrower.
+    # At either end only a miss outwards counts. Inwards, what the cell leaves out joins the tail there.
     slack = max(np.abs(miss[1:-1]).max(initial=0.0), -miss[0], miss[-1]) + 1e-15 * (1 + np.abs(loss).max())
     sign = np.where(x < 0, 1.0, -1.0)
     tails = ndtr(sign[:, None] * (x[:, None] - j) / sigma)  # (n+1, k+1)
@@ -194,14 +196,16 @@ def _connect_dots(loss, p, p_error, q, q_error, before, infinite, slack, steps):
 
     Of a cell between the losses l0 and l1 the part `up` of its mass p moves to l1, the rest to l0.  Its mass
     q stays as well if (p - up) e^-l0 + up e^-l1 = q.  Hence up = (p - e^l0 q) / (1 - e^{l0-l1}).  `safety` is
-    for rounding, and for cuts that miss the grid by `slack`: once in e^l0, twice in the width of the cell."""
+    for rounding, and for cuts off the grid by `slack`: 1 slack for l0 in e^l0 q, 2 for both ends in
+    1 - e^{l0-l1}."""
     cell, scale = -np.expm1(loss[0] - loss[1]), np.exp(loss[:-1])
     safety = (p_error + scale * q_error) / cell + 3 * slack / cell * (p + p_error)
     up = np.minimum(np.clip((p - scale * q) / cell, 0.0, p) + safety, p + p_error)
     pmf, surplus = np.append(p + p_error - up, 0.0), np.append(2 * p_error, 0.0)
     pmf[1:] += up
-    pmf[1] += before  # not pmf[0]: with `slack` some of it may have losses just above loss[0]
+    pmf[1] += before  # not pmf[0]: if the first cut misses inwards, some of it has losses above loss[0]
     with np.errstate(divide="ignore"):
+        # twice `safety`: `up` may be too large by its own error, and `safety` comes on top
         return Part(loss, np.log(pmf), surplus, 2 * safety.sum(), infinite, steps)
 
 
@@ -257,18 +261,18 @@ def _convolve(parts, tilted, h, low, high):
 
 
 def _compose(parts, h, theta, eta, tail):
-    """T-fold convolution: (upper, lower, grid), the first two functions eps -> bound on delta(eps).
+    """T-fold convolution: (upper, lower, grid); upper and lower are functions eps -> bound on delta(eps).
 
-    parts: a Part per kind of step; theta: the tilt; eta: see the top; tail: mass cut off a step's ends."""
+    parts: a Part per kind of step; theta: the tilt; eta: small number, "grid, down"; tail: see `_span`."""
     steps = sum(part.steps for part in parts)
     base = _cgf(parts, theta)
     tilted, middle, variance, surplus = _tilt(parts, theta)
     low, high = (_edge(parts, theta, base, variance, sign) for sign in (-1, 1))
     grid, bell = _convolve(parts, tilted, h, low, high)
     size = len(grid)
-    # the 2-norm of the noise of the FFT
+    # FFT noise, 2-norm: the power T multiplies it by T (as |f| <= 1), the inverse FFT adds it once more
     noise = 1.1 * (steps + 1) * FFT_NOISE * (1 + math.log2(size)) * max(math.sqrt(p @ p) for p in tilted)
-    # 2-norm on the grid of e^{-theta y} (1 - e^-y), y > 0: turns the noise of the bell into an error of delta
+    # 2-norm on the grid of e^{-theta z} (1 - e^-z), z = y - eps > 0; error of delta: markov * noise * width
     width = math.sqrt(min(size, 1 + 1 / (h * theta * (2 * theta + 1) * (2 * theta + 2) + 1e-99)))
 
     log_scale = base - theta * middle  # P[Y' = grid] = weight * e^log_scale
@@ -288,7 +292,7 @@ def _compose(parts, h, theta, eta, tail):
     def upper(eps):
         with np.errstate(over="ignore", invalid="ignore"):
             value, error, _ = sharp(eps)
-        known = (eps >= grid[0]) & np.isfinite(value)  # not where e^(y - middle) has left float64
+        known = (eps >= grid[0]) & np.isfinite(value)  # not far below the middle, where weights overflow
         value = (np.maximum(value, 0.0) + error) * math.exp(1e-14 * steps)  # rounding, T times
         value = value + sum(part.steps * part.infinite for part in parts)
         return np.where(known, np.fmin(value, 1.0), 1.0)
@@ -296,7 +300,8 @@ def _compose(parts, h, theta, eta, tail):
     tau = h * math.sqrt(steps) / 2
     R = tau * math.sqrt(-2 * math.log(eta))
     jumps, rate = 0, sum(part.steps * part.pushed for part in parts)
-    while gammainc(jumps + 1, rate) > eta:  # P[Poisson(rate) > jumps], of the number of pushed steps
+    # Independent rare events: P[more than `jumps` steps are pushed] <= 2 P[Poisson(rate) > jumps].
+    while gammainc(jumps + 1, rate) > eta:
         jumps += 1 + jumps // 8
 
     def lower(eps):
@@ -307,6 +312,7 @@ def _compose(parts, h, theta, eta, tail):
         value, error, markov = sharp(eps)
         kink = tau / (2 * R**2) * (outer**2 - (grid[i:j] - eps) ** 2)  # B
         cost = math.exp(log_scale) * weight[i:j] @ kink
+        # `surplus` is what value has too much; then FFT noise in `cost`, as B < tau at each of j - i points.
         error += markov * (surplus + noise * math.exp(theta * outer) * tau * math.sqrt(j - i))
         # eta (2 + tau): eta tau as at the top; more than `jumps` pushed steps have a probability < 2 eta
         return (value - error - cost) * math.exp(-1e-14 * steps) - eta * (2 + tau) - steps * tail
@@ -315,7 +321,9 @@ def _compose(parts, h, theta, eta, tail):
 
 
 def _curves(groups, theta, eps, small):
-    """[(upper, lower, grid)] for removed, added; gap about 2e-4 of eps.  small: the least delta (or FPR)."""
+    """[(upper, lower, grid)] for removed, added.  small: the least delta (or false-positive rate).
+
+    Upper and lower epsilon differ by about 2e-4 max(eps, spread); more past 1e6 steps or if h is raised."""
     steps = sum(t for _, t in groups)
     if steps > PLD_STEPS or any(q < PLD_Q or sigma > PLD_SIGMA for (q, sigma, _), _ in groups):
         raise OverflowError("outside what the certificate is tested for")
@@ -324,8 +332,9 @@ def _curves(groups, theta, eps, small):
     tail = 1e-6 * small / steps
     spans = [_span(*mechanism, tail) for mechanism, _ in groups]
     h = math.sqrt(1.5e-4 * max(1, steps / 1e6) * max(eps, spread) / ((1 + max(theta, 1 / spread)) * steps))
+    # so tau R (1 + theta), about the gap of the bounds, is as above; at most 2^21 numbers in a step's tables
     h = max(h, *((s[3] - s[2]) * (k + 1) / 2**21 for s, ((_, _, k), _) in zip(spans, groups, strict=True)))
-    while True:  # first h: gap about 2e-4 of eps, and at most 2^21 numbers in a step's tables; then doubled
+    while True:  # h is doubled until the FFT fits into memory
         removed, added = [], []
         for (mechanism, t), span in zip(groups, spans, strict=True):
             loss, (p, dp, p_low, p_high), (q, dq, q_low, q_high), slack = _cells(*mechanism, h, span)
@@ -364,7 +373,7 @@ def _gaussian_delta(mu, eps):
 
 
 def _gaussian_epsilon(mu, delta):
-    """(lower, upper) of epsilon.  Phi(-y) <= delta is enough: that gives the end to search from."""
+    """(lower, upper) of epsilon.  delta <= Phi(-y), so Phi(-y) = delta gives the upper end of the search."""
     end = max(0.0, mu * (mu / 2 - float(ndtri(delta)))) * (1 + 1e-9)
     low = _halve(lambda e: _gaussian_delta(mu, e)[0] <= delta, 0.0, end)[0]
     if _gaussian_delta(mu, 0.0)[1] <= delta:
@@ -373,7 +382,7 @@ def _gaussian_epsilon(mu, delta):
 
 
 def _halve(holds, lo, hi):
-    """(lo, hi) bisected until close, with holds(lo) False and holds(hi) True as at the start."""
+    """(lo, hi) bisected until close; holds(hi) is True, and holds(lo) False unless lo never moved."""
     while hi - lo > 1e-9 * abs(hi) + 1e-12:
         mid = (lo + hi) / 2
         lo, hi = (lo, mid) if holds(mid) else (mid, hi)
@@ -405,9 +414,10 @@ def delta_by_moments(moment, eps):
 @lru_cache(maxsize=256)
 @np.errstate(all="ignore")
 def _pld_epsilon(groups, delta):
-    """(lower, upper).  Without a certificate lower is 0 and upper the smallest other bound that is proven."""
+    """(lower, upper).  Without a certificate lower is 0 and upper the smallest other bound that is proven;
+    inf for steps without noise."""
     if not groups or _silent(groups):
-        return (math.inf, math.inf) if groups else (0.0, 0.0)
+        return (0.0, math.inf) if groups else (0.0, 0.0)
     rdp_eps, order = epsilon_by_moments(_composed(groups), delta)
     full_batches = _gaussian_epsilon(_full_batches(groups), delta)
     if not _subsampled(groups):
@@ -416,7 +426,7 @@ def _pld_epsilon(groups, delta):
     if all(k == 1 for (_, _, k), _ in groups):  # with k > 1, rdp covers "removed" only
         proven = min(rdp_eps, proven)
     elif proven > 700:
-        proven = math.inf  # e^epsilon leaves float64: as good as no promise
+        proven = math.inf  # a group: e^epsilon leaves float64, as good as no promise
     if delta < PLD_DELTA or proven == 0 or not rdp_eps < math.inf:
         return 0.0, proven
     guess = max(rdp_eps, 1e-12)
@@ -436,7 +446,7 @@ def _pld_epsilon(groups, delta):
 def _pld_delta(groups, eps):
     """(lower, upper)."""
     if not groups or _silent(groups):
-        return (1.0, 1.0) if groups else (0.0, 0.0)
+        return (0.0, 1.0) if groups else (0.0, 0.0)
     if not _subsampled(groups):
         return _gaussian_delta(_full_batches(groups), eps)
     rdp_delta, order = delta_by_moments(_composed(groups), eps)
@@ -451,19 +461,19 @@ def _pld_delta(groups, eps):
 def bounds(steps, delta, k=1):
     """(lower, upper) bound on epsilon of steps {(q, sigma): T}, for k images of one person together.
 
-    For any delta in (0, 1).  Where nothing can be certified, see `_pld_epsilon`."""
+    For any delta in (0, 1).  Uncertified: see `_pld_epsilon`.  Over 64 kinds (merged): only upper holds."""
     return _pld_epsilon(_groups(count_steps(steps), k), delta)
 
 
 def pld_epsilon(q, sigma, steps, delta):
-    """(lower, upper): certified bounds of the exact epsilon; the upper one is what `epsilon_of` gives."""
+    """(lower, upper) bounds of the exact epsilon, certified or as in `_pld_epsilon`; upper: `epsilon_of`."""
     check(q, sigma, steps)
     _check_delta(delta)
     return bounds(one_kind(q, sigma, steps), delta)
 
 
 def pld_delta(q, sigma, steps, epsilon):
-    """(lower, upper): certified bounds of the exact delta at epsilon >= 0."""
+    """(lower, upper) bounds of the exact delta at epsilon >= 0; if not certified, 0 and Renyi's."""
     check(q, sigma, steps)
     if not 0 <= epsilon <= 1e308:
         raise ValueError(f"epsilon = {epsilon}: must be >= 0 and finite")
@@ -477,8 +487,8 @@ def group_epsilon(k, q, sigma, steps, delta):
     """epsilon of k images that are added or removed together (one person), certified upper bound.
 
     Not k times epsilon: recomputed with Binomial(k, q) of the images in a batch.  The mixture of Gaussians
-    P = sum_j Bin(j) N(j, sigma^2) dominates any k clipped gradients (Ganesh 2024).  If not certified, that of
-    full batches, and inf beyond 700.
+    P = sum_j Bin(j) N(j, sigma^2) dominates any k clipped gradients (Ganesh 2024).  Where this is not
+    certified: the epsilon of full batches, inf if that is above 700; for k = 1 the smaller of it and Renyi's.
     """
     check(q, sigma, steps)
     _check_delta(delta)
@@ -488,7 +498,7 @@ def group_epsilon(k, q, sigma, steps, delta):
 
 
 def attacker_tpr(q, sigma, steps, fprs=(0.001, 0.01, 0.1)):
-    """Bound on the true-positive rate of ANY membership attacker at each false-positive rate, like fprs.
+    """Bounds on the true-positive rate of ANY membership attacker: an array, one for each rate in fprs.
 
     It is the minimum over all eps of e^eps FPR + delta(eps), with the certified upper delta of the direction
     "example removed".  By Neyman and Pearson this is tight for the composed loss distribution.  A single
@@ -525,8 +535,8 @@ def statement_numbers(steps, delta, group=20, fprs=(0.001, 0.01, 0.1)):
     A dict of upper bounds, for any q in [0, 1], sigma >= 0, number of steps and delta in (0, 1):
     epsilon_NAME       one for each NAME in accountant.ACCOUNTANTS; epsilon_rdp is by Renyi moments
     epsilon_pld        tight; if not certified, Renyi's, or that of full batches if smaller
-    epsilon_for_group  `group` examples added or removed together, tight; if not certified, that of full
-                       batches, and inf beyond 700
+    epsilon_for_group  `group` examples added or removed together, tight; if not certified, the
+                       epsilon of full batches, inf if that is above 700
     attacker           {fpr: best true-positive rate of any membership attacker}, tight; if not certified,
                        that of full batches
     Not certified are, where q < 1: delta below 1e-10 (not for the attacker), q below 1e-7, over 1e7 steps,

@@ -66,6 +66,8 @@ def _read_run(path):
     if known_seed or stated.get("private", True) is not True:
         steps = count_steps([(q, 0.0, T) for (q, _), T in steps.items()]) or one_kind(1.0, 0.0, 1)
         notes.append("NOT PRIVATE: counts as without noise")
+    elif stated.get("fast_noise") or chosen.get("fast_noise"):
+        notes.append("--fast-noise: holds against attackers who do not compute the noise")
     return steps, {**privacy, "notes": notes}
 
 

@@ -30,7 +30,7 @@ def privacy_numbers(s, steps, delta):
 
     steps: ledger rows or [(q, sigma, T)]. Never raises for a plan that `privacy_plan` lets through: where a
     number cannot be computed, one that is never below it takes its place. The group's epsilon is infinite
-    also if 20 images together can push an output further than the largest normal.
+    also if 20 images together can push an output further than the noise reaches (`randomness.reach`).
     """
     found = pld.statement_numbers(steps, delta, 20, FALSE_POSITIVES)
     kinds = Counter()
@@ -44,7 +44,7 @@ def privacy_numbers(s, steps, delta):
 
 
 def noise_of(s):
-    """A generator of the kind that draws the noise. Its largest normal is where the noise ends."""
+    """A generator of the kind that draws the noise."""
     ordinary = s.fast_noise or s.insecure_seed is not None
     return randomness.fresh_generator() if ordinary else dp_sgd.SecureGenerator()
 
@@ -85,9 +85,9 @@ def with_numbers(s, plan):
     q, sigma, steps, delta = (plan[key] for key in ("q", "sigma", "steps", "delta"))
     generator = noise_of(s)
     if sigma and randomness.beyond_the_noise(generator, q, sigma, steps) > NEGLIGIBLE * delta:
-        raise ValueError(f"sigma = {sigma:g} is so little noise that its largest value, "
-                         f"{randomness.largest_normal(generator):.1f} standard deviations, would give "
-                         "examples away; choose a smaller --epsilon or a larger --sigma")
+        raise ValueError(f"sigma = {sigma:g} is so little noise that one example may move an output further "
+                         f"than the noise is normal, {randomness.reach(generator):g} standard deviations; "
+                         "choose a smaller --epsilon or a larger --sigma")
     epsilon = float(accountant.epsilon(q, sigma, steps, delta, s.accountant))
     return {**plan, "epsilon": epsilon, "numbers": privacy_numbers(s, [(q, sigma, steps)], delta)}
 
@@ -133,6 +133,9 @@ def print_plan(s, plan, model):
           f"tuned          {s.tune}: {trained:,} of {total:,} parameters ({trained / total:.1%})")
     if plan["steps"] and (plan["sigma"] == 0 or s.insecure_seed is not None) and rank() == 0:
         print("WARNING: no noise or a known noise seed: this run is NOT private", file=sys.stderr)
+    elif plan["steps"] and s.fast_noise and rank() == 0:
+        print("WARNING: --fast-noise: an attacker who computes can foretell the noise; for experiments only",
+              file=sys.stderr)
     return trained
 
 
@@ -144,11 +147,12 @@ LOOKED = {
     "mnist10k": SEEN.format(""),
     "mnist": SEEN.format(", the size of the networks and the length of the public stages"),
     "faces": ("partly by looking at results on private data: size of the latents and of the UNet and length "
-              "of the public stages were changed after seeing how the autoencoder draws held-out faces; "
-              "epsilon does not cover that choice"),
+              "of the public stages were changed after seeing how the autoencoder draws held-out faces, "
+              "the frame of the drawn faces after looking at real ones; epsilon does not cover that choice"),
     "fashion": ("partly by looking at private data: photographs as a public set, and the shape and training "
                 "of the autoencoder, were chosen after measuring how others draw garments, and the drawn "
-                "garments were improved while watching how well they teach the classes of test images; "
+                "garments were improved while watching how well they teach the classes of test images, and "
+                "stage 2 was made longer after scores on them; "
                 "epsilon does not cover that choice")}
 BEFOREHAND = ("taken as chosen without results on these images; if other runs on them were compared to "
               "choose, their epsilons add up")
@@ -165,9 +169,13 @@ def privacy_statement(s, plan, rows, trained, stages=()):
     numbers = settled(plan["numbers"], privacy_numbers(s, rows, s.delta))
     epsilon = numbers[f"epsilon_{s.accountant}"]
     private = s.insecure_seed is None and math.isfinite(epsilon)
+    promise = f"({round_up(epsilon)}, {round_up(s.delta)})-differentially private with respect to one image"
+    if s.fast_noise:
+        promise += ", against attackers who do not compute the noise (--fast-noise)"
+    if not rows:
+        promise = "no private image was used"
     return plain({
-        "statement": f"({round_up(epsilon)}, {round_up(s.delta)})-differentially private with respect to one "
-                     "image" if private else "NOT PRIVATE: no noise, or a known noise seed",
+        "statement": promise if private else "NOT PRIVATE: no noise, or a known noise seed",
         "private": private, "epsilon": epsilon, "delta": s.delta, "accountant": s.accountant,
         **{f"epsilon_{name}": numbers[f"epsilon_{name}"] for name in accountant.ACCOUNTANTS},
         GROUP: numbers[GROUP],  # of one person

@@ -69,7 +69,8 @@ PRESETS = {
     "fashion-8x8": dict(public="mnist", public_n=None, private="fashion", **LARGE | CAREFUL),
     "garments": dict(  # drawn garments: nothing is downloaded for the public stages
         public="garments", public_n=60_000, private="fashion",
-        **LARGE | CAREFUL | dict(vae_steps=6000, ldm_steps=5000, ldm_batch=96, steps=120)),
+        **LARGE | CAREFUL | dict(vae_steps=6000, ldm_steps=5000, ldm_batch=96,
+                                 batch_size=3000, steps=80, lr=4e-3)),
     "mnist-paper": dict(  # the authors' networks and settings, but with one image channel; large, for a GPU
         public="emnist", public_n=None, private="mnist",
         vae=replace(AUTOENCODERS["mnist"], in_channels=1, out_ch=1),

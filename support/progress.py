@@ -14,7 +14,8 @@ from support.files import plain
 from support.rounding import round_up
 from support.team import agreed, rank
 
-# Steps, epsilon and the time left; no rate, which would tell the size of each private batch.
+# Steps, epsilon and the time left; no rate of examples, which would tell the sizes of private batches. (The
+# guarantee does not cover timing in any case: see dp_sgd.py.)
 QUIET_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
@@ -114,9 +115,25 @@ class Private:
 
     def spend(self, step):
         """Write the step's ledger row, and return only when it is on the disk."""
+        self.check_alone()
         row = {"step": step, "q": self.plan["q"], "sigma": self.plan["sigma"]}
         self.rows.append({**row, "clip_norm": self.s.clip_norm, "batch_size": self.s.batch_size})
         files.append_row(self.rows[-1], self.folder / "ledger.jsonl")
+
+    def check_alone(self):
+        """ValueError if the ledger on the disk has other rows than ours: another program writes there.
+
+        The lock of the run folder should prevent that. Some network file systems keep locks on each machine.
+        """
+        path = self.folder / "ledger.jsonl"
+        if rank() == 0 and len(files.ledger_rows(files.read_ledger(path), self.plan)) != len(self.rows):
+            raise ValueError(f"{path} was changed by another program, so two runs may be at work in this "
+                             "folder; stop one of them, then go on with --resume: every row counts as spent")
+
+    def finished(self):
+        """Rows of the ledger after the last step."""
+        self.check_alone()
+        return self.rows
 
     def keep(self, step):
         """After the step: save its result, log it, show epsilon. After Ctrl-C leave, if steps are left."""

@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 import dp_sgd
 
-# a dead process is noticed at once, by its closed connection; a hanging one after this
-PATIENCE = timedelta(minutes=10)
+# A dead process is noticed at once, by its closed connection; a hanging one after this. All wait while rank 0
+# decodes the photographs of a new set.
+PATIENCE = timedelta(hours=3)
 
 
 def rank():

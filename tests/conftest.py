@@ -14,9 +14,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 import torch  # noqa: E402
 
-# They take a minute or more on a slow core. Begun last, they would leave the other cores idle at the end.
+# They take half a minute or more. Begun last, they would leave the other cores idle at the end.
 LONGEST = {"test_crash", "test_processes", "test_train", "test_dp_sgd", "test_edits", "test_course",
-           "test_devices"}
+           "test_devices", "test_bench", "test_original_weights", "test_faces", "test_accountant"}
 
 
 # Tests that need a process of their own fork it from a server that has imported all this once. (Optimizers

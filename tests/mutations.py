@@ -54,7 +54,8 @@ MUTATIONS = [Mutation(*m) for m in (
      (("torch._foreach_add_(self.sums, sums)", "self.sums = sums"),),
      f"{ENGINE}::test_the_size_of_micro_batches_changes_nothing"),
     (4, "the sum of a micro-batch is clipped, not each example", "dp_sgd.py",
-     (("            factors = usable(self.clip(norms, self.clip_norm), norms, losses)  # (L, N)\n",
+     (("            factors = usable(self.clip(norms, self.clip_norm), norms, losses)  "
+       "# (L, N); 0 if not finite\n",
        "            total = norms.square().sum(1, keepdim=True).sqrt().expand_as(norms)\n"
        "            factors = usable(self.clip(total, self.clip_norm), norms, losses)\n"),),
      f"{ENGINE}::test_the_size_of_micro_batches_changes_nothing"),
@@ -321,10 +322,13 @@ MUTATIONS = [Mutation(*m) for m in (
      (('    if "Unsupported global" not in cause or "blocked" in cause:\n', "    if False:\n"),),
      f"{FAULTS}::test_files_of_another_kind_are_told_apart_by_their_first_bytes"),
     (0, "normals from two pairs instead of four", "dp_sgd.py",
-     (("u = self.uniforms(8 * half, out.device).view(2, 4, half)", "u = self.uniforms(4 * half, "
-                                                                   "out.device).view(2, 2, half)"),
+     (("u = self.uniforms(8 * half).view(2, 4, half)", "u = self.uniforms(4 * half).view(2, 2, half)"),
       ("        return out.div_(2).view(shape)", "        return out.div_(2 ** 0.5).view(shape)")),
      "tests/test_noise.py::test_every_normal_takes_four_pairs_and_none_is_wasted"),
+    (27, "the noise ends where its uniforms do", "dp_sgd.py",
+     (("for power in range(32, 961, 32):", "for power in range(0):"),
+      ("radius = u[0].log_().mul_(-2).sqrt_()", "radius = u[0].neg_().log1p_().mul_(-2).sqrt_()")),
+     "tests/test_noise.py::test_the_tail_goes_on_far_beyond_the_reach"),
     (0, "secure noise rounded before it is added", "dp_sgd.py",
      (("(s.double() + std * noise).to(s.dtype)", "(s + (std * noise).to(s.dtype))"),),
      "tests/test_noise.py::test_noise_is_added_in_double_and_rounded_once"),

@@ -447,3 +447,22 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path):
     os.kill(pid, signal.SIGKILL)  # the lock dies with its holder, however that ends
     os.waitpid(pid, 0)
     run_folder.prepare(tmp_path / "other", resume=True)
+
+
+def test_another_program_in_the_same_folder_is_noticed_and_its_steps_count(public, tmp_path, monkeypatch):
+    """Where locks do not reach other machines: rows that we have not written end the run; all rows count."""
+    out, real, steps = tmp_path / "run", dp_sgd.DPSGD.step, 4
+
+    def step(engine, optimizer):
+        real(engine, optimizer)
+        if len(ledger(out).splitlines()) == 2:
+            (out / "internal" / "ledger.jsonl").write_bytes(ledger(out) + ledger(out).splitlines(True)[0])
+
+    monkeypatch.setattr(dp_sgd.DPSGD, "step", step)
+    with pytest.raises(ValueError, match="changed by another program"):
+        train.main(command(out, public, steps))
+    assert len(ledger(out).splitlines()) == 3
+    monkeypatch.setattr(dp_sgd.DPSGD, "step", real)
+    train.main(command(out, public, steps))
+    assert len(ledger(out).splitlines()) == steps
+    assert json.loads((out / "release" / "privacy.json").read_text())["steps"] == steps

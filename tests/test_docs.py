@@ -145,6 +145,7 @@ def test_the_twelve_lines_of_the_private_step_run():
     import dp_sgd
     import tuning
     import unet
+    from support import randomness
 
     code = re.search(r"```python\n(.*?)```", README.read_text(), flags=re.S)[1]
     assert len(code.splitlines()) == 12
@@ -154,9 +155,9 @@ def test_the_twelve_lines_of_the_private_step_run():
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     n, T = 20, 3
     given = dict(accountant=accountant, diffusion=diffusion, dp_sgd=dp_sgd, tuning=tuning, torch=torch,
-                 partial=partial, model=model, n=n, q=0.3, T=T, C=0.1, lr=1e-3, epsilon=8.0, delta=1e-3,
-                 schedule=diffusion.Schedule("cosine", "v"), latents=torch.randn(n, 4, 4, 4),
-                 labels=torch.arange(n) % 10)
+                 randomness=randomness, partial=partial, model=model, n=n, q=0.3, T=T, C=0.1, lr=1e-3,
+                 epsilon=8.0, delta=1e-3, schedule=diffusion.Schedule("cosine", "v"),
+                 latents=torch.randn(n, 4, 4, 4), labels=torch.arange(n) % 10)
     exec(code, given)
     tuned = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert tuned == {name for name, p in model.named_parameters() if p.requires_grad}

@@ -568,6 +568,16 @@ def test_of_several_captions_an_image_draws_one_by_its_own_bytes(tmp_path):
     assert set(left) <= set(first.captions) and len(left) >= len(first.captions) - 1
 
 
+@pytest.mark.parametrize("names, others", [
+    (["a.jpg", "a.png"], ["a.txt"]),  # one caption for both
+    (["\u00e9.png", "e\u0301.png"], ["captions.txt"])])  # the same name in two normal forms
+def test_two_images_never_share_captions(tmp_path, names, others):
+    """Else one image, with its own line of captions, could change the caption of the other."""
+    (tmp_path / others[0]).write_text("\u00e9.png\tone\n" if "captions" in others[0] else "one")
+    names, others = ([Path(name) for name in some] for some in (names, others))
+    refused(lambda: photos.captions(tmp_path, names, [0, 1], others), "two images go by the name", "rename")
+
+
 @pytest.mark.parametrize(
     "name, raw, word",
     [

@@ -116,6 +116,7 @@ def test_noise_and_batches_come_from_the_secure_generator_unless_fast_and_are_st
         privacy = guarantee.privacy_statement(s, plan, rows, 1)
         assert ("CSPRNG" in privacy["noise"]) == secure == (not privacy["fast_noise"])
         assert any("computes the noise" in text for text in privacy["does_not_cover"]) != secure
+        assert ("do not compute the noise" in privacy["statement"]) != secure
     with pytest.raises(ValueError, match="exclude each other"):
         settings.parse(["--fast-noise", "--insecure-seed", "1"])
 

@@ -90,10 +90,10 @@ def test_private_classes_begin_with_the_embedding_of_the_same_name(names, rows):
 
 def test_a_plan_whose_noise_ends_too_early_is_refused(tmp_path):
     for flags, fine in ((["--sigma", "0.3"], True), (["--sigma", "0.3", "--fast-noise"], False),
-                        (["--sigma", "0.08"], False)):
+                        (["--sigma", "0.08"], True), (["--sigma", "0.016"], False)):
         s = settings.parse(["--preset", "smoke", "--out", str(tmp_path), *flags])
         if fine:
-            assert guarantee.privacy_plan(s, 1000)["sigma"] == 0.3
+            assert guarantee.privacy_plan(s, 1000)["sigma"] == s.sigma
         else:
             with pytest.raises(ValueError, match="so little noise"):
                 guarantee.privacy_plan(s, 1000)
