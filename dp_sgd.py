@@ -46,9 +46,9 @@ class SecureGenerator:
        others. A release can show such bits (tests/test_noise_attack.py). Here there is no seed and no state.
     2. Tails. A float32 normal is at most sqrt(2 * 24 ln 2) = 5.77. An output that lies further out proves
        that an example was in the batch. Here the density is a normal's up to `reach` and beyond.
-    3. Rounding (Mironov 2012). A normal made from two uniforms takes few values, so the low bits of a noisy
-       sum tell which sum it was. Here four Box-Muller draws, from eight uniforms, are added and divided by 2
-       (Holohan and Braghin 2021). Rounding to float32 in `privatise` drops the low bits (float64 keeps them).
+    3. Rounding (Mironov 2012). Floating-point normals lie on a lattice, so the low bits of a noisy sum tell
+       which sum it was. Here four Box-Muller draws, from eight uniforms, are added and divided by 2 (Holohan
+       and Braghin 2021). Then `privatise` rounds to a grid that is far coarser, and the same for all data.
     """
 
     device = torch.device("cpu")
@@ -103,19 +103,20 @@ def poisson_sample(n, q, generator=None):
 def privatise(sums, clip_norm, noise_multiplier, expected_batch_size, generator):
     """Clipped sums, a list of tensors -> new noisy mean gradients (sum + N(0, sigma^2 C^2 I)) / B.
 
-    Dividing by the actual batch size would reveal it and change the sensitivity. So B is the expected one.
-    generator: of the noise; None is a `SecureGenerator`.
+    B is the expected batch size: the actual one is private. Where generator is None, a `SecureGenerator`.
     """
     generator = SecureGenerator() if generator is None else generator
     std, noisy = noise_multiplier * clip_norm, []
+    grid = 2.0 ** (math.frexp(std)[1] - 16)  # a power of two between std / 2^16 and std / 2^15: no loss
     for s in sums:
         # Every coordinate gets noise, because it is private which ones the batch touched.
         if isinstance(generator, SecureGenerator):
             noise = generator.normals(s.shape, s.device if s.device.type == "cuda" else "cpu").to(s.device)
         else:
             noise = torch.randn(s.shape, dtype=torch.float64, device=s.device, generator=generator)
-        # Float32 normals end at 5.77 deviations: an output further out would prove that an example was there.
-        noisy.append((s.double() + std * noise).to(s.dtype) / expected_batch_size)
+        total = s.double() + std * noise  # in float64: see SecureGenerator. Float32 alone rounds relatively:
+        total = (total / grid).round_() * grid if std else total  # near 0 it would keep all of the low bits.
+        noisy.append(total.to(s.dtype) / expected_batch_size)
     return noisy
 
 
@@ -416,8 +417,7 @@ def summary(metrics):
     good = metrics[:, metrics[3] > 0]  # the finite examples
     norms, losses, clipped, _ = good
     count, quantiles = good.shape[1], torch.linspace(0, 1, 5, dtype=torch.float64)
-    return {"examples": metrics.shape[1],
-            "nonfinite": metrics.shape[1] - count,
+    return {"examples": metrics.shape[1], "nonfinite": metrics.shape[1] - count,
             "loss": float(losses.sum()) / max(count, 1),
             "clipped_fraction": float(clipped.sum()) / max(count, 1),
             "norm_quantiles": norms.quantile(quantiles).tolist() if count else [0.0] * 5}  # at 0, 1/4, .., 1

@@ -58,9 +58,10 @@ def reach(generator):
     """Up to how many standard deviations the noise of `dp_sgd.privatise` has a normal's density.
 
     Further out the density falls below it, and then to 0. Up to here it misses less than a thousandth.
-    SecureGenerator adds four draws, of radius 37.4 at most. Of a normal z each holds z/2, give or take 0.87:
-    that is 32 for z = 64. torch's float64 normals are single draws, of radius 8.57: 7.9^2 + 3.3^2 = 8.57^2,
-    and a normal exceeds 3.3 with a probability of a thousandth.
+    SecureGenerator adds four draws, of radius 37.47 at most. Of a normal z each holds z/2, give or take 0.87:
+    that is 32 for z = 64, six deviations from the end. torch's float64 normals are single draws, of radius
+    8.57: 7.9^2 + 3.3^2 = 8.57^2, and a normal exceeds 3.3 with a probability of a thousandth. (This is the
+    average over a thousandth of a deviation: so far out a single draw takes few values.)
     """
     return generator.reach if isinstance(generator, dp_sgd.SecureGenerator) else 7.9
 
@@ -71,7 +72,7 @@ def beyond_the_noise(generator, q, sigma, steps, k=1):
     Such an output tells more of the examples than the accountant knows. So the result, in [0, 1], must be far
     below delta. In each step the number j of these examples in the batch is Binomial(k, q). They move the sum
     by at most j clip norms, which is j / sigma standard deviations of the noise. A normal above
-    reach - j / sigma then suffices. 1 if sigma is 0.
+    reach - j / sigma then suffices, where the whole shift is in one coordinate. 1 if sigma is 0.
     """
     if sigma == 0:
         return 1.0

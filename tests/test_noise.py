@@ -73,11 +73,40 @@ def test_noise_is_added_in_double_and_rounded_once(entropy):
     g = dp_sgd.SecureGenerator()
     for s, got in zip(sums, noisy, strict=True):
         z = g.normals(s.shape)
-        assert got.dtype == torch.float32 and torch.equal(got, (s.double() + sigma * C * z).float() / B)
-    entropy()
-    z = sigma * C * dp_sgd.SecureGenerator().normals((1000,))
-    # noise rounded first is another number
-    assert not torch.equal(sums[0] + z.float(), (sums[0].double() + z).float())
+        exact = s.double() + sigma * C * z
+        grid = 2.0 ** -15  # 1.5 lies between 1 and 2: 2^1 / 2^16
+        assert got.dtype == torch.float32 and torch.equal(got, ((exact / grid).round() * grid).float() / B)
+        assert float((got * B - exact).abs().max()) <= grid / 2 + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_low_bit_of_the_noise_tells_which_sum_it_was(dtype, monkeypatch):
+    """Near 0 the noise has few bits, and a float32 that is near 0 would show all of them."""
+    std, normals = 1.5, dp_sgd.SecureGenerator.normals
+    monkeypatch.setattr(dp_sgd.SecureGenerator, "normals", lambda g, *args: normals(g, *args) * 2.0 ** -20)
+    for value in (0.0, 2e-5, 0.37, 1234.5):
+        s = torch.full((2000,), value, dtype=dtype)
+        noisy, = dp_sgd.privatise([s], 0.5, 3.0, 1.0, None)
+        multiples = noisy.double() / (2 * std / 2 ** 16 / 1.5)
+        assert torch.equal(multiples, multiples.round())
+    got, = dp_sgd.privatise([torch.full((5,), 2e-5)], 0.5, 0.0, 1.0, None)
+    assert torch.equal(got, torch.full((5,), 2e-5))  # without noise nothing is rounded
+
+
+def test_only_what_is_below_the_threshold_is_drawn_anew_and_its_angle_stays(monkeypatch):
+    """Of two normals one has radii below 2^-32, one has radii at it; all angles are an eighth of a turn."""
+    words = np.zeros((2, 4, 2), dtype=np.uint64)
+    words[0, :, 0], words[0, :, 1], words[1] = 2 ** 21 - 1, 2 ** 21, 2 ** 50
+
+    def urandom(size):
+        if size == 8 * words.size:
+            return (words << np.uint64(11)).tobytes()
+        assert size == 8 * 4  # the four that were below
+        return np.full(4, 2 ** 52 << 11, dtype=np.uint64).tobytes()
+
+    monkeypatch.setattr(dp_sgd.os, "urandom", urandom)
+    a, b = (2 * math.sqrt(math.log(2) * bits) for bits in (33, 32))  # times cos = sin = sqrt(1/2)
+    assert np.allclose(dp_sgd.SecureGenerator().normals((4,)).numpy(), [a, b, a, b], rtol=1e-12)
 
 
 def test_the_engine_and_the_sampler_draw_from_it_alone(entropy, monkeypatch):
