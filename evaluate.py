@@ -4,14 +4,14 @@ The evaluation of DP-LDM (Liu et al. 2024, experiments): train a classifier on g
 on real ones. The paper's classifiers are those of DPDM (Dockhorn et al. 2023). There are three protocols,
 and every metric is reported with its protocol:
 
-    quick   10,000 samples, 30 DDIM steps, eta 0; small CNN, 12 epochs, images shifted and rotated a little
+    quick   10,000 samples, 30 DDIM steps, eta 0; CNN, 12 epochs, images shifted and turned; MLP, logreg, 20
     table   50,000 samples, 200 DDIM steps, eta 1; the authors' networks, 50 epochs of batch 128, Adam 3e-4
     strict  60,000 samples, 200 DDIM steps, eta 1; the three kinds of residual networks of DPImageBench, 50
             epochs of batch 128, Adam 1e-3 annealed; for a GPU. DPImageBench compares at delta = 1 / (n ln n),
             so train with that --delta (n: private images)
 
 The classifier after the LAST epoch counts. Held-out images never reach the training loop, so they cannot
-choose an epoch (docs/pitfalls.md, row 15). The authors choose the epoch on a validation set. They also
+choose an epoch (cf. docs/pitfalls.md, row 15, on the model). The authors use a validation set. They also
 enlarge MNIST to 32 pixels; this program scores 28. Generated and real images of more than 64 pixels are
 reduced to 64.
 
@@ -114,7 +114,7 @@ def jiggle(x, shift=2.0, degrees=10.0):
 @torch.no_grad()
 def predict(model, images):
     """uint8 (N,C,S,S) -> the model's output (N,D), on the CPU, in batches."""
-    device = next(model.parameters(), images).device  # without parameters (a bare Flatten) that of the images
+    device = next(model.parameters(), images).device  # no parameters (logreg[:-1] is a Flatten): the images'
     return torch.cat([model(pixels.to_float(part.to(device))).cpu() for part in images.split(500)])
 
 
@@ -173,8 +173,8 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
     """(model, name) of the feature network: a small CNN, trained on the PUBLIC set and kept as features.pt.
 
     It is trained anew if the file is missing, damaged or made with other settings. With public_folder None it
-    is not kept. Omniglot has no labels, so its runs use the network of "strokes". Runs with a part of the
-    strokes (--public-classes) use the network of all strokes, so that their distances compare.
+    is not kept. Omniglot is read without labels, so its runs use the network of "strokes". Runs with a part
+    of the strokes (--public-classes) use the network of all strokes, so that their distances compare.
     datasets.DataError if the set is absent or has one class only.
     """
     public = "strokes" if public == "omniglot" else public
@@ -215,7 +215,7 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
 def compare(model, samples, real, seed=0):
     """A dict of the Frechet distance, that between two halves of the real images, precision and recall.
 
-    The second number shows what the distance is where nothing differs but the images.
+    The second is what chance alone gives: two samples of one distribution, of half as many images each.
     """
     generator = torch.Generator().manual_seed(seed)
     a, b = (features(model, x[torch.randperm(len(x), generator=generator)]) for x in (samples, real))
@@ -267,7 +267,7 @@ def table(result):
     if d:
         lines += ["", f"Frechet distance, features of a {d['features']}: {d['frechet']:.2f}",
                   f"  {d['n'][0]:,} samples against {d['split']}, {d['resize']}; real against real, "
-                  f"{d['halves_n']:,} each (few read high): {d['halves']:.2f}",
+                  f"{d['halves_n']:,} each (fewer images bias it upwards): {d['halves']:.2f}",
                   f"precision {d['precision']:.3f}, recall {d['recall']:.3f} in the same features, k = "
                   f"{d['k']}, {d['manifold_n'][0]:,} samples and {d['manifold_n'][1]:,} real"]
     seconds = ", ".join(f"{k} {v:.0f}" for k, v in result["seconds"].items())
@@ -293,7 +293,7 @@ def samples_of(args, release, n):
 
 
 def distance_of(args, release, folder, public, images, split, real, lap):
-    """Result of `compare` and its circumstances, a dict; None if the public set is not on this machine.
+    """Result of `compare` and its circumstances, a dict; None if the public set is absent or has one class.
 
     folder: public/ of the run, or None. images: samples. split, real: name and ImageSet of the held-out set.
     lap: notes the seconds since its last call under a name.
@@ -408,7 +408,7 @@ def main(argv=None):
     publish = "to be published only if the held-out images are public"
     if ceiling:
         note += "; also those of a classifier that knows private training images"
-        publish = "nor to be published, since a classifier of private training images is in it"
+        publish = "nor to be published, since the scores of a classifier of private images are in it"
     result = {"note": note, "protocol": args.protocol,
               "privacy": {key: release.privacy.get(key) for key in ("epsilon", "delta", "statement")},
               "n": len(images), "sampler": sampler, "seed": args.seed,

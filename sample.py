@@ -8,7 +8,7 @@ trained with differential privacy. So epsilon stays as it is, however many image
     python sample.py runs/digits --n 60000 --npz synthetic.npz
     python sample.py runs/faces --prompt "a smiling young woman with eyeglasses" --n 16 --guidance 2
 """
-from support import threads  # noqa: F401, I001 (first: before torch)
+from support import threads  # noqa: F401, I001 (first: sets OpenMP variables, which torch reads when loaded)
 
 from dataclasses import dataclass
 
@@ -34,7 +34,7 @@ class Release:
     schedule: diffusion.Schedule
     classes: list  # names; label i means the i-th
     crop: int  # side of the finished image in pixels: 28 for MNIST, whose networks see 32
-    data: dict  # names of the public and the private set
+    data: dict  # names of the public and the private set, the public classes, the attribute behind labels
     privacy: dict  # the content of privacy.json
     tokenizer: text.Tokenizer | None = None  # None, like prompts, unless the condition is text
     prompts: list | None = None  # for each class a list of prompts that describe it

@@ -7,7 +7,7 @@ and Algorithm 1. It puts the other files together:
     2  train_diffusion     latent diffusion model on public latents      -> public/ldm.pt
     3  tune_privately      attention modules and condition embedder on private latents, by DP-SGD -> release/
 
-    python train.py                          the default preset `digits`: everything embedded, CPU, minutes
+    python train.py                          the default preset `digits`: no download, no GPU needed, minutes
     python train.py --dry-run                privacy plan, parameter counts, time estimate; then stop
     python train.py --resume --out runs/x    go on where a stopped run was
     python train.py --epsilon 1 --init runs/digits --out runs/digits-eps1     only the private stage anew
@@ -16,10 +16,10 @@ and Algorithm 1. It puts the other files together:
 In all functions s is the settings (support/settings.py), and stop tells whether Ctrl-C was pressed.
 A private step is one Poisson batch, one ledger row, one noise addition, one update of Adam and of the EMA
 (the exponential moving average of the weights, which is the result of a stage). In the run folder outside
-internal/, all that depends on private images went through the noisy gradients, but for two things that count
-as public: the number of these images, and the names of their classes and attributes.
+internal/, all that depends on private images went through the noisy gradients, but for what counts as public:
+the number of these images, their side in pixels, and the names of their classes and attributes.
 """
-from support import threads  # noqa: F401, I001 (first: before torch)
+from support import threads  # noqa: F401, I001 (first: sets OpenMP variables, which torch reads when loaded)
 
 import math
 import time
@@ -79,7 +79,7 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=Non
             loss, metrics = loss_fn(generator)
         optimizer.zero_grad()
         loss.backward()
-        team.mean_gradients(parameters, also)
+        team.mean_gradients(parameters, also)  # mean over the processes; of `also` the mean of its weights
         # Clip the norm of the mean gradient to 1, a fitting size as losses begin at about 1. This is no DP.
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -192,7 +192,7 @@ def tune_privately(s, model, latents, labels, plan, stop, watch=None):
             # K draws of timestep and noise for each image; its loss is their mean.
             drawn = diffusion.draw(latents[part], select(labels, part), s.noise_multiplicity, rng.diffusion,
                                    s.schedule, null, s.cond_drop)
-            # One gradient per image, clipped to length C, all summed. Micro-batches never change the sum.
+            # One gradient per image, clipped to length C, all summed. Given the draws, no split changes it.
             with autocast(s):
                 engine.accumulate(loss_fn, *drawn)
         team.reduce_sums(engine)
@@ -206,7 +206,7 @@ def tune_privately(s, model, latents, labels, plan, stop, watch=None):
         team.broadcast(engine.parameters)
         # The weights are now covered by epsilon. The metrics that `keep` logs in internal/ are not.
         state.keep(step)
-        if watch:
+        if watch:  # --watch: images drawn from the present weights, into release/progress.png
             watch(step)
 
     torch._foreach_copy_([p.data for p in engine.parameters], average)
@@ -229,7 +229,7 @@ def main(argv=None):
     s, known = start.settings_of(argv)  # preset and flags; `known`: public networks that exist already
     public, private, facts = start.read_sets(s, known)  # refused if a public network knows a private image
     plan = team.once(guarantee.privacy_plan, s, len(private) if s.steps else 0)  # q, sigma, T; delta < 1/n
-    embedder = start.embedder(s, known, public, private)  # from names of classes and attributes, no image
+    embedder = start.embedder(s, known, public, private)  # from names and public captions, no private image
     if s.dry_run:
         return dry_run.report(s, plan, embedder, public, private, known)
     run = run_folder.RunFolder(s, plan, known, facts)  # locked; resumed without loss
@@ -240,18 +240,18 @@ def main(argv=None):
     ldm_checkpoint = run.cached("ldm.pt", lambda: train_diffusion(
         s, *inputs(s, autoencoder, scale, public, embedder), embedder, facts, run.stop))
 
-    # ---- private stage: the only block that uses a private image
-    ldm_checkpoint = conditions.for_private_classes(ldm_checkpoint, private.classes)  # matched by name
+    # ---- private stage: the only block that learns from private images; read_sets compared their digests
+    ldm_checkpoint = conditions.for_private_classes(ldm_checkpoint, private.classes)  # embeddings by name
     model = hardware.laid_out(checkpoints.build_model(ldm_checkpoint)[0], s.device)
     names = lora.tuned(model, s)  # as --tune says; by default attention and condition embedder
-    trained, rows = guarantee.print_plan(s, plan, model), []  # no rows with --steps 0
+    trained, rows = guarantee.print_plan(s, plan, model), []  # how many parameters; no rows if --steps 0
     if plan["steps"]:
         run.check_unchanged(plan, names, private)
         seen = inputs(s, autoencoder, scale, private, ldm_checkpoint["embedder"])
         watch = watcher(s, plan, model, autoencoder, scale, private, ldm_checkpoint["embedder"])
         rows = tune_privately(s, model, *seen, plan, run.stop, watch)
 
-    # ---- release: post-processing, by one process
+    # ---- release: post-processing, by one process; of `private` only the names of classes and attributes
     if team.dismissed():
         return
     privacy = guarantee.privacy_statement(s, plan, rows, trained, (vae_checkpoint, ldm_checkpoint))

@@ -38,7 +38,7 @@ class UNetConfig:
     channel_mult: tuple = (1, 2)  # width of each level in units of model_channels
     num_res_blocks: int = 1  # per level on the way down; one more on the way up
     attention_resolutions: tuple = (1, 2)  # *downsampling factors* at which blocks have attention
-    num_heads: int = 2  # in the public stage; the authors tune the same weights with 4
+    num_heads: int = 2  # authors: trained with 2, then tuned with 4 (same shapes); here both stages use this
     num_head_channels: int | None = None  # if given: width of a head, and num_heads is not used
     use_spatial_transformer: bool = True  # False: `AttentionBlock`, for networks without condition
     transformer_depth: int = 1

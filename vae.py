@@ -108,7 +108,7 @@ class Upsample(nn.Module):
 
 
 class Middle(nn.Module):
-    """The smallest level of encoder and decoder: residual block, attention, residual block."""
+    """After the encoder's levels, before the decoder's: residual block, attention, residual block."""
 
     def __init__(self, channels, groups):
         super().__init__()
@@ -169,7 +169,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z (N, z_channels, H/f, W/f) -> x (N, out_ch, H, W). Levels have one block more than in the encoder."""
+    """z after post_quant_conv (N, z_channels, H/f, W/f) -> x (N, out_ch, H, W). One block more per level."""
 
     def __init__(self, c):
         super().__init__()

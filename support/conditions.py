@@ -21,7 +21,7 @@ from support.team import rank
 def embedder_entry(s, public, private):
     """The condition embedder's entry in the checkpoints (`checkpoints.build_embedder`). None: no condition.
 
-    public, private: ImageSets, of which only the names of classes and attributes are used.
+    public, private: ImageSets. Used are the names of classes and attributes, and the public set's captions.
     """
     if s.condition == "none":
         return None
