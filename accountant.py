@@ -118,14 +118,14 @@ def moment_by_integral(q, sigma, alpha, ratio, k=1):
     shift the mean under P by k at most. It is above 1 in extensions/pld.py only.
     """
     # Trapezoid sum over z = x / sigma with spacing h. The integrand is analytic up to |Im z| = pi sigma,
-    # where P = 0. So the error is about exp(-2 pi^2 sigma / h), at most e^-39. The factor (P/Q)^alpha moves
+    # where P = 0. So the error is about exp(-2 pi^2 sigma / h) of the sum, at most e^-39. (P/Q)^alpha moves
     # the centre of the integrand to alpha k / sigma at most. The sum ends 10 standard deviations beyond it.
     h, top = min(0.5, sigma / (2 * k)), alpha * k / sigma + 10.0
     if top / h * k > 2e5:
-        # Too many points, as there is little noise or a huge alpha. Use a bound instead, by convexity with
-        # r = N(1, .)/N(0, .): (1-q+qr)^alpha <= 1-q + q r^alpha.
+        # Too many points, as there is little noise or a huge alpha. Use a bound instead, by convexity (k = 1:
+        # (1-q+qr)^alpha <= 1-q + q r^alpha with r = N(1, .)/N(0, .)); if any of the k are in, count all of k.
         none = k * math.log1p(-q)  # log of the probability that none of the k is in the batch
-        full = alpha * (alpha - 1) * (k / sigma) ** 2 / 2  # log E[r^alpha] if all k are
+        full = alpha * (alpha - 1) * (k / sigma) ** 2 / 2  # log E[r^alpha], r = N(k, .)/N(0, .)
         return float(np.logaddexp(none, math.log(-math.expm1(none)) + full))
     z = np.arange(-10.0, top + h, h)  # outputs in units of sigma
     u, loss = ratio(z * sigma, q, sigma)
@@ -196,7 +196,7 @@ def best_order(f):
 def log_delta(moment, alpha, eps):
     """log of the delta that order alpha proves at eps; moment(alpha) is log A of all steps together.
 
-    It is Prop. 12 of Canonne, Kamath, Steinke 2020, a sharper form of Markov's inequality on (P/Q)^alpha.
+    It is Prop. 12 of Canonne, Kamath, Steinke 2020. Markov's inequality on (P/Q)^(alpha-1) under P is weaker.
     """
     return moment(alpha) - (alpha - 1) * eps + (alpha - 1) * math.log1p(-1 / alpha) - math.log(alpha)
 
@@ -214,7 +214,7 @@ def composed(steps):
 
 
 def renyi(steps, delta):
-    """(epsilon, the order that gave it) of steps {(q, sigma): T}. The order is nan for epsilon 0 or inf."""
+    """(epsilon, its order) of steps {(q, sigma): T}. The order is nan if all are free or one has no noise."""
     check(delta=delta)
     steps = count_steps(steps)
     if not steps or min(sigma for _, sigma in steps) == 0:
@@ -249,7 +249,7 @@ def accountant(method):
 def cost(steps, delta, method):
     """epsilon of steps {(q, sigma): T} by the accountant `method`. ValueError if its result is no epsilon."""
     value = float(accountant(method)(steps, delta))
-    if not value >= 0:  # nan would pass every comparison with a target
+    if not value >= 0:  # "nan > target" is False, so a nan would look like an epsilon within the target
         raise ValueError(f"the accountant {method} gives epsilon {value}")
     return value
 
@@ -276,7 +276,7 @@ def epsilon_of_ledger(rows, delta, method="rdp"):
 def noise_multiplier(epsilon, delta, q, steps, method="rdp"):
     """Smallest sigma, within rounding and at least 1e-3, whose epsilon does not exceed the target.
 
-    Rounding errs towards more noise. 0 if q = 0 or steps = 0. ValueError if even sigma = 1e6 is not enough.
+    Rounding errs towards more noise. 0 if q = 0 or steps = 0. ValueError if even sigma = 4e5 is not enough.
     """
     check(q, 1.0, steps, delta)
     if not 0 < epsilon <= 1e308:
@@ -298,7 +298,7 @@ def noise_multiplier(epsilon, delta, q, steps, method="rdp"):
     while excess(high) > 0:
         low, high = high, high + step
         if high > math.log(1e6):
-            raise ValueError(f"epsilon = {epsilon}: out of reach with sigma up to 1e6; take fewer steps")
+            raise ValueError(f"epsilon = {epsilon}: out of reach with sigma up to 4e5; take fewer steps")
     while excess(low) <= 0 and low > math.log(1e-3):
         low, high = max(low - step, math.log(1e-3)), low
     log_sigma = brentq(excess, low, high, xtol=tolerance) if excess(low) > 0 else low

@@ -35,7 +35,7 @@ class Schedule:
     kind: str = "linear"
     prediction: str = "eps"
     T: int = 1000
-    beta_start: float = 0.0015  # beta at t = 0; the cosine schedule does not use it
+    beta_start: float = 0.0015  # beta at t = 0; the cosine schedule uses neither this nor beta_end
     beta_end: float = 0.0155  # beta at t = T - 1
 
     def __post_init__(self):
@@ -48,7 +48,7 @@ PAPER = Schedule()
 
 @lru_cache(maxsize=32)
 def alphas_cumprod(schedule, device="cpu"):
-    """abar_t for t = 0..T-1, falling from almost 1 to almost 0: (T,) float64. Made once per schedule."""
+    """abar_t for t = 0..T-1, from almost 1 to almost 0: (T,) float64. Made once per schedule and device."""
     if schedule.kind == "linear":
         betas = torch.linspace(schedule.beta_start ** 0.5, schedule.beta_end ** 0.5, schedule.T,
                                dtype=torch.float64) ** 2

@@ -16,9 +16,9 @@ Symbols
     B      expected_batch_size = q * n, fixed before training, because the actual size is private
     N      number of examples of a micro-batch;  L  number of trainable layers
 
-The paper's C = 1e-3 looks tiny, but Adam divides by the size of recent gradients. So C decides how many
-examples are clipped, and does not act as a learning rate. This holds while sigma * C / B, the size of the
-noise, is well above Adam's eps (1e-8). Below it, Adam takes smaller steps.
+The paper's C = 1e-3 for MNIST looks tiny, but Adam divides by the size of recent gradients. So C decides how
+many examples are clipped, and does not act as a learning rate. This holds while sigma * C / B, the size of
+the noise, is well above Adam's eps (1e-8). Below it (the paper's 1e-6 for CIFAR-10) Adam takes smaller steps.
 
 The guarantee does not cover timing: the duration of a step tells the size of its batch. A loss_fn that calls
 autograd itself is not supported.
@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-# Outside this range the sums, or their squares in Adam, become 0 or infinity in float32.
+# Within this range the sums, and their squares in Adam, stay finite and above 0 in float32 (B up to 10^6).
 SMALLEST_CLIP_NORM, LARGEST_CLIP_NORM = 1e-10, 1e10
 CHUNK = 16_384  # normals drawn at a time: their uniforms fit into a CPU's cache (a GPU draws 256 times more)
 
@@ -45,14 +45,14 @@ class SecureGenerator:
     1. Prediction. The bits of torch's CPU generator are linear in its state, so enough of them give away all
        others. A release can show such bits (tests/test_noise_attack.py). Here there is no seed and no state.
     2. Tails. A float32 normal is at most sqrt(2 * 24 ln 2) = 5.77. An output that lies further out proves
-       that an example was in the batch. Here the density is a normal's up to `reach` and beyond.
+       that an example was in the batch. Here the density is a normal's up to 64 deviations (`reach`).
     3. Rounding (Mironov 2012). Floating-point normals lie on a lattice, so the low bits of a noisy sum tell
        which sum it was. Here four Box-Muller draws, from eight uniforms, are added and divided by 2 (Holohan
        and Braghin 2021). Then `privatise` rounds to a grid that is far coarser, and the same for all data.
     """
 
-    device = torch.device("cpu")
-    reach = 64.0  # deviations; the largest normal has 74.9
+    device = torch.device("cpu")  # where the uniforms are made, as torch.Generator.device
+    reach = 64.0  # deviations; support/randomness.py reads it. Further out the density falls, to 0 at 74.9
 
     def uniforms(self, n):
         """(n,) float64, multiples of 2^-53 in [0, 1)."""
@@ -107,7 +107,7 @@ def privatise(sums, clip_norm, noise_multiplier, expected_batch_size, generator)
     """
     generator = SecureGenerator() if generator is None else generator
     std, noisy = noise_multiplier * clip_norm, []
-    grid = 2.0 ** (math.frexp(std)[1] - 16)  # a power of two between std / 2^16 and std / 2^15: no loss
+    grid = 2.0 ** (math.frexp(std)[1] - 16)  # a power of two, at most std / 2^15: far finer than the noise
     for s in sums:
         # Every coordinate gets noise, because it is private which ones the batch touched.
         if isinstance(generator, SecureGenerator):
@@ -215,12 +215,12 @@ def from_gradients(layers, grads, losses):
 
 
 def squared_norm(a):
-    """|a_n|^2 of each row, (N, ...) -> (N,) float64; only the last dimension is summed in a's precision."""
+    """|a_n|^2 of each row, (N, ..., d) -> (N,) float64; only the dimension d is summed in a's precision."""
     return torch.linalg.vector_norm(a.reshape(len(a), -1, a.shape[-1]), dim=-1).double().square().sum(-1)
 
 
 def weighted_sum(a, factor, keep):
-    """sum_n factor[n] * a[n], (N, ...) -> (...), over the examples that are kept (`kept`; None: all)."""
+    """sum_n factor[n] * a[n], (N, d, ...) -> (d, ...), over the examples kept (`kept`; None: all)."""
     a = a if keep is None else masked(a, keep)
     return (factor.to(a.dtype) @ a.flatten(1)).view(a.shape[1:])
 
@@ -232,9 +232,9 @@ def kept(factors):
 
 
 def masked(a, keep):
-    """Zero the rows (N*K, ...) of examples that are not kept (N,). A factor 0 will not do: 0 * inf is NaN."""
+    """Zero the rows (N*K, ...), K per example, of those not kept (N,). Factor 0 fails: 0 * inf is NaN."""
     rows_kept = keep.repeat_interleave(len(a) // len(keep)).view(-1, *[1] * (a.dim() - 1))
-    return torch.where(rows_kept, a, 0.0) if a.is_floating_point() else a  # integers are finite
+    return torch.where(rows_kept, a, 0.0) if a.is_floating_point() else a  # token numbers are finite
 
 
 @contextmanager
@@ -252,7 +252,7 @@ def exact(device):
 # ------------------------------------------------------------------------------------- what may be trained
 
 class Layer(NamedTuple):
-    """A module with trainable parameters of its own: {"weight" and/or "bias": Parameter}."""
+    """A module with trainable parameters of its own: {name in the module, as "weight": Parameter}."""
 
     name: str
     module: nn.Module
@@ -260,10 +260,10 @@ class Layer(NamedTuple):
 
 
 def trainable_layers(model):
-    """The layers that DP-SGD trains. ValueError, with the layer's name, where clipping would not be sound.
+    """The layers that DP-SGD trains. ValueError, with the layer's name, for one that it does not support.
 
-    Refused are BatchNorm and other layers with running statistics, dropout, parameters shared by two layers,
-    and a model in which nothing is trainable. A layer of your own that mixes examples is not found.
+    Refused are layers with running statistics (BatchNorm), shared parameters, dropout (the loss must be a
+    function of its draws), models with nothing to train. Your own layer that mixes examples is not found.
     """
     layers, owner = [], {}
     for name, m in model.named_modules():
@@ -398,7 +398,7 @@ def check_against_loop(engine, loss_fn, *batch):
 
     with torch.enable_grad():
         (expected, size), (got, _) = found(loop), found(engine.gradients)
-    # 2 % is above rounding and below a missed gradient. 1e-12: the norms of book-keeping allow for underflow.
+    # 2 %: above rounding, below most missed gradients. 1e-12: book-keeping's norm of a zero gradient is > 0.
     if (got - expected).norm() > 0.02 * size + 1e-12:
         raise ValueError(f"{engine.gradients.__name__} and the loop disagree about the gradients of random "
                          "examples: the model uses a trained layer in a way that hooks do not see; choose "

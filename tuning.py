@@ -52,7 +52,7 @@ def select_trainable(model, tune="attention", from_block=0):
     unknown name, an empty selection, or from_block > 0 where TUNE[tune] does not list the attention modules.
     """
     if tune not in TUNE:
-        raise ValueError(f"unknown tune={tune!r}; choose one of {', '.join(TUNE)}, lora:RANK")
+        raise ValueError(f"unknown tune={tune!r}; choose one of {', '.join(TUNE)}, or --tune lora:RANK")
     modules, later = TUNE[tune](model), attention_modules(model, from_block)
     skipped = [m for m in attention_modules(model) if m not in later]  # the first from_block of them
     if not all(m in modules for m in skipped):  # from_block would change nothing
@@ -63,8 +63,8 @@ def select_trainable(model, tune="attention", from_block=0):
 def train_only(model, modules):
     """Make the parameters inside `modules` trainable and freeze the others -> names of the trainable ones.
 
-    Parameters that `without_gradient` names stay frozen. Their update would be pure noise, and enough of that
-    gives away the state of an ordinary generator (tests/test_noise_attack.py). ValueError if nothing is left.
+    Parameters that `without_gradient` names stay frozen. Their update would be pure noise, which reveals the
+    state of an ordinary random-number generator (tests/test_noise_attack.py). ValueError if nothing is left.
     """
     chosen = {id(p) for module in modules for p in module.parameters()}  # by identity
     no_gradient = set(without_gradient(model))
@@ -79,7 +79,7 @@ def train_only(model, modules):
 def without_gradient(model):
     """Names of what has no gradient where the context is one token: to_q, to_k of cross-attention, norm2."""
     embedder = getattr(model, "embedder", None)
-    # One token: a class, or a text of length 1. With more tokens all weights have a gradient.
+    # One token: a class, or a text of length 1. With more tokens, and no level of 1x1, all have a gradient.
     one_token = isinstance(embedder, unet.ClassEmbedder) or getattr(embedder, "length", None) == 1
-    pattern = r"attn2\.to_[qk]\.|blocks\.\d+\.norm2\."  # norm2 of a TransformerBlock, not of a ResBlock
+    pattern = r"attn2\.to_[qk]\.|\d\.blocks\.\d+\.norm2\."  # norm2 of a TransformerBlock and nothing else
     return [n for n, _ in model.named_parameters() if one_token and re.search(pattern, n)]

@@ -287,7 +287,7 @@ def test_nothing_and_everything():
                                   method) == accountant.epsilon_of_ledger([], 1e-5, method) == 0
         assert accountant.epsilon(1e-5, 100, 1, 1e-5, method) == 0  # never negative
         assert accountant.noise_multiplier(1, 1e-5, 0, 10, method) == 0
-    assert pld.pld_delta(0.1, 1, 0, 1.0) == (0, 0) and pld.pld_delta(0.1, 0, 1, 1.0) == (1, 1)
+    assert pld.pld_delta(0.1, 1, 0, 1.0) == (0, 0) and pld.pld_delta(0.1, 0, 1, 1.0) == (0, 1)
     assert accountant.epsilon(0.1, 1, 5, 1e-12) > accountant.epsilon(0.1, 1, 5, 1e-10) > 0  # rdp has no floor
 
 
