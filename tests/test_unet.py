@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import tuning
 import unet
-from extensions import lora, original_weights
+from extensions import lora, original_weights, text
 from support import paper_networks
 
 
@@ -85,6 +85,14 @@ def test_weights_without_a_gradient_are_not_trained(tune):
     model(torch.randn(2, 3, 4, 4), torch.tensor([1, 500]), torch.tensor([0, 1])).sum().backward()
     silent = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     assert silent == set(tuning.without_gradient(model))  # nothing else is left out
+
+
+def test_a_text_of_one_token_leaves_its_encoder_s_norms_trained():
+    """Both have a `blocks.0.norm2`; only the UNet's stands before a cross-attention."""
+    model = unet.LatentModel(unet.UNet(paper_networks.UNETS["mnist"]), text.TextEncoder(20, 5, length=1))
+    frozen = tuning.without_gradient(model)
+    assert frozen and not [name for name in frozen if name.startswith("embedder.")]
+    assert [name for name, _ in model.named_parameters() if name == "embedder.blocks.0.norm2.weight"]
 
 
 @pytest.mark.parametrize("changes", [
