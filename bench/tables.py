@@ -42,7 +42,7 @@ FIRST_ROWS = [
     ("digits", "letters", "the same; the public set has letters only, no digit"),
     ("papers", "mnist-eps10", "digits, wider network: tuned on all of MNIST"),
     ("papers", "mnist-eps1", "the same with a tenth of the budget (private stage only)"),
-    ("papers", "garments-public-eps1", "garments: tuned on Fashion-MNIST (private stage only)"),
+    ("papers", "garments-public-eps10", "garments: tuned on Fashion-MNIST (private stage only)"),
     ("faces", "eps10", "faces in colour, 32 pixels: tuned on 5,000 photographs"),
 ]
 
