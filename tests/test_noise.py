@@ -82,12 +82,12 @@ def test_noise_is_added_in_double_and_rounded_once(entropy):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_no_low_bit_of_the_noise_tells_which_sum_it_was(dtype, monkeypatch):
     """Near 0 the noise has few bits, and a float32 that is near 0 would show all of them."""
-    std, normals = 1.5, dp_sgd.SecureGenerator.normals
+    normals = dp_sgd.SecureGenerator.normals
     monkeypatch.setattr(dp_sgd.SecureGenerator, "normals", lambda g, *args: normals(g, *args) * 2.0 ** -20)
     for value in (0.0, 2e-5, 0.37, 1234.5):
         s = torch.full((2000,), value, dtype=dtype)
         noisy, = dp_sgd.privatise([s], 0.5, 3.0, 1.0, None)
-        multiples = noisy.double() / (2 * std / 2 ** 16 / 1.5)
+        multiples = noisy.double() * 2 ** 15  # the deviation is 1.5, so the grid 2^1 / 2^16
         assert torch.equal(multiples, multiples.round())
     got, = dp_sgd.privatise([torch.full((5,), 2e-5)], 0.5, 0.0, 1.0, None)
     assert torch.equal(got, torch.full((5,), 2e-5))  # without noise nothing is rounded
