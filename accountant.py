@@ -276,7 +276,7 @@ def epsilon_of_ledger(rows, delta, method="rdp"):
 def noise_multiplier(epsilon, delta, q, steps, method="rdp"):
     """Smallest sigma, within rounding and at least 1e-3, whose epsilon does not exceed the target.
 
-    Rounding errs towards more noise. 0 if q = 0 or steps = 0. ValueError if even sigma = 4e5 is not enough.
+    Rounding errs towards more noise. 0 if q = 0 or steps = 0. ValueError if even sigma = 1e6 is not enough.
     """
     check(q, 1.0, steps, delta)
     if not 0 < epsilon <= 1e308:
@@ -296,9 +296,9 @@ def noise_multiplier(epsilon, delta, q, steps, method="rdp"):
     # A bracket: epsilon is too large at low, and not too large at high.
     high = low = start
     while excess(high) > 0:
-        low, high = high, high + step
-        if high > math.log(1e6):
-            raise ValueError(f"epsilon = {epsilon}: out of reach with sigma up to 4e5; take fewer steps")
+        if high == math.log(1e6):
+            raise ValueError(f"epsilon = {epsilon}: out of reach with sigma up to 1e6; take fewer steps")
+        low, high = high, min(high + step, math.log(1e6))
     while excess(low) <= 0 and low > math.log(1e-3):
         low, high = max(low - step, math.log(1e-3)), low
     log_sigma = brentq(excess, low, high, xtol=tolerance) if excess(low) > 0 else low

@@ -837,6 +837,8 @@ def test_calibration_at_the_ends():
                                   method) <= 10000
         with pytest.raises(ValueError, match="out of reach"):
             accountant.noise_multiplier(1e-300, 1e-10, 0.1, 10, method)
+        target = accountant.epsilon(1.0, 9e5, 10**9, 1e-5, method)  # needs nearly the largest sigma
+        assert accountant.noise_multiplier(target, 1e-5, 1.0, 10**9, method) == pytest.approx(9e5, rel=1e-5)
     # steps that cost a little are not free
     assert 1e12 <= calculator.max_steps(1.0, 1e-5, 1e-10, 1e4) < math.inf
     assert calculator.max_steps(1.0, 1e-5, 0.1, math.inf) == math.inf
