@@ -19,7 +19,7 @@ TUNED = {  # name: (label, flags); at epsilon 10 and again, with -eps1, at epsil
     "lora16": ("LoRA, rank 16", "--tune lora:16"),
 }
 RECIPE = {
-    "again": ("nothing: the private stage of the default", ""),
+    "again": ("nothing: the private stage made again", ""),
     "K2": ("noise multiplicity 2, half the batch", "--noise-multiplicity 2 --batch-size 2000"),
     "automatic": ("automatic clipping", "--clipping automatic --clip-norm 1"),
     "per-layer": ("per-layer clipping", "--clipping per-layer"),
@@ -27,7 +27,7 @@ RECIPE = {
     "small-batch": ("batch 1,000, 120 steps", "--batch-size 1000 --steps 120"),
 }
 SAMPLING = {  # post-processing: the default run, sampled otherwise
-    "steps30": ("nothing: the same once more, which shows the spread; the next five sample this run", ""),
+    "steps30": ("nothing: the default run whose public stages all share; the next five rows sample it", ""),
     "steps15": ("15 DDIM steps instead of 30", "--steps 15"),
     "steps10": ("10 DDIM steps", "--steps 10"),
     "guidance": ("guidance 1.5", "--guidance 1.5"),

@@ -1,6 +1,7 @@
 """The table `digits` of docs/results.md: the default run, its privacy levels, comparisons. See `bench.runs`.
 
-All rows but `letters`, whose public set is another, share the public stages of the first (`--init`).
+By these commands all rows but `letters`, whose public set is another, share the public stages of the first
+(`--init`). docs/results.md says which did so when they were measured.
 """
 from bench.runs import Row, main
 

@@ -54,7 +54,7 @@ ROWS["garments10k-eps10"] = Row("Fashion-MNIST, drawn garments, latents 4x4x16 (
                                 "--preset fashion-8x8 --public garments --public-n 60000 --factor 8 "
                                 "--latent-channels 16 --ldm-steps 4000 --steps 120 --out runs/garments",
                                 "runs/garments", "--protocol table --n 10000 --steps 30 --eta 0")
-# The private stage alone, in a quarter or half of an hour; a fifth of the samples as well.
+# The private stage alone, in 66 or 14 minutes; a fifth of the samples as well.
 for epsilon, flags in (("10", ""), ("1", "--epsilon 1 --batch-size 6000 --steps 20 --lr 3e-3 ")):
     ROWS[f"garments-public-eps{epsilon}"] = Row(
         "Fashion-MNIST, drawn garments, latents 8x8x4 (10,000 samples, not 50,000)",

@@ -13,7 +13,7 @@ CHANGES = {  # name: (label, flags)
     "no-noise": ("the same without noise", "--epsilon inf"),
     "batch1000": ("120 steps of 1,000, EMA 0.974", "--batch-size 1000 --steps 120 --ema 0.974"),
     "batch8000": ("15 steps of 8,000, EMA 0.81", "--batch-size 8000 --steps 15 --ema 0.81"),
-    "steps90": ("90 steps of 4,000, EMA 0.966: three times the images", "--steps 90 --ema 0.966"),
+    "steps90": ("90 steps of 4,000, EMA 0.966: three times as many steps", "--steps 90 --ema 0.966"),
     "lr2": ("lr 2e-3", "--lr 2e-3"),
     "lr12": ("lr 1.2e-2", "--lr 1.2e-2"),
     "ema0": ("no EMA", "--ema 0"),

@@ -29,8 +29,8 @@ RESULTS = Path(__file__).with_name("results.jsonl")
 class Row(NamedTuple):
     """A row of a table.
 
-    label: its name there. flags: of train.py, "" for a row that only evaluates `out` again. out: run folder.
-    The last field: flags of evaluate.py.
+    label: its name there. train: flags of train.py ("" is the default run), or None for a row that only
+    evaluates `out` again. out: run folder. evaluate: flags of evaluate.py.
     """
 
     label: str

@@ -100,7 +100,7 @@ def judges(rows):
 def frechet(row, rows):
     """The distance as text; with a letter for its feature network if the rows have several (pitfall 22)."""
     names, distance = judges(rows), row["evaluation"]["distance"]
-    letter = " " + LETTERS[names.index(distance["features"])] if len(names) > 1 else ""
+    letter = f" ({LETTERS[names.index(distance['features'])]})" if len(names) > 1 else ""
     return f"{distance['frechet']:.1f}{letter}"
 
 
@@ -152,7 +152,7 @@ def digits():
     rows = load("digits")
     held_out = list(rows[0]["evaluation"]["held_out"])
     head = ["run", "epsilon", "trained parameters", *[f"CNN on {name}" for name in held_out],
-            f"MLP on {held_out[-1]}", "logistic regression on them", "Frechet distance",
+            f"MLP on {held_out[-1]}", f"logistic regression on {held_out[-1]}", "Frechet distance",
             "minutes: train + evaluate (threads)", "command", "measured at"]
     cells = []
     for row in rows:
@@ -263,7 +263,7 @@ def origin(rows):
     sampler = f" of {samplers.pop()}" if len(samplers) == 1 else ""
     text = f"Protocol `{rows[0]['evaluation']['protocol']}`, {' or '.join(n)} samples{sampler}."
     names = judges(rows)
-    letters = "; ".join(f"{letter} {name}" for letter, name in zip(LETTERS, names, strict=False))
+    letters = "; ".join(f"({letter}) {name}" for letter, name in zip(LETTERS, names, strict=False))
     if len(names) > 1:
         text += f" Distances compare only within one feature network: {letters}."
     return textwrap.fill(text, 110)
