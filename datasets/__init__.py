@@ -11,10 +11,10 @@ often, is decided in train.py, and the Poisson sampler of the private stage live
     pixels.py     padding, sizes, ranges, grids
 
 An own set (folder:PATH, npz:PATH) is split by a checksum of each image's content: of its file, or of its
-pixels in an npz. About one in ten is "test". No image's side depends on its name or on the others, so adding,
-removing or renaming one changes nothing else: the neighbouring relation of the guarantee. The list of classes
-is released, so a private set declares it and nothing is counted: by class folders, empty or not, by the array
-class_names, or by --classes.
+pixels in an npz whose arrays are not split already (x_train, x_test). About one in ten is "test". No image's
+side depends on its name or on the others, so adding, removing or renaming one changes nothing else: the
+neighbouring relation of the guarantee. The list of classes is released, so a private set declares it and
+nothing is counted: by class folders, empty or not, by the array class_names, or by --classes.
 
 The data root is --data-root, else the environment variable DPLDM_DATA, else ~/.cache/dpldm, or dpldm-data
 here where there is no home directory. Decoded photographs are kept in its folder cache if it may be written
@@ -40,8 +40,8 @@ from . import arrays, garments, photos, pixels, portraits, strokes  # noqa: F401
 from .registry import REGISTRY, DataError, ImageSet, Request, kind_of, numbered, parts
 
 __all__ = ["REGISTRY", "DataError", "ImageSet", "kind_of", "load", "describe", "digests", "same_images",
-           "enlarged", "class_list", "names", "numbered", "parts", "resolved", "refuse_seen", "is_drawn",
-           "partly_drawn"]
+           "enlarged", "class_list", "data_root", "names", "numbered", "parts", "resolved", "refuse_seen",
+           "is_drawn", "partly_drawn"]
 MOST_CLASSES = 10_000
 FURTHER = "photograph"  # the class of all images of B in a mix A+B
 
@@ -55,13 +55,14 @@ def is_drawn(name):
     """Are all images of the set drawn by a program, so that nothing private can be in it? Else False, also
     for what is no name of a set.
     """
-    entries = [REGISTRY.get(str(part).partition(":")[0]) for part in parts(name)]
-    return all(entry is not None and entry.drawn for entry in entries)
+    if len(both := parts(name)) == 2:
+        return all(map(is_drawn, both))
+    return name in REGISTRY and REGISTRY[name].drawn  # an own set "name:PATH" is no key, and never drawn
 
 
 def partly_drawn(name):
-    """Is a part of the set, or all of it, drawn by a program? Such a part has as many images as wanted."""
-    return any(map(is_drawn, parts(name)))
+    """Are the images of the set, or those of A in a mix A+B, drawn? Then there are as many as wanted."""
+    return is_drawn(parts(name)[0])
 
 
 def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, cache=None, decode=True,
@@ -76,10 +77,10 @@ def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, ca
               colour arrays resized; photographs are cut to the central square (CelebA: 178 x 178) and resized
     n         number of images; a seeded subset in the set's order, or how many to draw (default 60,000)
     seed      rules the drawing and the subset; never the private stage
-    channels  3, or 1: colour images and photographs become grey; grey images stay grey
+    channels  1: colour images and photographs become grey; 3: photographs become RGB, grey arrays stay grey
     cache     folder of decoded photographs; None: "cache" in the data root if that may be written to
-    decode    False: photographs are only listed, images is an empty shape on the meta device; nothing is
-              downloaded
+    decode    False: photographs are only listed (the files of a folder are read for their checksums), images
+              is an empty shape on the meta device; nothing is downloaded
     request   further fields of `registry.Request`; None stands for its default
     Returns ImageSet. Raises DataError if files are missing or damaged, ValueError for arguments out of range.
     """
@@ -93,6 +94,8 @@ def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, ca
         raise ValueError(f"public_classes only applies to strokes, not to {name!r}")
     if n is not None and n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 or 3, not {channels}")
     root, classes = data_root(root), request.get("classes")
     given = {key: value for key, value in request.items() if value is not None}
     ask = Request(entry.name, root, split, str(name).partition(":")[2], seed=seed, size=size,
@@ -107,28 +110,28 @@ def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, ca
     except ValueError as error:
         if entry.name == "folder" and split == "train":  # what else is wrong is said now, not after the run
             try:
-                load(name, "test", root, size, channels=channels, **request)
+                load(name, "test", root, size, channels=channels, cache=cache, **request)
             except DataError:
                 pass  # nothing is held out
             except ValueError as held_out:
                 raise ValueError(f"{error}; and held out: {held_out}") from None
         raise
-    if decode and not entry.drawn and (blank := pixels.one_colour(images)):
-        listed = isinstance(part.images, list)
+    listed = isinstance(part.images, list)
+    if decode and not entry.drawn and (blank := pixels.one_colour(images if listed else part.images)):
         where = part.images[blank[0]] if listed else f"{name}, image {blank[0]} of {split}"
         print(f"warning: of one colour, and perhaps not read as it should be: {where}", file=sys.stderr)
     return replace(part, name=name, images=images, side=side)
 
 
 def mix(name, n, request, **common):
-    """"A+B": at most n images of A, then at most half as many of B as one further class.
+    """A mix "A+B": at most n images of A, then at most half as many of B as one further class.
 
     `request` is about A. If A has attributes, the captions of its images are sentences about them. The mix
-    has none: nobody knows them of B's.
+    has no attributes, because those of B's images are unknown. B's own captions are not used.
     """
     a, b = parts(name)
     first = load(a, n=n, **request, **common)
-    other = load(b, n=len(first) // 2 if REGISTRY[kind_of(b)].drawn else None, **common)
+    other = load(b, n=max(1, len(first) // 2) if is_drawn(b) else None, **common)
     other = subset(other, min(len(first) // 2, len(other)), common["seed"], b)
     if first.images.shape[1] != other.images.shape[1]:
         raise ValueError(f"{name}: one has {first.images.shape[1]} colour channels, the other "
@@ -141,9 +144,8 @@ def mix(name, n, request, **common):
     further = torch.full((len(other),), len(first.classes))
     images = first.images.to(other.images.device)  # "meta" where photographs are only listed
     return ImageSet(torch.cat([images, other.images]), torch.cat([first.labels, further]),
-                    [*first.classes, FURTHER], sentences and sentences + [f"a {FURTHER}"] * len(other), None,
-                    first.side,
-                    name)
+                    [*first.classes, FURTHER], sentences and sentences + [f"a {FURTHER}"] * len(other),
+                    side=first.side, name=name)
 
 
 def prepared(images, size, channels, cache, root, decode):
@@ -153,8 +155,8 @@ def prepared(images, size, channels, cache, root, decode):
             return torch.empty(len(images), channels, size, size, dtype=torch.uint8, device="meta"), size
         cache = cache or cache_folder(root)
         if cache is None and len(images) >= photos.CACHE_FROM:
-            print(f"note: {root} cannot be written to, so decoded images are not kept; --cache FOLDER keeps "
-                  "them", file=sys.stderr)
+            print(f"note: there is no folder {root} that may be written to, so decoded images are not kept; "
+                  "--cache FOLDER keeps them", file=sys.stderr)
         return photos.decode(images, size, channels, cache), size
     if images.shape[1] == 1:
         return pixels.pad(images, size), images.shape[-1]
@@ -166,7 +168,10 @@ def prepared(images, size, channels, cache, root, decode):
 
 
 def describe(name, root=None, size=32, channels=3, label_attribute="Male", classes=None):
-    """An ImageSet without images: names of classes and attributes, channels, side. No image is read."""
+    """An ImageSet without images: names of classes and attributes, channels, side. No image is read.
+
+    It asks as for a private set: DataError if an own set's list of classes is not declared.
+    """
     entry, root = REGISTRY[kind_of(name)], data_root(root)
     if len(both := parts(name)) == 2:
         first = describe(both[0], root, size, channels, label_attribute, classes)
@@ -206,11 +211,11 @@ def same_images(a, b, root=None):
     first, second = place(a, root), place(b, root)
     if first and second and (first == second or first in second.parents or second in first.parents):
         return True
-    # whose file an own set may be
+    # An own set may be a known set's file: npz:ROOT/public32.npz.
     known = {place(name, root): name for name, entry in REGISTRY.items() if not (entry.own or entry.drawn)}
-    names = {known.get(first, a), known.get(second, b)}
-    return len(names) == 1 or any(entry.name in names and names.intersection(entry.overlaps)
-                                  for entry in REGISTRY.values())
+    both = {known.get(first, a), known.get(second, b)}
+    return len(both) == 1 or any(entry.name in both and both.intersection(entry.overlaps)
+                                 for entry in REGISTRY.values())
 
 
 def place(name, root=None):
@@ -230,21 +235,27 @@ def place(name, root=None):
 
 
 def resolved(name, root=None):
-    """An own set's name with its whole path, for a run resumed from another folder; other names unchanged."""
-    kind, colon, where = str(name).partition(":")
-    return f"{kind}:{place(name, root)}" if where and kind in REGISTRY else name
+    """An own set's name, also as B of a mix, with its whole path, for a run resumed from another folder."""
+    if len(both := parts(name)) == 2:
+        return "+".join(resolved(part, root) for part in both)
+    kind, _, where = str(name).partition(":")
+    return f"{kind}:{place(name, root)}" if where and kind in REGISTRY and REGISTRY[kind].own else name
 
 
 def refuse_seen(trained, held_out, title):
-    """ValueError if held-out images were trained on, by their digests: an older program split by name."""
+    """ValueError if held-out images were trained on; older versions split by file names.
+
+    trained, held_out: (M,) int64 of `digests`. title: what the message begins with.
+    """
     if shared := int(torch.isin(trained, held_out).sum()):
         raise ValueError(f"{title}: {shared} of the images that would be held out are among those trained "
-                         "on, so nothing may be called held out; train again, or evaluate on images of their "
-                         "own")
+                         "on, so nothing may be called held out; train again, or evaluate on other images")
 
 
 def digests(images):
-    """Images (N,C,H,W) uint8, as the networks see them -> (M,) int64, sorted: 8 bytes of BLAKE2b of each.
+    """Images (N,C,H,W) uint8, as the networks see them -> (M,) int64, M different ones, sorted.
+
+    The digest of an image is 8 bytes of BLAKE2b.
 
     They travel with the public checkpoints: a private set that holds one of the public images is refused,
     whatever its name and place. An image compressed or resized in another way has another digest.
@@ -261,7 +272,7 @@ def class_list(text):
     """--classes: "a,b,c" -> ["a", "b", "c"]; a number N -> ["0", ..., str(N - 1)]. ValueError for others."""
     names = [unicodedata.normalize("NFC", name.strip()) for name in text.split(",")]
     if len(names) == 1 and names[0].isdecimal():
-        names = [str(i) for i in range(min(int(names[0]), MOST_CLASSES + 1))]
+        names = [str(i) for i in range(min(int(names[0]), MOST_CLASSES + 1))]  # one too many is refused below
     if not names or "" in names or len(set(names)) < len(names) or len(names) > MOST_CLASSES:
         raise ValueError(f"--classes must be distinct names with commas, or a number in 1 to {MOST_CLASSES}")
     return names
@@ -278,13 +289,15 @@ def subset(whole, n, seed, title):
 
 
 def data_root(root=None):
-    """The folder of the full sets: the argument, else $DPLDM_DATA, else ~/.cache/dpldm."""
-    place = files.expanded(root or os.environ.get("DPLDM_DATA") or "~/.cache/dpldm")
-    return Path("dpldm-data") if str(place).startswith("~") else place
+    """The folder of the full sets: the argument, else $DPLDM_DATA, else ~/.cache/dpldm, else dpldm-data."""
+    if said := root or os.environ.get("DPLDM_DATA"):
+        return files.expanded(said)
+    place = files.expanded("~/.cache/dpldm")
+    return Path("dpldm-data") if str(place).startswith("~") else place  # there is no home directory
 
 
 def cache_folder(root):
     """ROOT/cache if it may be written to, else None: data roots are often shared and read-only."""
-    # root may write regardless
+    # os.access says yes to the superuser whatever the mode, so look at the mode as well.
     allowed = root.is_dir() and os.access(root, os.W_OK) and root.stat().st_mode & 0o222
     return root / "cache" if allowed else None

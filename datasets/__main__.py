@@ -1,12 +1,15 @@
-"""`python -m datasets NAME [SPLIT]`: print the metrics of a set, write its first hundred images to NAME.png.
+"""`python -m datasets NAME [SPLIT]`: print shape, mean and classes of a set, write its first hundred images.
+
+They go to NAME.png, those of an own set to folder.png or npz.png.
 """
 import sys
 
-from . import REGISTRY, __doc__, kind_of, load, pixels
+from . import REGISTRY, __doc__, kind_of, load, partly_drawn, pixels
 
 try:
     name, *split = sys.argv[1:3] or sys.exit(__doc__)
-    chosen = load(name, *split, n=None if REGISTRY[kind_of(name)].own else 1000)
+    some = partly_drawn(name) or not REGISTRY[kind_of(name)].own  # else all: own sets may have fewer
+    chosen = load(name, *split, n=1000 if some else None)
 except ValueError as error:
     print(f"datasets: {error}", file=sys.stderr)
     sys.exit(2)

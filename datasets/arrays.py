@@ -1,8 +1,8 @@
 """Sets stored as arrays: idx files (MNIST and its kin), npz files, CIFAR-10's batches.
 
 Every reader raises DataError, one line that names the file, for what is missing or of another form: what was
-found, what is expected, and how to convert it. Forms that have one meaning are read. Pickles are never
-loaded.
+found, what is expected, and how to convert it. Forms that have one meaning are read. Of pickles only
+CIFAR-10's batches are loaded, by torchvision, which compares their checksums first.
 """
 import contextlib
 import gzip
@@ -113,7 +113,7 @@ def own_arrays(path, split=None, classes=None, private=False):
     with opened(path) as arrays:
         of_images, of_labels, told = layout(arrays, path, split)
         names = declared_classes(path, arrays, of_labels, classes, private)
-        by_name = of_labels and "class_names" not in arrays
+        by_name = bool(of_labels) and "class_names" not in arrays
         images = np.concatenate([pixels.to_bytes(arrays[name], path) for name in of_images])
         labels = np.concatenate([arrays[name] for name in of_labels] or [np.zeros(len(images), np.uint8)])
     names, labels = matched(labels, names, by_name, path)
@@ -138,8 +138,8 @@ def layout(arrays, path, split=None):
     found = {}
     for name in sorted(arrays):
         words = set(name.lower().split("_"))
-        side = max((SIDES[word] for word in words & SIDES.keys()), default="")
-        role = ROLES.get("_".join(words - SIDES.keys()))
+        side = max((SIDES[word] for word in words & SIDES.keys()), default="")  # of two words: "train"
+        role = ROLES.get("_".join(words - SIDES.keys()))  # all roles are one word, so their order is none
         found.setdefault((role, side), []).append(name)
     plain = ("images", "") in found
     told = not plain and split is not None and {("images", "train"), ("images", "test")} <= found.keys()
@@ -199,13 +199,15 @@ def describe_npz(path, classes=None, private=False):
     """{side, channels, classes} of an npz, from the header of its images and the names alone."""
     with opened(path) as arrays:
         images, labels, _ = layout(arrays, path)
-        if not hasattr(arrays, "zip"):  # a single array
+        if not hasattr(arrays, "zip"):  # an npy
             shape = arrays["images"].shape
         else:
             with arrays.zip.open(f"{images[0]}.npy") as file:
                 major, _ = np.lib.format.read_magic(file)
+                # Format 3 differs from 2 only in the encoding of its header.
                 shape, _, _ = getattr(np.lib.format, f"read_array_header_{min(major, 2)}_0")(file)
-        _, channels, side, _ = arranged(np.broadcast_to(np.uint8(0), shape), path).shape
+        empty = np.broadcast_to(np.uint8(0), shape)  # an array of this shape that takes no memory
+        _, channels, side, _ = arranged(empty, path).shape
         names = declared_classes(path, arrays, labels, classes, private)
         return {"side": side, "channels": channels, "classes": names}
 
@@ -220,7 +222,7 @@ def opened(path):
         raise DataError(f"{path} is a folder, expected an npz file: say folder:{shlex.quote(str(path))}")
     with reading(path, "an npz file of numpy"):
         try:
-            found = np.load(path, allow_pickle=False)
+            found = np.load(path, mmap_mode="r", allow_pickle=False)  # of an npy the header alone
             if isinstance(found, np.ndarray):
                 yield {"images": found}
             else:
@@ -235,7 +237,7 @@ def opened(path):
 
 
 def read_npz(path, keys):
-    """{key: array}."""
+    """The arrays of these names, {key: array}. DataError if one is missing."""
     with opened(path) as arrays:
         return {key: arrays[key] for key in keys}
 
@@ -259,13 +261,13 @@ def located(root, where):
 PATIENCE = 30  # seconds that a server may be silent
 
 
-def fetched(ask, name, there=False, **options):
+def fetched(ask, name, present=False, **options):
     """Let torchvision read or download a set -> (the set or None, why its files are absent, if they are)."""
-    if not there and not ask.download:
+    if not present and not ask.download:
         return None, "and nothing is downloaded now"
     import torchvision
     source = getattr(torchvision.datasets, name)
-    if not there:
+    if ask.download and not present:
         where = [*getattr(source, "mirrors", []), getattr(source, "url", None) or "its distributor"][0]
         print(f"fetching {name} from {where} into {ask.root}; without an answer for {PATIENCE} seconds it is "
               f"given up", file=sys.stderr, flush=True)
@@ -273,7 +275,7 @@ def fetched(ask, name, there=False, **options):
     socket.setdefaulttimeout(PATIENCE)  # torchvision's own requests have none
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints each failed mirror
-            return source(ask.root, download=True, **options), "the download brought nothing"
+            return source(ask.root, download=ask.download, **options), "the download brought nothing"
     except Exception as error:  # of urllib, tarfile, zipfile and gdown, which raise what they like
         return None, f"download failed ({' '.join(str(error).split())[:120] or type(error).__name__})"
     finally:
@@ -295,7 +297,7 @@ def read_pair(ask, stem, *elsewhere, first_label=0, last_label=9, **options):
     if paths is None:
         raise DataError(f"{folders[0] / stem}-images-idx3-ubyte not found, {reason}: {WAYS_OUT}, or use the "
                         "embedded data (--preset digits)")
-    return check(read_idx(paths[0]), read_idx(paths[1]), paths[0], first_label, last_label)
+    return check(read_idx(paths[0]), read_idx(paths[1]), paths[0], first_label, last_label, paths[1])
 
 
 def find(folders, stem):
@@ -329,17 +331,19 @@ def read_idx(path):
 # ---- forms of images and labels ----------------------------------------------------------------------------
 
 
-def check(images, labels, path, first_label, last_label):
+def check(images, labels, path, first_label, last_label, of_labels=None):
     """numpy images and labels in any form with one meaning -> tensors (N,C,H,H) uint8, (N,) int64.
 
-    DataError names path for others, and for labels outside first_label..last_label.
+    DataError for others, and for labels outside first_label..last_label. It names path, or for labels
+    of_labels if they have a file of their own.
     """
+    of_labels = of_labels or path
     images = np.require(pixels.to_bytes(arranged(images, path), path), requirements="CW")
-    labels = whole(labels, len(images), path)
+    labels = whole(labels, len(images), of_labels)
     if labels.min() < first_label or labels.max() > last_label:
-        raise DataError(f"{path}: found labels outside {first_label}..{last_label}, expected {first_label} "
-                        "for the first class; convert like this: labels - 1 if they count from 1, or declare "
-                        "more classes")
+        raise DataError(f"{of_labels}: found labels outside {first_label}..{last_label}, expected "
+                        f"{first_label} for the first class; convert like this: labels - 1 if they count "
+                        "from 1, or declare more classes")
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
@@ -364,7 +368,7 @@ def arranged(images, path):
 def whole(labels, n, path):
     """Labels (N,), (N,1) or one-hot (N,K) of whole numbers in any dtype -> (N,) integers.
 
-    One rule: integers that say the same as the labels did. DataError where there are none.
+    DataError if a label is no whole number, or a row is not one-hot.
     """
     if labels.dtype.kind in "biuf" and labels.ndim in (1, 2) and len(labels) == n and labels.size:
         rows = labels.reshape(n, -1)

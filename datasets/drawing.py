@@ -6,7 +6,6 @@ an image in the making is (N,P) with P = S * S pixels. Shapes are signed distanc
 coverage is its ramp. Coordinates belong to the thing drawn, x to the right and y down; `frame` lays them over
 the pixels.
 """
-
 import math
 
 import torch
@@ -43,6 +42,7 @@ class Dice:
         return (torch.rand(self.n, 1, generator=self.generator) < p).float()
 
     def normal(self, *shape):
+        """Standard normal -> (N, *shape)."""
         return torch.randn(self.n, *shape, generator=self.generator)
 
     def pick(self, names, weights):
@@ -71,7 +71,10 @@ def rounded(points):
 
 
 def to_segment(x, y, start, end):
-    """Squared distance of every pixel (N,P) to one segment per image, ends (N,2); and its side."""
+    """Squared distance (N,P) of every pixel to one segment per image, ends (N,2); and the side, (N,P).
+
+    The sign of the side, a cross product, tells on which side of the segment a pixel lies.
+    """
     (ax, ay), (ex, ey) = start.split(1, 1), (end - start).split(1, 1)
     wx, wy = x - ax, y - ay
     along = (wx * ex).addcmul_(wy, ey).div_(ex * ex + ey * ey + 1e-9).clamp_(0, 1)
@@ -91,7 +94,7 @@ def polygon(points, x, y):
         distance, side = to_segment(x, y, start, end)
         torch.minimum(nearest, distance, out=nearest)
         below_end = y >= end[:, 1:]
-        inside ^= (below ^ below_end) & ((side > 0) ^ below_end)
+        inside ^= (below ^ below_end) & ((side > 0) ^ below_end)  # crosses the pixel's row, on that side
         start, below = end, below_end
     return nearest.sqrt_().mul_(1 - 2 * inside.float())
 
@@ -116,6 +119,7 @@ def box(x, y, rx, ry):
 
 
 def union(first, *others):
+    """What one of them has: the union of signed distances."""
     for other in others:
         first = torch.minimum(first, other)
     return first
@@ -126,6 +130,25 @@ def common(first, *others):
     for other in others:
         first = torch.maximum(first, other)
     return first
+
+
+def smooth(x, low=0.0, high=1.0):
+    """0 below low, 1 above high, a smooth ramp between."""
+    x = ((x - low) / (high - low)).clamp_(0, 1)
+    return x * x * (3 - 2 * x)
+
+
+def blurred(image, width=3):
+    """(N,C,H,W) -> the mean over width x width pixels around each, width odd; the border goes on beyond."""
+    return F.avg_pool2d(F.pad(image, (width // 2,) * 4, mode="replicate"), width, stride=1)
+
+
+def checked(labels, classes):
+    """Labels as a tensor; ValueError unless all lie in 0..len(classes)-1."""
+    labels = torch.as_tensor(labels)
+    if labels.numel() and not 0 <= labels.min() <= labels.max() < len(classes):
+        raise ValueError(f"labels must lie in 0..{len(classes) - 1}")
+    return labels
 
 
 def over(tone, value, share):
@@ -190,6 +213,7 @@ class Canvas:
         return (0.5 - distance / self.pixel).clamp_(0, 1)
 
     def paint(self, distance, value, share=1.0):
+        """A tone inside, as a number, (N,1) or (N,P); share: how much it covers what was there."""
         self.tone = over(self.tone, value, share * self.cover(distance))
 
     def shade(self, distance, low, high, share=1.0):
@@ -202,14 +226,13 @@ class Canvas:
         self.tone = self.tone * (1 - share * self.dice.roll(low, high) * line)
 
     def light(self, distance, low, high, reach):
-        """By low..high of the way to white at the edge, less so inwards (negative: darker)."""
+        """By low..high of the way to white at the edge (negative: darker), fading inwards over `reach`."""
         near = (distance / reach).clamp(max=0).exp()
         self.tone = over(self.tone, 0.95, self.dice.roll(low, high) * near)
 
     def finish(self, mask):
         """What mask (N,P) covers, sharpened as a photograph is when made small -> (N,1,S,S) uint8."""
         image = (self.tone.clamp(0.03, 1) * mask).view(-1, 1, self.dice.size, self.dice.size)
-        soft = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-        image = image + self.dice.roll(0.3, 1.0)[..., None, None] * (image - soft)
+        image = image + self.dice.roll(0.3, 1.0)[..., None, None] * (image - blurred(image))
         image = image * (mask > 0.02).view_as(image)  # sharpening leaves the background alone
         return (255 * image.clamp(0, 1)).round().to(torch.uint8)

@@ -11,14 +11,15 @@ know no garment.
 
 Alone:  python -m datasets garments     writes garments.png; python -m datasets shapes, shapes.png.
 """
-
 import torch
 
+from .arrays import GARMENTS
 from .drawing import (
     FAR,
     Canvas,
     Dice,
     box,
+    checked,
     common,
     drawn_set,
     ellipse,
@@ -27,13 +28,13 @@ from .drawing import (
     path,
     polygon,
     rounded,
+    smooth,
     texture,
     union,
 )
 from .registry import dataset
 
-CLASSES = (
-    "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+CLASSES = tuple(GARMENTS)
 SHAPES = tuple(f"shape {letter}" for letter in "ABCDEFGHIJ")
 
 # What tells the garments with shoulders apart. Lengths in body lengths from shoulder to hem, widths from the
@@ -163,9 +164,9 @@ def top(dice, name):
 
     # front: zip or edge of the closed front, a band beside it, buttons; or open on what is worn beneath
     down = canvas.cover(common(depth * 0.9 - y, y - over(2.0, depth + roll(0.1, 0.2), front["placket"])))
-    middle, closed = (side - roll(-0.02, 0.02)).abs(), 1 - front["closed"] * (1 - chance(0.015))
-    canvas.paint(middle - roll(0.002, 0.01), roll(0, 1), closed * down * roll(0.05, 0.8))
-    canvas.seam(middle - roll(0.02, 0.04), closed * down * chance(0.5), -0.2, 0.5)
+    middle, parted = (side - roll(-0.02, 0.02)).abs(), 1 - front["closed"] * (1 - chance(0.015))
+    canvas.paint(middle - roll(0.002, 0.01), roll(0, 1), parted * down * roll(0.05, 0.8))
+    canvas.seam(middle - roll(0.02, 0.04), parted * down * chance(0.5), -0.2, 0.5)
     two = chance(0.2 * (name == "coat"))  # ranks of buttons
     rank = (middle - 0.06 * two).abs() - 0.012
     rows = ((y * roll(35, 75) + roll(0, 6)).sin() - 0.3).clamp(min=0) * 1.6
@@ -265,8 +266,7 @@ def bag(dice, _):
 
 def heeled(x, y, lift, start, length):
     """y, negative upwards from the ground, as counted from a sole that rises by lift towards the heel."""
-    ramp = ((x - start) / length).clamp(0, 1)
-    return y + lift * ramp * ramp * (3 - 2 * ramp)
+    return y + lift * smooth(x, start, start + length)
 
 
 def shoe(dice, name):
@@ -308,10 +308,10 @@ def shoe(dice, name):
     part(x - roll(0.1, 0.24) - 0.3 * v, 0.1 if boot else 0.35)  # toe cap
     part(roll(0.78, 0.9) - x + roll(-0.3, 0.3) * v, 0.12 if boot else 0.4)  # heel counter
     part(common(v + tall * roll(0.4, 0.7), 0.5 - x), 0.2, 0.1)  # shaft
-    for low, high_, p in ((0.2, 0.45, 0.5), (0.5, 0.7, 0.5), (0.6, 0.9, 0.4)):  # upright seams, half-way up
+    for left, right, p in ((0.2, 0.45, 0.5), (0.5, 0.7, 0.5), (0.6, 0.9, 0.4)):  # upright seams, half-way up
         half = roll(0.1, 0.9) * tall
         stop = over(v + half, -half - v, chance(0.5))
-        canvas.seam(common((x - roll(low, high_) - roll(-0.6, 0.6) * v).abs(), stop), chance(p))
+        canvas.seam(common((x - roll(left, right) - roll(-0.6, 0.6) * v).abs(), stop), chance(p))
     canvas.seam(v + roll(0.12, 0.24) - roll(-0.2, 0.2) * x, chance(0.3))
     if boot:
         part(common((x - over(front, 0.93, 0.5)).abs() - roll(0.05, 0.1), v + tall * 0.35), 0.2)  # elastic
@@ -429,9 +429,8 @@ def draw_shapes(labels, generator=None, size=28):
 
 
 def draw_each(labels, generator, size, classes):
-    labels = torch.as_tensor(labels)
-    if labels.numel() and not 0 <= labels.min() <= labels.max() < len(classes):
-        raise ValueError(f"labels must lie in 0..{len(classes) - 1}")
+    """One image per label, class by class: for index into `classes`."""
+    labels = checked(labels, classes)
     images = torch.empty(len(labels), 1, size, size, dtype=torch.uint8)
     for label, name in enumerate(classes):
         for chosen in (labels == label).nonzero()[:, 0].split(64):  # what fits the cache

@@ -10,6 +10,7 @@ import codecs
 import contextlib
 import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -32,8 +33,7 @@ from . import pixels
 from .arrays import fetched, located, there
 from .registry import WAYS_OUT, DataError, ImageSet, dataset, named, natural, own_rows, readable, reading
 
-# others: "not NAME", "NAME"
-ATTRIBUTE_CLASSES = {"Male": ["female", "male"], "Young": ["not young", "young"]}
+ATTRIBUTE_CLASSES = {"Male": ["female", "male"]}  # others: "not NAME", "NAME"
 CACHE_FROM = 1000  # fewer images are decoded faster than anybody notices
 Image.MAX_IMAGE_PIXELS = 300_000_000  # PIL refuses twice as many, lest a small file fill the memory
 Image.init()
@@ -59,6 +59,7 @@ def load_folder(ask):
     paths, labels, names, others = tree(base, ask.classes)
     keys = own_keys([base / path for path in paths])
     rows = own_rows(keys, ask.split, base, left_out(others))
+    # The last digit of the key chose the side, the others choose the caption.
     lines, source = captions(base, [paths[i] for i in rows], [keys[i] // 10 for i in rows], others)
     if ask.split == "train":
         said = f"found {len(lines):,} in {source}" if lines else "none, sentences about classes are used"
@@ -69,19 +70,20 @@ def load_folder(ask):
 def own_keys(paths):
     """A number from the content of each file: what an image's side and caption hang on, and never its name.
 
-    A renamed image stays on its side. Of an unreadable file 0; `decode` names them all.
+    A renamed image stays on its side. ValueError for a file that cannot be read.
     """
     def key(path):
-        with contextlib.suppress(OSError):
+        try:
             return zlib.crc32(path.read_bytes())
-        return 0
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
     with ThreadPool(torch.get_num_threads()) as pool:
         return pool.map(key, paths)
 
 
 def left_out(others):
-    """What to say of the other files: "; left out: 3 .heic, 1 .txt", or ""."""
+    """What to say of the other files: "; left out, no format that ...: 3 .heic, 1 .txt", or ""."""
     count = Counter(path.suffix.lower() or "without a suffix" for path in others)
     found = ", ".join(f"{count[suffix]:,} {suffix}" for suffix in sorted(count))
     return f"; left out, no format that Pillow reads here: {found}" if found else ""
@@ -97,7 +99,7 @@ def celeba_facts(ask):
 @dataset("celeba", "CelebA's folder as distributed; --label-attribute gives the two classes", role="private",
          channels=3, side=178, n=162_770, facts=celeba_facts)
 def load_celeba(ask):
-    """CelebA's layout: a list of attributes, whichever it names, and one of parts, 0 "train", 1 and 2 "test".
+    """CelebA's layout: a list of attributes, of any names, and one of splits: 0 "train", 1 and 2 "test".
 
     Every image must stand in both lists exactly once.
     """
@@ -105,8 +107,8 @@ def load_celeba(ask):
     partition = listed.with_name(listed.name.replace("attr_celeba", "eval_partition"))
     _, parts = read_list(partition, {"0": 0, "1": 1, "2": 2}, ["partition"])
     if lacking := min(rows.keys() ^ parts.keys(), default=None):
-        here, there = (listed, partition) if lacking in parts else (partition, listed)
-        raise wrong(here, f"no row for {lacking}", f"those of {there}: one of the two belongs to another set")
+        short, long = (listed, partition) if lacking in parts else (partition, listed)
+        raise wrong(short, f"no row for {lacking}", f"those of {long}: one of the two belongs to another set")
     images = [image for image, (part,) in parts.items() if (part == 0) == (ask.split == "train")]
     if not images:
         raise wrong(partition, f"no image of the split {ask.split!r}", "some")
@@ -148,7 +150,7 @@ def attribute_classes(name, names, title):
 
 
 def wrong(path, found, expected):
-    """The ValueError for a list; what stands in its lines is private and not repeated."""
+    """The ValueError for a list; lines are named by number, because what stands in them is private."""
     return ValueError(f"{path}: found {found}, expected {expected}")
 
 
@@ -177,12 +179,12 @@ def read_list(path, code, names=()):
 
 
 def inside(name):
-    """Is this the plain name of a file in its folder? Not so "/x", "../x", and "./x", another name of x."""
+    """Does a path stay inside its folder, in its one spelling? Not so "/x", "../x", and "./x" for x."""
     return PurePosixPath(name).as_posix() == name and name[0] != "/" and ".." not in name.split("/")
 
 
 def tree(base, classes=None):
-    """Image files under a folder -> (their paths relative to it, sorted; classes; class names; other files).
+    """Image files under a folder -> (paths relative to it, sorted; labels; class names; other files), lists.
 
     One subfolder per class, as torchvision's ImageFolder has it, or one flat folder, whose only class is
     "picture". A class is a subfolder, empty or not: no image makes or unmakes one. `classes` gives their
@@ -190,12 +192,12 @@ def tree(base, classes=None):
     """
     if not base.is_dir():
         raise ValueError(f"{base} is no folder; say npz:{shlex.quote(str(base))} of arrays, unpack an "
-                         f"archive")
+                         "archive")
     found, others, met = [], [], {}
     for place, folders, names in os.walk(base, onerror=unreadable, followlinks=True):
-        if (twin := met.setdefault(os.path.realpath(place), place)) is not place:
+        if (twin := met.setdefault(os.path.realpath(place), place)) != place:  # who came first
             raise ValueError(f"{place} and {twin} are the same folder, whose images would count twice; make "
-                             f"it one")
+                             "it one")
         folders[:] = visible(folders)
         for path in (Path(place, name).relative_to(base) for name in visible(names)):
             (found if path.suffix.lower() in SUFFIXES else others).append(path)
@@ -212,7 +214,8 @@ def tree(base, classes=None):
     if not top and len(names) > 1:
         raise ValueError(f"{base} is a flat folder, so one class, and --classes names {len(names)}")
     found.sort()
-    return found, [names.index(readable(path.parts[0])) if top else 0 for path in found], names, others
+    label = {name: i for i, name in enumerate(names)}
+    return found, [label[readable(path.parts[0])] if top else 0 for path in found], names, others
 
 
 def visible(names):
@@ -241,12 +244,14 @@ def ask_about(base, top, found):
 
 
 def captions(base, paths, keys, others):
-    """(one caption for each file, where from), or (None, "") if there are none. Files read leave `others`.
+    """(one caption for each file, where from), or (None, "") if there are none.
+
+    It removes the files that it reads from the list `others`.
 
     captions.txt: lines "filename TAB caption"; metadata.jsonl or .csv: file_name and text; else a .txt beside
     each image. Of several captions an image's own key, from its bytes, chooses.
     """
-    lists = [path for path in others if path.as_posix() in LISTS]
+    lists = [Path(name) for name in LISTS if Path(name) in others]  # the first one counts
     if lists:
         source, used = base / lists[0], lists[:1]
         rows = caption_rows(source)
@@ -280,9 +285,11 @@ LISTS = {  # what csv.DictReader is told of each list of captions; the lines of 
 
 def caption_rows(path):
     """[(name of a file, caption)] of a list of captions. ValueError names a line that has something else."""
-    lines, found = [line if line.strip() else "" for line in read_text(path).splitlines()], []
+    # Only \n, \r\n and \r end a line, where str.splitlines knows more. A quoted caption keeps its line end.
+    lines = [line if line.strip() else "\n" for line in io.StringIO(read_text(path), newline=None)]
+    found = []
     if path.suffix == ".jsonl":
-        rows = [(number, from_json(line)) for number, line in enumerate(lines, 1) if line]
+        rows = [(number, from_json(line)) for number, line in enumerate(lines, 1) if line.strip()]
     else:
         with reading(path, "a table"):
             table = csv.DictReader(lines, **LISTS[path.name])
@@ -315,7 +322,7 @@ def read_text(path):
     try:
         raw = path.read_bytes()
     except OSError as error:  # no DataError: a dry run takes that for a set that is absent, and assumes it
-        unreadable(error)
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return raw.decode("utf-16" if wide else "utf-8-sig")
@@ -338,7 +345,7 @@ def decode(paths, size, channels=3, cache=None):
 
     From CACHE_FROM images on the result is kept in the folder `cache` (None: not), under a name made from
     all it depends on: the files, their sizes and times, `size`, `channels`. A cache that cannot be read or
-    written is done without.
+    written is done without. ValueError names the files that are no images.
     """
     shape, kept = (len(paths), channels, size, size), None
     if cache and len(paths) >= CACHE_FROM:
@@ -369,7 +376,8 @@ def decode(paths, size, channels=3, cache=None):
         broken = [message for message in told if message]
     if broken:  # all at once: nobody mends a folder file by file
         several = f"{len(broken)} files are no images: " if len(broken) > 1 else ""
-        raise ValueError(several + "; ".join(broken))
+        more = f"; and {len(broken) - 100} more" if len(broken) > 100 else ""
+        raise ValueError(several + "; ".join(broken[:100]) + more)
     if kept:
         with contextlib.suppress(OSError), files.replacing(kept, private=True) as file:
             np.save(file, images.numpy())
@@ -385,7 +393,7 @@ def square(path, size, channels):
         image = ImageOps.exif_transpose(image)  # cameras store an image as it was held
         if image.mode[0] in "IF":
             image = eight_bits(image, path)
-        if "transparency" in image.info or image.mode[-1] in "Aa":  # RGBA, LA, PA, RGBa, La
+        if "transparency" in image.info or image.mode[-1] in "Aa":  # RGBA, LA, PA, RGBa
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         side = min(image.size)
         left, top = ((length - side) // 2 for length in image.size)
@@ -397,7 +405,7 @@ def square(path, size, channels):
 def eight_bits(image, path):
     """Grey of 16 bits, full scale, -> 8 bits; 32 bits and floats by the rule of arrays (`pixels.to_bytes`).
 
-    By constants, and refused where this image alone shows that they are wrong: 12 bits in 16 would be black.
+    The scale is fixed. An image of at most 12 bits in 16 would be nearly black, so it is refused.
     """
     values = np.array(image)
     if values.dtype.kind == "u":

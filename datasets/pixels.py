@@ -17,7 +17,7 @@ def to_bytes(values, path):
     if values.dtype == np.uint8:
         return values
     top = 1 if values.dtype.kind in "fb" else 255
-    if values.dtype.kind not in "biuf" or not (values.min() >= 0 and values.max() <= top):  # NaN is neither
+    if values.dtype.kind not in "biuf" or not (values.min() >= 0 and values.max() <= top):  # no if NaN
         raise DataError(f"{path}: found pixels of {values.dtype} beyond 0..{top}, expected uint8, whole "
                         "numbers in 0..255 or floats in 0..1; convert like this: images.clip(0, "
                         "255).astype('uint8') if 255 is white, images / 65535 of 16 bits, (images + 1) / 2 "
@@ -26,8 +26,8 @@ def to_bytes(values, path):
 
 
 def one_colour(images):
-    """The numbers of those of the images (N,C,H,W) whose pixels are all alike."""
-    return (images == images[..., :1, :1]).flatten(1).all(1).nonzero().flatten().tolist()
+    """Which images (N,C,H,W) have one colour all over: their numbers."""
+    return (images.amin((2, 3)) == images.amax((2, 3))).all(1).nonzero().flatten().tolist()
 
 
 def pad(images, size):
@@ -35,8 +35,8 @@ def pad(images, size):
     h = images.shape[-1]
     border, uneven = divmod(size - h, 2)
     if border < 0:
-        raise ValueError(f"images of {h} pixels cannot be padded to {size}: say --size {-(-h // 8) * 8}, or "
-                         f"shrink them")
+        larger = next((f"say --size {side}, or " for side in (64, 128, 256) if side >= h), "")
+        raise ValueError(f"images of {h} pixels cannot be padded to {size}: {larger}shrink them")
     if uneven:
         raise ValueError(f"images of {h} pixels cannot be padded to {size} by the same border on all sides: "
                          f"resize them to {h + 1} pixels")
@@ -44,11 +44,11 @@ def pad(images, size):
 
 
 def crop(images, size=28):
-    """The inverse of pad: the central size x size pixels of (N,C,H,W), any dtype."""
+    """The inverse of pad: the central size x size pixels of (N,C,H,W), any dtype. ValueError as for `pad`."""
     border, uneven = divmod(images.shape[-1] - size, 2)
     if border < 0 or uneven:
         raise ValueError(f"cannot crop {images.shape[-1]} pixels to {size}: the difference must be even and "
-                         "positive")
+                         "not negative")
     return images[..., border : border + size, border : border + size]
 
 

@@ -16,17 +16,16 @@ tighter frame (docs/lab-notebook.md).
 same person.
 
 Lengths are in distances between the eyes, from the point midway between them, y down; signs of x are the
-viewer's. u, v: of the image; s, t: on the head, which may be turned, so that s = 0 is always its middle.
+viewer's. `Portrait.frame` lists the coordinates; s = 0 is always the middle of the head, turned or not.
 
 Alone:  python -m datasets portraits     writes portraits.png.
 """
-
 import math
 
 import torch
 import torch.nn.functional as F
 
-from .drawing import FAR, Dice, ellipse, over, union
+from .drawing import FAR, Dice, blurred, ellipse, over, smooth, union
 from .photos import attribute_classes
 from .registry import ImageSet, dataset
 
@@ -51,7 +50,7 @@ IRIS = torch.tensor([(0.10, 0.06, 0.04), (0.22, 0.13, 0.07), (0.30, 0.40, 0.50),
 
 
 def people(n, generator=None):
-    """Attributes of n people as they come together: {name: (n,) bool}."""
+    """Attributes of n people in plausible combinations: {name: (n,) bool}."""
     dice = Dice(n, generator)
     chance, has = dice.chance, {}
     male, age = chance(0.5), dice.pick("child young older senior", (12, 43, 33, 12))
@@ -100,16 +99,9 @@ def draw(attributes, generator=None, size=32):
     images = torch.empty(len(table), 3, size, size, dtype=torch.uint8)
     for rows, target in zip(table.split(BATCH), images.split(BATCH), strict=True):
         if len(rows):
-            target[:] = Portrait(
-                dict(zip(ATTRIBUTES, rows.split(1, 1), strict=True)), generator, size
-            ).finished()
+            has = dict(zip(ATTRIBUTES, rows.split(1, 1), strict=True))
+            target[:] = Portrait(has, generator, size).finished()
     return images
-
-
-def smooth(x, low, high):
-    """0 below low, 1 above high, a smooth ramp between."""
-    x = ((x - low) / (high - low)).clamp_(0, 1)
-    return x * x * (3 - 2 * x)
 
 
 def paint(image, colour, share):
@@ -130,6 +122,7 @@ def ridge(x, width):
 
 
 def power4(squares):
+    """(1 - squares)^4, 0 from squares = 1 on; in place."""
     return squares.neg_().add_(1).clamp_(min=0).square_().square_()
 
 
@@ -170,13 +163,13 @@ class Portrait:
         self.skin = over(self.skin, self.skin * torch.tensor([1.03, 0.9, 0.85]), roll(0, 1) * (1 - pale))
         # hair
         colours = {name: torch.tensor(ends) for name, ends in HAIR.items()}
-        known = sum(has[name] for name in HAIR if name in has)
         names = [name for name in HAIR if name in has]
+        known = sum(has[name] for name in names)
         share, other = roll(0, 1), chance(0.35)
         made = sum(has[name] * mixed(colours[name], share) for name in names)
-        spare = over(
-            mixed(colours["red"], share), mixed(colours["Brown_Hair"], share * 0.5), has["Bald"] * other
-        )
+        # Where no attribute names a colour: red, or brown for some of the bald.
+        spare = over(mixed(colours["red"], share), mixed(colours["Brown_Hair"], share * 0.5),
+                     has["Bald"] * other)
         self.hair = over(made, spare, (known == 0).float())
         self.hair = self.hair * (1 + 0.025 * dice.normal(3))
         kind = dice.pick("short middle long", (1, 1, 1))
@@ -192,6 +185,7 @@ class Portrait:
         hat = has["Wearing_Hat"]
         form = dice.pick("cap beanie brim", (45, 30, 25))
         said = known + hat + has["Bald"] + has["Bangs"] + has["Straight_Hair"] + has["Wavy_Hair"]
+        said = said + has["Receding_Hairline"]
         unsaid = 1 - said.clamp(max=1)
         covered = unsaid * (1 - child) * (1 - has["Wearing_Earrings"]) * chance(0.55)
         self.turban = covered * torch.maximum(male, chance(0.2))
@@ -202,7 +196,14 @@ class Portrait:
         self.open = has["Mouth_Slightly_Open"] * over(roll(0.09, 0.22), roll(0.09, 0.16), has["Smiling"])
 
     def frame(self):
-        """Coordinates of every pixel, of the image and on the head."""
+        """Coordinates of every pixel.
+
+        x, y     in the image, which has the side 1, from its middle
+        u, v     in distances between the eyes, from the point midway between them
+        head     as u, from the middle of the head's outline;  low: as v, with the head's nod
+        s, t     on the head, turned with it;  a: |s|
+        outline  signed distance to the outline of the head, without hair;  depth: towards the viewer
+        """
         dice, side = self.dice, self.side
         roll = dice.roll
         axis = (torch.arange(side) + 0.5) / side - 0.5
@@ -217,15 +218,13 @@ class Portrait:
         yaw = (0.27 * dice.normal(1)).clamp(-0.65, 0.65)
         pitch = (0.1 * dice.normal(1)).clamp(-0.25, 0.25)
         self.turn, self.nod = yaw.sin(), pitch.sin()
-        self.head = (
-            self.u + 0.85 * self.turn
-        )  # x from the middle of the outline; the eyes stay where they are
+        self.head = self.u + 0.85 * self.turn  # x from the middle of the outline; the eyes stay in place
         self.low = self.v + 0.3 * self.nod
         below = (self.v > 0.15).float()
-        ry = over(1.85 + 0 * self.chin, self.chin - 0.15, below)
+        ry = over(1.85, self.chin - 0.15, below)
         across = ((self.head / self.width) ** 2).clamp_(max=9)
         down = ((self.low - 0.15) / ry).abs_().clamp_(1e-3, 3)
-        rho = across + down ** over(2.4 + 0 * self.jaw, self.jaw, below)
+        rho = across + down ** over(2.4, self.jaw, below)
         self.outline = (rho.sqrt() - 1) * 1.1  # signed distance to the outline of the head, without hair
         self.depth = 1.05 * (1 - 0.97 * rho).clamp_(min=0).sqrt_()
         self.s = self.head * yaw.cos() - self.depth * self.turn
@@ -283,7 +282,7 @@ class Portrait:
         strands = self.strands()
         silhouette, front = self.hair_masks(strands)
         locks = self.hair_tone(strands)  # (N,3,P)
-        image = paint(image, locks * 0.62, (silhouette * (1 - self.scarf)))
+        image = paint(image, locks * 0.62, silhouette * (1 - self.scarf))
         image = self.neck_and_clothes(image)
         image = paint(image, locks * 0.85, self.before_shoulders(silhouette))
         image = paint(image, self.face(front), self.cover(self.outline))
@@ -304,7 +303,7 @@ class Portrait:
         image = over(first[..., None], second[..., None], mix[:, None])
         edge = self.x * roll(-1, 1).sign() - roll(-0.2, 0.4) + 0.1 * dice.normal(1) * self.y  # a wall, a door
         things = over(dice.field(6, 6) - roll(0.2, 1.2), -8 * edge, dice.chance(0.4))
-        image = paint(image, third[..., None], (dice.chance(0.7) * smooth(things, -0.5, 0.7) * roll(0.2, 1)))
+        image = paint(image, third, dice.chance(0.7) * smooth(things, -0.5, 0.7) * roll(0.2, 1))
         return image
 
     def hair_masks(self, strands):
@@ -320,7 +319,7 @@ class Portrait:
         ends = over(roll(0.05, 0.35), roll(0.3, 0.8), self.curly)
         cap = torch.maximum(cap, (v - ends) * 0.4)
         spread = self.width + volume * roll(0.7, 1.5) + roll(-0.05, 0.22) * (v + 0.3).clamp(-0.4, 2)
-        curtain = torch.maximum((self.head.abs() - spread) + wobble, v - self.length + 0.15 * strands)
+        curtain = torch.maximum(self.head.abs() - spread + wobble, v - self.length + 0.15 * strands)
         curtain = torch.maximum(curtain, -0.3 - v) + FAR * (1 - self.long)
         shape = union(cap, curtain) + FAR * has["Bald"]
         silhouette = self.cover(shape, 0.1)
@@ -338,17 +337,14 @@ class Portrait:
         burns = torch.maximum(temple + 0.35 * (self.t + 0.35).clamp(min=0) - self.a, self.t - roll(0.0, 0.5))
         edge = torch.minimum((self.t - line) * 0.8, burns)
         side = roll(0.9, 1.08) - 0.1 * smooth(v, 0.2, 1.6) + self.wave * (v * 4 + roll(0, 6)).sin()
-        edge = torch.minimum(
-            edge,
-            torch.maximum(side + 0.03 * strands - self.head.abs(), -0.6 - v)
-            + FAR * (1 - self.long * dice.chance(0.85)),
-        )
+        edge = torch.minimum(edge, torch.maximum(side + 0.03 * strands - self.head.abs(), -0.6 - v)
+                             + FAR * (1 - self.long * dice.chance(0.85)))
         front = self.cover(torch.maximum(edge, shape), 0.13)
         return silhouette, front * (1 - self.scarf)
 
     def hair_tone(self, strands):
         dice, v = self.dice, self.v
-        nx, ny = (self.head / (self.width + self.volume + 0.1)), ((self.low + 0.2) / 2.1).clamp(-1, 0.5)
+        nx, ny = self.head / (self.width + self.volume + 0.1), ((self.low + 0.2) / 2.1).clamp(-1, 0.5)
         shade = self.lit(nx * 0.85, ny * 0.75)
         shine = bump(self.head - 0.5 * self.lx, v + 1.3 - 0.25 * self.head**2, 0.9, dice.roll(0.18, 0.35))
         shine = shine + 0.4 * bump(self.head.abs() - 1.2, v - 0.3, 0.2, 0.5) * self.long
@@ -368,10 +364,10 @@ class Portrait:
         male = self.has["Male"] * (1 - self.has["Child"])
         neck = roll(0.64, 0.76) + 0.16 * male - 0.08 * self.has["Child"]
         base = self.chin + roll(0.0, 0.35)
-        flare = 0.35 * ((v - base + 0.3).clamp(min=0)) ** 1.5
+        flare = 0.35 * (v - base + 0.3).clamp(min=0) ** 1.5
         distance = torch.maximum(u.abs() - neck - flare, self.chin - 0.9 - v)
         under = smooth(v, self.chin - 0.2, self.chin + 0.75)
-        shade = self.lit((u / (neck + 0.2)).clamp(-1, 1) * 0.9, 0.1) * over(0.5 + 0 * under, 0.9, under)
+        shade = self.lit((u / (neck + 0.2)).clamp(-1, 1) * 0.9, 0.1) * over(0.5, 0.9, under)
         skin = (self.skin * torch.tensor([0.98, 0.94, 0.92]))[..., None] * shade[:, None]
         image = paint(image, skin, self.cover(distance, 0.08))
         # clothes: shoulders that fall to the sides, a round or pointed neckline
@@ -379,9 +375,8 @@ class Portrait:
         shoulder = v - base - roll(0.12, 0.3) * (u.abs() - neck).clamp(min=0) ** 1.3
         vee = chance(0.4)
         depth = roll(0.1, 0.5) + roll(0.2, 1) * vee
-        neckline = over(
-            ellipse(u, v - base - 0.05, neck + 0.12, depth), u.abs() * 0.8 + (v - base - depth) * 0.6, vee
-        )
+        neckline = over(ellipse(u, v - base - 0.05, neck + 0.12, depth),
+                        u.abs() * 0.8 + (v - base - depth) * 0.6, vee)
         cloth = torch.maximum(-shoulder, -neckline)
         folds = dice.field(7, 7) * 0.06
         tone = self.lit((u / 3).clamp(-0.9, 0.9), -0.2) * (1 + folds)
@@ -389,7 +384,7 @@ class Portrait:
         fabric = over(first[..., None], second[..., None], stripes[:, None]) * tone[:, None]
         image = paint(image, fabric, self.cover(cloth, 0.06))
         collar = torch.maximum((neckline - 0.13).abs() - 0.13, -shoulder)
-        image = paint(image, second[..., None] * tone[:, None], (self.cover(collar, 0.05) * chance(0.4)))
+        image = paint(image, second[..., None] * tone[:, None], self.cover(collar, 0.05) * chance(0.4))
         return image
 
     def ears(self, image):
@@ -397,11 +392,8 @@ class Portrait:
         y = self.v - 0.22 + 0.3 * self.nod
         ear = torch.maximum(ellipse(x + 0.25 * y, y, 0.15, 0.32), -0.04 - self.outline)
         shade = self.lit((self.head / 1.5).clamp(-0.9, 0.9), 0.0) * (0.82 - 0.4 * bump(x, y, 0.08, 0.2))
-        share = (
-            self.cover(ear, 0.06)
-            * (1 - self.scarf)
-            * (1 - torch.maximum(self.long, self.curly) * self.dice.chance(0.8))
-        )
+        share = (self.cover(ear, 0.06) * (1 - self.scarf)
+                 * (1 - torch.maximum(self.long, self.curly) * self.dice.chance(0.8)))
         return paint(image, (self.skin * torch.tensor([1.0, 0.9, 0.87]))[..., None] * shade[:, None], share)
 
     # ---------------------------------------------------------------------------------------------- the face
@@ -464,9 +456,8 @@ class Portrait:
         skin = skin * (1 - deep - roll(0.3, 0.7) * nostril).clamp_(min=0.1)[:, None]
         skin = self.eyes(skin)
         skin = self.brows(skin)
-        above = F.avg_pool2d(
-            front.view(-1, 1, self.side, self.side), 7, 1, 3, count_include_pad=False
-        ).flatten(1)
+        above = front.view(-1, 1, self.side, self.side)
+        above = F.avg_pool2d(above, 7, 1, 3, count_include_pad=False).flatten(1)
         shade = shade * (1 - 0.45 * above)
         # light that went through skin is red: the dark side is warmer
         warm = torch.tensor([0.06, 0.0, -0.03])[:, None] * (1 - shade).clamp(0, 1)[:, None]
@@ -520,7 +511,7 @@ class Portrait:
         brow = ridge(self.t - curve, thick * taper.clamp(min=0.3)) * smooth(taper, 0, 0.25)
         colour = over(self.hair * 0.6, self.skin * 0.3, over(roll(0.2, 0.6), roll(0, 0.3), has["Gray_Hair"]))
         strength = over(roll(0.45, 0.8), roll(0.85, 0.98), bushy) - 0.15 * has["Child"]
-        return paint(skin, colour[..., None], (brow * strength))
+        return paint(skin, colour, brow * strength)
 
     def mouth(self, skin):
         dice, has, s = self.dice, self.has, self.s - 0.1 * self.turn
@@ -539,7 +530,7 @@ class Portrait:
         tone = over(natural, over(natural, stick, roll(0.65, 1)), red)
         light = 0.84 + 0.3 * smooth(q, 0, 0.1) - 0.18 * smooth(q, 0.1, 0.24)
         strength = over(roll(0.45, 0.85), roll(0.9, 1), red)
-        skin = paint(skin, tone[..., None] * light[:, None], (lips * strength))
+        skin = paint(skin, tone[..., None] * light[:, None], lips * strength)
         shine = bump(s + 0.05, q - lower * 0.6, 0.12, 0.025) * red * roll(0, 0.35)
         skin = skin + shine[:, None]
         # open: teeth, and the dark below them; closed: a line
@@ -548,12 +539,12 @@ class Portrait:
         skin = skin * (1 - roll(0.4, 0.75) * line - corner)[:, None]
         inner = self.cover(torch.maximum(-0.2 * gap - q, q - gap * 0.85) + FAR * (gap < 0.01), 0.035)
         dark = self.skin * torch.tensor([0.24, 0.1, 0.09])
-        skin = paint(skin, dark[..., None], (inner * 0.95))
+        skin = paint(skin, dark, inner * 0.95)
         shown = over(roll(0, 0.6), roll(0.7, 1.0), has["Smiling"])
         teeth = self.cover(torch.maximum(-0.17 * gap - q, q - gap * shown * 0.8) + FAR * (gap < 0.01), 0.035)
         ivory = torch.tensor([0.97, 0.95, 0.9]) * roll(0.8, 1.0)
         teeth = teeth * smooth(m, 0.0, 0.35) * (0.3 + 0.65 * has["Smiling"])
-        return paint(skin, ivory[..., None], teeth)
+        return paint(skin, ivory, teeth)
 
     def beard(self, skin, front):
         dice, has, t, a = self.dice, self.has, self.t, self.a
@@ -564,13 +555,8 @@ class Portrait:
         lip = t - 1.0 + 0.02 * smile - 0.2 * a**2 * (1 - smile)  # between nose and mouth
         mustache = ridge(lip, roll(0.06, 0.085)) * smooth(roll(0.42, 0.58) - a, 0, 0.15)
         chin = smooth(t, 1.36, 1.5) * smooth(roll(0.36, 0.5) - a, 0, 0.16)
-        ring = (
-            smooth(roll(0.5, 0.62) - a, 0, 0.1)
-            * smooth(a, 0.36, 0.46)
-            * smooth(t, 0.98, 1.1)
-            * (1 - smooth(t, 1.5, 1.7)) * has["Mustache"]
-            * dice.chance(0.6)
-        )
+        ring = (smooth(roll(0.5, 0.62) - a, 0, 0.1) * smooth(a, 0.36, 0.46) * smooth(t, 0.98, 1.1)
+                * (1 - smooth(t, 1.5, 1.7)) * has["Mustache"] * dice.chance(0.6))
         goatee = torch.maximum(chin, ring)
         cheek = roll(0.7, 1.0) - 0.75 * (a - 0.55).clamp(min=0) + 0.45 * (0.75 - a).clamp(min=0)
         full = smooth(t - cheek, -0.05, 0.25) * smooth(t + 1.2 * a, 1.35, 1.55)
@@ -581,7 +567,7 @@ class Portrait:
         stubble = man * (1 - any_beard) * roll(0, 0.3) * torch.maximum(full, 0.7 * mustache)
         cover = (cover * grain).clamp_(0, 0.97)
         hair = over(self.hair, torch.ones(1, 3) * roll(0.3, 0.8), (self.age - 0.4).clamp(min=0) * roll(0, 1))
-        skin = paint(skin, (self.skin * torch.tensor([0.55, 0.56, 0.6]))[..., None], stubble)
+        skin = paint(skin, self.skin * torch.tensor([0.55, 0.56, 0.6]), stubble)
         tone = 0.9 * grain + 0.1
         return paint(skin, hair[..., None] * tone[:, None], cover)
 
@@ -593,13 +579,10 @@ class Portrait:
         x = self.head.abs() - self.width * 1.02 - 0.03
         drop = dice.roll(0.0, 0.35)
         stud = ellipse(x, y - drop * 0.5, 0.075, 0.085 + drop * 0.5)
-        metal = over(
-            torch.tensor([[0.95, 0.8, 0.4]]),
-            over(torch.full((1, 3), 0.93), self.colour(0.9), dice.chance(0.3)),
-            dice.chance(0.5),
-        )
+        metal = over(torch.full((1, 3), 0.93), self.colour(0.9), dice.chance(0.3))
+        metal = over(torch.tensor([[0.95, 0.8, 0.4]]), metal, dice.chance(0.5))  # gold
         tone = metal[..., None] * (0.7 + 0.5 * bump(x + 0.02, y, 0.05, 0.05))[:, None]
-        return paint(image, tone, (self.cover(stud, 0.04) * self.has["Wearing_Earrings"] * (1 - self.scarf)))
+        return paint(image, tone, self.cover(stud, 0.04) * self.has["Wearing_Earrings"] * (1 - self.scarf))
 
     def head_wear(self, image):
         dice, x, v, hats = self.dice, self.head, self.v, self.hats
@@ -614,37 +597,31 @@ class Portrait:
         brim = roll(-0.95, -0.68) + 0.12 * self.s * dice.normal(1) - 0.12 * self.nod
         arched = brim - 0.18 * (1 - self.s**2) * (hats["cap"] + self.turban) + 0.06 * self.s**2
         puff = roll(0.05, 0.2) + 0.25 * self.turban
-        crown = ellipse(
-            x, v + 0.5, self.width + 0.12 + puff - 0.12 * hats["brim"], 1.45 + puff + 0.2 * hats["brim"]
-        )
+        crown = ellipse(x, v + 0.5, self.width + 0.12 + puff - 0.12 * hats["brim"],
+                        1.45 + puff + 0.2 * hats["brim"])
         crown = torch.maximum(crown, v - arched)
         worn = (hats["cap"] + hats["beanie"] + hats["brim"] + self.turban).clamp(max=1)
         # its shadow on the forehead
-        image = (
-            image
-            * (1 - 0.45 * worn * smooth(arched + 0.45 - v, 0, 0.4) * self.cover(self.outline, 0.2))[:, None]
-        )
-        image = paint(image, cloth, (self.cover(crown, 0.06) * worn))
+        shadow = 0.45 * worn * smooth(arched + 0.45 - v, 0, 0.4) * self.cover(self.outline, 0.2)
+        image = image * (1 - shadow)[:, None]
+        image = paint(image, cloth, self.cover(crown, 0.06) * worn)
         band = torch.maximum((v - arched + 0.14).abs() - 0.13, crown)
         trim = over(first * 0.7, second, dice.chance(0.4))[..., None] * shade[:, None]
-        image = paint(image, trim, (self.cover(band, 0.05) * (hats["beanie"] + hats["brim"]).clamp(max=1)))
+        image = paint(image, trim, self.cover(band, 0.05) * (hats["beanie"] + hats["brim"]).clamp(max=1))
         visor = ellipse(self.s - 0.15 * self.turn, v - brim - 0.02, self.width * 0.92, roll(0.14, 0.26))
         visor = torch.maximum(visor, v - brim - 0.2 + 0.2 * self.s**2) + FAR * (1 - hats["cap"])
         wide = ellipse(x, v - brim + 0.12 - 0.12 * x * x * 0.3, self.width * roll(1.5, 1.9), roll(0.14, 0.24))
         rim = union(visor, wide + FAR * (1 - hats["brim"]))
-        light = over(0.65 + 0 * v, 1.05, smooth(brim - v, -0.15, 0.15))
-        image = paint(
-            image, over(first, second, 0.5 * hats["cap"])[..., None] * light[:, None], self.cover(rim, 0.05)
-        )
+        light = over(0.65, 1.05, smooth(brim - v, -0.15, 0.15))
+        tone = over(first, second, 0.5 * hats["cap"])[..., None] * light[:, None]
+        image = paint(image, tone, self.cover(rim, 0.05))
         # a scarf over the hair, around the face, down to the shoulders
         frame = ellipse(self.s, self.t - 0.28, roll(0.94, 1.04), roll(1.2, 1.34) + 0.15)
-        drape = union(
-            ellipse(x, v + 0.1, self.width + roll(0.12, 0.3), 1.95),
-            torch.maximum(x.abs() - self.width - 0.1 - 0.5 * (v - 0.8).clamp(min=0), 0.2 - v),
-        )
+        drape = union(ellipse(x, v + 0.1, self.width + roll(0.12, 0.3), 1.95),
+                      torch.maximum(x.abs() - self.width - 0.1 - 0.5 * (v - 0.8).clamp(min=0), 0.2 - v))
         drape = torch.maximum(drape, -frame)
         inner = 1 - 0.35 * ridge(frame, 0.12)
-        return paint(image, cloth * inner[:, None], (self.cover(drape, 0.06) * self.scarf))
+        return paint(image, cloth * inner[:, None], self.cover(drape, 0.06) * self.scarf)
 
     def glasses(self, image):
         dice, has = self.dice, self.has
@@ -664,9 +641,9 @@ class Portrait:
         lens = self.cover(ring, 0.04)
         dark = over(torch.full((1, 3), 0.05), self.colour(0.6) * 0.3, 0.5)
         shine = ridge(e + 0.8 * f * self.s.sign() - roll(-0.2, 0.2), 0.1) * roll(0, 1) ** 2
-        image = paint(image, dark[..., None], (lens * worn * sun * roll(0.8, 0.97)))
-        image = paint(image, torch.ones(1, 3, 1), (lens * worn * (0.04 + 0.35 * shine)))
-        return paint(image, metal[..., None], (self.cover(frames, 0.03) * worn * roll(0.75, 1)))
+        image = paint(image, dark, lens * worn * sun * roll(0.8, 0.97))
+        image = paint(image, torch.ones(1, 3, 1), lens * worn * (0.04 + 0.35 * shine))
+        return paint(image, metal, self.cover(frames, 0.03) * worn * roll(0.75, 1))
 
     # ---------------------------------------------------------------------------------------- the photograph
 
@@ -685,26 +662,18 @@ class Portrait:
             image = F.interpolate(image, (self.size, self.size), mode="bilinear", antialias=True)
         soft = image
         for _ in range(max(1, self.size // 32)):
-            soft = F.avg_pool2d(F.pad(soft, (1, 1, 1, 1), mode="replicate"), 3, 1)
+            soft = blurred(soft)
         focus = over(roll(-0.35, 0.6), roll(1.2, 1.5), has["Blurry"])
         image = over(image, soft, focus.clamp(max=1)[..., None, None])
-        softer = F.avg_pool2d(F.pad(soft, (2, 2, 2, 2), mode="replicate"), 5, 1)
-        image = over(image, softer, (focus - 1).clamp(min=0)[..., None, None])
+        image = over(image, blurred(soft, 5), (focus - 1).clamp(min=0)[..., None, None])
         image = image + 0.012 * roll(0, 1)[..., None, None] * dice.normal(3, self.size, self.size)
         image = image.clamp_(1e-4, 1) ** roll(0.8, 1.15)[..., None, None]
         return (255 * image.clamp_(0, 1)).round().to(torch.uint8)
 
 
-@dataset(
-    "portraits",
-    "faces in colour with CelebA's attributes, drawn by a program at any size",
-    role="public",
-    channels=3,
-    side=0,
-    n=60_000,
-    drawn=True,
-    facts=lambda ask: {"attributes": ATTRIBUTES, "classes": classes_of(ask)},
-)
+@dataset("portraits", "faces in colour with CelebA's attributes, drawn by a program at any size",
+         role="public", channels=3, side=0, n=60_000, drawn=True,
+         facts=lambda ask: {"attributes": ATTRIBUTES, "classes": classes_of(ask)})
 def load_portraits(ask):
     classes = classes_of(ask)
     generator = torch.Generator().manual_seed(ask.seed)

@@ -3,6 +3,8 @@ import contextlib
 import os
 import re
 import unicodedata
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,15 +78,16 @@ class DataSet:
     """One entry of REGISTRY: what is known without reading an image, so that a dry run may say it."""
 
     name: str
-    load: callable  # Request -> ImageSet
+    load: Callable  # Request -> ImageSet
     about: str  # one line, for --help and docs/datasets.md
-    facts: callable = None  # Request -> {field of this class: value}, for what hangs on the set's own files
+    # Request -> {field of this class: value}, for what hangs on the set's own files
+    facts: Callable | None = None
     role: str = "either"  # "public" (nothing of it is held out), "private" or "either"
     channels: int = 1
     side: int = 28  # pixels, as stored; own photographs: 0, any
     n: int = 0  # images of the "train" side
     classes: tuple = ()  # names; () where the set itself declares them
-    attributes: tuple = None  # names; None where it has none, and where it lists them itself
+    attributes: tuple | None = None  # names; None where it has none, and where it lists them itself
     drawn: bool = False  # made by a program: no image went in
     own: bool = False  # "name:PATH"
     jiggled: bool = True  # shifted and turned a little, an image is still one: evaluate.py augments
@@ -93,14 +96,14 @@ class DataSet:
 
 
 class Registry(dict):
-    """{name: DataSet}. A mix "A+B" has an entry as well, made when it is asked for and in no list."""
+    """{name: DataSet}. A mix "A+B" has an entry too, made when it is asked for; `in` and `get` know none."""
 
     def __missing__(self, name):
         if len(both := parts(name)) < 2:
             raise KeyError(name)
         first, other = (self[part] for part in both)
         return replace(first, name=name, load=None, about=f"{first.about}; and {other.about}", role="public",
-                       n=first.n + other.n, classes=(), drawn=first.drawn and other.drawn,
+                       n=first.n + min(other.n, first.n // 2), classes=(), drawn=first.drawn and other.drawn,
                        own=first.own or other.own)
 
 
@@ -116,7 +119,7 @@ def dataset(name, about, **facts):
 
 
 def parts(name):
-    """A mix "A+B" -> ["A", "B"], else [name]. A is never an own set, since a PATH may have a + in it."""
+    """A mix "A+B" -> ["A", "B"], else [name]. A is a plain name: a + after a colon is a PATH's."""
     first, plus, other = str(name).partition("+")
     return [first, other] if plus and ":" not in first else [name]
 
@@ -161,7 +164,7 @@ def own_rows(keys, split, path, note=""):
     return rows
 
 
-# ---- names of classes ----
+# ---- names of classes --------------------------------------------------------------------------------------
 
 
 def readable(name):
@@ -171,8 +174,8 @@ def readable(name):
 
 
 def named(names, path):
-    """The names, each once; DataError otherwise: a class that is drawn by its name must have one."""
-    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+    """The names; DataError if two are equal: samples are asked for by class name."""
+    if twice := next((name for name, times in Counter(names).items() if times > 1), None):
         raise DataError(f"{path}: found the class name {twice!r} twice, expected each once; convert like "
                         "this: give one of the two another name")
     return list(names)

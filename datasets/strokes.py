@@ -16,14 +16,13 @@ handwriting is one matrix product.
 
 Alone:  python -m datasets strokes     writes strokes.png.
 """
-
 import functools
 import math
 
 import numpy as np
 import torch
 
-from .drawing import drawn_set
+from .drawing import checked, drawn_set
 from .registry import dataset
 
 CLASSES = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -166,7 +165,11 @@ def segment_matrix(points, curves, strokes_of_curves):
 
 @functools.cache
 def compiled():
-    """All skeletons as padded tensors (points, stroke numbers, matrices, chances), made at the first use."""
+    """All V skeletons as padded tensors, made at the first use.
+
+    Points (V,K,2), the number of each point's stroke (V,K), `segment_matrix` (V,2,2,SEGMENTS,K), and the
+    chance of each skeleton in each class (36,V).
+    """
     parsed = [parse(text) for name in CLASSES for text in SKELETONS[name]]
     most = max(len(p[1]) for p in parsed)
     points, stroke = torch.zeros(len(parsed), most, 2), torch.zeros(len(parsed), most, dtype=torch.long)
@@ -186,19 +189,16 @@ def draw(labels, generator=None, size=28):
     The ink fits a box of 20 pixels (times size / 28), its centre of mass lies within about a pixel of the
     image's centre. Deterministic for a given CPU generator. ValueError for labels out of range.
     """
-    labels = torch.as_tensor(labels)
-    if labels.numel() and not 0 <= labels.min() <= labels.max() < len(CLASSES):
-        raise ValueError(f"labels must lie in 0..{len(CLASSES) - 1}")
+    labels = checked(labels, CLASSES)
     # Filled in place. A list of small results between large temporaries would fragment the heap: 4 GB instead
     # of 0.8.
     images = torch.empty(len(labels), 1, size, size, dtype=torch.uint8)
-    # bounds the memory, whatever N
+    # Parts of 512 bound the memory, whatever N, and parts of 32 fit the cache.
     for part, target in zip(labels.split(512), images.split(512), strict=True):
-        ends, radius = pen_path(part, generator) if len(part) else (torch.empty(0, 2, 1, 2),
-                                                                    torch.empty(0, 1, 1))
-        # what fits the cache
-        for e, r, t in zip(ends.split(32), radius.split(32), target.split(32), strict=True):
-            t[:, 0] = render(e, r, size)
+        if len(part):
+            ends, radius = pen_path(part, generator)
+            for e, r, t in zip(ends.split(32), radius.split(32), target.split(32), strict=True):
+                t[:, 0] = render(e, r, size)
     return images
 
 
@@ -219,7 +219,7 @@ def pen_path(labels, generator):
     miss = normal(points.shape[1] + 2, 2)
     miss = (miss[:, :-2] + miss[:, 1:-1] + miss[:, 2:]) / 3**0.5  # (N,K,2), unit variance
     points = points + miss * (0.03 + 0.1 * uniform(1, 1))
-    moved = normal(4, 2) * 0.06
+    moved = normal(4, 2) * 0.06  # no skeleton has more than four strokes
     points = points + moved.gather(1, stroke[..., None].expand(-1, -1, 2))
     # corners between sharp and round
     sharp = uniform(1, 1, 1)
@@ -263,12 +263,13 @@ def render(ends, radius, size):
     along = way / length
     across = torch.stack([-along[..., 1], along[..., 0]], -1)
 
-    def coordinate(axis):  # (p - start) . axis for every pixel p at once, linear in (x, y, 1)
-        return torch.cat([axis, -(start * axis).sum(-1, keepdim=True)], -1) @ grid  # (N,S,P)
+    def coordinate(direction):  # (p - start) . direction for every pixel p at once, linear in (x, y, 1)
+        return torch.cat([direction, -(start * direction).sum(-1, keepdim=True)], -1) @ grid  # (N,S,P)
 
     u, v = coordinate(along), coordinate(across)
     u = u - torch.minimum(u.clamp(min=0), length)  # beyond the ends only
     distance = u.mul_(u).addcmul_(v, v).sqrt_().sub_(radius).amin(1)  # (N,P), negative inside the ink
+    # The edge is 1.2 of MNIST's pixels wide.
     return (255 * (0.5 - distance / (1.2 * zoom)).clamp(0, 1)).round().to(torch.uint8).view(-1, size, size)
 
 

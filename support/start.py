@@ -149,7 +149,7 @@ def public_set(s, known=()):
     if datasets.partly_drawn(s.public) and (s.dry_run or "ldm.pt" in known):
         n = min(n or 1000, 200 if s.dry_run else 1000)
     return find_set(s, s.public, n=n, seed=s.seed, label_attribute=s.label_attribute,
-                    public_classes=s.public_classes if s.public == "strokes" else None)
+                    public_classes=s.public_classes if datasets.parts(s.public)[0] == "strokes" else None)
 
 
 def find_set(s, name, **kwargs):

@@ -313,7 +313,7 @@ MUTATIONS = [Mutation(*m) for m in (
      (("sorted(folders, key=natural)", "sorted(folders)"),),
      f"{FAULTS}::test_numbers_in_names_of_classes_are_numbers"),
     (0, "labels that are names are taken for places", "datasets/arrays.py",
-     (('        by_name = of_labels and "class_names" not in arrays\n', "        by_name = False\n"),),
+     (('        by_name = bool(of_labels) and "class_names" not in arrays\n', "        by_name = False\n"),),
      f"{FAULTS}::test_labels_that_count_from_one"),
     (0, "devices are replaced by files", "support/files.py",
      (("    if write_through(path):\n", "    if False:\n"),),

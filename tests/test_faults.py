@@ -553,6 +553,30 @@ def test_names_of_another_normal_form_are_found(tmp_path):
     assert photos.captions(tmp_path, [Path("\u00e9.png")], [0], [Path("captions.txt")])[0] == ["x"]
 
 
+def test_only_line_ends_end_a_line_of_captions(tmp_path):
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.png,"a dog\nruns"\nb.png,a\u2028b\n')
+    assert photos.caption_rows(tmp_path / "metadata.csv") == [("a.png", "a dog\nruns"), ("b.png", "a\u2028b")]
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a\u2028b"}\n\n')
+    assert photos.caption_rows(tmp_path / "metadata.jsonl") == [("a.png", "a\u2028b")]
+
+
+def test_the_list_of_captions_does_not_hang_on_the_order_of_the_folder(tmp_path):
+    (tmp_path / "captions.txt").write_text("a.png\tfirst\n")
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,second\n")
+    for names in (["captions.txt", "metadata.csv"], ["metadata.csv", "captions.txt"]):
+        assert photos.captions(tmp_path, [Path("a.png")], [0], [Path(name) for name in names])[0] == ["first"]
+
+
+def test_a_file_that_cannot_be_read_is_on_no_side(tmp_path, monkeypatch):
+    draw(tmp_path / "a.png")
+
+    def closed(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", closed)
+    refused(lambda: photos.own_keys([tmp_path / "a.png"]), "a.png cannot be read: Permission")
+
+
 def test_of_several_captions_an_image_draws_one_by_its_own_bytes(tmp_path):
     for i in range(40):
         draw(tmp_path / f"{i}.png")
@@ -665,18 +689,28 @@ def test_without_a_home_directory(monkeypatch):
     assert datasets.data_root() == Path("dpldm-data") and len(datasets.load("mnist10k", "test", n=3)) == 3
 
 
-@pytest.mark.parametrize("side, word", [(64, "--size 64"), (27, "resize")])
+@pytest.mark.parametrize("side, word", [(64, "--size 64"), (40, "--size 64"), (300, "32: shrink"),
+                                        (27, "resize")])
 def test_sizes_that_cannot_be_padded(side, word):
     refused(lambda: pixels.pad(torch.zeros(1, 1, side, side), 32), word)
+
+
+def test_one_colour_is_seen_whatever_the_border(tmp_path, capsys):
+    images = RANDOM.integers(0, 256, (40, 28, 28), dtype=np.uint8)
+    images[[3, 5]] = np.uint8([0, 255])[:, None, None]
+    assert pixels.one_colour(torch.from_numpy(images)[:, None]) == [3, 5]
+    np.savez(tmp_path / "own.npz", images=images[[5] * 40])
+    datasets.load(f"npz:{tmp_path / 'own.npz'}", split="test" if zlib.crc32(images[5]) % 10 == 0 else "train")
+    assert "of one colour" in capsys.readouterr().err, "white, in a border of black"
 
 
 def test_own_sets_are_known_from_any_folder(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert (
-        datasets.resolved("folder:mine") == f"folder:{tmp_path / 'mine'}"
-        and datasets.resolved("mnist") == "mnist"
-    )
+    whole = f"folder:{tmp_path / 'mine'}"
+    assert datasets.resolved("folder:mine") == whole and datasets.resolved("mnist") == "mnist"
+    assert datasets.resolved("portraits+folder:mine") == f"portraits+{whole}"
+    assert datasets.resolved("mnist:mine") == "mnist:mine", "no name of a set, to be refused as it was typed"
 
 
 # ---- files that are written

@@ -111,6 +111,15 @@ def test_people_are_diverse_and_their_attributes_agree():
     assert not (has["Senior"] & has["Young"]).any() and (has["Young"] | ~has["Child"]).all()
 
 
+def test_no_turban_hides_what_the_attributes_say():
+    has = {name: torch.zeros(400, 1) for name in portraits.ATTRIBUTES}
+    has["Male"] += 1
+    hidden = portraits.Portrait(has, torch.Generator().manual_seed(0), 8).turban
+    assert 0.4 < hidden.mean() < 0.7, "nothing is said of this hair"
+    has["Receding_Hairline"] += 1
+    assert not portraits.Portrait(has, torch.Generator().manual_seed(0), 8).turban.any()
+
+
 def test_missing_attributes_are_refused():
     with pytest.raises(ValueError, match="lack Bald"):
         portraits.draw({})
@@ -196,6 +205,15 @@ def test_what_is_known_of_a_mix_is_known_of_its_parts(root):
 def test_mixes_that_make_no_sense_are_refused(name, message):
     with pytest.raises(ValueError, match=message):
         datasets.load(name, n=3)
+
+
+def test_a_mix_of_few_or_of_three():
+    assert len(datasets.load("strokes+garments", n=1)) == 1
+    assert datasets.REGISTRY["strokes+public32"].n == 60_000 + 12_000
+    assert datasets.REGISTRY["public32+strokes"].n == 12_000 + 6_000
+    assert datasets.is_drawn("strokes+garments+shapes") and not datasets.is_drawn("strokes+garments+mnist")
+    assert not datasets.is_drawn("strokes:x")
+    assert datasets.partly_drawn("strokes+public32") and not datasets.partly_drawn("public32+strokes")
 
 
 def test_grey_and_colour_do_not_mix(root):
