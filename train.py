@@ -88,7 +88,6 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=Non
         state.keep(step + 1)  # for --resume, once a minute; leaves here after Ctrl-C
     torch._foreach_copy_([p.data for p in parameters], average)
     team.broadcast(parameters)  # machines may round differently: all go on with rank 0's
-    state.finish()
 
 
 def train_autoencoder(s, images, facts, stop):

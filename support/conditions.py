@@ -45,7 +45,8 @@ def of(s, found, embedder):
     sentences = found.captions
     if sentences is None:
         sentences = []
-        for i, image in enumerate(tqdm(found.images.numpy(), desc="    captions", unit="image", leave=False)):
+        for i, image in enumerate(tqdm(found.images.numpy(), desc="    captions", unit="image", leave=False,
+                                       disable=rank() > 0)):
             seed = int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:8], "little")
             generator = torch.Generator().manual_seed(seed)
             if found.attributes:
@@ -60,6 +61,13 @@ def null(s, model, conditions):
     return model.embedder.null(conditions[:1]) if conditions is not None and s.cond_drop > 0 else None
 
 
+def check_classes(entry, names):
+    """ValueError if the embedder of a class model has fewer rows than there are private classes."""
+    if checkpoints.condition_kind(entry) == "class" and entry["num_classes"] < len(names):
+        raise ValueError(f"the public model has {entry['num_classes']} classes, fewer than the {len(names)} "
+                         "private ones; leave out --init")
+
+
 def for_private_classes(checkpoint, names):
     """Stage 2's checkpoint with one embedder row per private class, in the order of `names`, and the null's.
 
@@ -70,28 +78,20 @@ def for_private_classes(checkpoint, names):
     entry = checkpoint["embedder"]
     if checkpoints.condition_kind(entry) != "class":
         return checkpoint
-    public = checkpoint.get("classes") or (  # the first checkpoints did not keep the names
-        list(strokes.GROUPS[checkpoint["public_classes"]])
-        if checkpoint.get("trained_on") == "strokes"
-        else []
-    )
+    check_classes(entry, names)
+    old = strokes.GROUPS[checkpoint["public_classes"]] if checkpoint.get("trained_on") == "strokes" else []
+    public = checkpoint.get("classes") or list(old)  # the first checkpoints did not keep the names
     total = entry["num_classes"]
-    if total < len(names):
-        raise ValueError(f"the public model has {total} classes, fewer than the {len(names)} private ones")
     rows = {name: public.index(name) for name in names if name in public}
     free = (row for row in range(total) if row not in rows.values())
     index = [rows[name] if name in rows else next(free) for name in names]
     if rank() == 0:
-        print(
-            f"classes        {len(rows)} of {len(names)} private classes have the name of a public one and "
-            "begin with its embedding"
-        )
+        print(f"classes        {len(rows)} of {len(names)} private classes have the name of a public one and "
+              "begin with its embedding")
     key = "embedder.embedding.weight"
     table = checkpoint["model"][key][index + [total] * entry["null_class"]].clone()
-    return {
-        **checkpoint, "embedder": {**entry, "num_classes": len(names)},
-        "model": {**checkpoint["model"], key: table}
-    }
+    return {**checkpoint, "embedder": {**entry, "num_classes": len(names)},
+            "model": {**checkpoint["model"], key: table}}
 
 
 def class_prompts(s, private, n=10):
@@ -102,35 +102,29 @@ def class_prompts(s, private, n=10):
     if s.condition != "text":
         return None
     generator = torch.Generator().manual_seed(0)
-    name = s.label_attribute
-    if name in (private.attributes or {}) and len(private.classes) == 2:
-        makers = [
-            partial(captions.caption, {name: value}, generator, omit=0, deny=1) for value in (False, True)
-        ]
+    attribute = s.label_attribute
+    if attribute in (private.attributes or {}) and len(private.classes) == 2:
+        makers = [partial(captions.caption, {attribute: value}, generator, omit=0, deny=1)
+                  for value in (False, True)]
     else:
         makers = [partial(captions.class_caption, name, generator) for name in private.classes]
     return [list(dict.fromkeys(make() for _ in range(n))) for make in makers]
 
 
 def warn_of_unknown_words(s, public, private, embedder):
-    """Say which words the vocabulary lacks of the class prompts, and how many of the public captions.
+    """Say which words of the class prompts the model does not know, and which share of the public captions'.
 
     Of private captions only the fixed `text.NOTE` is said: how many of their words are unknown is private.
     """
     if s.steps:
         print(text.NOTE, file=sys.stderr)
-    unknown = checkpoints.build_tokenizer(embedder).unknown
+    tokenizer = checkpoints.build_tokenizer(embedder)
     for options in class_prompts(s, private):
-        if words := unknown(" ".join(options)):
-            print(
-                f"WARNING: the public model does not know {', '.join(words)}: train it anew, without --init",
-                file=sys.stderr,
-            )
+        if words := tokenizer.unknown(" ".join(options)):
+            print(f"WARNING: the public model does not know {', '.join(words)}: train it anew, without "
+                  "--init", file=sys.stderr)
     if public.captions:
-        total = sum(len(text.split(caption)) for caption in public.captions)
-        share = sum(len(unknown(caption)) for caption in public.captions) / max(1, total)
-        print(
-            f"captions       {share:.0%} of the public captions' {total:,} words are not in the vocabulary, "
-            "which is made from names of classes and attributes",
-            file=sys.stderr,
-        )
+        found = [word for caption in public.captions for word in text.split(caption)]
+        share = sum(word not in tokenizer.index for word in found) / max(1, len(found))
+        print(f"captions       {share:.0%} of the public captions' {len(found):,} words are unknown to the "
+              "model", file=sys.stderr)

@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 
+import datasets
 import diffusion
 import dp_sgd
 import unet
@@ -58,7 +59,11 @@ def print_memory(s, model, public, private):
     second = kept(model, lambda: model(z, t, hardware.stand_in(model, 1, "meta")))
     for name, p in model.named_parameters():
         p.requires_grad_(wanted[name])
-    stored = (s.public_n or len(public)) + len(private)
+    many = len(public)  # a dry run draws few
+    if datasets.partly_drawn(s.public):
+        many = s.public_n or datasets.REGISTRY[datasets.parts(s.public)[0]].n
+        many += many // 2 * (len(datasets.parts(s.public)) - 1)  # of a mix
+    stored = many + len(private)
     stored *= x.numel() + 4 * (1 + s.flips) * z.numel()
     # Weights, gradient, two moments, EMA; tuned ones: moments, EMA, clipped sum, a micro-batch's sum, noise.
     trained = count(p for p in model.parameters() if p.requires_grad)

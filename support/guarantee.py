@@ -168,12 +168,12 @@ def privacy_statement(s, plan, rows, trained, stages=()):
     # Known before the first private step. A step that the plan did not foresee would make them larger here.
     numbers = settled(plan["numbers"], privacy_numbers(s, rows, s.delta))
     epsilon = numbers[f"epsilon_{s.accountant}"]
-    private = s.insecure_seed is None and math.isfinite(epsilon)
+    private = not rows or s.insecure_seed is None and math.isfinite(epsilon)
     promise = f"({round_up(epsilon)}, {round_up(s.delta)})-differentially private with respect to one image"
     if s.fast_noise:
         promise += ", against attackers who do not compute the noise (--fast-noise)"
     if not rows:
-        promise = "no private image was used"
+        promise = "no private image was read"
     return plain({
         "statement": promise if private else "NOT PRIVATE: no noise, or a known noise seed",
         "private": private, "epsilon": epsilon, "delta": s.delta, "accountant": s.accountant,
@@ -183,10 +183,8 @@ def privacy_statement(s, plan, rows, trained, stages=()):
         "adjacency": "add or remove one image", "unit": "one image", "sampling": "Poisson",
         "n": plan["n"], "q": plan["q"],
         "expected_batch_size": s.batch_size, "steps": len(rows), "sigma": plan["sigma"],
-        "clip_norm": s.clip_norm,
-        "clipping": s.clipping, "noise_multiplicity": s.noise_multiplicity, "tune": s.tune,
-        "from_block": s.from_block,
-        "condition": s.condition, "trained_parameters": trained,
+        "clip_norm": s.clip_norm, "clipping": s.clipping, "noise_multiplicity": s.noise_multiplicity,
+        "tune": s.tune, "from_block": s.from_block, "condition": s.condition, "trained_parameters": trained,
         "public_set": " and ".join(trained_on), "private_set": datasets.kind_of(s.private),
         "enlarged": datasets.enlarged(s.private, s.vae.resolution),
         "hyper_parameters": LOOKED.get(datasets.kind_of(s.private), BEFOREHAND),
@@ -205,7 +203,8 @@ def privacy_statement(s, plan, rows, trained, stages=()):
             *(["the choice of these n images from a larger set: neighbours differ in a chosen image"]
               if s.private_n else []),
             "other runs on the same private images: their epsilons add up, and so do their deltas",
-            "internal/ (losses, gradient norms)",
+            "internal/ (losses, gradient norms), and what the terminal shows: messages that name private "
+            "files, and --show-private",
             "several images of one person: the guarantee is for one image",
             "images that weights taken from elsewhere (public_weights) were trained on",
             *(["an attacker who computes the noise from the release: its generator is not a cryptographic "

@@ -21,9 +21,8 @@ QUIET_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{r
 
 def load_optimizer(optimizer, state):
     """Adam's moments from a checkpoint, their shapes checked; the learning rate is that of the settings."""
-    optimizer.load_state_dict(
-        {"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+    optimizer.load_state_dict({"state": state["state"],
+                               "param_groups": optimizer.state_dict()["param_groups"]})
     for p in (p for group in optimizer.param_groups for p in group["params"]):
         shapes = {key: value.shape for key, value in optimizer.state[p].items()}
         if shapes not in ({}, {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}):
@@ -31,7 +30,9 @@ def load_optimizer(optimizer, state):
 
 
 class Public:
-    """State of a public stage in `path`: read first, written every minute and on Ctrl-C, removed at the end.
+    """State of a public stage in `path`: read first, written every minute and on Ctrl-C.
+
+    It is removed when the stage's result is written (`RunFolder.cached`).
 
     also: a module that the loss trains by itself, such as a discriminator; its state is saved as well.
     """
@@ -80,10 +81,6 @@ class Public:
         if leaving:
             self.stop.leave(self.s.out)
 
-    def finish(self):
-        if rank() == 0:
-            self.path.unlink(missing_ok=True)
-
 
 class Private:
     """Ledger, state, log and bar of the private stage, in internal/ of the run folder.
@@ -97,6 +94,7 @@ class Private:
         self.optimizer, self.stop = optimizer, stop
         self.folder = s.out / "internal"
         self.rows = files.ledger_rows(files.read_ledger(self.folder / "ledger.jsonl"), plan)
+        self.lines = lines_of(self.folder / "ledger.jsonl")
         self.done = resume(self.folder / "state.pt", engine, average, optimizer)
         self.covered = len(self.rows)  # the bar shows epsilon of so many steps
         self.epsilon = epsilon_after(s, plan, self.covered)
@@ -105,11 +103,11 @@ class Private:
 
     def steps(self):
         """The numbers of the steps left in the budget by the ledger's count, not the weights', with a bar."""
+        self.save()  # is there room? A full disk would spend a step at every restart, and lose its result
         first, total = len(self.rows), self.plan["steps"]
-        self.bar = tqdm(
-            range(first, total), desc="3/3 private tuning", unit="step", initial=first, total=total,
-            disable=rank() > 0, bar_format=None if self.s.show_private else QUIET_BAR
-        )
+        self.bar = tqdm(range(first, total), desc="3/3 private tuning", unit="step", initial=first,
+                        total=total, disable=rank() > 0,
+                        bar_format=None if self.s.show_private else QUIET_BAR)
         self.bar.set_postfix(epsilon=round_up(self.epsilon))
         return self.bar
 
@@ -119,18 +117,15 @@ class Private:
         row = {"step": step, "q": self.plan["q"], "sigma": self.plan["sigma"]}
         self.rows.append({**row, "clip_norm": self.s.clip_norm, "batch_size": self.s.batch_size})
         files.append_row(self.rows[-1], self.folder / "ledger.jsonl")
+        self.lines += 1
 
     def check_alone(self):
         """ValueError if the ledger on the disk has other rows than ours: another program writes there.
 
         The lock of the run folder should prevent that. Some network file systems keep locks on each machine.
         """
-        if rank():
-            return
         path = self.folder / "ledger.jsonl"
-        text = path.read_bytes() if path.exists() else b""
-        # Counted, not parsed: this stands in every step. A torn line at the end counts, as in `ledger_rows`.
-        if text.count(b"\n") + bool(text and not text.endswith(b"\n")) != len(self.rows):
+        if rank() == 0 and lines_of(path) != self.lines:
             raise ValueError(f"{path} was changed by another program, so two runs may be at work in this "
                              "folder; stop one of them, then go on with --resume: every row counts as spent")
 
@@ -139,19 +134,18 @@ class Private:
         self.check_alone()
         return self.rows
 
+    def save(self):
+        """Write the tuned parameters, their average, Adam's moments, and how many updates they contain."""
+        tuned = dict(zip(self.engine.names, self.engine.parameters, strict=True))
+        files.save({"tuned": tuned, "average": self.average, "optimizer": self.optimizer.state_dict(),
+                    "done": self.done}, self.folder / "state.pt")
+
     def keep(self, step):
         """After the step: save its result, log it, show epsilon. After Ctrl-C leave, if steps are left."""
         engine, spent, total = self.engine, len(self.rows), self.plan["steps"]
         self.done, self.examples = self.done + 1, self.examples + engine.last["examples"]
         leaving = agreed(self.stop.asked) and spent < total
-        tuned = dict(zip(engine.names, engine.parameters, strict=True))
-        files.save(
-            {
-                "tuned": tuned, "average": self.average, "optimizer": self.optimizer.state_dict(),
-                "done": self.done
-            },
-            self.folder / "state.pt",
-        )
+        self.save()
         every = max(1, total // 100)  # tight accounting takes a tenth of a second
         if spent > self.covered:  # of the last step that the bar will show it for, so it is never too small
             self.covered = min(spent + every - 1, total)
@@ -160,13 +154,18 @@ class Private:
         files.append_row(row, self.folder / "log.jsonl")
         shown = {"epsilon": round_up(self.epsilon)}
         if self.s.show_private:  # exact numbers of private batches: epsilon does not cover them
-            shown |= {
-                "loss": f"{engine.last['loss']:.4f}", "clipped": f"{engine.last['clipped_fraction']:.0%}",
-                "examples_per_s": f"{self.examples / (time.monotonic() - self.begin):.0f}"
-            }
+            shown |= {"loss": f"{engine.last['loss']:.4f}",
+                      "clipped": f"{engine.last['clipped_fraction']:.0%}",
+                      "examples_per_s": f"{self.examples / (time.monotonic() - self.begin):.0f}"}
         self.bar.set_postfix(shown)
         if leaving:
             self.stop.leave(self.s.out)
+
+
+def lines_of(path):
+    """How many lines a ledger has, a torn one included. Counted, not parsed: this stands in every step."""
+    text = path.read_bytes() if path.exists() else b""
+    return text.count(b"\n") + bool(text and not text.endswith(b"\n"))
 
 
 def epsilon_after(s, plan, steps):

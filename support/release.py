@@ -18,13 +18,15 @@ from extensions import lora
 from support import checkpoints, conditions, files, guarantee
 from support.rounding import round_up
 
+MOST = 60  # rows of images in a picture
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
 def write_release(s, vae_checkpoint, ldm_checkpoint, model, private, privacy, public):
-    """release/: model.pt, privacy.json, samples.png, comparison.png (real public | before | after tuning).
+    """release/: model.pt, privacy.json, MODEL_CARD.md, samples.png, comparison.png.
 
-    One row of images per class; of a text model per prompt: prompts.txt. private: only its schema is used.
+    comparison.png: real public images | before | after tuning. One row of images per class; of a text model
+    per prompt: prompts.txt. At most MOST rows. private: only its schema is used.
     """
     lora.merge(model)
     classes, prompts = private.classes, conditions.class_prompts(s, private)
@@ -34,15 +36,17 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, private, privacy, pu
                "classes": classes, "crop": s.crop, "prompts": prompts,
                "data": {"public": datasets.kind_of(s.public), "public_classes": s.public_classes,
                         "private": datasets.kind_of(s.private), "label_attribute": s.label_attribute},
-                        "privacy": privacy}
+               "privacy": privacy}
     files.save({**content, "model": model.state_dict()}, s.out / "release" / "model.pt")
     files.write_json(privacy, s.out / "release" / "privacy.json")
+    with files.replacing(s.out / "release" / "MODEL_CARD.md") as file:
+        file.write(model_card(privacy, classes, s.out.resolve().name).encode())
     lines = max(1, (6 if s.crop < 128 else 2) // len(classes))  # of ten images, for each class
-    row_classes = [label for label in range(len(classes)) for _ in range(lines)]
+    row_classes = [label for label in range(len(classes)) for _ in range(lines)][:MOST]
     labels = torch.tensor(row_classes).repeat_interleave(10)
     if prompts:
-        row_prompts = [prompt for options in prompts for prompt in options[:lines]]
-        row_classes = [label for label, options in enumerate(prompts) for _ in options[:lines]]
+        row_prompts = [prompt for options in prompts for prompt in options[:lines]][:MOST]
+        row_classes = [label for label, options in enumerate(prompts) for _ in options[:lines]][:MOST]
         labels = [prompt for prompt in row_prompts for _ in range(10)]
         with files.replacing(s.out / "release" / "prompts.txt") as file:
             file.write("".join(f"{prompt}\n" for prompt in row_prompts).encode())
@@ -56,15 +60,13 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, private, privacy, pu
     rows, gap = [], torch.full((1, *after.shape[1:]), 96, dtype=torch.uint8)
     for i, label in enumerate(row_classes):
         alike = classes[label] in public.classes  # else any public images stand on the left
-        shown = (
-            public.images[public.labels == public.classes.index(classes[label])] if alike else public.images
-        )
+        shown = public.images
+        if alike:
+            shown = shown[public.labels == public.classes.index(classes[label])]
         real = pixels.crop(shown[4 * (i % lines if alike else i):][:4], s.crop)
         first = slice(10 * i, 10 * i + 6)
         rows += [real, gap.expand(5 - len(real), -1, -1, -1), before[first], gap, after[first]]
     pixels.save_grid(torch.cat(rows), s.out / "release" / "comparison.png", 18)
-    with files.replacing(s.out / "release" / "MODEL_CARD.md") as file:
-        file.write(model_card(privacy, classes, s.out.name).encode())
 
 
 def model_card(privacy, classes, name):
@@ -76,8 +78,9 @@ def model_card(privacy, classes, name):
         "group": round_up(float(p[guarantee.GROUP])), "detected": at_most(rates["0.01"]),
         "table": "\n".join(f"| {float(fpr):.1%} | {at_most(rate)} |" for fpr, rate in rates.items()),
         "limits": "\n".join(f"- {item}" for item in p["does_not_cover"]),
-        "enlarged": f"\nSharper than they are they cannot be: it was shown {p['enlarged']}."
+        "enlarged": f"\nThe images cannot be sharper than this: the model was trained on {p['enlarged']}."
         if p["enlarged"] else "",
+        "against": ", does not compute the noise (--fast-noise)" if p["fast_noise"] else "",
     }
     parts = dict(re.findall(r"<!-- (\w+) -->\n(.*?)\n<!-- end -->\n", TEMPLATE.read_text(), flags=re.DOTALL))
     kind = "unread" if not p["steps"] else "promise" if p["private"] else "void"

@@ -11,6 +11,7 @@ import errno
 import functools
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -48,7 +49,7 @@ class RunFolder:
         if not s.resume:
             for name, checkpoint in known.items():
                 files.save(checkpoint, s.out / "public" / name)
-            # evaluate.py's: judged alike
+            # evaluate.py's feature network, so that both runs are judged alike
             if rank() == 0 and s.init and (s.init / "public" / "features.pt").exists():
                 shutil.copy(s.init / "public" / "features.pt", s.out / "public")
             files.write_json({key: plain(value) for key, value in vars(s).items()},
@@ -61,6 +62,8 @@ class RunFolder:
         if checkpoint is None:
             checkpoint = make()
             files.save(checkpoint, self.s.out / "public" / name)
+            if rank() == 0:  # only now: after a crash the stage goes on from its last minute
+                (self.s.out / "internal" / name.replace(".pt", "_state.pt")).unlink(missing_ok=True)
         checkpoints.check_finite({"vae.pt": "autoencoder", "ldm.pt": "diffusion model"}[name], checkpoint)
         return checkpoint
 
@@ -95,8 +98,15 @@ def prepare(out, resume):
 
 
 def refuse_used(out):
-    """ValueError where `out` holds a run already."""
+    """ValueError where `out` holds a run already, or cannot be made."""
+    place = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ValueError(f"--out {out}: {place} is no folder that may be written to")
     if any((out / part).exists() and any((out / part).iterdir()) for part in PARTS):
+        if not (out / "internal" / "settings.json").exists():
+            raise ValueError(f"{out} holds files but no internal/settings.json, perhaps of a run that ended "
+                             "before it began; choose another --out, or empty this one if nothing in it is "
+                             "needed")
         raise ValueError(f"{out} already holds a run; go on with it (--resume --out {quoted(out)}), or "
                          f"choose another --out; {ADD_UP}")
 
@@ -117,7 +127,7 @@ def lock(out):
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
             raise
-    held = out / ".lock.held"
+    held = (out / ".lock.held").resolve()
     try:
         os.close(os.open(held, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
     except FileExistsError:
@@ -155,10 +165,14 @@ def check_unchanged(facts, path):
 
 
 def check_public(s, digests):
-    """Write down which public images there are (datasets.digests); refuse if a resumed run finds others."""
+    """Write down which public images there are (datasets.digests); refuse if a resumed run finds others.
+
+    Drawn images have no digests. They are always the same.
+    """
     path = s.out / "internal" / "public.json"
     found = hashlib.sha256(digests.numpy()).hexdigest()
     begun = any(path.parent.glob("*_state.pt")) or any((s.out / "public").glob("*.pt"))
+    # Where a stage has begun and nothing is written down, nobody knows which images they were.
     if not path.exists() and not (s.resume and begun and len(digests)):
         files.write_json({"images": found}, path)
     elif not path.exists() or files.read_json(path).get("images") != found:
@@ -195,6 +209,10 @@ def check_spent(out, plan):
             raise ValueError(f"cannot resume: the ledger has {spent} rows, but {name} tells of {count} "
                              "private steps; rows are missing, so epsilon is unknown. Bring back "
                              f"internal/ledger.jsonl from a copy; {ADD_UP}")
+    if logged > done:  # the state is written before the log
+        raise ValueError(f"cannot resume: internal/log.jsonl tells of {logged} private steps, and "
+                         f"internal/state.pt holds {done}; bring back the newest state.pt from a copy; "
+                         f"{ADD_UP}")
     if spent and not (plan["steps"] and (internal / "plan.json").exists()):
         raise ValueError(f"cannot resume: {spent} private steps are spent, but the plan they belong to, "
                          "internal/plan.json, is missing or says there are none. Bring it back from a copy; "
@@ -229,11 +247,11 @@ class Stop:
                 raise KeyboardInterrupt
             return
         self.asked, self.since = True, time.monotonic()
-        if not rank():
-            print("\nstopping after this step (once more: at once)", file=sys.stderr)
+        if rank() == 0:  # no print here: the signal may have come within another one
+            os.write(2, b"\nstopping after this step (once more: at once)\n")
 
     def leave(self, out):
-        if not rank():
+        if rank() == 0:
             print(f"stopped, nothing is lost; go on with: python train.py --resume --out {quoted(out)}",
                   file=sys.stderr)
         raise SystemExit(130)
@@ -274,7 +292,9 @@ def run_cli(main):
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:  # out of memory has three types
         text = str(error).strip().splitlines()[:1] or ["no more memory"]
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "memory" not in text[0]:
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and not re.search("out of memory|can't allocate memory|not enough memory|ALLOC_FAILED",
+                                       text[0]):
             raise
         print(f"error: out of memory {advice(error)} ({text[0][:100]})", file=sys.stderr)
         sys.exit(2)

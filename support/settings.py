@@ -20,15 +20,15 @@ from support import checkpoints, files, hardware, presets, run_folder
 from support.files import plain
 
 GRADIENTS = {"bookkeeping": bookkeeping, "loop": dp_sgd.loop, "vmap": dp_sgd.vmap}  # --method
-# These may differ when a run is resumed: they change where and how fast, not what is computed or guaranteed.
-FREE = {"given", "preset", "out", "init", "resume", "dry_run", "device", "precision", "data_root", "cache",
-        "micro_batch",
-        "method", "show_private", "watch"}
+# Not compared when a run is resumed: they change neither what is computed nor what is guaranteed.
+FREE = {"given", "out", "init", "resume", "dry_run", "device", "precision", "data_root", "cache",
+        "micro_batch", "method", "show_private", "watch"}
 # Post-processing: a resumed run keeps them, and may change them.
 SAMPLING = {"sample_steps", "sample_eta", "guidance"}
 LARGEST_RANK = 1024  # of LoRA
 VAE_FLAGS = {"vae_steps", "vae_batch", "vae_lr", "kl_weight", "perceptual_weight", "adversarial_weight",
              "adversarial_start"}
+LDM_FLAGS = {"ldm_steps", "ldm_batch", "ldm_lr", "text_length", "text_width", "text_layers"}
 # What --help leaves out, and --help-all shows.
 RARE = {"precision", "insecure_seed", "fast_noise", "show_private", "cache", "public_classes", "flips",
         "text_length", "text_width", "text_layers", "factor", "latent_channels", "width", "depth",
@@ -44,6 +44,11 @@ def yes_or_no(word):
     return word == "yes"
 
 
+def flag(key):
+    """A setting's flag: "vae_lr" -> "--vae-lr"."""
+    return "--" + key.replace("_", "-")
+
+
 def parse(argv):
     """Command line -> settings: the preset's values, overridden by flags. ValueError for impossible ones."""
     p = run_folder.Parser(description="Train DP-LDM: two public stages, one private stage.",
@@ -55,7 +60,7 @@ def parse(argv):
     def flags(title, *rows):
         group = p.add_argument_group(title)
         for key, kind, meaning, *choices in rows:
-            group.add_argument("--" + key.replace("_", "-"), type=kind,
+            group.add_argument(flag(key), type=kind,
                                choices=choices[0] if choices else None,
                                help=f"{meaning} [{presets.DIGITS[key]}]")
 
@@ -154,13 +159,12 @@ def parse(argv):
     given = {k: v for k, v in vars(p.parse_args(argv)).items() if k not in defaults or v != defaults[k]}
     for key in {"public", "private"} & given.keys():  # with the whole path: a resumed run may begin elsewhere
         given[key] = datasets.resolved(given[key], given.get("data_root"))
-    if "public" in given and "public_n" not in given:
-        # A preset's number is of what it draws.
-        given |= {} if datasets.partly_drawn(given["public"]) else {"public_n": None}
-    s = argparse.Namespace(**{**defaults, **presets.DIGITS, **presets.PRESETS[given.get("preset", "digits")],
-                              **given})
+    preset = presets.DIGITS | presets.PRESETS[given.get("preset", "digits")]
+    if "public" in given and not datasets.partly_drawn(given["public"]):
+        preset["public_n"] = None  # a preset's number is how many to draw; of other sets all are used
+    s = argparse.Namespace(**{**defaults, **preset, **given})
     s.out = given.get("out", Path("runs") / s.preset)
-    # every level but the last halves the image
+    # f = 2^(levels - 1): each level but the last halves the side.
     levels = int(s.factor).bit_length() if s.factor else len(s.vae.ch_mult)
     s.vae = replace(s.vae, resolution=s.size or s.vae.resolution,
                     z_channels=s.latent_channels or s.vae.z_channels,
@@ -176,11 +180,10 @@ def parse(argv):
         s.resume = False
     if s.resume:
         adopt_settings(s, given)
-    if s.condition == "none":  # cross-attention then asks the pixels themselves
+    if s.condition == "none":  # without a context, cross-attention becomes self-attention
         s.unet, s.cond_drop = replace(s.unet, context_dim=None), 0.0
-    elif not (
-        s.unet.use_spatial_transformer and s.unet.context_dim
-    ):  # the authors' faces have no condition: give it a way in
+    elif not (s.unet.use_spatial_transformer and s.unet.context_dim):
+        # The authors' faces have no condition: give it a way in.
         s.unet = replace(s.unet, use_spatial_transformer=True, context_dim=512)
     try:
         check(s)
@@ -195,7 +198,8 @@ def adopt_settings(s, given):
     for key, value in files.read_json(path).items():
         if key in FREE or key in SAMPLING and key in given:
             continue
-        if key in given and plain(given[key]) != value:
+        no_null_class = (key, value) == ("cond_drop", 0.0)  # whatever the flag was
+        if key in given and plain(given[key]) != value and not no_null_class:
             raise ValueError(f"--resume: this run began with {key} = {value}, not {given[key]}; leave the "
                              f"flag out ({run_folder.ADD_UP})")
         with files.understanding(path, "file"):
@@ -211,12 +215,8 @@ def restored(default, value):
         return type(default)(**value)
     if isinstance(default, float):
         return float(value)  # also "inf"
-    if (
-        value is not None
-        and default is not None
-        and type(value) is not type(default)
-        or isinstance(value, (dict, list))
-    ):
+    known = value is not None and default is not None
+    if known and type(value) is not type(default) or isinstance(value, (dict, list)):
         raise ValueError(f"{value!r:.40} where {default!r} might be")
     return value
 
@@ -226,7 +226,7 @@ def check(s):
     def demand(keys, good, text):
         for key in keys.split():
             if getattr(s, key) is not None and not good(getattr(s, key)):
-                raise ValueError(f"--{key.replace('_', '-')} must {text}, got {getattr(s, key)}")
+                raise ValueError(f"{flag(key)} must {text}, got {getattr(s, key)}")
 
     for keys, low, high in (  # the upper ends are far beyond any use, and keep sizes within 64 bits
             ("vae_steps ldm_steps vae_batch ldm_batch batch_size micro_batch public_n private_n", 1, 10 ** 9),
@@ -249,9 +249,10 @@ def check(s):
     demand("cond_drop ema", lambda v: 0 <= v < 1, "lie in [0, 1)")
     demand("guidance", lambda v: abs(v) <= 1000, "be a number, at most 1000")
     demand("sample_eta", lambda v: 0 <= v <= 1, "lie in [0, 1]")
-    for flag, name in (("--public", s.public), ("--private", s.private)):
-        if datasets.REGISTRY[datasets.kind_of(name)].role == "public" and flag == "--private":
-            raise ValueError(f"--private {name}: this set is public only, nothing of it is held out")
+    if datasets.REGISTRY[datasets.kind_of(s.public)].role == "private":
+        raise ValueError(f"--public {s.public}: this set is for private images only")
+    if datasets.REGISTRY[datasets.kind_of(s.private)].role == "public":
+        raise ValueError(f"--private {s.private}: this set is public only, nothing of it is held out")
     if s.classes is not None:
         datasets.class_list(s.classes)
     demand("text_width", lambda v: 0 < v <= 10 ** 4 and v % 8 == 0, "be a multiple of 8, at most 10,000")

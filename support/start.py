@@ -36,6 +36,11 @@ def settings_of(argv):
     if s.resume:
         paths = [s.out / "public" / name for name in NAMES]
         known = {path.name: checkpoints.load_public(path) for path in paths if path.exists()}
+        # The plan is written when both are there.
+        if len(known) < 2 and ("ldm.pt" in known or (s.out / "internal" / "plan.json").exists()):
+            raise ValueError("cannot resume: public/vae.pt or public/ldm.pt is missing, and a network "
+                             "trained anew would not fit the other files; bring it back from a copy; "
+                             f"{run_folder.ADD_UP}")
     else:
         known = adopt(s) if s.init else {}
     s.bf16 = agreed(hardware.choose_bf16(s.precision, s.device))
@@ -43,15 +48,12 @@ def settings_of(argv):
                        ("latent_channels", s.vae.embed_dim), ("width", s.unet.model_channels),
                        ("depth", s.unet.num_res_blocks), ("prediction", s.schedule.prediction)):
         if getattr(s, key) not in (None, value):
-            flag = f"--{key.replace('_', '-')}"
-            raise ValueError(
-                f"{flag} {getattr(s, key)}: the network of {s.init} has {value}; leave out {flag}, or --init"
-            )
+            flag = settings.flag(key)
+            raise ValueError(f"{flag} {getattr(s, key)}: the network of {s.init} has {value}; leave out "
+                             f"{flag}, or --init")
     if s.unet.in_channels != s.vae.embed_dim:
-        raise ValueError(
-            f"the UNet of preset {s.preset} takes {s.unet.in_channels} latent channels, the autoencoder "
-            f"makes {s.vae.embed_dim}: use --init with runs of this preset only"
-        )
+        raise ValueError(f"the UNet of preset {s.preset} takes {s.unet.in_channels} latent channels, the "
+                         f"autoencoder makes {s.vae.embed_dim}: use --init with runs of this preset only")
     settings.check_sampling(s)  # again: the noise schedule may be that of --init now
     return s, known
 
@@ -75,14 +77,13 @@ def adopt(s):
     else:
         print(f"note: {s.init} has no diffusion model; only its autoencoder is reused")
     for key in s.given:
-        if key in settings.VAE_FLAGS or "ldm.pt" in known and key in ("ldm_steps", "ldm_batch", "ldm_lr"):
-            print(
-                f"note: --{key.replace('_', '-')} has no effect, the networks of {s.init} are taken as they "
-                "are"
-            )
+        if key in settings.VAE_FLAGS or "ldm.pt" in known and key in settings.LDM_FLAGS:
+            print(f"note: {settings.flag(key)} has no effect, the networks of {s.init} are taken as they are")
     for checkpoint in known.values():
         classes = checkpoint.get("public_classes", s.public_classes)
-        if checkpoint.get("trained_on") == s.public == "strokes" and classes != s.public_classes:
+        drawn = (datasets.parts(s.public)[0] == "strokes"
+                 and checkpoint.get("trained_on") == datasets.kind_of(s.public))
+        if drawn and classes != s.public_classes:
             raise ValueError(f"--public-classes {s.public_classes}: {s.init} was trained on {classes}; say "
                              f"--public-classes {classes}, or leave out --init")
     return known
@@ -103,16 +104,13 @@ def read_sets(s, known):
     origins = {s.public, *(str(c.get("trained_on")) for c in known.values())}
     # With --steps 0 too: the statement then says that no private image was read.
     if any(datasets.same_images(origin, s.private, s.data_root) for origin in origins):
-        raise ValueError(
-            f"--private {s.private}: the public networks know these images ({', '.join(sorted(origins))}), "
-            "so nothing would be private; choose another private or public set"
-        )
+        raise ValueError(f"--private {s.private}: the public networks know these images "
+                         f"({', '.join(sorted(origins))}), so nothing would be private; choose another "
+                         "private or public set")
     declared = s.classes and datasets.class_list(s.classes)
     if s.steps:
-        find_private = partial(
-            find_set, s, s.private, n=s.private_n, label_attribute=s.label_attribute, private=True,
-            classes=declared
-        )
+        find_private = partial(find_set, s, s.private, n=s.private_n, label_attribute=s.label_attribute,
+                               private=True, classes=declared)
     else:  # names of classes and attributes only
         find_private = partial(datasets.describe, s.private, s.data_root, s.vae.resolution, s.vae.in_channels,
                                s.label_attribute, declared)
@@ -122,11 +120,10 @@ def read_sets(s, known):
     private, public = find_private(), public_set(s, known)
     for title, found in (("--public", public), ("--private", private)):
         if found.images.shape[1] != s.vae.in_channels:
-            raise ValueError(
-                f"{title} {found.name} has {found.images.shape[1]} colour channels, the autoencoder of "
-                f"preset {s.preset} takes {s.vae.in_channels}: choose another preset or set"
-            )
-        if note := datasets.enlarged(found.name, s.vae.resolution):
+            raise ValueError(f"{title} {found.name} has {found.images.shape[1]} colour channels, the "
+                             f"autoencoder of preset {s.preset} takes {s.vae.in_channels}: choose another "
+                             "preset or set")
+        if (note := datasets.enlarged(found.name, s.vae.resolution)) and rank() == 0:
             print(f"note: {note}", file=sys.stderr)
     s.crop = private.side  # samples look like private images, whose padding is cut off again
     if s.dry_run:
@@ -156,9 +153,8 @@ def find_set(s, name, **kwargs):
     """datasets.load as the settings ask. A dry run only lists photographs and assumes an absent set."""
     size, channels = s.vae.resolution, s.vae.in_channels
     try:
-        return datasets.load(
-            name, "train", s.data_root, size, channels=channels, cache=s.cache, decode=not s.dry_run, **kwargs
-        )
+        return datasets.load(name, "train", s.data_root, size, channels=channels, cache=s.cache,
+                             decode=not s.dry_run, **kwargs)
     except datasets.DataError as error:
         entry = datasets.REGISTRY[datasets.kind_of(name)]
         n, classes = ASSUMED.get(name, (entry.n, len(entry.classes) or 2))
@@ -187,26 +183,24 @@ def refuse_known(s, private, digests, stages):
         if isinstance(own, torch.Tensor) and own.dtype == torch.int64:
             known.append(own.flatten())
         elif not datasets.is_drawn(origin):
-            raise ValueError(
-                f"the public networks (trained on {origin}) were made before digests of their images were "
-                "recorded, so private images may be among them: train the public stages again"
-            )
+            raise ValueError(f"the public networks (trained on {origin}) were made before digests of their "
+                             "images were recorded, so private images may be among them: train the public "
+                             "stages again")
     if shared := int(torch.isin(datasets.digests(private), torch.cat(known)).sum()):
-        raise ValueError(
-            f"--private {s.private}: {shared} of its images are among the images that the public networks "
-            "were trained on, so nothing would be private; choose another private or public set"
-        )
+        raise ValueError(f"--private {s.private}: {shared} of its images are among the images that the "
+                         "public networks were trained on, so nothing would be private; choose another "
+                         "private or public set")
 
 
 def embedder(s, known, public, private):
     """The condition embedder's entry in the checkpoints: of the networks at hand, else as the settings ask.
 
-    Refuses a wrong --tune (ValueError), and says which words the public model does not know: both before any
-    work.
+    Refuses a wrong --tune and a public model of too few classes (ValueError), and says which words the public
+    model does not know: all before any work.
     """
-    entry = (
-        known["ldm.pt"]["embedder"] if "ldm.pt" in known else conditions.embedder_entry(s, public, private)
-    )
+    entry = (known["ldm.pt"]["embedder"] if "ldm.pt" in known
+             else conditions.embedder_entry(s, public, private))
+    conditions.check_classes(entry, private.classes)
     with torch.device("meta"):  # no memory, no time
         lora.tuned(unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(entry)), s)
     names = ", ".join(private.classes)

@@ -81,10 +81,12 @@ def own_part(found):
 
 
 def own_device(device):
-    """cuda -> cuda:i, the i-th for the i-th process of this machine."""
+    """cuda -> cuda:i, the i-th for the i-th process of this machine. ValueError if they want one together."""
+    if world() > 1 and device.startswith("cuda:"):
+        raise ValueError("several processes need a card each: say --device cuda")
     if world() > 1 and device == "cuda":
-        local, needed = int(os.environ.get("LOCAL_RANK",
-                                           rank())), int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+        local = int(os.environ.get("LOCAL_RANK", rank()))
+        needed = int(os.environ.get("LOCAL_WORLD_SIZE", world()))
         if torch.cuda.device_count() < needed:
             raise ValueError(f"{needed} processes need as many CUDA devices, found "
                              f"{torch.cuda.device_count()}; or --device cpu")
@@ -113,9 +115,8 @@ def collective(operation, tensors):
 def mean_gradients(parameters, also=None):
     """Mean over the processes, in place, of gradients, and of the weights of `also`, trained by itself."""
     if world() > 1:
-        together = [p.grad for p in parameters if p.grad is not None] + list(
-            () if also is None else also.parameters()
-        )
+        together = [p.grad for p in parameters if p.grad is not None]
+        together += [] if also is None else also.parameters()
         collective(lambda flat: dist.all_reduce(flat.div_(world())), together)
 
 

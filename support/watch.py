@@ -35,8 +35,7 @@ def watcher(s, plan, model, autoencoder, scale, private, embedder):
     if every == 0 or rank() > 0:
         return lambda step: None
     release = sample.Release(autoencoder.to(s.device), model, scale, s.schedule, private.classes, s.crop, {},
-                             {},
-                             checkpoints.build_tokenizer(embedder), conditions.class_prompts(s, private),
+                             {}, checkpoints.build_tokenizer(embedder), conditions.class_prompts(s, private),
                              s.bf16)
     labels = torch.arange(min(MOST, len(private.classes)))
     rows = []
@@ -44,8 +43,7 @@ def watcher(s, plan, model, autoencoder, scale, private, embedder):
     def draw(step):
         if (step + 1) % every == 0:
             rows.append(sample.generate(release, labels, s.sample_steps, s.sample_eta, s.guidance,
-                                        seed=s.seed,
-                                        progress=False))
+                                        seed=s.seed, progress=False))
             pixels.save_grid(torch.cat(rows), s.out / "release" / "progress.png", len(labels))
 
     draw(-1)

@@ -200,7 +200,7 @@ MUTATIONS = [Mutation(*m) for m in (
      (("    if private and not names:\n", "    if False:\n"),),
      "tests/test_faces.py::test_the_classes_of_private_arrays_are_declared_and_never_counted"),
     (28, "the private set is not said to be private", "support/start.py",
-     (("label_attribute=s.label_attribute, private=True,", "label_attribute=s.label_attribute,"),),
+     (("private=True, classes=declared)", "classes=declared)"),),
      f"{PUBLIC}::test_private_classes_are_declared_on_the_command_line"),
     (28, "a class folder counts by its pictures", "datasets/photos.py",
      (("            top = sorted(folders, key=natural)\n",

@@ -180,7 +180,7 @@ def half_a_checkpoint(value, file):
 
 
 def is_state(value, *rest):
-    return isinstance(value, dict) and "done" in value
+    return isinstance(value, dict) and value.get("done", 0) > 0
 
 
 # point: (object, name, what it does before it fails, which calls count, rows and updates on disk afterwards)
@@ -219,6 +219,47 @@ def test_a_full_disk_is_one_line(public, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as left:
         run_folder.run_cli(lambda: train.main(command(tmp_path / "run", public, 3)))
     assert left.value.code == 2 and "No space left" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_disk_without_room_for_the_state_costs_no_step(public, tmp_path, monkeypatch):
+    save = torch.save
+
+    def full(value, *rest):
+        if isinstance(value, dict) and "done" in value:
+            raise EXCEPTIONS[2]
+        save(value, *rest)
+
+    for _ in range(3):  # a command that begins again whenever it fails
+        with monkeypatch.context() as patch, pytest.raises((OSError, ValueError), match="No space left"):
+            patch.setattr(torch, "save", full)
+            train.main(command(tmp_path / "run", public, 3))
+    assert not ledger(tmp_path / "run")
+    train.main(command(tmp_path / "run", public, 3))
+    check_finished(tmp_path / "run", 3)
+
+
+def test_a_public_stage_is_not_forgotten_before_its_result_is_written(tmp_path, monkeypatch):
+    out, save = tmp_path / "run", files.save
+    args = [*TINY, *FREE, "--steps", "0", "--vae-steps", "3", "--out", str(out)]
+
+    def full(value, path):
+        if path.name == "vae.pt":
+            raise EXCEPTIONS[2]
+        save(value, path)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(files, "save", full)
+        patch.setattr(progress.time, "monotonic", itertools.count(0, 100).__next__)  # saved after each step
+        train.main(args)
+    state = files.load(out / "internal" / "vae_state.pt")
+    assert state["step"] == 3
+    monkeypatch.setattr(progress.Public, "show", None)  # no step of stage 1 is made again
+    with pytest.raises(TypeError):  # of stage 2
+        train.main(["--resume", "--out", str(out), *FREE])
+    average = dict(zip(state["model"], state["average"], strict=False))
+    assert not (out / "internal" / "vae_state.pt").exists() and average
+    weights = files.load(out / "public" / "vae.pt")["state"]
+    assert all(torch.equal(a, b) for a, b in zip(state["average"], weights.values(), strict=True))
 
 
 # --------------------------------------------------------------------------------------------------- resuming
@@ -412,6 +453,40 @@ def test_the_log_too_knows_of_steps(tmp_path):
     (tmp_path / "internal" / "log.jsonl").write_text("{}\n{}\n")
     with pytest.raises(ValueError, match="internal/log.jsonl tells of 2 private steps; rows are missing"):
         run_folder.check_spent(tmp_path, PLAN)
+
+
+def test_a_state_older_than_the_log_is_refused(stopped, tmp_path):
+    """Else the run would go on from the untuned model with the rest of the budget, in silence."""
+    for state in (None, {"done": 0}):
+        out = tmp_path / str(state is None)
+        shutil.copytree(stopped, out)
+        (out / "internal" / "log.jsonl").write_text("{}\n")
+        (out / "internal" / "state.pt").unlink(missing_ok=True)
+        if state:
+            files.save(state, out / "internal" / "state.pt")
+        with pytest.raises(ValueError, match="log.jsonl tells of 1 private steps.*state.pt holds 0"):
+            train.main(["--resume", "--out", str(out), *FREE])
+
+
+def test_rows_that_ran_together_do_not_end_a_run_for_ever(stopped, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(stopped, out)
+    with open(out / "internal" / "ledger.jsonl", "rb+") as file:  # two machines wrote at once
+        row = file.read()
+        file.seek(0, 2)
+        file.write(row[:-5] + row[:-5] + b"\n")
+    train.main(["--resume", "--out", str(out), *FREE])
+    assert files.read_json(out / "release" / "privacy.json")["steps"] == 3 == len(
+        files.ledger_rows(ledger(out).decode(), PLAN))
+
+
+@pytest.mark.parametrize("name", ["vae.pt", "ldm.pt"])
+def test_a_public_network_that_is_gone_is_not_trained_anew(stopped, tmp_path, name):
+    out = tmp_path / "run"
+    shutil.copytree(stopped, out)
+    (out / "public" / name).unlink()
+    with pytest.raises(ValueError, match="public/vae.pt or public/ldm.pt is missing"):
+        train.main(["--resume", "--out", str(out), *FREE])
 
 
 def test_a_finished_release_survives_the_loss_of_its_checkpoint(stopped, tmp_path):

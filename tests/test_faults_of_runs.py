@@ -11,7 +11,7 @@ import evaluate
 import sample
 import train
 from extensions import audit
-from support import files, run_folder, scored
+from support import files, run_folder, scored, team
 
 TINY = ["--preset", "smoke", "--vae-steps", "1", "--ldm-steps", "1", "--public-n", "80", "--private-n", "200",
         "--batch-size", "20", "--steps", "1", "--delta", "1e-3", "--sample-steps", "1", "--device", "cpu",
@@ -108,6 +108,59 @@ def test_a_file_system_without_locks(number, tmp_path, monkeypatch):
 def test_a_folder_that_holds_a_run_is_refused_by_a_dry_run_as_well(run):
     with pytest.raises(ValueError, match="already holds a run"):
         train.main([*TINY, "--dry-run", "--out", str(run)])
+
+
+def test_a_folder_that_cannot_hold_a_run_is_refused_at_once(tmp_path, run):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="is no folder that may be written to"):
+        train.main([*TINY, "--dry-run", "--out", str(tmp_path / "file" / "r")])
+    (tmp_path / "begun" / "public").mkdir(parents=True)
+    (tmp_path / "begun" / "public" / "vae.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="no internal/settings.json"):
+        train.main([*TINY, "--out", str(tmp_path / "begun")])
+
+
+def test_flags_that_contradict_nothing_are_no_reason_to_refuse(tmp_path, run, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (120, 28, 28), dtype=np.uint8)
+    np.savez(tmp_path / "public.npz", images=images, labels=np.arange(120) % 10)
+    out, public = tmp_path / "r", f"npz:{tmp_path / 'public.npz'}"
+    train.main([*TINY, "--public", public, "--condition", "none", "--cond-drop", "0.2", "--out", str(out)])
+    train.main([*TINY, "--public", public, "--condition", "none", "--cond-drop", "0.2", "--resume", "--out",
+                str(out)])
+    without = [word for word in TINY if word not in ("--public-n", "80")]
+    train.main([*without, "--public", public, "--resume", "--out", str(out)])
+    with pytest.raises(ValueError, match="began with preset = smoke"):
+        train.main(["--preset", "mnist", "--resume", "--out", str(out)])
+
+
+def test_too_few_public_classes_are_refused_before_anything_is_made(tmp_path, run):
+    images = np.random.default_rng(0).integers(0, 256, (200, 28, 28), dtype=np.uint8)
+    np.savez(tmp_path / "own.npz", images=images, labels=np.arange(200) % 50)
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(ValueError, match="classes, fewer than the 50 private ones"):
+            train.main([*TINY, "--private", f"npz:{tmp_path / 'own.npz'}", "--private-n", "100", "--classes",
+                        "50", "--init", str(run), "--out", str(tmp_path / "r"), *more])
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("text, known", [
+    ("CUDA out of memory. Tried to allocate 2 GiB", True),
+    ("DefaultCPUAllocator: can't allocate memory", True),
+    ("CUDA error: an illegal memory access was encountered", False),
+    ("required rank 4 tensor to use channels_last memory format", False)])
+def test_what_is_called_out_of_memory(text, known, capsys):
+    def fails():
+        raise RuntimeError(text)
+
+    with pytest.raises(SystemExit if known else RuntimeError):
+        run_folder.run_cli(fails)
+    assert ("out of memory" in capsys.readouterr().err) == known
+
+
+def test_several_processes_are_not_put_on_one_card(monkeypatch):
+    monkeypatch.setattr(team, "world", lambda: 2)
+    with pytest.raises(ValueError, match="say --device cuda"):
+        team.own_device("cuda:0")
 
 
 def test_paths_of_sets_are_stored_whole(tmp_path, monkeypatch, run):

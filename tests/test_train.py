@@ -113,7 +113,10 @@ def test_only_the_chosen_parameters_changed(run):
 
 def test_public_networks_that_know_the_private_pictures_are_refused(run, tmp_path):
     with pytest.raises(ValueError, match="public networks know these images"):
-        train.main(["--preset", "smoke", "--public", "mnist10k", "--private", "mnist10k", "--out",
+        train.main(["--preset", "smoke", "--public", "mnist", "--private", "mnist10k", "--out",
+                    str(tmp_path / "r")])
+    with pytest.raises(ValueError, match="mnist10k: this set is for private images only"):
+        train.main(["--preset", "smoke", "--public", "mnist10k", "--private", "mnist", "--out",
                     str(tmp_path / "r")])
     # an earlier run's networks, made from digits that are private now
     shutil.copytree(run, tmp_path / "tainted")
