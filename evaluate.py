@@ -169,13 +169,15 @@ def covered(points, centres, k=NEIGHBOURS):
     return (torch.cdist(points, centres, **exact) <= radius).any(dim=1).double().mean().item()
 
 
-def public_features(public_folder, public, channels, size, root=None, device="cpu", progress=True):
+def public_features(public_folder, public, channels, size, root=None, device="cpu", progress=True,
+                    frame=None):
     """(model, name) of the feature network: a small CNN, trained on the PUBLIC set and kept as features.pt.
 
     It is trained anew if the file is missing, damaged or made with other settings. With public_folder None it
     is not kept. Omniglot is read without labels, so its runs use the network of "strokes". Runs with a part
-    of the strokes (--public-classes) use the network of all strokes, so that their distances compare.
-    datasets.DataError if the set is absent or has one class only.
+    of the strokes (--public-classes) use the network of all strokes, so that their distances compare. frame:
+    the side of the networks' images, and the side to which grey samples are cut; the public images are cut
+    alike. ValueError if the set is absent, has one class only or does not fit.
     """
     public = "strokes" if public == "omniglot" else public
     kind = datasets.kind_of(public)
@@ -192,7 +194,10 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError):
         # Sets drawn by a program: draw only as many images as are used. Other sets are read whole (None).
         n = FEATURE_IMAGES if datasets.partly_drawn(public) else None
-        found = datasets.load(public, "train", root, size, n=n, channels=channels)
+        whole, cut = frame or (size, size)
+        found = datasets.load(public, "train", root, whole if channels == 1 else size, n=n, channels=channels)
+        if channels == 1:  # grey images are padded, never resized
+            found.images = scored.shrink(pixels.crop(found.images, cut))
         classes = len(found.classes)
         if classes < 2:
             raise datasets.DataError(f"the public set {kind} has one class only, a feature network needs "
@@ -237,7 +242,7 @@ def on_real_images(args, release, run, private, recipe, images, labels, real_set
     """
     settings = run / "internal" / "settings.json"  # were all private images used?
     n = files.read_json(settings).get("private_n") if settings.exists() else None
-    train = scored.load_private(release, private, "train", args.data_root, n)
+    train = scored.load_private(release, private, "train", args.data_root, n, scored.cache_of(run))
     model = train_classifier(images=train.images, labels=train.labels, num_classes=len(release.classes),
                              device=args.device, generator=torch.Generator().manual_seed(args.seed),
                              bf16=release.bf16, **recipe)
@@ -286,6 +291,8 @@ def samples_of(args, release, n):
     steps = protocol["steps"] if args.steps is None else args.steps
     eta = protocol["eta"] if args.eta is None else args.eta
     guidance = 1.0 if args.guidance is None else args.guidance
+    if release.model.embedder is None and guidance != 1:
+        raise ValueError("this model is unconditional: it has no use for --guidance")
     labels = sample.uniform_labels(n, len(release.classes))  # not as in the private set
     images = sample.generate(release, labels, steps, eta, guidance, args.seed)
     sampler = f"DDIM, {steps} steps, eta {eta:g}, guidance {guidance:g}, seed {args.seed}, uniform labels"
@@ -293,7 +300,7 @@ def samples_of(args, release, n):
 
 
 def distance_of(args, release, folder, public, images, split, real, lap):
-    """Result of `compare` and its circumstances, a dict; None if the public set is absent or has one class.
+    """Result of `compare` and its circumstances, a dict; None if the public set cannot be used.
 
     folder: public/ of the run, or None. images: samples. split, real: name and ImageSet of the held-out set.
     lap: notes the seconds since its last call under a name.
@@ -302,8 +309,9 @@ def distance_of(args, release, folder, public, images, split, real, lap):
     try:
         if args.features:  # another set than the run's own, so the network is not kept
             folder, public = None, args.features
-        judge, name = public_features(folder, public, images.shape[1], size, args.data_root, args.device)
-    except datasets.DataError as error:  # the accuracies stand without it
+        judge, name = public_features(folder, public, images.shape[1], size, args.data_root, args.device,
+                                      frame=(release.vae.config.resolution, release.crop))
+    except ValueError as error:  # the accuracies stand without it
         print(f"Frechet distance skipped: {error}")
         return None
     lap("feature network")
@@ -320,7 +328,8 @@ def parse(argv):
     add("run", help="run folder, release folder or model.pt")
     add("--protocol", choices=list(PROTOCOLS), default="quick",
         help="table: hours on a CPU; strict: days [quick]")
-    add("--n", type=int, help="samples [10,000 quick, 50,000 table, 60,000 strict; all of --samples]")
+    add("--n", type=int, help="samples [10,000 quick, 50,000 table, 60,000 strict; all of --samples; 1,000 "
+        "with --memorisation]")
     add("--steps", type=int, help="DDIM steps [30 quick, else 200]")
     add("--eta", type=float, help="fresh noise per DDIM step, 0..1 [0 quick, else 1]")
     add("--guidance", type=float, help="classifier-free guidance weight [1 = none]")
@@ -339,7 +348,7 @@ def parse(argv):
         help="of sampling and classifiers [auto: the faster]")
     add("--out", help="JSON to write [RUN/internal/evaluation.json]")
     args = parser.parse_args(argv)
-    if args.features and args.features not in datasets.names("public"):
+    if args.features and datasets.REGISTRY[datasets.kind_of(args.features)].role == "private":
         raise ValueError(f"--features: {args.features!r} is none of {', '.join(datasets.names('public'))}")
     known = PROTOCOLS[args.protocol]["recipes"]
     args.classifiers = [word.strip() for word in (args.classifiers or ",".join(known)).split(",")]
@@ -368,7 +377,7 @@ def main(argv=None):
     # Read the held-out images before the long work, so that missing ones are reported at once.
     if whole:
         scored.check_held_out(run, release, private, args.data_root)
-    real_sets = scored.held_out_sets(release, args.data_root, private)
+    real_sets = scored.held_out_sets(release, args.data_root, private, scored.cache_of(run))
     split, real = next(iter(real_sets.items()))  # the first one is for the distance; accuracy uses all
     if args.memorisation:
         from extensions import memorisation  # here, because it imports this file
@@ -381,10 +390,14 @@ def main(argv=None):
         nonlocal clock
         seconds[name], clock = time.monotonic() - clock, time.monotonic()
 
+    # The samples of an unconditional model, or of one class, have no labels to learn from.
+    words = args.classifiers if release.model.embedder is not None and len(release.classes) > 1 else []
+    for word in words:  # refuses a size for which there is no such network, before the long work
+        with torch.device("meta"):
+            network(protocol["recipes"][word]["kind"], release.vae.config.out_ch,
+                    min(scored.LARGEST, release.crop), len(release.classes))
     images, labels, sampler = samples_of(args, release, args.n or protocol["n"])
     lap("sampling")
-    # The samples of an unconditional model have no labels to learn from.
-    words = args.classifiers if release.model.embedder is not None else []
     recipes, scores = {word: dict(protocol["recipes"][word]) for word in words}, {}
     if not datasets.REGISTRY[datasets.kind_of(private)].jiggled:  # garments are always centred and upright
         for recipe in recipes.values():
@@ -399,8 +412,9 @@ def main(argv=None):
     if args.real and words:
         ceiling = on_real_images(args, release, run, private, recipes[words[0]], images, labels, real_sets)
         lap("classifier of real images")
-    if len(real) < 4:  # a covariance needs two images in each half
-        print(f"note: {len(real)} held-out images are too few for a Frechet distance, which is left out")
+    if min(len(real), len(images)) < 4:  # a covariance needs two images in each half
+        print(f"note: {len(images)} samples and {len(real)} held-out images are too few for a Frechet "
+              "distance, which is left out")
     elif not args.no_distance:
         folder = run / "public" if whole else None
         distance = distance_of(args, release, folder, public, images, split, real, lap)

@@ -253,12 +253,13 @@ def loss(model, x, kl_weight=1e-6, generator=None, perceptual=None, perceptual_w
 
 
 @torch.no_grad()
-def latent_scale(model, x, batch=256):
+def latent_scale(model, x):
     """1 / (standard deviation of the latents of x), a float. x: PUBLIC images (N, C, H, W) in [-1, 1].
 
     The scale is published, so private images would leak through it. The diffusion model sees z * scale,
-    because its noise schedule assumes unit variance. batch: images encoded at a time.
+    because its noise schedule assumes unit variance.
     """
+    few = max(1, 262_144 // x[0, 0].numel())  # at a time: 256 of 32 x 32 pixels
     # One scale for all channels and pixels. The latent of an image is the posterior's mean, not a sample.
-    z = torch.cat([model.encode(part).mean for part in x.split(batch)])
+    z = torch.cat([model.encode(part).mean for part in x.split(few)])
     return 1.0 / z.double().std().item()

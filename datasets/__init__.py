@@ -170,7 +170,8 @@ def prepared(images, size, channels, cache, root, decode):
 def describe(name, root=None, size=32, channels=3, label_attribute="Male", classes=None):
     """An ImageSet without images: names of classes and attributes, channels, side. No image is read.
 
-    It asks as for a private set: DataError if an own set's list of classes is not declared.
+    It asks as for a private set: DataError if an own set's list of classes is not declared, ValueError if its
+    images do not fit the size.
     """
     entry, root = REGISTRY[kind_of(name)], data_root(root)
     if len(both := parts(name)) == 2:
@@ -182,6 +183,8 @@ def describe(name, root=None, size=32, channels=3, label_attribute="Male", class
         entry = replace(entry, **entry.facts(ask))
     colour = entry.channels == 3
     images = torch.empty(0, channels if colour else 1, size, size, dtype=torch.uint8)
+    if not colour:  # what `load` would refuse
+        pixels.pad(torch.empty(1, 1, entry.side, entry.side, device="meta"), size)
     attributes = entry.attributes and dict.fromkeys(entry.attributes, torch.zeros(0).bool())
     return ImageSet(images, torch.zeros(0, dtype=torch.int64), list(entry.classes), None, attributes,
                     size if colour else entry.side, name)

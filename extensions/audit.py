@@ -125,7 +125,7 @@ def attack(schedule, m, clip_norm=1.0, clipping="flat", fast=False, rng=None):
     def loss_fn(model, rows):
         return LONGER * clip_norm * model(rows)[:, 0]
 
-    def released(engine, sigma):
+    def released(engine):
         engine.step(listener)
         return listener.seen * (engine.expected_batch_size / clip_norm)  # (m,), unit C
 
@@ -139,10 +139,10 @@ def attack(schedule, m, clip_norm=1.0, clipping="flat", fast=False, rng=None):
             for _ in range(steps):
                 batch = dp_sgd.poisson_sample(len(present), q, sampler)
                 engine.accumulate(loss_fn, present[batch])
-                y = released(engine, sigma)
+                y = released(engine)
                 weight = q / sigma ** 2
                 scores["sum"] += weight * y
-                scores["regenerated"] += weight * (y - released(rerun, sigma))
+                scores["regenerated"] += weight * (y - released(rerun))
                 if before is not None:
                     scores["differences"] += (y - before).abs()
                 before = y
@@ -242,10 +242,13 @@ def histogram(result, caption, path, width=800, height=400):
     top = max(c.max() for c in counts)
     image = Image.new("RGB", (width, height), "white")
     draw, (left, right, up, down) = ImageDraw.Draw(image), (60, width - 20, 60, height - 50)
-    x, y = (
-        (lambda s: left + (right - left) * (s - edges[0]) / (edges[-1] - edges[0])),
-        (lambda c: down - (down - up) * c / top),
-    )
+
+    def x(score):
+        return left + (right - left) * (score - edges[0]) / (edges[-1] - edges[0])
+
+    def y(number):
+        return down - (down - up) * number / top
+
     for a, b, n_in, n_out in zip(edges[:-1], edges[1:], *counts, strict=True):
         for n, colour in ((n_in, (70, 120, 220)), (n_out, (240, 150, 50)),
                           (min(n_in, n_out), (140, 140, 140))):
@@ -260,10 +263,8 @@ def histogram(result, caption, path, width=800, height=400):
         draw.text((left - 8, y(c)), f"{c:.0f}", fill="black", anchor="rm")
     draw.line([x(result["threshold"]), up, x(result["threshold"]), down], fill="black")
     draw.text((left, 10), caption, fill="black")
-    draw.text((left, 30),
-              "canaries with that score: blue in the data, orange not, grey both; line: threshold of the "
-              "estimate",
-              fill="black")
+    draw.text((left, 30), "canaries with that score: blue in the data, orange not, grey both; line: "
+              "threshold of the estimate", fill="black")
     draw.text((right, height - 20), "score: weighted sum of the canary's noisy gradients", fill="black",
               anchor="ra")
     with files.replacing(path) as file:
@@ -292,8 +293,9 @@ def main(argv=None):
     privacy, out = {}, args.out
     if args.run:
         counted, _ = read_run(args.run)
-        statement = Path(args.run, "release", "privacy.json")
-        privacy = files.read_json(statement) if statement.exists() else {}
+        places = [Path(args.run, *parts) for parts in (("release", "privacy.json"),
+                                                       ("internal", "settings.json"))]  # of an unfinished run
+        privacy = next((files.read_json(place) for place in places if place.exists()), {})
         schedule = [(q, sigma, steps) for (q, sigma), steps in counted.items()]
         out = out or Path(args.run, "internal", "audit.png")
         if privacy.get("insecure_seed"):
@@ -319,18 +321,14 @@ def main(argv=None):
     for name, bound in result["lower"].items():
         print(f"epsilon at least    {bound:6.2f}   rigorous at {CONFIDENCE:.0%} (Steinke et al. 2023), score "
               f"{name}: {result['right'][name]} of {result['guesses']} guesses right")
-    verdict = (
-        "VIOLATED: the engine does not keep its promise"
-        if best > result["upper_pld"]
-        else "no violation found"
-    )
-    print(verdict)
+    violated = best > result["upper_pld"]
+    print("VIOLATED: the engine does not keep its promise" if violated else "no violation found")
     if out:
         caption = (f"{plan[:60]}: epsilon at least {result['lower']['sum']:.2f} (rigorous), about "
                    f"{result['estimate']:.2f} (estimate), at most {result['upper_pld']:.2f}")
         histogram(result, caption, out)
         print(f"{out}: histograms of the scores")
-    return 1 if best > result["upper_pld"] else 0
+    return int(violated)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,8 @@ def caption(attributes, generator, omit=0.2, deny=0.02):
     Wording and order are random, drawn from `generator` (CPU). omit: probability that a true attribute goes
     unsaid; deny: that a false one is said ("without a hat"). "Male" and "Child" choose the noun and are
     always said. An attribute that the grammar does not know is said by its name: "Dark_Photo" gives
-    ", dark photo".
+    ", dark photo". A false "Young" and a false "No_Beard" have words of their own ("older", "with a beard"),
+    so they count as true ones.
     """
     random = dice(generator)
 

@@ -8,7 +8,6 @@ import math
 
 import torch
 
-import datasets
 import evaluate
 from datasets import pixels
 from support import files, scored
@@ -24,11 +23,12 @@ def memorised(samples, train, held_out, seed=0):
     """Are samples nearer to training images than to held-out ones? Features (N,D), (M,D), (L,D) -> dict.
 
     min(M, L) images of each kind are chosen at random. closer_to_training is the share of samples whose
-    nearest one is a training image: about 1/2 without memorisation, 1 for copies. The quantiles are of the
-    distances to the nearest image of each kind.
+    nearest one is a training image: about 1/2 without memorisation. If all samples are copies it is 1, or
+    1/2 + L / (2 M) where M > L, as only a part of the training images is compared. The quantiles are of the
+    distances to the nearest image of each kind; those to any_training look at all training images.
     """
     generator, count = torch.Generator().manual_seed(seed), min(len(train), len(held_out))
-    distances = {}
+    distances = {"any_training": nearest(samples, train)[0][:, 0]}
     for name, x in (("training", train), ("held_out", held_out)):
         chosen = x[torch.randperm(len(x), generator=generator)[:count]]
         distances[name] = nearest(samples, chosen)[0][:, 0]
@@ -46,16 +46,22 @@ def report(args, release, run, public, private, held_out):
     """Samples beside their nearest training and held-out images: PNG and JSON in RUN/internal/.
 
     args: of evaluate.py. Only for runs on this machine: their settings say which private images were used.
+    ValueError if none was.
     """
+    if not release.privacy.get("steps"):
+        raise ValueError("no private image was read in this run, so there is nothing to memorise")
     settings = files.read_json(run / "internal" / "settings.json")
-    train = scored.load_private(release, private, "train", args.data_root, settings["private_n"])
+    train = scored.load_private(release, private, "train", args.data_root, settings["private_n"],
+                                settings.get("cache"))
     samples, _, _ = evaluate.samples_of(args, release, args.n or 1000)
     three = (samples, train.images, held_out.images)
     try:
-        judge, space = evaluate.public_features(run / "public", public, samples.shape[1], samples.shape[-1],
-                                                args.data_root, args.device)
+        folder = None if args.features else run / "public"
+        judge, space = evaluate.public_features(folder, args.features or public, samples.shape[1],
+                                                samples.shape[-1], args.data_root, args.device,
+                                                frame=(release.vae.config.resolution, release.crop))
         points = [evaluate.features(judge, x) for x in three]
-    except datasets.DataError as error:
+    except ValueError as error:
         print(f"no feature network ({error}): distances of pixels instead")
         space, points = "pixels", [x.flatten(1).double() / 255 for x in three]
     result = {"note": "about private images, not covered by epsilon", "space": space,
@@ -63,12 +69,13 @@ def report(args, release, run, public, private, held_out):
     image = run / "internal" / "memorisation.png"
     save_neighbours(image, three, points)
     files.write_json(result, run / "internal" / "memorisation.json")
-    training, held = (" ".join(f"{d:.3g}" for d in result[f"distance_to_{kind}_min_1%_median"])
-                      for kind in ("training", "held_out"))
+    any_, training, held = (" ".join(f"{d:.3g}" for d in result[f"distance_to_{kind}_min_1%_median"])
+                            for kind in ("any_training", "training", "held_out"))
     share, error = (f"{result[key]:.1%}" for key in ("closer_to_training", "standard_error"))
     print(f"{share} +- {error} of {result['n']:,} samples are closer to a training image than to a held-out "
           f"one, {result['of_each']:,} of each (1/2: no memorisation)\n"
-          f"distance to the nearest, {space}; minimum, 1 %, median: training {training}, held out {held}\n"
+          f"distance to the nearest, {space}; minimum, 1 %, median: training {training}, held out {held}; "
+          f"of all {len(train):,} training images {any_}\n"
           f"{image}: sample | 4 nearest training | 4 nearest held out; PRIVATE images, never publish it")
     return 0
 

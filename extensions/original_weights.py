@@ -218,7 +218,8 @@ def convert(s, unet_file, vae_file, scale, images, digests, embedder, average=Fa
         scale = float(unet_weights.get("scale_factor", scale or 1.0))
         digests = digests[:0]  # no image of ours has a part in it
     else:
-        scale = vae.latent_scale(autoencoder.to(s.device), pixels.to_float(images[:4000].to(s.device)))
+        shown = images[:min(4000, 8_000_000 // s.vae.resolution ** 2)]  # as in train.py
+        scale = vae.latent_scale(autoencoder.to(s.device), pixels.to_float(shown.to(s.device)))
     vae_checkpoint = {"config": asdict(s.vae), "state": autoencoder.cpu().state_dict(), "scale": scale,
                       "trained_on": f"weights of {name}", "public_weights": [name], "steps": 0,
                       "digests": digests}
@@ -315,7 +316,8 @@ def main(argv=None):
             files.save(checkpoint, args.out / "public" / name)
             print(f"{args.out / 'public' / name}")
     init = shlex.quote(str(args.out))
-    print(f"go on with: python train.py --preset {args.preset} --init {init} --out runs/NAME")
+    flags = "".join(f" --{key} {shlex.quote(value)}" for key, value in given.items() if value is not None)
+    print(f"go on with: python train.py --preset {args.preset}{flags} --init {init} --out runs/NAME")
 
 
 if __name__ == "__main__":

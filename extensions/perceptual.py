@@ -52,7 +52,7 @@ class Adversary(nn.Module):
 
     It judges overlapping 70-pixel patches (Isola et al. 2017, appendix 6.1.2), is trained by the hinge loss
     and starts after `start` steps, when images are good enough to be judged. GroupNorm stands for the
-    original's BatchNorm: a image's score then depends on that image only, and there are no running
+    original's BatchNorm: an image's score then depends on that image only, and there are no running
     statistics to go wrong. Discriminator step first, then the autoencoder's term by the updated weights.
     `state_dict()` holds all that resuming needs, Adam's state included.
     """

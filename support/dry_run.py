@@ -68,6 +68,8 @@ def print_memory(s, model, public, private):
     # Weights, gradient, two moments, EMA; tuned ones: moments, EMA, clipped sum, a micro-batch's sum, noise.
     trained = count(p for p in model.parameters() if p.requires_grad)
     total, big = count(model.parameters()), 1e9
+    if s.perceptual_weight or s.adversarial_weight:
+        print("               not counted below: the perceptual and the adversarial term of stage 1")
     print(f"memory, GB     autoencoder {20 * count(autoencoder.parameters()) / big:.2f} + {first / big:.3f} "
           f"an image, latent diffusion {20 * total / big:.2f} + {second / big:.3f}, private tuning "
           f"{(4 * total + 24 * trained) / big:.2f} + {second / big:.3f}; images and latents "

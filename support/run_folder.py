@@ -104,9 +104,9 @@ def refuse_used(out):
         raise ValueError(f"--out {out}: {place} is no folder that may be written to")
     if any((out / part).exists() and any((out / part).iterdir()) for part in PARTS):
         if not (out / "internal" / "settings.json").exists():
-            raise ValueError(f"{out} holds files but no internal/settings.json, perhaps of a run that ended "
-                             "before it began; choose another --out, or empty this one if nothing in it is "
-                             "needed")
+            raise ValueError(f"{out} holds files but no internal/settings.json: networks for --init perhaps, "
+                             "or a run that ended before it began; choose another --out, or empty this one "
+                             "if nothing in it is needed")
         raise ValueError(f"{out} already holds a run; go on with it (--resume --out {quoted(out)}), or "
                          f"choose another --out; {ADD_UP}")
 

@@ -11,7 +11,7 @@ LARGEST = 64  # pixels; larger images are judged at this size
 
 
 def find_run(path):
-    """The folder around a release, and is it a run folder, with internal/ or public/ beside release/?"""
+    """(the folder around a release, whether it is a run folder: one with internal/ or public/ beside it)."""
     run = Path(path).resolve()
     run = run.parent if run.is_file() else run
     run = run.parent if run.name == "release" else run
@@ -41,13 +41,22 @@ def sources(release, run):
     """[name of the public set, name of the private set], for datasets.load.
 
     A release never says where own images lie, so for those the settings in the run folder are read.
-    ValueError if there are none.
+    ValueError if the private set is one's own and there are none.
     """
-    names = [release.data["public"], release.data["private"]]
-    if any(datasets.REGISTRY[name].own for name in names):
-        settings = files.read_json(run / "internal" / "settings.json")
+    names, path = [release.data["public"], release.data["private"]], run / "internal" / "settings.json"
+    if datasets.REGISTRY[names[1]].own and not path.exists():
+        raise ValueError(f"{run}: a release does not say where own images lie, the run folder's "
+                         "internal/settings.json does; evaluate that folder")
+    if any(datasets.REGISTRY[name].own for name in names) and path.exists():
+        settings = files.read_json(path)
         names = [settings["public"], settings["private"]]
-    return names
+    return names  # the public one may lack its place: then there is no feature network
+
+
+def cache_of(run):
+    """The run's --cache, where decoded private photographs may lie; None if there is none."""
+    path = run / "internal" / "settings.json"
+    return files.read_json(path).get("cache") if path.exists() else None
 
 
 def check_held_out(run, release, private, root=None):
@@ -60,7 +69,7 @@ def check_held_out(run, release, private, root=None):
                          "decided by their names then; train again, or evaluate on images of their own")
     config = release.vae.config
     held = datasets.load(private, "test", root, config.resolution, channels=config.in_channels,
-                         classes=release.classes,
+                         classes=release.classes, cache=cache_of(run),
                          label_attribute=release.data.get("label_attribute"))
     datasets.refuse_seen(files.load(path)["digests"], datasets.digests(held.images), private)
 
@@ -70,17 +79,17 @@ def shrink(images):
     return pixels.resize(images, min(LARGEST, images.shape[-1]))
 
 
-def held_out_sets(release, root=None, private=None):
+def held_out_sets(release, root=None, private=None, cache=None):
     """{name: ImageSet} of real images that no stage has seen, in the size of the samples.
 
-    First the private set's test split, then the official MNIST test digits if the data root has them.
-    ValueError if they do not fit the release.
+    First the private set's test split, then the official MNIST test digits if the data root has them. cache:
+    as of `load_private`. ValueError if they do not fit the release.
     """
     private, split = private or release.data["private"], release.data.get("private_split", "train")
     if split != "train":
         raise ValueError(f"nothing is held out: this release was trained on split {split!r} of {private}, "
                          "not 'train'")
-    real = load_private(release, private, "test", root)
+    real = load_private(release, private, "test", root, cache=cache)
     sets = {f"{len(real):,} held out of {datasets.kind_of(private)}": real}
     if private == "mnist10k":
         raw = datasets.data_root(root) / "MNIST" / "raw"
@@ -95,13 +104,16 @@ def held_out_sets(release, root=None, private=None):
     return sets
 
 
-def load_private(release, private, split, root=None, n=None):
-    """The private set as the release's samples look: their size (at most LARGEST), channels and classes."""
+def load_private(release, private, split, root=None, n=None, cache=None):
+    """The private set as the release's samples look: their size (at most LARGEST), channels and classes.
+
+    cache: the run's folder of decoded photographs (`cache_of`).
+    """
     channels = release.vae.config.out_ch
     size = release.crop if channels == 1 else min(release.crop, LARGEST)
     classes = release.classes if datasets.REGISTRY[datasets.kind_of(private)].own else None
-    real = datasets.load(private, split, root, size, n=n, channels=channels, classes=classes,
-                     label_attribute=release.data.get("label_attribute"))
+    real = datasets.load(private, split, root, size, n=n, channels=channels, classes=classes, cache=cache,
+                         label_attribute=release.data.get("label_attribute"))
     real.images = shrink(real.images)
     return real
 
@@ -125,7 +137,12 @@ def read_samples(path, release, n=None):
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"--samples: no file {path}; write one: python sample.py RUN --npz {path}")
-    found = arrays.read_npz(path, ("images", "labels") if release.model.embedder else ("images",))
+    keys = ("images", "labels") if release.model.embedder else ("images",)
+    with arrays.opened(path) as held:
+        if lacking := next((key for key in keys if key not in held), None):
+            raise ValueError(f"{path} has no array {lacking}; samples of --prompt have no labels, and cannot "
+                             "be scored by class")
+    found = arrays.read_npz(path, keys)
     # Samples of an unconditional model have no labels.
     labels = found.get("labels", np.zeros(len(found["images"]), np.uint8))
     images, labels = arrays.check(found["images"], labels, path, 0, len(release.classes) - 1)

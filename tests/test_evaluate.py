@@ -313,8 +313,8 @@ def test_a_classifier_of_real_images_gives_the_ceiling_and_judges_the_samples(ru
     swapped = real.labels.clone()
     swapped[real.labels == 1], swapped[real.labels == 2] = 2, 1
     np.savez(tmp_path / "s.npz", images=real.images[:, 0].numpy(), labels=swapped.numpy().astype(np.uint8))
-    monkeypatch.setattr(scored, "load_private", lambda release, private, split, root=None, n=None: (
-        real if split == "train" else datasets.load(private, split, root, 28)))
+    monkeypatch.setattr(scored, "load_private", lambda release, private, split, root=None, n=None, cache=None:
+                        real if split == "train" else datasets.load(private, split, root, 28))
     monkeypatch.setitem(evaluate.PROTOCOLS["quick"], "recipes", {"logreg": {"kind": "logreg",
                                                                             **evaluate.SIMPLE}})
     monkeypatch.setattr(evaluate, "FEATURE_IMAGES", 200)
@@ -336,7 +336,7 @@ def test_a_classifier_of_real_images_gives_the_ceiling_and_judges_the_samples(ru
 def test_the_ceiling_learns_as_many_private_images_as_the_run(run, monkeypatch):
     asked = []
 
-    def load(release, private, split, root=None, n=None):
+    def load(release, private, split, root=None, n=None, cache=None):
         asked.append((split, n))
         return datasets.load(private, split, root, 28, n=n)
 
@@ -392,6 +392,66 @@ def test_missing_public_set_costs_only_the_distance(run, monkeypatch, capsys):
     evaluate.main([str(run), "--classifiers", "logreg"])
     assert "skipped: no emnist here" in capsys.readouterr().out
     assert read_result(run)["distance"] is None and read_result(run)["accuracy"]["logreg"]
+
+
+def test_a_public_set_of_another_size_is_cut_as_samples_are(run, monkeypatch, tmp_path):
+    """Digits of 16 pixels, padded to 32 and cut again: strokes of 28 pixels take the same way."""
+    judge, _ = evaluate.public_features(None, "strokes", 1, 16, frame=(32, 16), progress=False)
+    assert evaluate.features(judge, torch.zeros(2, 1, 16, 16, dtype=torch.uint8)).shape[0] == 2
+    (_, same), (_, before) = (evaluate.public_features(None, "strokes", 1, 28, progress=False, **frame)
+                              for frame in ({"frame": (32, 28)}, {}))
+    assert same == before
+    np.savez(tmp_path / "wide.npz", images=np.zeros((72, 64, 64), np.uint8), labels=np.arange(72) % 2)
+    large = f"npz:{tmp_path / 'wide.npz'}"
+    evaluate.main([str(run), "--classifiers", "logreg", "--features", large])  # too large, which is said
+    assert read_result(run)["distance"] is None and read_result(run)["accuracy"]["logreg"]
+
+
+def test_a_set_of_ones_own_may_teach_the_feature_network(run, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (90, 28, 28), dtype=np.uint8)
+    np.savez(tmp_path / "own.npz", images=images, labels=np.arange(90) % 3)
+    evaluate.main([str(run), "--classifiers", "logreg", "--features", f"npz:{tmp_path / 'own.npz'}"])
+    assert "npz (3 classes" in read_result(run)["distance"]["features"]
+    with pytest.raises(ValueError, match="unknown data set 'npz'"):
+        evaluate.main([str(run), "--features", "npz"])
+
+
+def test_a_copied_release_needs_the_place_of_private_images_only(run, tmp_path):
+    change_release(run, data={"public": "folder", "private": "mnist10k"})
+    shutil.copytree(run / "release", tmp_path / "copy")
+    evaluate.main([str(tmp_path / "copy"), "--classifiers", "logreg", "--out", str(tmp_path / "s.json")])
+    assert json.loads((tmp_path / "s.json").read_text())["distance"] is None
+    change_release(run, data={"public": "strokes", "private": "folder"})
+    shutil.copy(run / "release" / "model.pt", tmp_path / "copy" / "model.pt")
+    with pytest.raises(ValueError, match="does not say where own images lie"):
+        evaluate.main([str(tmp_path / "copy"), "--classifiers", "logreg", "--out", str(tmp_path / "s.json")])
+
+
+def test_what_cannot_be_scored_is_said_before_the_long_work(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(sample, "generate", None)
+    monkeypatch.setitem(TINY["recipes"], "cnn", {**RECIPE, "kind": "paper-cnn"})
+    change_release(run, crop=16)
+    monkeypatch.setattr(scored, "held_out_sets", lambda *a: {"none": datasets.load("mnist10k", n=5)})
+    with pytest.raises(ValueError, match="no classifier 'paper-cnn' for images of 16 pixels"):
+        evaluate.main([str(run)])
+    np.savez(tmp_path / "p.npz", images=np.zeros((20, 16, 16), np.uint8), prompts=np.array(["a"] * 20))
+    with pytest.raises(ValueError, match="has no array labels; samples of --prompt"):
+        evaluate.main([str(run), "--classifiers", "logreg", "--samples", str(tmp_path / "p.npz")])
+
+
+def test_few_samples_and_one_class_cost_only_what_they_cannot_tell(run, tmp_path, capsys):
+    np.savez(tmp_path / "s.npz", images=np.zeros((3, 28, 28), np.uint8), labels=np.zeros(3, np.uint8))
+    evaluate.main([str(run), "--classifiers", "logreg", "--samples", str(tmp_path / "s.npz")])
+    assert "3 samples and" in capsys.readouterr().out and read_result(run)["distance"] is None
+
+
+def test_decoded_private_photographs_stay_in_the_cache_of_the_run(run, monkeypatch):
+    files.write_json({"cache": "elsewhere", "private_n": None}, run / "internal" / "settings.json")
+    load, asked = datasets.load, []
+    monkeypatch.setattr(datasets, "load", lambda name, *a, **k: asked.append((name, k.get("cache")))
+                        or load(name, *a, **k))
+    evaluate.main([str(run), "--classifiers", "logreg", "--real", "--no-distance"])
+    assert [cache for name, cache in asked if name == "mnist10k"] == ["elsewhere"] * 2
 
 
 def test_bad_input_is_one_line(run, tmp_path):

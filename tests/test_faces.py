@@ -591,6 +591,12 @@ def test_memorisation_tells_copies_from_fresh_pictures():
     train_set, held_out, fresh = (torch.randn(400, 10, generator=generator).double() for _ in range(3))
     copies = memorisation.memorised(train_set[:100] + 1e-3, train_set, held_out)
     assert copies["closer_to_training"] == 1.0 and copies["distance_to_training_min_1%_median"][2] < 0.01
+    # More training images than held-out ones: only a part is compared, but one copy of any of them is seen.
+    few = memorisation.memorised(train_set[:100] + 1e-3, train_set, held_out[:100])
+    assert abs(few["closer_to_training"] - 0.625) < 0.15 and few["of_each"] == 100
+    one = memorisation.memorised(torch.cat([fresh, train_set[5:6]]), train_set, held_out[:100])
+    nearest, chosen = (one[f"distance_to_{kind}_min_1%_median"][0] for kind in ("any_training", "training"))
+    assert nearest < 1e-6 < chosen
     same = memorisation.memorised(fresh, train_set[:200], held_out)
     assert same["of_each"] == 200 and abs(same["closer_to_training"] - 0.5) < 4 * same["standard_error"]
     distances, index = memorisation.nearest(fresh[:5], train_set, 3)

@@ -322,7 +322,7 @@ def test_a_checkpoint_takes_the_place_of_the_public_stages(tmp_path, monkeypatch
     released = files.load(tmp_path / "r" / "release" / "model.pt")
     changed = {k for k, v in second["model"].items() if not torch.equal(v, released["model"][k])}
     assert changed == set(tuning.select_trainable(model, "attention"))
-    with pytest.raises(ValueError, match="already holds a run"):
+    with pytest.raises(ValueError, match="holds files but no internal.settings.json"):
         convert(tmp_path / "x.ckpt", "--out", tmp_path / "original")
     for path in (tmp_path / "original").rglob("*.pt"):
         path.unlink()

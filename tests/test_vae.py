@@ -62,7 +62,7 @@ def test_loss_is_sum_of_errors_plus_weighted_kl():
 
 def test_latent_scale_gives_unit_deviation():
     model, x = tiny(), torch.randn(64, 2, 8, 8)
-    scale = vae.latent_scale(model, x, batch=10)
+    scale = vae.latent_scale(model, x)
     assert abs((model.encode(x).mean * scale).std().item() - 1) < 1e-5
 
 
