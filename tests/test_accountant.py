@@ -1,5 +1,4 @@
 """accountant.py against closed forms, the definition integrated here, reference values, simulation (15 s)."""
-
 import json
 import math
 import time
@@ -30,30 +29,21 @@ EPSILON = [
     (0.2, 3.0, 300, 1e-8, 7.2494776531541865, 7.663888732604812, 5.459483611066377),
     (0.04, 1.0, 750, 1e-5, 7.2661823286804825, 7.9894623631761705, 3.445086370382531),
     (1 / 30, 5.0, 6000, 1e-5, 2.099176240339383, 2.2819525145446997, 9.176421351514907),
-    (0.01, 8.0, 500, 1e-6, 0.10310978805765594, 0.11284868265652839, 147.23616330454084),
-]
+    (0.01, 8.0, 500, 1e-6, 0.10310978805765594, 0.11284868265652839, 147.23616330454084)]
 ALPHAS = [1.25, 1.5, 2, 2.5, 3, 4, 7.3, 16, 32, 64, 256]
 RDP = {  # one step at ALPHAS, 70-digit quadrature of the definition, the larger direction
     (0.01, 1.0): [
         0.00010539800509817623, 0.00012725374332744983, 0.00017181342207454794, 0.00021757533228188047,
         0.00026463757458466134, 0.0003631540489107567, 0.0007584451070574613, 3.0878507836962448,
-        11.246275937048068,
-        27.32173187455178, 123.37677032308646,
-    ],
+        11.246275937048068, 27.32173187455178, 123.37677032308646],
     (0.1, 2.0): [
         0.0017376548494981814, 0.0020989345957101767, 0.002836228266263623, 0.0035940771994132283,
-        0.004373658348577059,
-        0.006003282964489649, 0.012204206046469148, 0.045291839083621964, 1.6272023010194359,
-        5.660867258415199,
-        29.688385161543234,
-    ],
+        0.004373658348577059, 0.006003282964489649, 0.012204206046469148, 0.045291839083621964,
+        1.6272023010194359, 5.660867258415199, 29.688385161543234],
     (0.5, 5.0): [
         0.006296759008076031, 0.0075750621768063365, 0.010150997399574098, 0.01275302543498481,
-        0.015381536839590202,
-        0.02071960305344124, 0.03913957860647934, 0.09444635581299195, 0.2293931405608046, 0.66339328189197,
-        4.4241719178133225,
-    ],
-}  # fmt: skip
+        0.015381536839590202, 0.02071960305344124, 0.03913957860647934, 0.09444635581299195,
+        0.2293931405608046, 0.66339328189197, 4.4241719178133225]}
 # q, sigma, alpha, 50-digit quadrature: corners where float64 loses its digits if the code is careless
 HARD = [
     (1e-05, 100.0, 1.01, 5.050252503416736e-15),
@@ -62,14 +52,12 @@ HARD = [
     (0.5, 5.0, 2.5, 0.01275302543498481),
     (0.3, 30.0, 777.7, 0.04793225122495489),
     (0.999, 0.3, 2.5, 13.88722138842931),
-    (0.001, 1.0, 20.3, 2.8843343013620837),
-]
+    (0.001, 1.0, 20.3, 2.8843343013620837)]
 NOISE = [  # epsilon, delta, q, steps, exact sigma, sigma of a perfect RDP accountant
     (10, 1e-5, 1 / 30, 6000, 1.4708455664601252, 1.5444788898008395),
     (1, 1e-5, 1 / 30, 6000, 9.679061936403649, 10.49270064215043),
     (10, 1e-6, 0.05032868464704798, 1391, 1.2471787165366506, 1.302498179936951),
-    (5, 1e-5, 0.01, 10000, 1.1240835513147007, 1.1792901401662146),
-]
+    (5, 1e-5, 0.01, 10000, 1.1240835513147007, 1.1792901401662146)]
 
 
 # ---- independent oracles -----------------------------------------------------------------------------------
@@ -85,10 +73,8 @@ def renyi(q, sigma, alpha, added=False):
         return math.exp(alpha * a + (1 - alpha) * b)
 
     edges = [-alpha - 12 * sigma, -4 * sigma, 0, 4 * sigma, alpha, alpha + 12 * sigma]
-    parts = [
-        quad(integrand, a, b, epsabs=0, epsrel=1e-11, limit=500)[0] for a,
-        b in zip(edges, edges[1:], strict=False)
-    ]
+    parts = [quad(integrand, a, b, epsabs=0, epsrel=1e-11, limit=500)[0]
+             for a, b in zip(edges, edges[1:], strict=False)]
     return math.log(sum(parts)) / (alpha - 1)
 
 
@@ -103,8 +89,8 @@ def exact_delta(groups, eps, theta, added):
         step = min(0.05, sigma / 30)
         z = np.arange(-12 - (theta + 1) / sigma * added, 13 + (theta + 1) / sigma * (not added), step)
         loss = np.log1p(q * np.expm1((2 * z * sigma - 1) / (2 * sigma**2)))
-        p = np.exp(-z * z / 2 + (-theta * loss
-                                 if added else (theta + 1) * loss)) * step / math.sqrt(2 * math.pi)
+        p = (np.exp(-z * z / 2 + (-theta * loss if added else (theta + 1) * loss))
+             * step / math.sqrt(2 * math.pi))
         base += t * math.log(p.sum())
         keep = p > 1e-22 * p.sum()
         p, loss = p[keep] / p.sum(), loss[keep] * (-1 if added else 1)
@@ -120,10 +106,8 @@ def sample_losses(q, sigma, steps, n, rng, shifts=1):
     j = np.arange(shifts + 1)
     b = np.array([math.comb(shifts, i) * q**i * (1 - q) ** (shifts - i) for i in j])
     for _ in range(steps):
-        for x, total, sign in (
-            (rng.normal(rng.binomial(shifts, q, n), sigma), with_it, 1),
-            (rng.normal(0, sigma, n), without, -1),
-        ):
+        for x, total, sign in ((rng.normal(rng.binomial(shifts, q, n), sigma), with_it, 1),
+                               (rng.normal(0, sigma, n), without, -1)):
             total += sign * np.log(np.exp((2 * np.outer(x, j) - j**2) / (2 * sigma**2)) @ b)
     return with_it, without
 
@@ -151,9 +135,8 @@ def test_rdp_integer_and_fractional_routes_agree():
         assert integral == pytest.approx(binomial, rel=1e-9, abs=0), (q, sigma, alpha)
 
 
-@pytest.mark.parametrize(
-    "q, sigma, alpha", [(0.1, 1.0, 2.5), (0.5, 5.0, 2.5), (0.3, 0.7, 1.5), (0.9, 2.0, 6.3), (0.05, 1.0, 9.0)]
-)
+@pytest.mark.parametrize("q, sigma, alpha", [(0.1, 1.0, 2.5), (0.5, 5.0, 2.5), (0.3, 0.7, 1.5),
+                                             (0.9, 2.0, 6.3), (0.05, 1.0, 9.0)])
 def test_rdp_is_the_definition_and_removed_covers_added(q, sigma, alpha):
     value = float(accountant.rdp(q, sigma, alpha))
     assert value == pytest.approx(renyi(q, sigma, alpha), rel=1e-7)
@@ -169,8 +152,8 @@ def test_rdp_closed_forms_and_shapes():
     near = [accountant.rdp(0.02, 1.3, a) for a in (3 - 1e-9, 3, 3 + 1e-9)]  # the two routes meet
     assert near[0] == pytest.approx(near[1], rel=1e-8) and near[2] == pytest.approx(near[1], rel=1e-8)
     assert (accountant.rdp(0, 1.0, alphas) == 0).all() and np.isinf(accountant.rdp(0.1, 0, alphas)).all()
-    assert np.isinf(accountant.rdp(0.1, 1e-200,
-                                   alphas)).all() and (accountant.rdp(0.1, 1e300, alphas) < 1e-99).all()
+    assert (np.isinf(accountant.rdp(0.1, 1e-200, alphas)).all()
+            and (accountant.rdp(0.1, 1e300, alphas) < 1e-99).all())
     # next to no noise: still finite, never above q = 1
     assert float(accountant.rdp(0.1, 1e-4, 1.5)) <= 1.5 / 2e-8
 
@@ -196,12 +179,8 @@ def test_pld_brackets_exact(q, sigma, steps, delta, exact, by_rdp, order):
     assert accountant.epsilon(q, sigma, steps, delta, "pld") == upper <= by_rdp
 
 
-CONTOUR = [
-    (((0.02, 1.0), 500),),
-    (((0.1, 0.8), 60),),
-    (((0.004, 2.0), 30000),),
-    (((0.05, 1.1), 100), ((0.2, 3.0), 150)),
-]
+CONTOUR = [(((0.02, 1.0), 500),), (((0.1, 0.8), 60),), (((0.004, 2.0), 30000),),
+           (((0.05, 1.1), 100), ((0.2, 3.0), 150))]
 
 
 @pytest.mark.parametrize("groups", CONTOUR)
@@ -283,8 +262,8 @@ def test_nothing_and_everything():
     for method in ("rdp", "pld"):
         assert accountant.epsilon(0.1, 0, 5, 1e-5, method) == math.inf
         assert accountant.epsilon(0, 1, 5, 1e-5, method) == accountant.epsilon(0.1, 1, 0, 1e-5, method) == 0
-        assert accountant.epsilon(0, 0, 5, 1e-5,
-                                  method) == accountant.epsilon_of_ledger([], 1e-5, method) == 0
+        assert (accountant.epsilon(0, 0, 5, 1e-5, method)
+                == accountant.epsilon_of_ledger([], 1e-5, method) == 0)
         assert accountant.epsilon(1e-5, 100, 1, 1e-5, method) == 0  # never negative
         assert accountant.noise_multiplier(1, 1e-5, 0, 10, method) == 0
     assert pld.pld_delta(0.1, 1, 0, 1.0) == (0, 0) and pld.pld_delta(0.1, 0, 1, 1.0) == (0, 1)
@@ -318,11 +297,8 @@ def test_ledger(method):
     assert eps == accountant.epsilon(0.02, 1.1, 400, 1e-5, method)
     both = accountant.epsilon_of_ledger(one + two, 1e-5, method)
     assert both == accountant.epsilon_of_ledger(two + one, 1e-5, method)  # order does not matter
-    assert (
-        max(eps, accountant.epsilon_of_ledger(two, 1e-5, method))
-        < both
-        < accountant.epsilon(0.05, 1.1, 700, 1e-5, method)
-    )
+    assert (max(eps, accountant.epsilon_of_ledger(two, 1e-5, method)) < both
+            < accountant.epsilon(0.05, 1.1, 700, 1e-5, method))
     assert accountant.epsilon_of_ledger([*one, {"q": 0.1, "sigma": 0}], 1e-5, method) == math.inf
     exact = exact_delta((((0.02, 1.1), 400), ((0.05, 2.0), 300)), both, 4.0, added=False)
     assert exact <= 1e-5 and (method == "rdp" or exact > 0.99e-5)
@@ -392,14 +368,11 @@ def test_groups_of_pictures():
 
 def test_groups_of_pictures_by_simulation():
     n, eps = 200_000, 1.0
-    draws = [
-        np.maximum(0, -np.expm1(eps - y))
-        for y in sample_losses(0.2, 3.0, 8, n, np.random.default_rng(3), shifts=3)
-    ]
+    draws = [np.maximum(0, -np.expm1(eps - y))
+             for y in sample_losses(0.2, 3.0, 8, n, np.random.default_rng(3), shifts=3)]
     worst = max(draws, key=np.mean)
-    upper, lower = zip(
-        *[(c[0](eps), c[1](eps)) for c in pld._curves((((0.2, 3.0, 3), 8),), 2.0, eps, 1e-3)], strict=True
-    )
+    upper, lower = zip(*[(c[0](eps), c[1](eps)) for c in pld._curves((((0.2, 3.0, 3), 8),), 2.0, eps, 1e-3)],
+                       strict=True)
     noise = 4 * worst.std() / math.sqrt(n)
     assert max(lower) - noise <= worst.mean() <= max(upper) + noise and max(upper) < 1.01 * max(lower)
 
@@ -412,42 +385,36 @@ def test_attacker():
     rng, n = np.random.default_rng(4), 200_000
     with_it, without = sample_losses(0.15, 1.2, 12, n, rng)
     best = pld.attacker_tpr(0.15, 1.2, 12, fprs)
-    for fpr, bound in zip(
-        fprs, best, strict=True
-    ):  # the likelihood-ratio attack reaches the bound and does not pass it
+    # the likelihood-ratio attack reaches the bound and does not pass it
+    for fpr, bound in zip(fprs, best, strict=True):
         rate = (with_it > np.quantile(-without, 1 - fpr)).mean()
         assert rate == pytest.approx(bound, abs=4 * math.sqrt(bound / n) + 4 * bound / math.sqrt(n * fpr))
-    assert (pld.attacker_tpr(0.1, 1, 0, fprs) == fprs).all() and (
-        pld.attacker_tpr(0.1, 0, 1, fprs) == 1
-    ).all()
+    assert ((pld.attacker_tpr(0.1, 1, 0, fprs) == fprs).all()
+            and (pld.attacker_tpr(0.1, 0, 1, fprs) == 1).all())
 
 
 # ---- bad input and the command line ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "call, word",
-    [
-        (lambda: accountant.epsilon(1.1, 1, 1, 1e-5), "q ="),
-        (lambda: accountant.epsilon(-0.1, 1, 1, 1e-5), "q ="),
-        (lambda: accountant.epsilon(math.nan, 1, 1, 1e-5), "q ="),
-        (lambda: accountant.epsilon(0.1, -1, 1, 1e-5), "sigma ="),
-        (lambda: accountant.epsilon(0.1, 1, -1, 1e-5), "steps ="),
-        (lambda: accountant.epsilon(0.1, 1, 1.5, 1e-5), "steps ="),
-        (lambda: accountant.epsilon(0.1, 1, 1, 0), "delta ="),
-        (lambda: accountant.epsilon(0.1, 1, 1, 1.0), "delta ="),
-        (lambda: accountant.epsilon(0.1, 1, 1, 1e-11, "pld"), "1e-10"),
-        (lambda: accountant.epsilon(0.1, 1, 1, 1e-5, "moments"), "method ="),
-        (lambda: accountant.rdp(0.1, 1, [2, 1.0]), "orders"),
-        (lambda: accountant.noise_multiplier(0, 1e-5, 0.1, 10), "epsilon ="),
-        (lambda: accountant.noise_multiplier(1e-14, 1e-5, 1.0, 10**12), "out of reach"),
-        (lambda: calculator.max_steps(-1, 1e-5, 0.1, 1), "epsilon ="),
-        (lambda: pld.group_epsilon(1.5, 0.1, 1, 1, 1e-5), "k ="),
-        (lambda: pld.attacker_tpr(0.1, 1, 1, [0]), "fprs"),
-        (lambda: accountant.epsilon_of_ledger([{"q": 0.1}], 1e-5), "ledger"),
-        (lambda: accountant.epsilon_of_ledger([{"q": 2, "sigma": 1}], 1e-5), "q ="),
-    ],
-)
+@pytest.mark.parametrize("call, word", [
+    (lambda: accountant.epsilon(1.1, 1, 1, 1e-5), "q ="),
+    (lambda: accountant.epsilon(-0.1, 1, 1, 1e-5), "q ="),
+    (lambda: accountant.epsilon(math.nan, 1, 1, 1e-5), "q ="),
+    (lambda: accountant.epsilon(0.1, -1, 1, 1e-5), "sigma ="),
+    (lambda: accountant.epsilon(0.1, 1, -1, 1e-5), "steps ="),
+    (lambda: accountant.epsilon(0.1, 1, 1.5, 1e-5), "steps ="),
+    (lambda: accountant.epsilon(0.1, 1, 1, 0), "delta ="),
+    (lambda: accountant.epsilon(0.1, 1, 1, 1.0), "delta ="),
+    (lambda: accountant.epsilon(0.1, 1, 1, 1e-11, "pld"), "1e-10"),
+    (lambda: accountant.epsilon(0.1, 1, 1, 1e-5, "moments"), "method ="),
+    (lambda: accountant.rdp(0.1, 1, [2, 1.0]), "orders"),
+    (lambda: accountant.noise_multiplier(0, 1e-5, 0.1, 10), "epsilon ="),
+    (lambda: accountant.noise_multiplier(1e-14, 1e-5, 1.0, 10**12), "out of reach"),
+    (lambda: calculator.max_steps(-1, 1e-5, 0.1, 1), "epsilon ="),
+    (lambda: pld.group_epsilon(1.5, 0.1, 1, 1, 1e-5), "k ="),
+    (lambda: pld.attacker_tpr(0.1, 1, 1, [0]), "fprs"),
+    (lambda: accountant.epsilon_of_ledger([{"q": 0.1}], 1e-5), "ledger"),
+    (lambda: accountant.epsilon_of_ledger([{"q": 2, "sigma": 1}], 1e-5), "q =")])
 def test_bad_input(call, word):
     with pytest.raises(ValueError, match=word):
         call()
@@ -466,13 +433,10 @@ def test_command_line_plan(capsys):
     assert command("--n 60000 --batch 2000 --epochs 200 --delta 1e-5 --sigma 5") == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("given"))
     sigma, steps, by_rdp, order, by_pld, gap, *rates = numbers(row)
-    assert (
-        (sigma, steps) == (5, 6000)
-        and by_rdp == pytest.approx(2.28195, abs=1e-4)
-        and order == pytest.approx(9.18, abs=0.01)
-    )
-    assert by_pld == pytest.approx(2.0992,
-                                   abs=2e-4) and 0 < gap < 1e-3 and 0.1 < rates[0] < rates[1] < rates[2] < 100
+    assert ((sigma, steps) == (5, 6000) and by_rdp == pytest.approx(2.28195, abs=1e-4)
+            and order == pytest.approx(9.18, abs=0.01))
+    assert (by_pld == pytest.approx(2.0992, abs=2e-4) and 0 < gap < 1e-3
+            and 0.1 < rates[0] < rates[1] < rates[2] < 100)
     assert command("--n 60000 --batch 2000 --steps 6000 --epsilon 10 --group 2") == 0
     out = capsys.readouterr().out
     assert "1.5445" in out and "1.4709" in out and out.count("2 images of one person") == 2
@@ -488,9 +452,8 @@ def test_command_line_runs(tmp_path, capsys):
         (tmp_path / name / "release" / "privacy.json").write_text(json.dumps(statement))
     (tmp_path / "b" / "internal").mkdir()
     row = json.dumps({"step": 0, "q": 0.05, "sigma": 2.0, "clip_norm": 1.0, "batch_size": 50})
-    (tmp_path / "b" / "internal" / "ledger.jsonl").write_text(
-        f"{row}\n" * 299 + row[:20]
-    )  # torn by a crash: the 300th step; the statement is older
+    # torn by a crash: the 300th step; the statement is older
+    (tmp_path / "b" / "internal" / "ledger.jsonl").write_text(f"{row}\n" * 299 + row[:20])
     assert calculator.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     a, b, both = capsys.readouterr().out.splitlines()[2:5]
     rows = [{"q": 0.02, "sigma": 1.1}] * 400 + [{"q": 0.05, "sigma": 2.0}] * 300
@@ -522,10 +485,10 @@ def run_folder(place, statement=None, rows=0, settings=None):
     ({"private": False, "epsilon": "inf", "sigma": 0.0}, 400, None),
     ({"private": False, "steps": 0, "q": 0.0, "sigma": 0.0, "epsilon": 0.0}, 0, None),
     (None, 7, {"insecure_seed": 0})])  # still under way
-def test_a_run_that_is_not_private_counts_as_infinite_alone_and_in_the_sum(statement, rows, settings,
-                                                                           tmp_path, capsys):
-    good, bad = run_folder(tmp_path / "good", {}, 400), run_folder(tmp_path / "bad", statement, rows,
-                                                                   settings)
+def test_a_run_that_is_not_private_counts_as_infinite_alone_and_in_the_sum(
+        statement, rows, settings, tmp_path, capsys):
+    good, bad = (run_folder(tmp_path / "good", {}, 400),
+                 run_folder(tmp_path / "bad", statement, rows, settings))
     assert calculator.main([str(good), str(bad)]) == 0
     _, _, kept, lost, both, _ = capsys.readouterr().out.splitlines()
     assert "inf" not in kept and "NOT PRIVATE" not in kept
@@ -563,11 +526,8 @@ def test_a_statement_above_its_own_steps_counts_as_it_stands(tmp_path, capsys):
     for words, alone in (([], "9.5"), (["--delta", "1e-5"], "9.5"), (["--delta", "1e-7"], "inf")):
         assert calculator.main([str(place), str(other), *words]) == 0
         *_, line, _, both, _ = capsys.readouterr().out.splitlines()
-        assert (
-            line.split()[3:6:2] == [alone, alone]
-            and "states more than" in line
-            and both.split()[5:8:2] == ["inf", "inf"]
-        )
+        assert (line.split()[3:6:2] == [alone, alone] and "states more than" in line
+                and both.split()[5:8:2] == ["inf", "inf"])
 
 
 @pytest.mark.parametrize("statement", [{"epsilon": math.nan}, {"sigma": -1.0}, {"steps": 1.5}, {"delta": 0.0},
@@ -577,30 +537,25 @@ def test_a_statement_that_means_nothing_is_refused_in_one_line(statement, tmp_pa
     assert capsys.readouterr().err.count("\n") == 1
 
 
-
 WHOLE = json.dumps({"step": 0, "q": 0.05, "sigma": 2.0})
 PLAN = {"q": 0.05, "sigma": 2.0}
 
 
-@pytest.mark.parametrize(
-    "text, known, expected",
-    [
-        ("", (), []),
-        (f"{WHOLE}\n{WHOLE}\n", (), [(0.05, 2.0)] * 2),
-        (f"{WHOLE}\n{WHOLE}", (), [(0.05, 2.0)] * 2),  # only the line end was lost
-        (f"{WHOLE}\n{WHOLE[:9]}", (), [(0.05, 2.0)] * 2),  # torn last
-        (f"{WHOLE}\n{WHOLE[:9]}\n{WHOLE}\n", (), [(0.05, 2.0)] * 3),  # torn, then resumed
-        (WHOLE[:9], (PLAN,), [(0.05, 2.0)]),  # only torn
-        (f"{WHOLE[:9]}{WHOLE}\n", (PLAN,), [(0.05, 2.0)] * 2),  # two rows that ran into one line
-        (f"{WHOLE}\n\n", (), [(0.05, 2.0)] * 2),  # empty line
-        (f"{WHOLE}\r\n\r\r\n", (), [(0.05, 2.0)] * 2),
-        (f"{WHOLE}\n\0\0\0", (), [(0.05, 2.0)] * 2),  # what a power cut may leave
-        (f'[1]\n{WHOLE}\n{{"q": "0.1", "sigma": 9}}\n{{"q": 2, "sigma": NaN}}\n', (), [(0.05, 2.0)] * 4),
-        (f'{WHOLE}\n{{"q": 0.01, "sigma": 1.5}}\n{"[" * 20000}\n', ({"q": 0.2},),
-         [(0.05, 2.0), (0.01, 1.5), (0.05, 1.5)]),
-        ("garbage\n", ({"sigma": "inf"}, {}), None),
-    ],
-)
+@pytest.mark.parametrize("text, known, expected", [
+    ("", (), []),
+    (f"{WHOLE}\n{WHOLE}\n", (), [(0.05, 2.0)] * 2),
+    (f"{WHOLE}\n{WHOLE}", (), [(0.05, 2.0)] * 2),  # only the line end was lost
+    (f"{WHOLE}\n{WHOLE[:9]}", (), [(0.05, 2.0)] * 2),  # torn last
+    (f"{WHOLE}\n{WHOLE[:9]}\n{WHOLE}\n", (), [(0.05, 2.0)] * 3),  # torn, then resumed
+    (WHOLE[:9], (PLAN,), [(0.05, 2.0)]),  # only torn
+    (f"{WHOLE[:9]}{WHOLE}\n", (PLAN,), [(0.05, 2.0)] * 2),  # two rows that ran into one line
+    (f"{WHOLE}\n\n", (), [(0.05, 2.0)] * 2),  # empty line
+    (f"{WHOLE}\r\n\r\r\n", (), [(0.05, 2.0)] * 2),
+    (f"{WHOLE}\n\0\0\0", (), [(0.05, 2.0)] * 2),  # what a power cut may leave
+    (f'[1]\n{WHOLE}\n{{"q": "0.1", "sigma": 9}}\n{{"q": 2, "sigma": NaN}}\n', (), [(0.05, 2.0)] * 4),
+    (f'{WHOLE}\n{{"q": 0.01, "sigma": 1.5}}\n{"[" * 20000}\n', ({"q": 0.2},),
+     [(0.05, 2.0), (0.01, 1.5), (0.05, 1.5)]),
+    ("garbage\n", ({"sigma": "inf"}, {}), None)])
 def test_a_damaged_ledger_is_read_alike_by_resume_and_calculator(text, known, expected, tmp_path):
     (tmp_path / "internal").mkdir()
     ledger = tmp_path / "internal" / "ledger.jsonl"
@@ -621,30 +576,15 @@ def test_a_damaged_ledger_is_read_alike_by_resume_and_calculator(text, known, ex
     assert sum(calculator.read_run(tmp_path)[0].values()) == len([0] if expected is None else expected) + 1
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "",
-        "--q 2 --sigma 1 --steps 1",
-        "--q 0.1 --sigma 1",
-        "--q 0.1 --steps 5 --epsilon 0",
-        "--nonsense",
-        "no/such/run",
-        "--q 0.1 --sigma 1 --epochs inf",
-        "--q 0.1 --sigma 1 --epochs nan",
-        "--q 0.1 --sigma nan --steps 3",
-        "--q nan --sigma 1 --steps 3",
-        "--n 0 --batch 1 --sigma 1 --steps 3",
-        "--n -5 --batch 1 --sigma 1 --steps 3",
-        pytest.param(f"--n 1{'0' * 400} --batch 1 --sigma 1 --steps 3", id="n of 400 digits"),
-        "--n 10 --batch inf --sigma 1 --steps 3",
-        "--n 10 --batch nan --sigma 1 --steps 3",
-        "--q 0.1 --sigma 1 --steps 3 --group 1000000000000",
-        "--q 0.1 --sigma 1 --steps 3 --delta nan",
-        "--q 0.1 --steps 3 --epsilon nan",
-        "--q 0.1 --sigma 1 --epsilon inf",
-    ],
-)
+@pytest.mark.parametrize("words", [
+    "", "--q 2 --sigma 1 --steps 1", "--q 0.1 --sigma 1", "--q 0.1 --steps 5 --epsilon 0", "--nonsense",
+    "no/such/run", "--q 0.1 --sigma 1 --epochs inf", "--q 0.1 --sigma 1 --epochs nan",
+    "--q 0.1 --sigma nan --steps 3", "--q nan --sigma 1 --steps 3", "--n 0 --batch 1 --sigma 1 --steps 3",
+    "--n -5 --batch 1 --sigma 1 --steps 3",
+    pytest.param(f"--n 1{'0' * 400} --batch 1 --sigma 1 --steps 3", id="n of 400 digits"),
+    "--n 10 --batch inf --sigma 1 --steps 3", "--n 10 --batch nan --sigma 1 --steps 3",
+    "--q 0.1 --sigma 1 --steps 3 --group 1000000000000", "--q 0.1 --sigma 1 --steps 3 --delta nan",
+    "--q 0.1 --steps 3 --epsilon nan", "--q 0.1 --sigma 1 --epsilon inf"])
 def test_command_line_errors_are_one_line(words, capsys):
     assert command(words) == 2
     captured = capsys.readouterr()
@@ -655,8 +595,8 @@ def test_command_line_errors_are_one_line(words, capsys):
     "--q 0.1 --sigma 1e-200 --steps 3", "--q 0.1 --sigma 1e300 --steps 3", "--q 1e-320 --sigma 1 --steps 3",
     "--q 0.1 --steps 3 --epsilon 1e-300",  # as much noise as makes delta enough
     "--q 0.1 --steps 3 --epsilon 1e300", "--q 0.1 --sigma 1e-5 --steps 3",
-    "--q 0.1 --sigma 1e-5 --epsilon 1e300",
-    "--q 0.1 --sigma 2 --steps 3 --delta 1e-11", "--q 0.1 --epsilon 3 --steps 3 --delta 1e-300",
+    "--q 0.1 --sigma 1e-5 --epsilon 1e300", "--q 0.1 --sigma 2 --steps 3 --delta 1e-11",
+    "--q 0.1 --epsilon 3 --steps 3 --delta 1e-300",
     pytest.param(f"--q 0.1 --sigma 1 --steps 1{'0' * 400}", id="steps of 400 digits"),
     "--q 1e-9 --sigma 1 --epochs 1e300", "--q 0.1 --sigma 3 --steps 9 --group 1000"])
 def test_command_line_at_the_ends_of_float64(words, capsys):
@@ -677,9 +617,8 @@ def test_command_line_notes_a_delta_that_is_too_large(capsys):
 
 def test_round_up():
     exact = {10: "10", 1e-05: "1e-05", 9.99999999: "10", 0.0: "0", math.inf: "inf", 2: "2", 0.25: "0.25",
-             7.4501: "7.451",
-             1.0000001e-06: "1.001e-06", 123456: "1.235e+05", 9.9995: "10", 1.7e308: "1.7e+308",
-             1.79761e308: "inf"}
+             7.4501: "7.451", 1.0000001e-06: "1.001e-06", 123456: "1.235e+05", 9.9995: "10",
+             1.7e308: "1.7e+308", 1.79761e308: "inf"}
     assert {x: rounding.round_up(x) for x in exact} == exact
     rng = np.random.default_rng(0)
     for _ in range(3000):
@@ -719,8 +658,8 @@ def simple_attacks(q, sigma, steps):
     """(false alarms, detections) of attacks without accountant: thresholds on one output, largest, sum."""
     cuts = np.concatenate([sigma * np.linspace(-8, 30, 200), np.linspace(0, 1, 20)])
     quiet, heard = ndtr(-cuts / sigma), (1 - q) * ndtr(-cuts / sigma) + q * ndtr((1 - cuts) / sigma)
-    pairs = [(quiet, heard), tuple(-np.expm1(steps * np.log1p(-np.minimum(p, 1 - 1e-16)))
-                                   for p in (quiet, heard))]
+    pairs = [(quiet, heard),
+             tuple(-np.expm1(steps * np.log1p(-np.minimum(p, 1 - 1e-16))) for p in (quiet, heard))]
     mean, width = steps * q, 9 * math.sqrt(steps * q)
     j = np.arange(max(0, int(mean - width)), int(mean + width + 25))
     weights, spread = binom.pmf(j, steps, q), sigma * math.sqrt(steps)
@@ -738,25 +677,24 @@ def test_statement_numbers_are_total_and_above_what_simple_attacks_reach():
         while plans < 300 and (plans < 200 or time.process_time() - start < 8):
             plans += 1
             kinds = [extreme_plan(rng) for _ in range(rng.integers(1, 4))]
-            delta = max(10 ** rng.uniform(-323, -0.001),
-                        5e-324) if rng.random() < 0.5 else 10 ** rng.uniform(-12, -0.3)
+            delta = (max(10 ** rng.uniform(-323, -0.001), 5e-324) if rng.random() < 0.5
+                     else 10 ** rng.uniform(-12, -0.3))
             known = pld.statement_numbers(kinds, delta, int(rng.choice([2, 20, 1000])))
             rdp, tight, group, rates = known.values()
             assert 0 <= tight <= rdp * (1 + 1e-9) + 1e-9 and group >= 0, (kinds, delta, known)
-            assert group >= tight * 0.99 - 1e-9 and all(f * (1 - 1e-9) <= r <= 1 for f,
-                                                        r in rates.items()), (kinds, delta, known)
+            assert (group >= tight * 0.99 - 1e-9
+                    and all(f * (1 - 1e-9) <= r <= 1 for f, r in rates.items())), (kinds, delta, known)
             for q, sigma, steps in kinds:
                 if sigma == 0:
                     assert rdp == tight == group == math.inf and set(rates.values()) == {1.0}
                 elif 1e-8 < q < 1 and 1e-4 < sigma < 1e4 and steps < 1e7:
                     for quiet, heard in simple_attacks(q, sigma, steps):
                         if tight < 600:
-                            assert (heard - math.exp(tight) * quiet).max() <= delta * (1 + 1e-7) + 1e-14, (
-                                kinds, delta, known
-                            )
+                            assert ((heard - math.exp(tight) * quiet).max()
+                                    <= delta * (1 + 1e-7) + 1e-14), (kinds, delta, known)
                         for f, r in rates.items():
-                            assert heard[quiet <= f].max(initial=0.0) <= r * (1
-                                                                              + 1e-9) + 1e-12, (kinds, known)
+                            assert (heard[quiet <= f].max(initial=0.0)
+                                    <= r * (1 + 1e-9) + 1e-12), (kinds, known)
     assert time.process_time() - start < 60
 
 
@@ -782,7 +720,7 @@ def test_statement_numbers_are_those_of_the_single_functions():
     assert known["epsilon_for_group"] == pld.group_epsilon(3, 0.05, 4.0, 100, 1e-5)
     assert list(known["attacker"].values()) == pld.attacker_tpr(0.05, 4.0, 100).tolist()
     assert pld.statement_numbers([], 1e-5) == {"epsilon_rdp": 0, "epsilon_pld": 0, "epsilon_for_group": 0,
-                                                      "attacker": {0.001: 0.001, 0.01: 0.01, 0.1: 0.1}}
+                                               "attacker": {0.001: 0.001, 0.01: 0.01, 0.1: 0.1}}
     mixed = pld.statement_numbers([(0.05, 4.0, 60), (0.02, 3.0, 40)], 1e-5, 3)
     worst = pld.statement_numbers([(0.05, 3.0, 100)], 1e-5, 3)
     for key in ("epsilon_rdp", "epsilon_pld", "epsilon_for_group"):

@@ -2,7 +2,6 @@
 
 Parametrised by kind; each test writes its own small input.
 """
-
 import errno
 import gzip
 import json
@@ -52,8 +51,7 @@ def refused(call, *words):
 def draw(path, color=None, size=(12, 12), **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     array = np.random.default_rng(zlib.crc32(path.name.encode(errors="replace"))).integers(
-        0, 256, (*size, 3), np.uint8
-    )
+        0, 256, (*size, 3), np.uint8)
     (Image.fromarray(array) if color is None else Image.new("RGB", size, color)).save(path, **options)
 
 
@@ -83,8 +81,7 @@ FORMS = {
     "whole floats": {"labels": LABELS.astype(np.float32)},
     "bytes": {"class_names": np.array(NAMES, "S")},
     "names": {"labels": np.array(NAMES)[LABELS]},
-    "other keys": {"images": None, "x": IMAGES, "labels": None, "y": LABELS},
-}
+    "other keys": {"images": None, "x": IMAGES, "labels": None, "y": LABELS}}
 
 
 @pytest.mark.parametrize("kind", FORMS)
@@ -93,17 +90,15 @@ def test_arrays_with_one_meaning_are_read(tmp_path, kind, private):
     usual = {"images": IMAGES, "labels": LABELS, "class_names": NAMES}
     np.savez(tmp_path / "a.npz", **usual)
     np.savez(tmp_path / "b.npz", **{k: v for k, v in (usual | FORMS[kind]).items() if v is not None})
-    (names, images, labels), (_, x, y) = (
-        both(f"npz:{tmp_path / n}", private=private) for n in ("b.npz", "a.npz")
-    )
+    (names, images, labels), (_, x, y) = (both(f"npz:{tmp_path / n}", private=private)
+                                          for n in ("b.npz", "a.npz"))
     assert names == NAMES and rows(images, labels) == rows(x, y)
     described = datasets.describe(f"npz:{tmp_path / 'b.npz'}", size=8)
     assert described.classes == NAMES and described.images.shape[1:] == (3, 8, 8)
 
 
-@pytest.mark.parametrize(
-    "shape, axes", [((N, 8, 8), 1), ((N, 8, 8, 1), 1), ((N, 1, 8, 8), 1), ((N, 3, 8, 8), 3)]
-)
+@pytest.mark.parametrize("shape, axes", [((N, 8, 8), 1), ((N, 8, 8, 1), 1), ((N, 1, 8, 8), 1),
+                                         ((N, 3, 8, 8), 3)])
 def test_grey_and_colour_in_any_layout(tmp_path, shape, axes):
     np.savez(tmp_path / "a.npz", images=IMAGES.ravel()[: np.prod(shape)].reshape(shape))
     np.save(tmp_path / "a.npy", IMAGES.ravel()[: np.prod(shape)].reshape(shape))
@@ -112,36 +107,26 @@ def test_grey_and_colour_in_any_layout(tmp_path, shape, axes):
         assert datasets.describe(f"npz:{tmp_path / file}", size=8).images.shape[1] == axes
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        ("train_images", "train_labels", "val_images", "val_labels", "test_images", "test_labels"),
-        ("x_train", "y_train", "x_val", "y_val", "x_test", "y_test"),
-    ],
-)
+@pytest.mark.parametrize("keys", [
+    ("train_images", "train_labels", "val_images", "val_labels", "test_images", "test_labels"),
+    ("x_train", "y_train", "x_val", "y_val", "x_test", "y_test")])
 def test_stored_splits_are_kept(tmp_path, keys):
     cuts = (slice(0, 40), slice(40, 50), slice(50, 60))
     values = [x[cut] for cut in cuts for x in (IMAGES, LABELS[:, None])]
     np.savez(tmp_path / "m.npz", **dict(zip(keys, values, strict=True)))
-    train, test = (
-        datasets.load(f"npz:{tmp_path / 'm.npz'}", split, size=8, classes=["0", "1", "2"], private=True)
-        for split in ("train", "test")
-    )
+    train, test = (datasets.load(f"npz:{tmp_path / 'm.npz'}", split, size=8, classes=["0", "1", "2"],
+                                 private=True) for split in ("train", "test"))
     assert len(train) == 40 and len(test) == 20 and train.labels.tolist() == LABELS[:40].tolist()
     assert np.array_equal(train.images.permute(0, 2, 3, 1), IMAGES[:40])
     assert sorted(test.labels.tolist()) == sorted(LABELS[40:].tolist())
 
 
-@pytest.mark.parametrize(
-    "classes, found",
-    [
-        (["1", "2", "3"], ["1", "2", "3"]),
-        (["3", "1", "2"], ["3", "1", "2"]),
-        (None, ["1", "2", "3"]),
-        (["0", "1", "2"], "none of the classes"),
-        (["a", "b", "c"], "labels - 1"),
-    ],
-)
+@pytest.mark.parametrize("classes, found", [
+    (["1", "2", "3"], ["1", "2", "3"]),
+    (["3", "1", "2"], ["3", "1", "2"]),
+    (None, ["1", "2", "3"]),
+    (["0", "1", "2"], "none of the classes"),
+    (["a", "b", "c"], "labels - 1")])
 def test_labels_that_count_from_one(tmp_path, classes, found):
     """Whole numbers are names where the names are numbers. Nothing is guessed from the labels that occur."""
     np.savez(tmp_path / "a.npz", images=IMAGES, labels=LABELS + 1)
@@ -153,37 +138,24 @@ def test_labels_that_count_from_one(tmp_path, classes, found):
     assert names == found and all(names[y] == right[x] for x, y in rows(images, labels))
 
 
-@pytest.mark.parametrize(
-    "kind, arrays_there, words",
-    [
-        ("floats to 255", {"images": IMAGES.astype(np.float32)}, ["float32", "0..1", "convert like this"]),
-        ("floats from -1", {"images": IMAGES / 127.5 - 1}, ["float64", "(images + 1) / 2"]),
-        ("not numbers", {"images": np.full((9, 8, 8), np.nan)}, ["float64"]),
-        ("16 bits", {"images": IMAGES.astype(np.uint16) * 257}, ["uint16", "65535"]),
-        ("negative", {"images": IMAGES.astype(np.int16) - 5}, ["int16"]),
-        ("flat rows", {"images": IMAGES.reshape(N, -1)}, ["reshape"]),
-        ("alpha", {"images": np.zeros((9, 8, 8, 4), np.uint8)}, [":3"]),
-        ("oblong", {"images": np.zeros((9, 8, 6), np.uint8)}, ["square"]),
-        ("several labels", {"images": IMAGES, "labels": np.ones((N, 3))}, ["one-hot", "argmax"]),
-        ("half labels", {"images": IMAGES, "labels": LABELS + 0.5}, ["whole numbers"]),
-        ("twice", {"images": IMAGES, "labels": LABELS, "class_names": ["a", "b", "a"]}, ["'a' twice"]),
-        (
-            "objects",
-            {"images": IMAGES, "labels": LABELS, "class_names": np.array(NAMES, object)},
-            ["dtype=str"],
-        ),
-        ("other arrays", {"photos": IMAGES}, ["photos", "expected images"]),
-    ],
-)
+@pytest.mark.parametrize("kind, arrays_there, words", [
+    ("floats to 255", {"images": IMAGES.astype(np.float32)}, ["float32", "0..1", "convert like this"]),
+    ("floats from -1", {"images": IMAGES / 127.5 - 1}, ["float64", "(images + 1) / 2"]),
+    ("not numbers", {"images": np.full((9, 8, 8), np.nan)}, ["float64"]),
+    ("16 bits", {"images": IMAGES.astype(np.uint16) * 257}, ["uint16", "65535"]),
+    ("negative", {"images": IMAGES.astype(np.int16) - 5}, ["int16"]),
+    ("flat rows", {"images": IMAGES.reshape(N, -1)}, ["reshape"]),
+    ("alpha", {"images": np.zeros((9, 8, 8, 4), np.uint8)}, [":3"]),
+    ("oblong", {"images": np.zeros((9, 8, 6), np.uint8)}, ["square"]),
+    ("several labels", {"images": IMAGES, "labels": np.ones((N, 3))}, ["one-hot", "argmax"]),
+    ("half labels", {"images": IMAGES, "labels": LABELS + 0.5}, ["whole numbers"]),
+    ("twice", {"images": IMAGES, "labels": LABELS, "class_names": ["a", "b", "a"]}, ["'a' twice"]),
+    ("objects", {"images": IMAGES, "labels": LABELS, "class_names": np.array(NAMES, object)}, ["dtype=str"]),
+    ("other arrays", {"photos": IMAGES}, ["photos", "expected images"])])
 def test_other_arrays_are_named_with_the_way_to_convert(tmp_path, kind, arrays_there, words):
     np.savez(tmp_path / "a.npz", **arrays_there)
-    refused(
-        lambda: datasets.load(f"npz:{tmp_path / 'a.npz'}", size=8),
-        tmp_path / "a.npz",
-        "expected",
-        "convert",
-        *words,
-    )
+    refused(lambda: datasets.load(f"npz:{tmp_path / 'a.npz'}", size=8), tmp_path / "a.npz", "expected",
+            "convert", *words)
 
 
 def test_pixels_are_scaled_by_constants_of_the_dtype_and_never_by_the_set():
@@ -206,8 +178,7 @@ KINDS = {
     "pickle": (b"\x80\x04N.", "pickle"),
     "JSON": (b'{"a": 1}', "JSON"),
     "HDF5": (b"\x89HDF\r\n\x1a\n", "HDF5"),
-    "tar": (bytes(257) + b"ustar" + bytes(250), "tar"),
-}
+    "tar": (bytes(257) + b"ustar" + bytes(250), "tar")}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -216,11 +187,9 @@ def test_files_of_another_kind_are_told_apart_by_their_first_bytes(tmp_path, kin
     raw, word = KINDS[kind]
     path = tmp_path / "a.png"
     path.write_bytes(raw)
-    read = {
-        "arrays": lambda: datasets.load(f"npz:{path}", size=8),
-        "weights": lambda: original_weights.read(path),
-        "image": lambda: photos.square(path, 8, 3),
-    }[reader]
+    read = {"arrays": lambda: datasets.load(f"npz:{path}", size=8),
+            "weights": lambda: original_weights.read(path),
+            "image": lambda: photos.square(path, 8, 3)}[reader]
     assert "weights_only" not in refused(read, path, word, "found", "expected")
 
 
@@ -230,9 +199,7 @@ def write_safetensors(path, tensors):
         data = value.numpy().tobytes()
         header[name] = {
             "dtype": {torch.float32: "F32", torch.int64: "I64", torch.float16: "F16"}[value.dtype],
-            "shape": list(value.shape),
-            "data_offsets": [len(raw), len(raw) + len(data)],
-        }
+            "shape": list(value.shape), "data_offsets": [len(raw), len(raw) + len(data)]}
         raw += data
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + raw)
@@ -240,12 +207,8 @@ def write_safetensors(path, tensors):
 
 def test_safetensors_are_read(tmp_path):
     path = tmp_path / "x.safetensors"
-    tensors = {
-        "a.weight": torch.randn(3, 4),
-        "b": torch.tensor(7),
-        "c": torch.randn(2).half(),
-        "d": torch.zeros(0, 3),
-    }
+    tensors = {"a.weight": torch.randn(3, 4), "b": torch.tensor(7), "c": torch.randn(2).half(),
+               "d": torch.zeros(0, 3)}
     write_safetensors(path, tensors)
     found = original_weights.read(path)
     assert found.keys() == tensors.keys() and all(torch.equal(found[k], v) for k, v in tensors.items())
@@ -281,25 +244,15 @@ def save_mode(path, kind):
         "32 bits to 255": (Image.fromarray(grey.astype(np.int32)), {}),
         "32 bits beyond": (Image.fromarray(grey.astype(np.int32) * 9000), {}),
         "16 bits": (Image.fromarray((grey * 257).astype(np.uint16)), {}),
-        "12 bits in 16": (Image.fromarray((grey * 16).astype(np.uint16)), {}),
-    }[kind]
+        "12 bits in 16": (Image.fromarray((grey * 16).astype(np.uint16)), {})}[kind]
     image.save(path, **options)
 
 
-@pytest.mark.parametrize(
-    "kind, expected",
-    [
-        ("black on transparent", "white"),
-        ("black on transparent, grey", "white"),
-        ("palette with transparency", "white"),
-        ("float 0..1", "ramp"),
-        ("float 0..255", "beyond 0..1"),
-        ("32 bits to 255", "ramp"),
-        ("32 bits beyond", "int32"),
-        ("16 bits", "ramp"),
-        ("12 bits in 16", "at most 12"),
-    ],
-)
+@pytest.mark.parametrize("kind, expected", [
+    ("black on transparent", "white"), ("black on transparent, grey", "white"),
+    ("palette with transparency", "white"), ("float 0..1", "ramp"), ("float 0..255", "beyond 0..1"),
+    ("32 bits to 255", "ramp"), ("32 bits beyond", "int32"), ("16 bits", "ramp"),
+    ("12 bits in 16", "at most 12")])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_no_pixels_are_destroyed_in_silence(tmp_path, kind, expected, channels):
     path = tmp_path / ("x.tif" if "bits" in kind or "float" in kind else "x.png")
@@ -320,11 +273,8 @@ def test_an_image_of_one_colour_is_warned_of(tmp_path, capsys):
     datasets.load(f"folder:{tmp_path / 'f'}", size=8)
     assert "one colour" not in capsys.readouterr().err
     draw(tmp_path / "f" / "blank.png", "black")
-    datasets.load(
-        f"folder:{tmp_path / 'f'}",
-        "test" if photos.own_keys([tmp_path / "f" / "blank.png"])[0] % 10 == 0 else "train",
-        size=8,
-    )
+    datasets.load(f"folder:{tmp_path / 'f'}",
+                  "test" if photos.own_keys([tmp_path / "f" / "blank.png"])[0] % 10 == 0 else "train", size=8)
     assert "blank.png" in capsys.readouterr().err
 
 
@@ -396,35 +346,20 @@ def test_numbers_in_names_of_classes_are_numbers(tmp_path):
 def test_renamed_images_stay_on_their_side(tmp_path):
     for i in range(80):
         draw(tmp_path / "a" / f"{i}.png")
-    before = [
-        datasets.digests(datasets.load(f"folder:{tmp_path / 'a'}", side, size=8).images)
-        for side in ("train", "test")
-    ]
+    before = [datasets.digests(datasets.load(f"folder:{tmp_path / 'a'}", side, size=8).images)
+              for side in ("train", "test")]
     for i, path in enumerate(sorted((tmp_path / "a").iterdir())):
         path.rename(path.with_name(f"renamed-{i}.png"))
-    after = [
-        datasets.digests(datasets.load(f"folder:{tmp_path / 'a'}", side, size=8).images)
-        for side in ("train", "test")
-    ]
+    after = [datasets.digests(datasets.load(f"folder:{tmp_path / 'a'}", side, size=8).images)
+             for side in ("train", "test")]
     assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1]) and 1 <= len(after[1]) <= 24
     datasets.refuse_seen(*after, "set")
     refused(lambda: datasets.refuse_seen(after[0], torch.cat([after[1], after[0][:3]]), "set"), "set: 3 of")
 
 
-@pytest.mark.parametrize(
-    "suffix, form",
-    [
-        (".jfif", "JPEG"),
-        (".jpe", "JPEG"),
-        (".gif", "GIF"),
-        (".tif", "TIFF"),
-        (".TIFF", "TIFF"),
-        (".JPG", "JPEG"),
-        (".jp2", "JPEG2000"),
-        (".webp", "WEBP"),
-        (".avif", "AVIF"),
-    ],
-)
+@pytest.mark.parametrize("suffix, form", [
+    (".jfif", "JPEG"), (".jpe", "JPEG"), (".gif", "GIF"), (".tif", "TIFF"), (".TIFF", "TIFF"),
+    (".JPG", "JPEG"), (".jp2", "JPEG2000"), (".webp", "WEBP"), (".avif", "AVIF")])
 def test_every_format_of_pillow_is_read_whatever_its_suffix(tmp_path, suffix, form):
     if form not in photos.FORMATS:
         pytest.skip(f"this Pillow has no {form}")
@@ -465,29 +400,20 @@ def test_linked_and_unreadable_folders_do_not_vanish(tmp_path, kind, monkeypatch
             return scan(place)
 
         monkeypatch.setattr(os, "scandir", closed)
-    refused(
-        lambda: photos.tree(base), "cannot be read: Permission" if kind == "unreadable" else "count twice"
-    )
+    refused(lambda: photos.tree(base),
+            "cannot be read: Permission" if kind == "unreadable" else "count twice")
 
 
-@pytest.mark.parametrize(
-    "names, word",
-    [
-        (["train", "val"], "parts of a set"),
-        (["train", "test"], "parts of a set"),
-        (["my images"], "only class"),
-    ],
-)
+@pytest.mark.parametrize("names, word", [
+    (["train", "val"], "parts of a set"), (["train", "test"], "parts of a set"),
+    (["my images"], "only class")])
 def test_a_folder_too_high_is_asked_about(tmp_path, names, word):
     for name in names:
         for kind in "ab":
             draw(tmp_path / name / kind / "0.png")
     message = refused(lambda: photos.tree(tmp_path), word, "--classes")
-    assert (
-        f"'folder:{tmp_path}/my images'" in message
-        or f"folder:'{tmp_path}/my images'" in message
-        or "train" in names
-    )
+    assert (f"'folder:{tmp_path}/my images'" in message or f"folder:'{tmp_path}/my images'" in message
+            or "train" in names)
     assert photos.tree(tmp_path, names)[2] == names
 
 
@@ -520,16 +446,11 @@ CAPTIONS = {
     "CRLF": ("captions.txt", lines().replace("\n", "\r\n").encode()),
     "backslashes": ("captions.txt", lines(".\\{}.png").encode()),
     "numbered": ("captions.txt", lines("{}.png#0").encode()),
-    "metadata.jsonl": (
-        "metadata.jsonl",
-        "".join(json.dumps({"file_name": f"{i}.png", "text": says(i)}) + "\n" for i in range(30)).encode(),
-    ),
-    "metadata.csv": (
-        "metadata.csv",
-        ("file_name,caption\n" + "".join(f"{i}.png,{says(i)}\n" for i in range(30))).encode(),
-    ),
-    "beside": (None, None),
-}
+    "metadata.jsonl": ("metadata.jsonl", "".join(
+        json.dumps({"file_name": f"{i}.png", "text": says(i)}) + "\n" for i in range(30)).encode()),
+    "metadata.csv": ("metadata.csv", ("file_name,caption\n" + "".join(
+        f"{i}.png,{says(i)}\n" for i in range(30))).encode()),
+    "beside": (None, None)}
 
 
 @pytest.mark.parametrize("kind", CAPTIONS)
@@ -580,9 +501,8 @@ def test_a_file_that_cannot_be_read_is_on_no_side(tmp_path, monkeypatch):
 def test_of_several_captions_an_image_draws_one_by_its_own_bytes(tmp_path):
     for i in range(40):
         draw(tmp_path / f"{i}.png")
-    (tmp_path / "captions.txt").write_text(
-        "".join(f"{i}.png\t{word} {i}\n" for i in range(40) for word in ("one", "two"))
-    )
+    (tmp_path / "captions.txt").write_text("".join(f"{i}.png\t{word} {i}\n" for i in range(40)
+                                                   for word in ("one", "two")))
     first = datasets.load(f"folder:{tmp_path}", size=8)
     words = [caption.split()[0] for caption in first.captions]
     assert 5 < words.count("one") < len(words) - 5
@@ -602,17 +522,13 @@ def test_two_images_never_share_captions(tmp_path, names, others):
     refused(lambda: photos.captions(tmp_path, names, [0, 1], others), "two images go by the name", "rename")
 
 
-@pytest.mark.parametrize(
-    "name, raw, word",
-    [
-        ("captions.txt", lines().encode("latin-1"), "iconv -f LATIN1"),
-        ("captions.txt", b"0.png\tHIV\ttwice\n", "line 1"),
-        ("metadata.jsonl", b'{"file_name": "0.png"}\n', "line 1"),
-        ("metadata.jsonl", b'["HIV"]\n', "line 1"),
-        ("metadata.csv", b"name,words\n0.png,HIV\n", "line 2"),
-        ("captions.txt", b"1.png\tHIV\n", "no line for 0.png"),
-    ],
-)
+@pytest.mark.parametrize("name, raw, word", [
+    ("captions.txt", lines().encode("latin-1"), "iconv -f LATIN1"),
+    ("captions.txt", b"0.png\tHIV\ttwice\n", "line 1"),
+    ("metadata.jsonl", b'{"file_name": "0.png"}\n', "line 1"),
+    ("metadata.jsonl", b'["HIV"]\n', "line 1"),
+    ("metadata.csv", b"name,words\n0.png,HIV\n", "line 2"),
+    ("captions.txt", b"1.png\tHIV\n", "no line for 0.png")])
 def test_other_captions_are_named_and_not_repeated(tmp_path, name, raw, word):
     (tmp_path / name).write_bytes(raw)
     message = refused(lambda: photos.captions(tmp_path, [Path("0.png")], [0], [Path(name)]), name, word)
@@ -634,15 +550,12 @@ def test_the_words_of_public_captions_are_in_the_vocabulary(monkeypatch):
 @pytest.mark.parametrize("dash", ["-", "."])
 @pytest.mark.parametrize("place", ["EMNIST/raw", "EMNIST", "EMNIST/gzip", "gzip", "."])
 def test_idx_files_under_the_names_and_in_the_folders_that_are_distributed(
-    tmp_path, monkeypatch, dash, place
-):
+        tmp_path, monkeypatch, dash, place):
     monkeypatch.setattr(torchvision.datasets, "EMNIST", None)  # a download would be a TypeError
     folder = tmp_path / place
     folder.mkdir(parents=True, exist_ok=True)
-    for kind, array, code in (
-        ("images", RANDOM.integers(0, 256, (3, 28, 28), np.uint8), 3),
-        ("labels", np.array([1, 2, 26], np.uint8), 1),
-    ):
+    for kind, array, code in (("images", RANDOM.integers(0, 256, (3, 28, 28), np.uint8), 3),
+                              ("labels", np.array([1, 2, 26], np.uint8), 1)):
         header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
         path = folder / f"emnist-letters-train-{kind}{dash}idx{code}-ubyte.gz"
         path.write_bytes(gzip.compress(header + array.tobytes()))
@@ -653,16 +566,13 @@ def test_celeba_as_csv(tmp_path):
     base = tmp_path / "celeba"
     for i in range(6):
         draw(base / "img_align_celeba" / "img_align_celeba" / f"{i}.jpg")
-    (base / "list_attr_celeba.csv").write_text(
-        "image_id,Male,Young\n" + "".join(f"{i}.jpg,{1 if i % 2 else -1},1\n" for i in range(6))
-    )
-    (base / "list_eval_partition.csv").write_text(
-        "image_id,partition\n" + "".join(f"{i}.jpg,{i // 4}\n" for i in range(6))
-    )
+    (base / "list_attr_celeba.csv").write_text("image_id,Male,Young\n" + "".join(
+        f"{i}.jpg,{1 if i % 2 else -1},1\n" for i in range(6)))
+    (base / "list_eval_partition.csv").write_text("image_id,partition\n" + "".join(
+        f"{i}.jpg,{i // 4}\n" for i in range(6)))
     train = datasets.load("celeba", root=tmp_path, size=8)
-    assert (
-        train.labels.tolist() == [0, 1, 0, 1] and len(datasets.load("celeba", "test", tmp_path, size=8)) == 2
-    )
+    assert (train.labels.tolist() == [0, 1, 0, 1]
+            and len(datasets.load("celeba", "test", tmp_path, size=8)) == 2)
     assert list(datasets.describe("celeba", tmp_path).attributes) == ["Male", "Young"]
 
 
@@ -775,13 +685,11 @@ def test_an_empty_world_size_is_one_process(monkeypatch):
 
 def test_more_than_255_classes_are_drawn(tmp_path, monkeypatch, capsys):
     classes = [f"c{i}" for i in range(300)]
-    release = types.SimpleNamespace(
-        classes=classes, tokenizer=None, privacy={"statement": ""}, model=types.SimpleNamespace(embedder=True)
-    )
+    release = types.SimpleNamespace(classes=classes, tokenizer=None, privacy={"statement": ""},
+                                    model=types.SimpleNamespace(embedder=True))
     monkeypatch.setattr(sample, "load_release", lambda *args: release)
-    monkeypatch.setattr(
-        sample, "generate", lambda release, labels, *args: torch.zeros(len(labels), 1, 4, 4).byte()
-    )
+    monkeypatch.setattr(sample, "generate",
+                        lambda release, labels, *args: torch.zeros(len(labels), 1, 4, 4).byte())
     sample.main(["run", "--n", "300", "--npz", str(tmp_path / "x.npz")])
     with np.load(tmp_path / "x.npz") as found:
         assert found["labels"].tolist() == list(range(300))
@@ -791,9 +699,8 @@ def test_the_limit_of_an_autoencoder_is_measured_on_own_sets(monkeypatch, capsys
     """The release says "npz"; where it lies is asked of the run folder."""
     np.savez(tmp_path / "own.npz", images=IMAGES, labels=LABELS, class_names=NAMES)
     network = vae.AutoencoderKL(vae.VAEConfig(3, 3, 4, (1, 1), num_groups=4, resolution=8)).eval()
-    release = types.SimpleNamespace(
-        classes=NAMES, crop=8, vae=network, data={"public": "npz", "private": "npz"}
-    )
+    release = types.SimpleNamespace(classes=NAMES, crop=8, vae=network,
+                                    data={"public": "npz", "private": "npz"})
     name = f"npz:{tmp_path / 'own.npz'}"
     monkeypatch.setattr(autoencoder_limit.sample, "load_release", lambda run: release)
     monkeypatch.setattr(autoencoder_limit.scored, "sources", lambda release, run: [name, name])
