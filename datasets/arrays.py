@@ -229,7 +229,7 @@ def opened(path):
                 with found:
                     yield found
         except ValueError as error:
-            if "Object arrays" not in str(error):
+            if not any(words in str(error) for words in ("Object arrays", "Python objects")):
                 raise
             raise DataError(f"{path}: found an array of objects, as images of unequal size are one, expected "
                             "numbers or text; convert like this: np.stack of images of one size, "

@@ -298,7 +298,8 @@ def main(argv=None):
         privacy = next((files.read_json(place) for place in places if place.exists()), {})
         schedule = [(q, sigma, steps) for (q, sigma), steps in counted.items()]
         out = out or Path(args.run, "internal", "audit.png")
-        if privacy.get("insecure_seed"):
+        # settings.json has the seed itself, which may be 0.
+        if privacy.get("insecure_seed") is not None and privacy["insecure_seed"] is not False:
             raise ValueError(f"{args.run} ran with a known noise seed: it is not private, there is nothing "
                              "to audit")
     else:

@@ -65,7 +65,7 @@ def check_classes(entry, names):
     """ValueError if the embedder of a class model has fewer rows than there are private classes."""
     if checkpoints.condition_kind(entry) == "class" and entry["num_classes"] < len(names):
         raise ValueError(f"the public model has {entry['num_classes']} classes, fewer than the {len(names)} "
-                         "private ones; leave out --init")
+                         "private ones; leave out --init, or bring back the classes this run began with")
 
 
 def for_private_classes(checkpoint, names):
@@ -79,8 +79,9 @@ def for_private_classes(checkpoint, names):
     if checkpoints.condition_kind(entry) != "class":
         return checkpoint
     check_classes(entry, names)
-    old = strokes.GROUPS[checkpoint["public_classes"]] if checkpoint.get("trained_on") == "strokes" else []
-    public = checkpoint.get("classes") or list(old)  # the first checkpoints did not keep the names
+    public = checkpoint.get("classes", [])
+    if not public and checkpoint.get("trained_on") == "strokes":  # the first checkpoints kept no names
+        public = list(strokes.GROUPS[checkpoint["public_classes"]])
     total = entry["num_classes"]
     rows = {name: public.index(name) for name in names if name in public}
     free = (row for row in range(total) if row not in rows.values())

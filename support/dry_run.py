@@ -62,7 +62,8 @@ def print_memory(s, model, public, private):
     many = len(public)  # a dry run draws few
     if datasets.partly_drawn(s.public):
         many = s.public_n or datasets.REGISTRY[datasets.parts(s.public)[0]].n
-        many += many // 2 * (len(datasets.parts(s.public)) - 1)  # of a mix
+        for part in datasets.parts(s.public)[1:]:  # of a mix; n 0: not known before it is read
+            many += min(many // 2, datasets.REGISTRY[datasets.kind_of(part)].n or many)
     stored = many + len(private)
     stored *= x.numel() + 4 * (1 + s.flips) * z.numel()
     # Weights, gradient, two moments, EMA; tuned ones: moments, EMA, clipped sum, a micro-batch's sum, noise.

@@ -62,8 +62,8 @@ class RunFolder:
         if checkpoint is None:
             checkpoint = make()
             files.save(checkpoint, self.s.out / "public" / name)
-            if rank() == 0:  # only now: after a crash the stage goes on from its last minute
-                (self.s.out / "internal" / name.replace(".pt", "_state.pt")).unlink(missing_ok=True)
+        if rank() == 0:  # only now: after a crash the stage goes on from its last minute
+            (self.s.out / "internal" / name.replace(".pt", "_state.pt")).unlink(missing_ok=True)
         checkpoints.check_finite({"vae.pt": "autoencoder", "ldm.pt": "diffusion model"}[name], checkpoint)
         return checkpoint
 
@@ -97,10 +97,10 @@ def prepare(out, resume):
             unfinished.unlink()
 
 
-def refuse_used(out):
-    """ValueError where `out` holds a run already, or cannot be made."""
+def refuse_used(out, dry_run=False):
+    """ValueError where `out` holds a run already, or cannot be made. A dry run writes nothing."""
     place = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK)):
+    if not (place.is_dir() and (dry_run or os.access(place, os.W_OK))):
         raise ValueError(f"--out {out}: {place} is no folder that may be written to")
     if any((out / part).exists() and any((out / part).iterdir()) for part in PARTS):
         if not (out / "internal" / "settings.json").exists():
@@ -167,7 +167,7 @@ def check_unchanged(facts, path):
 def check_public(s, digests):
     """Write down which public images there are (datasets.digests); refuse if a resumed run finds others.
 
-    Drawn images have no digests. They are always the same.
+    Sets drawn as a whole have no digests. A mix has, so its drawings must be those of this version.
     """
     path = s.out / "internal" / "public.json"
     found = hashlib.sha256(digests.numpy()).hexdigest()
@@ -177,7 +177,8 @@ def check_public(s, digests):
         files.write_json({"images": found}, path)
     elif not path.exists() or files.read_json(path).get("images") != found:
         raise ValueError(f"cannot resume: --public {s.public} has other images than when this run began; "
-                         "bring them back, or choose another --out")
+                         "bring them back (or the version of this program that began, if it draws a part of "
+                         "them), or choose another --out")
 
 
 def check_spent(out, plan):
@@ -209,10 +210,10 @@ def check_spent(out, plan):
             raise ValueError(f"cannot resume: the ledger has {spent} rows, but {name} tells of {count} "
                              "private steps; rows are missing, so epsilon is unknown. Bring back "
                              f"internal/ledger.jsonl from a copy; {ADD_UP}")
-    if logged > done:  # the state is written before the log
+    if logged and not done:  # the state is written before the log
         raise ValueError(f"cannot resume: internal/log.jsonl tells of {logged} private steps, and "
-                         f"internal/state.pt holds {done}; bring back the newest state.pt from a copy; "
-                         f"{ADD_UP}")
+                         "internal/state.pt, their result, is missing or holds none; bring it back from a "
+                         f"copy; {ADD_UP}")
     if spent and not (plan["steps"] and (internal / "plan.json").exists()):
         raise ValueError(f"cannot resume: {spent} private steps are spent, but the plan they belong to, "
                          "internal/plan.json, is missing or says there are none. Bring it back from a copy; "
@@ -293,8 +294,8 @@ def run_cli(main):
     except (MemoryError, RuntimeError) as error:  # out of memory has three types
         text = str(error).strip().splitlines()[:1] or ["no more memory"]
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not known and not re.search("out of memory|can't allocate memory|not enough memory|ALLOC_FAILED",
-                                       text[0]):
+        if not known and not re.search("out of memory|[Cc]an(no|')t allocate memory|not enough memory|"
+                                       "ALLOC_FAILED", text[0]):
             raise
         print(f"error: out of memory {advice(error)} ({text[0][:100]})", file=sys.stderr)
         sys.exit(2)

@@ -54,9 +54,13 @@ def sources(release, run):
 
 
 def cache_of(run):
-    """The run's --cache, where decoded private photographs may lie; None if there is none."""
+    """The run's --cache, where decoded private photographs may lie; None if there is none.
+
+    Older versions stored a relative one as it was typed: nobody knows where that was.
+    """
     path = run / "internal" / "settings.json"
-    return files.read_json(path).get("cache") if path.exists() else None
+    cache = files.read_json(path).get("cache") if path.exists() else None
+    return cache if cache and Path(cache).is_absolute() else None
 
 
 def check_held_out(run, release, private, root=None):
@@ -139,9 +143,10 @@ def read_samples(path, release, n=None):
         raise ValueError(f"--samples: no file {path}; write one: python sample.py RUN --npz {path}")
     keys = ("images", "labels") if release.model.embedder else ("images",)
     with arrays.opened(path) as held:
-        if lacking := next((key for key in keys if key not in held), None):
-            raise ValueError(f"{path} has no array {lacking}; samples of --prompt have no labels, and cannot "
-                             "be scored by class")
+        lacking = next((key for key in keys if key not in held), None)
+    if lacking:
+        raise ValueError(f"{path} has no array {lacking}; samples of --prompt have no labels, and cannot be "
+                         "scored by class")
     found = arrays.read_npz(path, keys)
     # Samples of an unconditional model have no labels.
     labels = found.get("labels", np.zeros(len(found["images"]), np.uint8))

@@ -65,7 +65,7 @@ def parse(argv):
                                help=f"{meaning} [{presets.DIGITS[key]}]")
 
     g = p.add_argument_group("run")
-    g.add_argument("--preset", choices=presets.PRESETS, default="digits",
+    g.add_argument("--preset", choices=presets.PRESETS,
                    help="data sets, networks and defaults [digits]")
     g.add_argument("--out", type=Path, help="run folder to write [runs/PRESET]")
     g.add_argument("--init", type=Path, default=None,
@@ -159,10 +159,12 @@ def parse(argv):
     given = {k: v for k, v in vars(p.parse_args(argv)).items() if k not in defaults or v != defaults[k]}
     for key in {"public", "private"} & given.keys():  # with the whole path: a resumed run may begin elsewhere
         given[key] = datasets.resolved(given[key], given.get("data_root"))
+    if "cache" in given:
+        given["cache"] = str(files.expanded(given["cache"]).absolute())
     preset = presets.DIGITS | presets.PRESETS[given.get("preset", "digits")]
     if "public" in given and not datasets.partly_drawn(given["public"]):
         preset["public_n"] = None  # a preset's number is how many to draw; of other sets all are used
-    s = argparse.Namespace(**{**defaults, **preset, **given})
+    s = argparse.Namespace(**{**defaults, "preset": "digits", **preset, **given})
     s.out = given.get("out", Path("runs") / s.preset)
     # f = 2^(levels - 1): each level but the last halves the side.
     levels = int(s.factor).bit_length() if s.factor else len(s.vae.ch_mult)
@@ -195,11 +197,15 @@ def parse(argv):
 def adopt_settings(s, given):
     """A resumed run goes on with its own settings; a flag that contradicts them is refused by name."""
     path = s.out / "internal" / "settings.json"
-    for key, value in files.read_json(path).items():
+    stored = files.read_json(path)
+    without_null = stored.get("condition") == "none" or stored.get("init") is not None
+    for key, value in stored.items():
         if key in FREE or key in SAMPLING and key in given:
             continue
-        no_null_class = (key, value) == ("cond_drop", 0.0)  # whatever the flag was
-        if key in given and plain(given[key]) != value and not no_null_class:
+        # Older versions stored a mix as it was typed; without a null class cond_drop is 0 whatever the flag.
+        same = [value, datasets.resolved(value, s.data_root) if key in ("public", "private") else value,
+                *([given.get(key)] if (key, value) == ("cond_drop", 0.0) and without_null else [])]
+        if key in given and plain(given[key]) not in same:
             raise ValueError(f"--resume: this run began with {key} = {value}, not {given[key]}; leave the "
                              f"flag out ({run_folder.ADD_UP})")
         with files.understanding(path, "file"):
@@ -249,7 +255,7 @@ def check(s):
     demand("cond_drop ema", lambda v: 0 <= v < 1, "lie in [0, 1)")
     demand("guidance", lambda v: abs(v) <= 1000, "be a number, at most 1000")
     demand("sample_eta", lambda v: 0 <= v <= 1, "lie in [0, 1]")
-    if datasets.REGISTRY[datasets.kind_of(s.public)].role == "private":
+    if not s.resume and datasets.REGISTRY[datasets.kind_of(s.public)].role == "private":
         raise ValueError(f"--public {s.public}: this set is for private images only")
     if datasets.REGISTRY[datasets.kind_of(s.private)].role == "public":
         raise ValueError(f"--private {s.private}: this set is public only, nothing of it is held out")

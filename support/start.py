@@ -32,7 +32,7 @@ def settings_of(argv):
     s = once(settings.parse, sys.argv[1:] if argv is None else argv)
     s.device = own_device(s.device)
     if not s.resume:
-        once(run_folder.refuse_used, s.out)  # before hours of reading, and in a --dry-run as well
+        once(run_folder.refuse_used, s.out, s.dry_run)  # before hours of reading, and in a --dry-run as well
     if s.resume:
         paths = [s.out / "public" / name for name in NAMES]
         known = {path.name: checkpoints.load_public(path) for path in paths if path.exists()}
@@ -143,7 +143,8 @@ def public_set(s, known=()):
     their form.
     """
     n = s.public_n
-    if datasets.partly_drawn(s.public) and (s.dry_run or "ldm.pt" in known):
+    drawn = any(map(datasets.is_drawn, datasets.parts(s.public)))
+    if drawn and (s.dry_run or "ldm.pt" in known):
         n = min(n or 1000, 200 if s.dry_run else 1000)
     return find_set(s, s.public, n=n, seed=s.seed, label_attribute=s.label_attribute,
                     public_classes=s.public_classes if datasets.parts(s.public)[0] == "strokes" else None)

@@ -226,3 +226,8 @@ def test_a_run_with_a_known_seed_is_refused(run):
     files.write_json(files.read_json(path) | {"insecure_seed": True}, path)
     with pytest.raises(ValueError, match="known noise seed"):
         audit.main([str(run)])
+    path.unlink()  # unfinished: the settings have the seed itself
+    files.write_json({"insecure_seed": 0}, run / "internal" / "settings.json")
+    (run / "internal" / "ledger.jsonl").write_text('{"step": 0, "q": 0.1, "sigma": 1.0}\n')
+    with pytest.raises(ValueError, match="known noise seed"):
+        audit.main([str(run)])

@@ -238,6 +238,17 @@ def test_a_disk_without_room_for_the_state_costs_no_step(public, tmp_path, monke
     check_finished(tmp_path / "run", 3)
 
 
+@pytest.mark.parametrize("error", EXCEPTIONS)
+def test_a_crash_before_the_first_step_costs_none(public, tmp_path, monkeypatch, error):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises((type(error), ValueError)):
+        patch.setattr(progress.Private, "save", lambda self: (_ for _ in ()).throw(error))
+        train.main(command(out, public, 3))
+    assert not ledger(out) and not (out / "internal" / "state.pt").exists()
+    train.main(command(out, public, 3))
+    check_finished(out, 3)
+
+
 def test_a_public_stage_is_not_forgotten_before_its_result_is_written(tmp_path, monkeypatch):
     out, save = tmp_path / "run", files.save
     args = [*TINY, *FREE, "--steps", "0", "--vae-steps", "3", "--out", str(out)]
@@ -455,7 +466,7 @@ def test_the_log_too_knows_of_steps(tmp_path):
         run_folder.check_spent(tmp_path, PLAN)
 
 
-def test_a_state_older_than_the_log_is_refused(stopped, tmp_path):
+def test_a_state_that_is_lost_on_the_way_is_refused(stopped, tmp_path):
     """Else the run would go on from the untuned model with the rest of the budget, in silence."""
     for state in (None, {"done": 0}):
         out = tmp_path / str(state is None)
@@ -464,7 +475,7 @@ def test_a_state_older_than_the_log_is_refused(stopped, tmp_path):
         (out / "internal" / "state.pt").unlink(missing_ok=True)
         if state:
             files.save(state, out / "internal" / "state.pt")
-        with pytest.raises(ValueError, match="log.jsonl tells of 1 private steps.*state.pt holds 0"):
+        with pytest.raises(ValueError, match="log.jsonl tells of 1 private steps.*missing or holds none"):
             train.main(["--resume", "--out", str(out), *FREE])
 
 

@@ -435,23 +435,30 @@ def test_what_cannot_be_scored_is_said_before_the_long_work(run, monkeypatch, tm
     with pytest.raises(ValueError, match="no classifier 'paper-cnn' for images of 16 pixels"):
         evaluate.main([str(run)])
     np.savez(tmp_path / "p.npz", images=np.zeros((20, 16, 16), np.uint8), prompts=np.array(["a"] * 20))
-    with pytest.raises(ValueError, match="has no array labels; samples of --prompt"):
+    with pytest.raises(ValueError, match=r"^\S*p\.npz has no array labels; samples of --prompt.*class$"):
         evaluate.main([str(run), "--classifiers", "logreg", "--samples", str(tmp_path / "p.npz")])
 
 
-def test_few_samples_and_one_class_cost_only_what_they_cannot_tell(run, tmp_path, capsys):
+def test_few_samples_and_one_class_cost_only_what_they_cannot_tell(run, tmp_path, monkeypatch, capsys):
     np.savez(tmp_path / "s.npz", images=np.zeros((3, 28, 28), np.uint8), labels=np.zeros(3, np.uint8))
     evaluate.main([str(run), "--classifiers", "logreg", "--samples", str(tmp_path / "s.npz")])
     assert "3 samples and" in capsys.readouterr().out and read_result(run)["distance"] is None
+    monkeypatch.setattr(scored, "held_out_sets", lambda *a: {"none": datasets.load("mnist10k", size=28, n=5)})
+    change_release(run, classes=["picture"])
+    evaluate.main([str(run), "--classifiers", "logreg", "--no-distance"])
+    assert read_result(run)["accuracy"] == {}, "100 % of one class would say nothing"
 
 
 def test_decoded_private_photographs_stay_in_the_cache_of_the_run(run, monkeypatch):
-    files.write_json({"cache": "elsewhere", "private_n": None}, run / "internal" / "settings.json")
+    place = str(run / "elsewhere")
+    files.write_json({"cache": place, "private_n": None}, run / "internal" / "settings.json")
     load, asked = datasets.load, []
     monkeypatch.setattr(datasets, "load", lambda name, *a, **k: asked.append((name, k.get("cache")))
                         or load(name, *a, **k))
     evaluate.main([str(run), "--classifiers", "logreg", "--real", "--no-distance"])
-    assert [cache for name, cache in asked if name == "mnist10k"] == ["elsewhere"] * 2
+    assert [cache for name, cache in asked if name == "mnist10k"] == [place] * 2
+    files.write_json({"cache": "elsewhere"}, run / "internal" / "settings.json")  # where was that?
+    assert scored.cache_of(run) is None
 
 
 def test_bad_input_is_one_line(run, tmp_path):

@@ -481,6 +481,11 @@ def test_only_line_ends_end_a_line_of_captions(tmp_path):
     assert photos.caption_rows(tmp_path / "metadata.jsonl") == [("a.png", "a\u2028b")]
 
 
+def test_an_npy_of_objects_is_refused_with_advice(tmp_path):
+    np.save(tmp_path / "o.npy", np.array([RANDOM.random((3, 3)), RANDOM.random((4, 4))], dtype=object))
+    refused(lambda: datasets.load(f"npz:{tmp_path / 'o.npy'}"), "found an array of objects", "np.stack")
+
+
 def test_the_list_of_captions_does_not_hang_on_the_order_of_the_folder(tmp_path):
     (tmp_path / "captions.txt").write_text("a.png\tfirst\n")
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,second\n")

@@ -110,10 +110,15 @@ def test_a_folder_that_holds_a_run_is_refused_by_a_dry_run_as_well(run):
         train.main([*TINY, "--dry-run", "--out", str(run)])
 
 
-def test_a_folder_that_cannot_hold_a_run_is_refused_at_once(tmp_path, run):
+def test_a_folder_that_cannot_hold_a_run_is_refused_at_once(tmp_path, run, monkeypatch):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="is no folder that may be written to"):
         train.main([*TINY, "--dry-run", "--out", str(tmp_path / "file" / "r")])
+    monkeypatch.setattr(run_folder.os, "access", lambda *a: False)  # a dry run writes nothing
+    run_folder.refuse_used(tmp_path / "r", dry_run=True)
+    with pytest.raises(ValueError, match="may be written to"):
+        run_folder.refuse_used(tmp_path / "r")
+    monkeypatch.undo()
     (tmp_path / "begun" / "public").mkdir(parents=True)
     (tmp_path / "begun" / "public" / "vae.pt").write_bytes(b"")
     with pytest.raises(ValueError, match="no internal/settings.json"):
@@ -129,8 +134,32 @@ def test_flags_that_contradict_nothing_are_no_reason_to_refuse(tmp_path, run, mo
                 str(out)])
     without = [word for word in TINY if word not in ("--public-n", "80")]
     train.main([*without, "--public", public, "--resume", "--out", str(out)])
-    with pytest.raises(ValueError, match="began with preset = smoke"):
-        train.main(["--preset", "mnist", "--resume", "--out", str(out)])
+    for preset in ("mnist", "digits"):  # the default's name as well
+        with pytest.raises(ValueError, match="began with preset = smoke"):
+            train.main(["--preset", preset, "--resume", "--out", str(out)])
+    began = files.read_json(out / "internal" / "settings.json")
+    files.write_json({**began, "condition": "class"}, out / "internal" / "settings.json")
+    with pytest.raises(ValueError, match="began with cond_drop = 0.0"):  # 0 was asked for
+        train.main(["--resume", "--cond-drop", "0.3", "--out", str(out)])
+
+
+def test_runs_of_older_versions_go_on(tmp_path, run, monkeypatch):
+    """They stored a mix as it was typed, a relative cache, and took private sets as public ones."""
+    images = np.random.default_rng(0).integers(0, 256, (120, 28, 28), dtype=np.uint8)
+    np.savez(tmp_path / "own.npz", images=images, labels=np.arange(120) % 10)
+    monkeypatch.chdir(tmp_path)
+    asked = [*TINY, "--public", "strokes+npz:own.npz", "--cache", "kept"]
+    train.main([*asked, "--out", "r"])
+    path = tmp_path / "r" / "internal" / "settings.json"
+    stored = files.read_json(path)
+    assert stored["public"] == f"strokes+npz:{tmp_path / 'own.npz'}"
+    assert stored["cache"] == str(tmp_path / "kept")
+    files.write_json({**stored, "public": "strokes+npz:own.npz"}, path)
+    train.main([*asked, "--resume", "auto", "--out", "r"])
+    files.write_json({**stored, "public": "mnist10k", "private": "fashion"}, path)
+    with pytest.raises(ValueError) as refused:  # for another reason: the data are not at hand
+        train.main(["--resume", "--out", "r"])
+    assert "for private images only" not in str(refused.value)
 
 
 def test_too_few_public_classes_are_refused_before_anything_is_made(tmp_path, run):
@@ -146,6 +175,7 @@ def test_too_few_public_classes_are_refused_before_anything_is_made(tmp_path, ru
 @pytest.mark.parametrize("text, known", [
     ("CUDA out of memory. Tried to allocate 2 GiB", True),
     ("DefaultCPUAllocator: can't allocate memory", True),
+    ("unable to mmap: Cannot allocate memory (12)", True),
     ("CUDA error: an illegal memory access was encountered", False),
     ("required rank 4 tensor to use channels_last memory format", False)])
 def test_what_is_called_out_of_memory(text, known, capsys):
