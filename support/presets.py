@@ -90,9 +90,9 @@ PRESETS = {
     "portraits": dict(  # the same with drawn faces as public images: 8x8x8 latents
         public="portraits+public32", public_n=40_000, private="faces", flips=True,
         vae=VAEConfig(3, 3, 16, (1, 2, 4), z_channels=8, embed_dim=8, num_groups=1),
-        vae_steps=4000, vae_batch=16, vae_lr=2e-3,
+        vae_steps=12_000, vae_batch=8, vae_lr=2e-3,
         unet=UNetConfig(8, 8, 48, num_heads=4, context_dim=64, num_groups=8),
-        ldm_steps=2500, ldm_batch=128, ldm_lr=1.2e-3,
+        ldm_steps=9000, ldm_batch=32, ldm_lr=1.2e-3,
         batch_size=2500, steps=40),
     "cifar10": CELEBA | dict(
         private="cifar10",
