@@ -62,7 +62,7 @@ for epsilon, flags in (("10", ""), ("1", "--epsilon 1 --batch-size 6000 --steps 
         f"runs/garments-eps{epsilon}", "--protocol table --n 10000 --steps 15 --eta 0")
     out = f"runs/garments-eps{epsilon}"  # the same run, sampled again
     ROWS[f"garments-public-eps{epsilon}-50000"] = Row(
-        "the row of drawn garments, latents 8x8x4, with 50,000 samples", None, out,
+        "the same run, scored with 50,000 samples", None, out,
         f"{SCORE} --out {out}/internal/samples50000.json")
 
 if __name__ == "__main__":

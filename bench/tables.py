@@ -36,13 +36,14 @@ READING = {
 LINES_PER_MINUTE = 25
 LETTERS = "abcdefgh"  # of feature networks
 
-# The table of the README: (table, row, what it is).
+# The table of the README: (table, row, what it is), and the row that scores this run again if there is one.
 FIRST_ROWS = [
     ("digits", "eps10", "digits: tuned on 8,000 MNIST digits"),
     ("digits", "letters", "the same; the public set has letters only, no digit"),
     ("papers", "mnist-eps10", "digits, wider network: tuned on all of MNIST"),
     ("papers", "mnist-eps1", "the same with a tenth of the budget (private stage only)"),
-    ("papers", "garments-public-eps10", "garments: tuned on Fashion-MNIST (private stage only)"),
+    ("papers", "garments-public-eps10", "garments: tuned on Fashion-MNIST (private stage only)",
+     "garments-public-eps10-50000"),
     ("faces", "eps10", "faces in colour, 32 pixels: tuned on 5,000 photographs"),
 ]
 
@@ -109,14 +110,16 @@ def overview():
     head = ["what you get", "private images", "epsilon", "metric", "minutes: train + evaluate (threads)",
             "command", "measured at"]
     cells = []
-    for table, name, what in FIRST_ROWS:
-        row = next(row for row in load(table) if row["row"] == name)
-        e = row["evaluation"]
+    for table, name, what, *again in FIRST_ROWS:
+        rows = {row["row"]: row for row in load(table)}
+        row, scored = rows[name], rows[(again or [name])[0]]
+        row["seconds"]["evaluate"] = scored["seconds"]["evaluate"]
+        e = scored["evaluation"]
         score = (f"Frechet distance {e['distance']['frechet']:.1f} (two halves of the real faces: "
                  f"{e['distance']['halves']:.1f})" if table == "faces" else
                  f"CNN reaches {percent(last(e['accuracy']['cnn']))} on {list(e['accuracy']['cnn'])[-1]}")
         cells.append([what, f"{row['privacy']['n']:,}", epsilon(row["privacy"]), score, minutes(row),
-                      f"`{row['commands'][0]}`", row["commit"]])
+                      f"`{row['commands'][0]}`", ", ".join(dict.fromkeys([row["commit"], scored["commit"]]))])
     return markdown(head, cells)
 
 
