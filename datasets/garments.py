@@ -28,7 +28,6 @@ from .drawing import (
     path,
     polygon,
     rounded,
-    smooth,
     texture,
     union,
 )
@@ -266,7 +265,8 @@ def bag(dice, _):
 
 def heeled(x, y, lift, start, length):
     """y, negative upwards from the ground, as counted from a sole that rises by lift towards the heel."""
-    return y + lift * smooth(x, start, start + length)
+    ramp = ((x - start) / length).clamp(0, 1)
+    return y + lift * ramp * ramp * (3 - 2 * ramp)  # drawing.smooth would round the last bits differently
 
 
 def shoe(dice, name):
