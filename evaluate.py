@@ -193,7 +193,7 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
         model.load_state_dict(saved["state"])
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError):
         # Sets drawn by a program: draw only as many images as are used. Other sets are read whole (None).
-        n = FEATURE_IMAGES if datasets.partly_drawn(public) else None
+        n = FEATURE_IMAGES if datasets.unlimited(public) else None
         whole, cut = frame or (size, size)
         found = datasets.load(public, "train", root, whole if channels == 1 else size, n=n, channels=channels)
         if channels == 1:  # grey images are padded, never resized

@@ -56,11 +56,11 @@ ROWS["garments10k-eps10"] = Row("Fashion-MNIST, drawn garments, latents 4x4x16 (
                                 "runs/garments", "--protocol table --n 10000 --steps 30 --eta 0")
 # The private stage alone, in 66 or 14 minutes; a fifth of the samples as well.
 for epsilon, flags in (("10", ""), ("1", "--epsilon 1 --batch-size 6000 --steps 20 --lr 3e-3 ")):
+    out = f"runs/garments-eps{epsilon}"
     ROWS[f"garments-public-eps{epsilon}"] = Row(
         "Fashion-MNIST, drawn garments, latents 8x8x4 (10,000 samples, not 50,000)",
-        f"--preset garments --init pretrained/garments {flags}--out runs/garments-eps{epsilon}",
-        f"runs/garments-eps{epsilon}", "--protocol table --n 10000 --steps 15 --eta 0")
-    out = f"runs/garments-eps{epsilon}"  # the same run, sampled again
+        f"--preset garments --init pretrained/garments {flags}--out {out}", out,
+        "--protocol table --n 10000 --steps 15 --eta 0")
     ROWS[f"garments-public-eps{epsilon}-50000"] = Row(
         "the same run, scored with 50,000 samples", None, out,
         f"{SCORE} --out {out}/internal/samples50000.json")

@@ -41,7 +41,7 @@ from .registry import REGISTRY, DataError, ImageSet, Request, kind_of, numbered,
 
 __all__ = ["REGISTRY", "DataError", "ImageSet", "kind_of", "load", "describe", "digests", "same_images",
            "enlarged", "class_list", "data_root", "names", "numbered", "parts", "resolved", "refuse_seen",
-           "is_drawn", "partly_drawn"]
+           "is_drawn", "unlimited"]
 MOST_CLASSES = 10_000
 FURTHER = "photograph"  # the class of all images of B in a mix A+B
 
@@ -60,7 +60,7 @@ def is_drawn(name):
     return name in REGISTRY and REGISTRY[name].drawn  # an own set "name:PATH" is no key, and never drawn
 
 
-def partly_drawn(name):
+def unlimited(name):
     """Are the images of the set, or those of A in a mix A+B, drawn? Then there are as many as wanted."""
     return is_drawn(parts(name)[0])
 

@@ -4,11 +4,11 @@ They go to NAME.png, those of an own set to folder.png or npz.png.
 """
 import sys
 
-from . import REGISTRY, __doc__, kind_of, load, partly_drawn, pixels
+from . import REGISTRY, __doc__, kind_of, load, pixels, unlimited
 
 try:
     name, *split = sys.argv[1:3] or sys.exit(__doc__)
-    some = partly_drawn(name) or not REGISTRY[kind_of(name)].own  # else all: own sets may have fewer
+    some = unlimited(name) or not REGISTRY[kind_of(name)].own  # else all: own sets may have fewer
     chosen = load(name, *split, n=1000 if some else None)
 except ValueError as error:
     print(f"datasets: {error}", file=sys.stderr)

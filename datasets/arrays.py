@@ -236,9 +236,11 @@ def opened(path):
                             "np.array(class_names, dtype=str)") from error
 
 
-def read_npz(path, keys):
-    """The arrays of these names, {key: array}. DataError if one is missing."""
+def read_npz(path, keys, note=""):
+    """The arrays of these names, {key: array}. DataError, with the note, if one is missing."""
     with opened(path) as arrays:
+        if lacking := next((key for key in keys if key not in arrays), None):
+            raise DataError(f"{path} has no array {lacking}{note}")
         return {key: arrays[key] for key in keys}
 
 

@@ -132,12 +132,6 @@ def common(first, *others):
     return first
 
 
-def smooth(x, low=0.0, high=1.0):
-    """0 below low, 1 above high, a smooth ramp between."""
-    x = ((x - low) / (high - low)).clamp_(0, 1)
-    return x * x * (3 - 2 * x)
-
-
 def blurred(image, width=3):
     """(N,C,H,W) -> the mean over width x width pixels around each, width odd; the border goes on beyond."""
     return F.avg_pool2d(F.pad(image, (width // 2,) * 4, mode="replicate"), width, stride=1)

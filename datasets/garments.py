@@ -266,7 +266,7 @@ def bag(dice, _):
 def heeled(x, y, lift, start, length):
     """y, negative upwards from the ground, as counted from a sole that rises by lift towards the heel."""
     ramp = ((x - start) / length).clamp(0, 1)
-    return y + lift * ramp * ramp * (3 - 2 * ramp)  # drawing.smooth would round the last bits differently
+    return y + lift * ramp * ramp * (3 - 2 * ramp)
 
 
 def shoe(dice, name):

@@ -25,7 +25,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .drawing import FAR, Dice, blurred, ellipse, over, smooth, union
+from .drawing import FAR, Dice, blurred, ellipse, over, union
 from .photos import attribute_classes
 from .registry import ImageSet, dataset
 
@@ -102,6 +102,12 @@ def draw(attributes, generator=None, size=32):
             has = dict(zip(ATTRIBUTES, rows.split(1, 1), strict=True))
             target[:] = Portrait(has, generator, size).finished()
     return images
+
+
+def smooth(x, low, high):
+    """0 below low, 1 above high, a smooth ramp between."""
+    x = ((x - low) / (high - low)).clamp_(0, 1)
+    return x * x * (3 - 2 * x)
 
 
 def paint(image, colour, share):

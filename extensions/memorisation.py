@@ -52,7 +52,7 @@ def report(args, release, run, public, private, held_out):
         raise ValueError("no private image was read in this run, so there is nothing to memorise")
     settings = files.read_json(run / "internal" / "settings.json")
     train = scored.load_private(release, private, "train", args.data_root, settings["private_n"],
-                                settings.get("cache"))
+                                scored.cache_of(run))
     samples, _, _ = evaluate.samples_of(args, release, args.n or 1000)
     three = (samples, train.images, held_out.images)
     try:

@@ -125,12 +125,12 @@ def warn_of_unknown_words(s, public, private, embedder):
             print(f"WARNING: the public model does not know {', '.join(words)}: train it anew, without "
                   "--init", file=sys.stderr)
     if public.captions:
-        length = tokenizer.length - 1
-        cut = sum(len(text.split(caption)) > length for caption in public.captions) / len(public.captions)
+        length, sentences = tokenizer.length - 1, [text.split(caption) for caption in public.captions]
+        cut = sum(len(words) > length for words in sentences) / len(sentences)
         if cut:
             print(f"captions       {cut:.0%} of the public ones have more than {length} words and are cut "
                   "(--text-length)", file=sys.stderr)
-        found = [word for caption in public.captions for word in text.split(caption)]
+        found = [word for words in sentences for word in words]
         share = sum(word not in tokenizer.index for word in found) / max(1, len(found))
         print(f"captions       {share:.0%} of the public captions' {len(found):,} words are unknown to the "
               "model", file=sys.stderr)

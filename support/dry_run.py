@@ -60,7 +60,7 @@ def print_memory(s, model, public, private):
     for name, p in model.named_parameters():
         p.requires_grad_(wanted[name])
     many = len(public)  # a dry run draws few
-    if datasets.partly_drawn(s.public):
+    if datasets.unlimited(s.public):
         many = s.public_n or datasets.REGISTRY[datasets.parts(s.public)[0]].n
         for part in datasets.parts(s.public)[1:]:  # of a mix; n 0: not known before it is read
             many += min(many // 2, datasets.REGISTRY[datasets.kind_of(part)].n or many)

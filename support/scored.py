@@ -142,12 +142,7 @@ def read_samples(path, release, n=None):
     if not path.is_file():
         raise ValueError(f"--samples: no file {path}; write one: python sample.py RUN --npz {path}")
     keys = ("images", "labels") if release.model.embedder else ("images",)
-    with arrays.opened(path) as held:
-        lacking = next((key for key in keys if key not in held), None)
-    if lacking:
-        raise ValueError(f"{path} has no array {lacking}; samples of --prompt have no labels, and cannot be "
-                         "scored by class")
-    found = arrays.read_npz(path, keys)
+    found = arrays.read_npz(path, keys, "; samples of --prompt have no labels, and cannot be scored by class")
     # Samples of an unconditional model have no labels.
     labels = found.get("labels", np.zeros(len(found["images"]), np.uint8))
     images, labels = arrays.check(found["images"], labels, path, 0, len(release.classes) - 1)

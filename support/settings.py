@@ -162,7 +162,7 @@ def parse(argv):
     if "cache" in given:
         given["cache"] = str(files.expanded(given["cache"]).absolute())
     preset = presets.DIGITS | presets.PRESETS[given.get("preset", "digits")]
-    if "public" in given and not datasets.partly_drawn(given["public"]):
+    if "public" in given and not datasets.unlimited(given["public"]):
         preset["public_n"] = None  # a preset's number is how many to draw; of other sets all are used
     s = argparse.Namespace(**{**defaults, "preset": "digits", **preset, **given})
     s.out = given.get("out", Path("runs") / s.preset)
@@ -198,14 +198,15 @@ def adopt_settings(s, given):
     """A resumed run goes on with its own settings; a flag that contradicts them is refused by name."""
     path = s.out / "internal" / "settings.json"
     stored = files.read_json(path)
-    without_null = stored.get("condition") == "none" or stored.get("init") is not None
+    for key in {"public", "private"} & stored.keys():  # older versions stored a mix as it was typed
+        stored[key] = datasets.resolved(stored[key], s.data_root)
+    no_null_class = stored.get("cond_drop") == 0.0 and (stored.get("condition") == "none"
+                                                        or stored.get("init") is not None)
     for key, value in stored.items():
         if key in FREE or key in SAMPLING and key in given:
             continue
-        # Older versions stored a mix as it was typed; without a null class cond_drop is 0 whatever the flag.
-        same = [value, datasets.resolved(value, s.data_root) if key in ("public", "private") else value,
-                *([given.get(key)] if (key, value) == ("cond_drop", 0.0) and without_null else [])]
-        if key in given and plain(given[key]) not in same:
+        overruled = key == "cond_drop" and no_null_class  # then it is 0 whatever the flag was
+        if key in given and plain(given[key]) != value and not overruled:
             raise ValueError(f"--resume: this run began with {key} = {value}, not {given[key]}; leave the "
                              f"flag out ({run_folder.ADD_UP})")
         with files.understanding(path, "file"):

@@ -213,7 +213,7 @@ def test_a_mix_of_few_or_of_three():
     assert datasets.REGISTRY["public32+strokes"].n == 12_000 + 6_000
     assert datasets.is_drawn("strokes+garments+shapes") and not datasets.is_drawn("strokes+garments+mnist")
     assert not datasets.is_drawn("strokes:x")
-    assert datasets.partly_drawn("strokes+public32") and not datasets.partly_drawn("public32+strokes")
+    assert datasets.unlimited("strokes+public32") and not datasets.unlimited("public32+strokes")
 
 
 def test_grey_and_colour_do_not_mix(root):
