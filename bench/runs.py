@@ -14,6 +14,7 @@ import itertools
 import json
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -65,6 +66,7 @@ def measure(table, name, row):
               # The largest of all commands of this call so far, earlier rows included.
               "peak_mib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
               "cpu": cpu(),
+              "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
               "privacy": json.loads((out / "release" / "privacy.json").read_text()),
               "evaluation": json.loads(evaluation.read_text())}
     with open(RESULTS, "a") as file:
@@ -84,10 +86,17 @@ def cpu():
 
 
 def commit():
-    """Short name of the commit, with -dirty if any program differs from it (results and texts may)."""
+    """Short name of the commit, with -dirty if any program differs from it (results and texts may).
+
+    "" where there is no git, or the programs were copied without its folder.
+    """
+    if not shutil.which("git"):
+        return ""
+
     def git(*words):
         return subprocess.run(["git", *words], capture_output=True, text=True,
                               cwd=Path(__file__).parent.parent).stdout.strip()
+
     return git("rev-parse", "--short", "HEAD") + ("-dirty"
                                                   if git("status", "--porcelain", "--", "*.py") else "")
 
