@@ -75,7 +75,8 @@ def generate(release, labels, steps=30, eta=0.0, guidance=1.0, seed=None, batch=
     generator.manual_seed(seed) if seed is not None else generator.seed()
     conditions = find_conditions(release, labels, generator.initial_seed())  # labels (N,) or tokens (N, L)
     config = release.vae.config
-    batch = batch or max(1, 512_000 // config.resolution ** 2)  # 512,000 pixels at a time
+    many = 4_096_000 if device.type == "cuda" else 512_000  # pixels at a time; few would not fill a GPU
+    batch = batch or max(1, many // config.resolution ** 2)
     # The empty first part gives the result its shape if N is 0.
     images = [torch.empty(0, config.out_ch, release.crop, release.crop, dtype=torch.uint8)]
     with tqdm(total=len(labels), desc="sampling", unit="image", disable=not progress) as bar:

@@ -69,16 +69,24 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=Non
     """
     parameters = list(model.parameters())
     average = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, peak, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, peak, betas=(0.9, 0.99), weight_decay=0.01,
+                                  fused="cuda" in s.device)
     generator = torch.Generator(s.device).manual_seed(s.seed + 1 + 1_000_000 * rank())
     state = progress.Public(s, state_path, model, average, optimizer, generator, also, stop)
+
+    def gradients():
+        optimizer.zero_grad()
+        with autocast(s):
+            loss, metrics = loss_fn(generator)
+        loss.backward()
+        return metrics
+
+    if also is None:  # which would train itself; on a GPU all kernels of a step are started at once
+        gradients = hardware.recorded(gradients, generator)
     for step in state.steps(title, steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
-        with autocast(s):
-            loss, metrics = loss_fn(generator)
-        optimizer.zero_grad()
-        loss.backward()
+        metrics = gradients()
         team.mean_gradients(parameters, also)  # mean over the processes; of `also` the mean of its weights
         # Clip the norm of the mean gradient to 1, a fitting size as losses begin at about 1. This is no DP.
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -99,10 +107,11 @@ def train_autoencoder(s, images, facts, stop):
     torch.manual_seed(s.seed)
     model = hardware.laid_out(vae.AutoencoderKL(s.vae), s.device)
     perceptual_name, distance, adversary = perceptual.terms(s)
+    images = hardware.kept_on(images, s.device)
 
     def loss_fn(generator):
         index = torch.randint(len(images), (share(s.vae_batch),), generator=generator, device=s.device)
-        x = pixels.to_float(images[index.cpu()].to(s.device))  # [-1, 1]
+        x = pixels.to_float(images[index.to(images.device)].to(s.device))  # [-1, 1]
         loss, error, kl = vae.loss(model, x, s.kl_weight, generator, distance, s.perceptual_weight, adversary)
         # vae.loss is a sum over pixels and channels. Their mean begins at about 1, as `fit` expects.
         return loss / images[0].numel(), {"error": error, "kl": kl}
@@ -182,11 +191,12 @@ def tune_privately(s, model, latents, labels, plan, stop, watch=None):
     z, y = torch.randn(3, *latents.shape[2:], device=s.device), hardware.stand_in(model, 3, s.device)
     dp_sgd.check_against_loop(engine, loss_fn, *diffusion.draw(z, y, s.noise_multiplicity, None, s.schedule))
     team.broadcast(engine.parameters)  # all start from rank 0's: LoRA matrices are drawn at random
+    size = hardware.micro_batch(s, model, latents.shape[2:])  # images at a time
 
     for step in state.steps():
         # A Poisson batch: every image independently with probability q. An empty one is a step too.
         batch = dp_sgd.poisson_sample(len(latents), plan["q"], rng.sampling)
-        for part in batch.to(s.device).split(s.micro_batch):
+        for part in batch.to(s.device).split(size):
             # K draws of timestep and noise for each image; its loss is their mean.
             drawn = diffusion.draw(latents[part], select(labels, part), s.noise_multiplicity, rng.diffusion,
                                    s.schedule, null, s.cond_drop)

@@ -43,27 +43,33 @@ def own_size(name):
     return autoencoder.resolution // 2 ** (len(autoencoder.ch_mult) - 1)
 
 
-def build(args, tune):
-    """The network, weights as initialised except for the zeros: (model, parameters).
+def network(args, tune, device):
+    """The network with the parameters chosen that are trained: (model, parameters).
 
     Its conditions are those of its preset: ten classes, prompts, or none.
     """
-    torch.manual_seed(0)
     config = UNETS.get(args.network, unet.UNetConfig(in_channels=4, out_channels=4, num_heads=4))
     embedder = None
-    with torch.device(args.device):
+    with torch.device(device):
         if args.network == "celeba256-text":
             embedder = text.TextEncoder(1000, config.context_dim, 56, 512, 4)
         elif config.context_dim:
             embedder = unet.ClassEmbedder(10, config.context_dim)
         model = unet.LatentModel(unet.UNet(config), embedder)
+    tuning.select_trainable(model, tune)
+    return model, [p for p in model.parameters() if p.requires_grad]
+
+
+def build(args, tune):
+    """`network` on its device, weights as initialised except for the zeros."""
+    torch.manual_seed(0)
+    model, trained = network(args, tune, args.device)
     for p in model.parameters():
         if p.dim() > 1 and not p.any():
             torch.nn.init.normal_(p, std=0.02)  # zero-initialised layers would let no gradient through
-    tuning.select_trainable(model, tune)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
-    return model, [p for p in model.parameters() if p.requires_grad]
+    return model, trained
 
 
 def worker(args, size, tune, batch_size, method):
@@ -128,7 +134,9 @@ def peak_memory(args, *cell):
 
 
 def too_large(args, tune, batch_size, method):
-    return method == "vmap" and batch_size * sum(p.numel() for p in build(args, tune)[1]) * 4 > 2 * 2 ** 30
+    # On the meta device: a process that has computed with several threads may not fork (`peak_memory`).
+    count = sum(p.numel() for p in network(args, tune, "meta")[1])
+    return method == "vmap" and batch_size * count * 4 > 2 * 2 ** 30
 
 
 def memories(args, cell, methods):

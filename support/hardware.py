@@ -1,10 +1,14 @@
-"""Device, precision and memory layout: where and how fast, never what is computed."""
+"""Device, precision, memory layout, images at a time: where and how fast, never what is computed."""
+import copy
 import functools
 import time
 
 import torch
+from torch import nn
 
 from extensions import text
+
+LARGEST = 8192  # images at a time by default: beyond a few thousand a GPU gains no speed
 
 
 def laid_out(network, device):
@@ -15,6 +19,51 @@ def laid_out(network, device):
     """
     return network.to(device, memory_format=torch.channels_last
                       if "cuda" in str(device) else torch.contiguous_format)
+
+
+def kept_on(images, device):
+    """Images, a tensor: on a GPU if they take a tenth of its free memory at most, else where they are."""
+    if "cuda" in str(device) and images.nbytes <= torch.cuda.mem_get_info(device)[0] / 10:
+        return images.to(device)
+    return images
+
+
+def recorded(function, generator):
+    """function() -> tensors, recorded as a CUDA graph if generator is a GPU's: a function that replays it.
+
+    Starting a kernel takes Python longer than a small network's kernel runs. A graph starts all kernels of a
+    step at once (`python -m bench.gpu`). The function must do the same work on the same tensors at each call,
+    and draw from this generator alone. Its results are overwritten by the next call. One that waits for the
+    device (as `.item()` does) cannot be recorded, and is returned as it is. The generator goes on from where
+    it was.
+    """
+    if generator.device.type != "cuda":
+        return function
+    state, mode, stream = generator.get_state(), torch.cuda.get_sync_debug_mode(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # the first calls prepare libraries and caches, which a graph must find
+        for _ in range(3):
+            function()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            function()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return function
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            torch.cuda.current_stream().synchronize()
+            generator.set_state(state)
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        results = function()
+
+    def replay():
+        graph.replay()
+        return results
+    return replay
 
 
 def choose_bf16(precision, device):
@@ -85,3 +134,55 @@ def stand_in(model, n, device):
     if isinstance(model.embedder, text.TextEncoder):
         return torch.full((n, model.embedder.length), text.BEGIN, device=device)
     return None if model.embedder is None else torch.zeros(n, dtype=torch.int64, device=device)
+
+
+def kept(network, f):
+    """Bytes that autograd keeps of f(), which runs the network; its weights are not counted.
+
+    Meant for the meta device, which computes shapes only: no memory, no time, however large the network is.
+    """
+    weights, seen = {p.untyped_storage()._cdata for p in network.parameters()}, {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda a: seen.update({a.untyped_storage()._cdata: a}) or a,
+                                                  lambda a: a):
+        out = f()  # keeps the graph, and with it the storages, until they are counted
+    kept_alive = [a for key, a in seen.items() if key not in weights]
+    return sum(a.untyped_storage().nbytes() for a in kept_alive) + 0 * len(out)
+
+
+def of_one_latent(model, latent_shape):
+    """`kept` of one latent and its condition, all parameters trained. model: on the meta device."""
+    z, t = torch.empty(1, *latent_shape, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.requires_grad_(True)
+    found = kept(model, lambda: model(z, t, stand_in(model, 1, "meta")))
+    for name, p in model.named_parameters():
+        p.requires_grad_(wanted[name])
+    return found
+
+
+def largest_batch(free, fixed, per_image):
+    """Largest number of images at a time, from three numbers of bytes; 0 if not even one fits.
+
+    A tenth of the free memory is left to the allocator, and an image takes a third more than what autograd
+    keeps of it: gradients on their way, and the Gram matrices of book-keeping (bench/dp_step.py).
+    """
+    return max(0, int((0.9 * free - fixed) / (4 / 3 * per_image)))
+
+
+def micro_batch(s, model, latent_shape):
+    """Private images at a time: --micro-batch, or on a GPU as many as half of its free memory holds.
+
+    A step's result does not depend on it. A GPU is done with a few hundred images of a small network before
+    Python has started the next kernel.
+    """
+    if s.micro_batch is not None:
+        return s.micro_batch
+    # A copy on the meta device, where every tensor is shapes only.
+    tensors = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+    tensors |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    trained = count(p for p in model.parameters() if p.requires_grad)
+    per_image = s.noise_multiplicity * of_one_latent(copy.deepcopy(model, tensors), latent_shape)
+    if s.method != "bookkeeping":  # these keep the gradient of every image
+        per_image += 4 * trained
+    free, _ = torch.cuda.mem_get_info(s.device)
+    return min(LARGEST, max(1, largest_batch(free / 2, 24 * trained, per_image)))

@@ -46,9 +46,9 @@ MUTATIONS = [Mutation(*m) for m in (
        "self.noise_multiplier, max(1, sum(f.shape[1] for f in self.metrics)), self.generator)"),),
      f"{ENGINE}::test_the_sum_is_divided_by_the_expected_batch_size_and_cleared"),
     (3, "empty batches are skipped", "train.py",
-     (("        for part in batch.to(s.device).split(s.micro_batch):",
+     (("        for part in batch.to(s.device).split(size):",
        "        if not len(batch):\n            continue\n        for part in "
-       "batch.to(s.device).split(s.micro_batch):"),),
+       "batch.to(s.device).split(size):"),),
      f"{PIT}::test_empty_batches_are_steps_of_noise_and_count"),
     (4, "the last micro-batch replaces the sum", "dp_sgd.py",
      (("torch._foreach_add_(self.sums, sums)", "self.sums = sums"),),

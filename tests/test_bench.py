@@ -63,7 +63,7 @@ def test_the_program_for_a_gpu_runs_on_a_cpu(tmp_path, monkeypatch):
     rows = [json.loads(line) for line in (tmp_path / "out" / "gpu.jsonl").read_text().splitlines()]
     failed = {row["what"]: row["error"] for row in rows if "error" in row}
     assert failed == {"Poisson batches, generators": "ZeroDivisionError: division by zero"}
-    assert [row["part"] for row in rows] == [1] * 6 + [2, 3, 4, 0]
+    assert [row["part"] for row in rows] == [1] * 7 + [2, 3, 4, 0]
     assert not any("skipped" in row for row in rows) and {row["card"] for row in rows} == {"cpu"}
     for name in ("default", "faces-64"):
         assert (tmp_path / "out" / f"{name}-comparison.png").exists()

@@ -212,9 +212,9 @@ def test_out_of_memory_names_the_stage_and_the_run_goes_on(monkeypatch, tmp_path
 
 
 def test_the_plan_names_the_largest_micro_batch(monkeypatch, capsys):
-    assert dry_run.largest_batch(free=1000, fixed=100, per_image=6) == 100
-    assert dry_run.largest_batch(free=1000, fixed=900, per_image=6) == 0
-    assert dry_run.largest_batch(free=1000, fixed=2000, per_image=6) == 0
+    assert hardware.largest_batch(free=1000, fixed=100, per_image=6) == 100
+    assert hardware.largest_batch(free=1000, fixed=900, per_image=6) == 0
+    assert hardware.largest_batch(free=1000, fixed=2000, per_image=6) == 0
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * 10 ** 9, 80 * 10 ** 9))
     found = {}
     for k in (1, 4):
@@ -228,3 +228,38 @@ def test_the_plan_names_the_largest_micro_batch(monkeypatch, capsys):
         assert "80.0 free on cuda: --micro-batch at most " in line
         found[k] = int(line.split()[-1])
     assert found[1] > found[4] > 1 and abs(found[1] - 4 * found[4]) <= 4  # K draws are K times the memory
+
+
+def test_a_gpu_takes_as_many_images_at_a_time_as_half_of_its_memory_holds(monkeypatch):
+    monkeypatch.setattr(hardware, "check_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * 10 ** 9, 80 * 10 ** 9))
+    found = {}
+    for key, side, *flags in (("small", 4, "digits"), ("given", 4, "digits", "--micro-batch", "7"),
+                              ("large", 16, "cifar10"), ("K", 16, "cifar10", "--noise-multiplicity", "4"),
+                              ("loop", 16, "cifar10", "--method", "loop")):
+        s = settings.parse(["--preset", *flags, "--device", "cuda"])
+        with torch.device("meta"):
+            model = unet.LatentModel(unet.UNet(s.unet), unet.ClassEmbedder(10, s.unet.context_dim))
+        lora.tuned(model, s)
+        before = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
+        found[key] = hardware.micro_batch(s, model, (s.unet.in_channels, side, side))
+        assert all(p is before[name][0] and p.requires_grad == before[name][1]
+                   for name, p in model.named_parameters())
+    assert settings.parse(["--device", "cpu"]).micro_batch == 256  # the preset's, for the CPU's cache
+    assert found["small"] == hardware.LARGEST and found["given"] == 7
+    assert hardware.LARGEST > found["large"] > found["loop"] > 1
+    assert abs(found["large"] - 4 * found["K"]) <= 4
+    # What is kept of so many images, and a third more, fits half of the memory.
+    s = settings.parse(["--preset", "cifar10"])
+    with torch.device("meta"):
+        model = unet.LatentModel(unet.UNet(s.unet), unet.ClassEmbedder(10, s.unet.context_dim))
+    each = hardware.of_one_latent(model, (s.unet.in_channels, 16, 16)) * 4 / 3
+    assert 0.8 * 40e9 < found["large"] * each < 40e9
+
+
+def test_without_a_gpu_nothing_is_recorded_and_images_stay():
+    def function():
+        return 1
+    assert hardware.recorded(function, torch.Generator()) is function
+    images = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    assert hardware.kept_on(images, "cpu") is images
