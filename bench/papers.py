@@ -64,6 +64,18 @@ for epsilon, flags in (("10", ""), ("1", "--epsilon 1 --batch-size 6000 --steps 
     ROWS[f"garments-public-eps{epsilon}-50000"] = Row(
         "the same run, scored with 50,000 samples", None, out,
         f"{SCORE} --out {out}/internal/samples50000.json")
+# What the drawn garments are worth: silhouettes that know no garment in their place, all stages.
+ROWS["shapes-eps10"] = Row("Fashion-MNIST, drawn shapes, latents 8x8x4 (10,000 samples, not 50,000)",
+                           "--preset garments --public shapes --out runs/garments-shapes", "runs/garments-shapes",
+                           "--protocol table --n 10000 --steps 15 --eta 0 --classifiers cnn")
+# More private work than a CPU does in an afternoon: minutes on a GPU.
+GPU = {"10": "--steps 300 --batch-size 6000 --noise-multiplicity 2 --lr 2e-3 --ema 0.99",
+       "1": "--epsilon 1 --steps 60 --batch-size 12000 --noise-multiplicity 4 --lr 2e-3"}
+for epsilon, flags in GPU.items():
+    out = f"runs/garments-gpu-eps{epsilon}"
+    ROWS[f"garments-gpu-eps{epsilon}"] = Row(
+        "Fashion-MNIST, drawn garments, latents 8x8x4, more private work (on a GPU)",
+        f"--preset garments --init pretrained/garments {flags} --out {out}", out, f"{SCORE} --no-distance")
 
 if __name__ == "__main__":
     main("papers", ROWS)
