@@ -66,7 +66,8 @@ for epsilon, flags in (("10", ""), ("1", "--epsilon 1 --batch-size 6000 --steps 
         f"{SCORE} --out {out}/internal/samples50000.json")
 # What the drawn garments are worth: silhouettes that know no garment in their place, all stages.
 ROWS["shapes-eps10"] = Row("Fashion-MNIST, drawn shapes, latents 8x8x4 (10,000 samples, not 50,000)",
-                           "--preset garments --public shapes --out runs/garments-shapes", "runs/garments-shapes",
+                           "--preset garments --public shapes --out runs/garments-shapes",
+                           "runs/garments-shapes",
                            "--protocol table --n 10000 --steps 15 --eta 0 --classifiers cnn")
 # More private work than a CPU does in an afternoon: minutes on a GPU.
 GPU = {"10": "--steps 300 --batch-size 6000 --noise-multiplicity 2 --lr 2e-3 --ema 0.99",
