@@ -8,10 +8,11 @@
     3  runs    the default run and mnist-strokes, seconds per stage
     4  faces   64 pixels by class, then 128 and 256 by text with drawn faces as public images
 
-Each result is a line of DIR/gpu.jsonl, written as soon as it is known, with the card's name. What fails is a
-line with its error, and the next thing begins. Nothing begins for which the time left is too short, and what
-is at work when the time is up is stopped as by Ctrl-C. Run folders are in --work; a later command with the
-same --work goes on with them. Their pictures and privacy.json are copied to DIR.
+Each result is a line of DIR/gpu.jsonl, written as soon as it is known, with the card's name. (Appended to
+bench/results.jsonl, the lines of part 2 become the table of docs/speed.md: `python -m bench.tables --write`.)
+What fails is a line with its error, and the next thing begins. Nothing begins for which the time left is too
+short, and what is at work when the time is up is stopped as by Ctrl-C. Run folders are in --work; a later
+command with the same --work goes on with them. Their pictures and privacy.json are copied to DIR.
 """
 import argparse
 import contextlib
@@ -24,6 +25,7 @@ import sys
 import threading
 import time
 import traceback
+from datetime import date
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -66,8 +68,9 @@ class Bench:
 
     def line(self, part, what, **facts):
         """Append one result and flush it to the disk."""
-        row = {"part": part, "what": what, **facts, "card": self.card, "torch": torch.__version__,
-               "commit": self.commit, "at_s": round(time.monotonic() - self.begin, 1)}
+        row = {"table": "gpu", "row": f"{part} {what}", "date": date.today().isoformat(), "part": part,
+               "what": what, **facts, "card": self.card, "torch": torch.__version__, "commit": self.commit,
+               "at_s": round(time.monotonic() - self.begin, 1)}
         with open(self.out / "gpu.jsonl", "a") as file:
             file.write(json.dumps(row, default=str) + "\n")
             file.flush()

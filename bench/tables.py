@@ -1,4 +1,4 @@
-"""The tables of README.md, docs/results.md and docs/datasets.md, from bench/results.jsonl and the code.
+"""The tables of README.md and of pages in docs/, from bench/results.jsonl and the code.
 
     python -m bench.tables            prints them
     python -m bench.tables --write    puts them into the pages
@@ -20,6 +20,7 @@ ROOT = HERE.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "docs" / "results.md"
 DATASETS = ROOT / "docs" / "datasets.md"
+SPEED = ROOT / "docs" / "speed.md"
 
 # "Read in this order": files and what each is about. The lines are counted, the minutes follow from them.
 READING = {
@@ -44,6 +45,7 @@ FIRST_ROWS = [
     ("papers", "mnist-eps1", "the same with a tenth of the budget (private stage only)"),
     ("papers", "garments-public-eps10", "garments: tuned on Fashion-MNIST (private stage only)",
      "garments-public-eps10-50000"),
+    ("papers", "garments-gpu-eps10", "the same with 15 times the private work, on a GPU"),
     ("faces", "eps10", "faces in colour, 32 pixels: tuned on 5,000 photographs"),
 ]
 
@@ -77,9 +79,9 @@ def last(scores):
 
 
 def minutes(row, digits=0):
-    """Minutes of training and of evaluation, and the number of threads they had."""
+    """Minutes of training and of evaluation, and the number of threads they had, or the GPU."""
     train, evaluate = (row["seconds"].get(key, 0) / 60 for key in ("train", "evaluate"))
-    return f"{train:.{digits}f} + {evaluate:.{digits}f} ({row['threads']})"
+    return f"{train:.{digits}f} + {evaluate:.{digits}f} ({row.get('gpu') or row['threads']})"
 
 
 def epsilon(privacy):
@@ -99,14 +101,19 @@ def judges(rows):
 
 
 def frechet(row, rows):
-    """The distance as text; with a letter for its feature network if the rows have several (pitfall 22)."""
+    """The distance as text, "-" if it was skipped.
+
+    With a letter for its feature network if the rows have several (pitfall 22).
+    """
     names, distance = judges(rows), row["evaluation"]["distance"]
+    if distance is None:
+        return "-"
     letter = f" ({LETTERS[names.index(distance['features'])]})" if len(names) > 1 else ""
     return f"{distance['frechet']:.1f}{letter}"
 
 
 def overview():
-    """The README's table: six runs, what they reach, how long they took."""
+    """The README's table: some runs, what they reach, how long they took."""
     head = ["what you get", "private images", "epsilon", "metric", "minutes: train + evaluate (threads)",
             "command", "measured at"]
     cells = []
@@ -256,6 +263,27 @@ def faces():
     return markdown(head, cells) + "\n\n" + origin(rows)
 
 
+def gpu():
+    """docs/speed.md: the private step on a GPU against the same step without privacy, as last measured."""
+    lines = map(json.loads, (HERE / "results.jsonl").read_text().splitlines())
+    found = {(line["row"], line["card"], line["micro_batch"]): line for line in lines
+             if line["table"] == "gpu" and "micro_batch" in line and line["card"] != "cpu"}
+    head = ["network", "tuned", "precision", "images at a time", "without privacy, images/s",
+            "book-keeping, images/s", "time ratio", "peak memory, GiB", "memory ratio", "vmap, time ratio",
+            "card, commit"]
+    cells = []
+    for (name, card, batch), line in sorted(found.items()):
+        network, tune, precision = name.split(", ")[1:]
+        rows = {row["method"]: row for row in line["rows"]}
+        book = rows["bookkeeping"]
+        cells.append([network, tune, precision, f"{batch:,}", f"{rows['none']['examples_per_s']:,.0f}",
+                      f"{book['examples_per_s']:,.0f}", f"{book['time_ratio']:.2f}",
+                      f"{book['peak_mib'] / 1024:.1f}", f"{book['memory_ratio']:.2f}",
+                      f"{rows['vmap']['time_ratio']:.2f}" if "vmap" in rows else "-",
+                      f"{card}, {line['commit']}"])
+    return markdown(head, cells)
+
+
 def origin(rows):
     """Protocol, number of samples and sampler, said once below a table, and which distances compare."""
     if not rows:
@@ -275,7 +303,8 @@ def origin(rows):
 TABLES = {"digits": digits, "ablations": ablations, "papers": papers, "recipes": recipes, "faces": faces}
 ON_README = {"overview": overview, "reading": reading}
 ON_DATASETS = {"sets": sets}
-PAGES = ((README, ON_README), (RESULTS, TABLES), (DATASETS, ON_DATASETS))
+ON_SPEED = {"gpu": gpu}
+PAGES = ((README, ON_README), (RESULTS, TABLES), (DATASETS, ON_DATASETS), (SPEED, ON_SPEED))
 
 
 def replaced(text, name, table):
