@@ -1,4 +1,4 @@
-"""How good are the samples? Downstream accuracy, Frechet distance, precision and recall.
+"""How good are the samples? The program: downstream accuracy, Frechet distance, precision and recall.
 
 The evaluation of DP-LDM (Liu et al. 2024, experiments): train a classifier on generated images only, test it
 on real ones. The paper's classifiers are those of DPDM (Dockhorn et al. 2023). There are three protocols,
@@ -22,35 +22,28 @@ reduced to 64.
     python evaluate.py runs/digits --memorisation        are samples copies of private images?
 
 Metrics on held-out images are NOT covered by epsilon, hence internal/. Publish them only if those images are
-public anyway, as MNIST's are. The Frechet distance is no "FID": its features come from a small CNN trained on
-PUBLIC images, not from Inception. Only distances in the features of the same network can be compared.
+public anyway, as MNIST's are. The metrics themselves are in metrics.py.
 """
 from support import threads  # noqa: F401, I001 (first: before torch)
 
-import hashlib
 import math
 import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import datasets
+import metrics
 import sample
-from datasets import pixels
 from support import arguments, files, hardware, run_folder, scored
-from support.bars import tqdm
 from support.classifiers import RESIDUAL, network
 
-# ----------------------------------------------------------------------------------------------- classifiers
-
-# Arguments of train_classifier. augment: shifts and rotations. anneal: the learning rate falls to 0.
-STRONG = {"kind": "small-cnn", "epochs": 12, "lr": 2e-3, "anneal": True, "augment": True, "smoothing": 0.1}
+# Arguments of metrics.train_classifier.
 SIMPLE = {"epochs": 20, "lr": 1e-3, "anneal": True}
 PAPER = {"epochs": 50, "lr": 3e-4}
 PROTOCOLS = {  # number of samples, steps and eta of DDIM, and the recipe of each classifier
     "quick": {"n": 10_000, "steps": 30, "eta": 0.0, "recipes": {
-        "cnn": STRONG,
+        "cnn": metrics.STRONG,
         "mlp": {"kind": "mlp", **SIMPLE},
         "logreg": {"kind": "logreg", **SIMPLE}}},
     "table": {"n": 50_000, "steps": 200, "eta": 1.0, "recipes": {
@@ -60,178 +53,7 @@ PROTOCOLS = {  # number of samples, steps and eta of DDIM, and the recipe of eac
     "strict": {"n": 60_000, "steps": 200, "eta": 1.0, "recipes": {
         kind: {"kind": kind, "epochs": 50, "lr": 1e-3, "anneal": True} for kind in RESIDUAL}},
 }
-FEATURES = {**STRONG, "epochs": 4}  # of the feature network; the same in all protocols, so that runs compare
-FEATURE_IMAGES = 12_000  # at most so many public images train it
-NEIGHBOURS = 3  # k of precision and recall
-MANIFOLD = 2_000  # precision and recall use at most so many generated and so many real images
 
-
-def train_classifier(kind, images, labels, num_classes, epochs, lr, batch=128, anneal=False, augment=False,
-                     smoothing=0.0, generator=None, device="cpu", progress=True, bf16=False):
-    """A network trained on the given images and nothing else, after the LAST step, in eval mode.
-
-    kind: see `network`. images (N,C,S,S) uint8, labels (N,) int64. Adam with learning rate lr; with anneal it
-    falls to 0 as a cosine. augment: see `jiggle`. smoothing: of the labels. A number from generator (on the
-    CPU) seeds everything, and torch's global state is restored. ValueError if labels or sizes do not fit.
-    """
-    if not len(images) == len(labels) > 0 or not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        raise ValueError(f"a classifier needs images, each with one label in 0..{num_classes - 1}")
-    seed = int(torch.randint(2 ** 62, (), generator=generator))
-    with torch.random.fork_rng([torch.device(device)] if "cuda" in str(device) else []):
-        torch.manual_seed(seed)
-        model = network(kind, images.shape[1], images.shape[-1], num_classes)
-        model.to(device).to(memory_format=torch.channels_last)  # about 1.4 times as fast on a CPU
-        optimizer = torch.optim.Adam(model.parameters(), lr)
-        steps = epochs * math.ceil(len(images) / batch)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if anneal else None
-        with tqdm(total=steps, desc=f"training {kind}", unit="step", disable=not progress) as bar:
-            for _ in range(epochs):
-                for chosen in torch.randperm(len(images)).split(batch):
-                    x = pixels.to_float(images[chosen].to(device))  # (B,C,S,S) in -1..1
-                    x = (jiggle(x) if augment else x).contiguous(memory_format=torch.channels_last)
-                    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-                        loss = F.cross_entropy(model(x), labels[chosen].to(device), label_smoothing=smoothing)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    if schedule:
-                        schedule.step()
-                    bar.update()
-                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    return model.eval()
-
-
-def jiggle(x, shift=2.0, degrees=10.0):
-    """Images (N,C,S,S), each shifted by up to +-shift pixels along both axes and rotated by +-degrees."""
-    angle = (2 * torch.rand(len(x), device=x.device) - 1) * math.radians(degrees)
-    # affine_grid counts positions from -1 to 1, so a pixel is 2 / S wide.
-    move = (2 * torch.rand(len(x), 2, 1, device=x.device) - 1) * shift * 2 / x.shape[-1]
-    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
-    grid = F.affine_grid(torch.cat([turn, move], dim=2), x.shape, align_corners=False)  # (N,S,S,2)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-
-
-@torch.no_grad()
-def predict(model, images):
-    """uint8 (N,C,S,S) -> the model's output (N,D), on the CPU, in batches."""
-    device = next(model.parameters(), images).device  # no parameters (logreg[:-1] is a Flatten): the images'
-    return torch.cat([model(pixels.to_float(part.to(device))).cpu() for part in images.split(500)])
-
-
-def accuracy(model, images, labels):
-    """Share, 0..1, of images (N,C,S,S) uint8 whose most likely class is their label (N,)."""
-    return (predict(model, images).argmax(1) == labels).double().mean().item()
-
-
-# ---------------------------------------------------------------------------------- distances in features
-
-def features(model, images):
-    """What the last linear layer of model (a Sequential) receives: uint8 (N,C,S,S) -> (N,D) float64."""
-    return predict(model[:-1], images).double()
-
-
-def symmetric_root(matrix):
-    """Square root of a positive semi-definite (D,D); eigenvalues that rounding made negative count as 0."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return vectors * values.clamp(min=0).sqrt() @ vectors.T
-
-
-def frechet(a, b):
-    """Squared Frechet distance of the Gaussians fitted to a (N,D) and b (M,D): Heusel et al. 2017, Eq. 6.
-
-    The square is what FID is, too. Reports call it the Frechet distance for short. It is |mu_a - mu_b|^2 +
-    tr A + tr B - 2 tr (AB)^(1/2), with A and B the covariances. The last trace is the sum of the singular
-    values of A^(1/2) B^(1/2), also where a covariance is singular (fewer images than features). Few images
-    bias the distance upwards, so compare at equal N and M. ValueError for fewer than two rows or unequal D.
-    """
-    if a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"frechet: needs 2 rows or more and equal widths, got {tuple(a.shape)} and "
-                         f"{tuple(b.shape)}")
-    mean_a, mean_b = a.double().mean(0), b.double().mean(0)
-    cov_a, cov_b = (x.double().T.cov().view(x.shape[1], -1) for x in (a, b))  # for D = 1 cov gives a scalar
-    overlap = torch.linalg.svdvals(symmetric_root(cov_a) @ symmetric_root(cov_b)).sum()
-    squared = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * overlap
-    return squared.clamp(min=0).item()
-
-
-def covered(points, centres, k=NEIGHBOURS):
-    """Share, 0..1, of points (N,D) in the union of balls around the centres (M,D).
-
-    The radius of a ball is the distance to the k-th nearest other centre. Precision is covered(generated,
-    real), recall is covered(real, generated) (Kynkaanniemi et al. 2019, Eqs. 1 and 2). ValueError for k
-    centres or fewer.
-    """
-    if len(centres) <= k:
-        raise ValueError(f"precision and recall need more than {k} images of each kind, got {len(centres)}")
-    exact = {"compute_mode": "donot_use_mm_for_euclid_dist"}  # |x|^2 - 2xy + |y|^2 would cancel
-    # k + 1, because each centre is its own nearest.
-    radius = torch.cdist(centres, centres, **exact).kthvalue(k + 1, dim=1).values
-    return (torch.cdist(points, centres, **exact) <= radius).any(dim=1).double().mean().item()
-
-
-def public_features(public_folder, public, channels, size, root=None, device="cpu", progress=True,
-                    frame=None):
-    """(model, name) of the feature network: a small CNN, trained on the PUBLIC set and kept as features.pt.
-
-    It is trained anew if the file is missing, damaged or made with other settings. With public_folder None it
-    is not kept. Omniglot is read without labels, so its runs use the network of "strokes". Runs with a part
-    of the strokes (--public-classes) use the network of all strokes, so that their distances compare. frame:
-    the side of the networks' images, and the side to which grey samples are cut; the public images are cut
-    alike. ValueError if the set is absent, has one class only or does not fit.
-    """
-    public = "strokes" if public == "omniglot" else public
-    kind = datasets.kind_of(public)
-    path = Path(public_folder or "") / "features.pt"
-    settings = [kind, channels, size, FEATURE_IMAGES, FEATURES]
-    try:  # read the file; whatever is wrong with it leads to training
-        if public_folder is None:
-            raise ValueError("there is no run folder")
-        saved = files.load(path)
-        if saved["settings"] != settings:
-            raise ValueError("made with other settings")
-        model = network(FEATURES["kind"], channels, size, saved["classes"])
-        model.load_state_dict(saved["state"])
-    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError):
-        # Sets drawn by a program: draw only as many images as are used. Other sets are read whole (None).
-        n = FEATURE_IMAGES if datasets.unlimited(public) else None
-        whole, cut = frame or (size, size)
-        found = datasets.load(public, "train", root, whole if channels == 1 else size, n=n, channels=channels)
-        if channels == 1:  # grey images are padded, never resized
-            found.images = scored.shrink(pixels.crop(found.images, cut))
-        classes = len(found.classes)
-        if classes < 2:
-            raise datasets.DataError(f"the public set {kind} has one class only, a feature network needs "
-                                     "two") from None
-        generator = torch.Generator().manual_seed(0)
-        chosen = torch.randperm(len(found), generator=generator)[:FEATURE_IMAGES]
-        kept = f"kept in {path}" if public_folder else "not kept, there is no run folder"
-        print(f"feature network: a CNN learns {len(chosen):,} images of {kind}; {kept}")
-        model = train_classifier(images=found.images[chosen], labels=found.labels[chosen],
-                                 num_classes=classes, generator=generator, device=device,
-                                 progress=progress, **FEATURES)
-        if public_folder:
-            files.save({"settings": settings, "classes": classes, "state": model.cpu().state_dict()}, path)
-    weights = b"".join(value.cpu().numpy().tobytes() for value in model.state_dict().values())
-    digest = hashlib.sha256(weights).hexdigest()[:8]
-    name = f"CNN trained on {kind} ({model[-1].out_features} classes, weights {digest})"
-    return model.to(device).eval(), name
-
-
-def compare(model, samples, real, seed=0):
-    """A dict of the Frechet distance, that between two halves of the real images, precision and recall.
-
-    The second is what chance alone gives: two samples of one distribution, of half as many images each.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    a, b = (features(model, x[torch.randperm(len(x), generator=generator)]) for x in (samples, real))
-    half, few_a, few_b = len(b) // 2, a[:MANIFOLD], b[:MANIFOLD]
-    return {"frechet": frechet(a, b), "n": [len(a), len(b)],
-            "halves": frechet(b[:half], b[half:]), "halves_n": half,
-            "precision": covered(few_a, few_b), "recall": covered(few_b, few_a), "k": NEIGHBOURS,
-            "manifold_n": [len(few_a), len(few_b)]}
-
-
-# ---------------------------------------------------------------------------------------------- the program
 
 def on_real_images(args, release, run, private, recipe, images, labels, real_sets):
     """Scores of a classifier trained on the private TRAINING images, the ceiling for all others: a dict.
@@ -243,13 +65,13 @@ def on_real_images(args, release, run, private, recipe, images, labels, real_set
     settings = run / "internal" / "settings.json"  # were all private images used?
     n = files.read_json(settings).get("private_n") if settings.exists() else None
     train = scored.load_private(release, private, "train", args.data_root, n, scored.cache_of(run))
-    model = train_classifier(images=train.images, labels=train.labels, num_classes=len(release.classes),
-                             device=args.device, generator=torch.Generator().manual_seed(args.seed),
-                             bf16=release.bf16, **recipe)
+    model = metrics.train_classifier(
+        images=train.images, labels=train.labels, num_classes=len(release.classes), device=args.device,
+        generator=torch.Generator().manual_seed(args.seed), bf16=release.bf16, **recipe)
     of_class = {name: labels == i for i, name in enumerate(release.classes)}
     return {"n": len(train), "recipe": recipe,
-            "accuracy": {name: accuracy(model, x.images, x.labels) for name, x in real_sets.items()},
-            "samples": {name: accuracy(model, images[mine], labels[mine])
+            "accuracy": {name: metrics.accuracy(model, x.images, x.labels) for name, x in real_sets.items()},
+            "samples": {name: metrics.accuracy(model, images[mine], labels[mine])
                         for name, mine in of_class.items() if mine.any()}}
 
 
@@ -309,15 +131,16 @@ def distance_of(args, release, folder, public, images, split, real, lap):
     try:
         if args.features:  # another set than the run's own, so the network is not kept
             folder, public = None, args.features
-        judge, name = public_features(folder, public, images.shape[1], size, args.data_root, args.device,
-                                      frame=(release.vae.config.resolution, release.crop))
+        judge, name = metrics.public_features(
+            folder, public, images.shape[1], size, args.data_root, args.device,
+            frame=(release.vae.config.resolution, release.crop))
     except ValueError as error:  # the accuracies stand without it
         print(f"Frechet distance skipped: {error}")
         return None
     lap("feature network")
     resized = "not resized" if size == release.crop else f"resized from {release.crop}"
     distance = {"features": name, "split": split, "resize": f"{size} pixels, {resized}",
-                **compare(judge, images, real.images, args.seed)}
+                **metrics.compare(judge, images, real.images, args.seed)}
     lap("distance")
     return distance
 
@@ -403,10 +226,11 @@ def main(argv=None):
         for recipe in recipes.values():
             recipe.pop("augment", None)
     for word, recipe in recipes.items():
-        model = train_classifier(images=images, labels=labels, num_classes=len(release.classes),
-                                 device=args.device, generator=torch.Generator().manual_seed(args.seed),
-                                 bf16=release.bf16, **recipe)
-        scores[word] = {name: accuracy(model, held.images, held.labels) for name, held in real_sets.items()}
+        model = metrics.train_classifier(
+            images=images, labels=labels, num_classes=len(release.classes), device=args.device,
+            generator=torch.Generator().manual_seed(args.seed), bf16=release.bf16, **recipe)
+        scores[word] = {name: metrics.accuracy(model, held.images, held.labels)
+                        for name, held in real_sets.items()}
         lap(word)
     ceiling, distance = None, None
     if args.real and words:

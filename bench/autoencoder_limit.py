@@ -17,6 +17,7 @@ import torch
 
 import datasets
 import evaluate
+import metrics
 import sample
 from datasets import pixels
 from support import run_folder, scored
@@ -35,7 +36,7 @@ def main(argv=None):
     train = scored.load_private(release, private, "train", args.data_root)
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:args.n]
     size, channels = release.vae.config.resolution, real.images.shape[1]
-    judge, name = evaluate.public_features(Path(args.run) / "public", public, channels, release.crop,
+    judge, name = metrics.public_features(Path(args.run) / "public", public, channels, release.crop,
                                            args.data_root)
     most = None if datasets.REGISTRY[datasets.kind_of(public)].own else 12_000  # an own set may have fewer
     seen = datasets.load(public, "train", args.data_root, size, most, channels=channels).images[:12_000]
@@ -61,13 +62,13 @@ def main(argv=None):
                         ("principal components", projected)):
         made = code(real.images)
         error = (made.float() - real.images.float()).abs().mean() / 255
-        distance = evaluate.frechet(evaluate.features(judge, made), evaluate.features(judge, real.images))
-        model = evaluate.train_classifier(images=code(train.images[chosen]), labels=train.labels[chosen],
+        distance = metrics.frechet(metrics.features(judge, made), metrics.features(judge, real.images))
+        model = metrics.train_classifier(images=code(train.images[chosen]), labels=train.labels[chosen],
                                           num_classes=len(real.classes),
                                           generator=torch.Generator().manual_seed(0),
                                           **evaluate.PROTOCOLS["quick"]["recipes"]["cnn"])
         print(f"{title:22} mean absolute error {error:.4f}   Frechet distance {distance:.1f}   "
-              f"CNN {evaluate.accuracy(model, real.images, real.labels):.1%}", flush=True)
+              f"CNN {metrics.accuracy(model, real.images, real.labels):.1%}", flush=True)
 
 
 if __name__ == "__main__":

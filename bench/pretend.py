@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import datasets
-import evaluate
+import metrics
 from datasets import pixels, strokes
 
 N = 66_700  # evaluate.py holds out about one in ten of an own set
@@ -55,11 +55,11 @@ def main():
                         class_names=np.array([str(i) for i in range(10)]))
     pixels.save_grid(images[:100], path.removesuffix(".npz") + ".png", columns=10)
     plain = torch.arange(10_000) % 10
-    reader = evaluate.train_classifier(images=strokes.draw(plain, generator), labels=plain, num_classes=10,
-                                       generator=generator, **evaluate.STRONG)
-    share = evaluate.accuracy(reader, images[:10_000], labels[:10_000])
+    reader = metrics.train_classifier(images=strokes.draw(plain, generator), labels=plain, num_classes=10,
+                                       generator=generator, **metrics.STRONG)
+    share = metrics.accuracy(reader, images[:10_000], labels[:10_000])
     real = datasets.load("mnist10k", "test", size=28)
-    digits = evaluate.accuracy(reader, real.images, real.labels)
+    digits = metrics.accuracy(reader, real.images, real.labels)
     print(f"{path}: a CNN trained on 10,000 plain strokes reads {share:.2%} of 10,000 of them, {digits:.2%} "
           f"of {len(real):,} held-out MNIST digits")
 

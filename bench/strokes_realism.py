@@ -16,7 +16,7 @@ import time
 import torch
 
 import datasets
-import evaluate
+import metrics
 from support import run_folder
 
 
@@ -32,11 +32,11 @@ def main():
     drawn = datasets.load("strokes", size=28, public_classes="digits", n=args.n, seed=args.seed)
     print(f"drawing: {args.n / (time.time() - start):.0f} images/s on {torch.get_num_threads()} thread(s)")
     start = time.time()
-    model = evaluate.train_classifier(images=drawn.images, labels=drawn.labels, num_classes=10,
+    model = metrics.train_classifier(images=drawn.images, labels=drawn.labels, num_classes=10,
                                       generator=torch.Generator().manual_seed(args.seed),
-                                      **{**evaluate.STRONG, "epochs": args.epochs})
+                                      **{**metrics.STRONG, "epochs": args.epochs})
     fresh = datasets.load("strokes", size=28, public_classes="digits", n=2000, seed=args.seed + 1)
-    seen = 100 * evaluate.accuracy(model, fresh.images, fresh.labels)
+    seen = 100 * metrics.accuracy(model, fresh.images, fresh.labels)
     print(f"training: {time.time() - start:.0f} s, {seen:.1f} % of fresh strokes recognised")
 
     held_out = datasets.load("mnist10k", "test", size=28)
@@ -44,7 +44,7 @@ def main():
     if args.data_root or os.environ.get("DPLDM_DATA"):
         sets.append(("10,000 MNIST test digits", datasets.load("mnist", "test", args.data_root, size=28)))
     for title, real in sets:
-        answer = evaluate.predict(model, real.images).argmax(1)
+        answer = metrics.predict(model, real.images).argmax(1)
         print(f"{title}: {100 * (answer == real.labels).float().mean().item():.2f} %")
         if real is held_out:
             confusion = (real.labels * 10 + answer).bincount(minlength=100).view(10, 10)

@@ -32,7 +32,8 @@ READING = {
     "accountant.py": "from q, sigma and the number of steps to epsilon",
     "train.py": "the three stages, one after the other",
     "sample.py": "from a release to images",
-    "evaluate.py": "accuracy, Frechet distance, precision and recall of samples",
+    "metrics.py": "classifiers that learn from samples, Frechet distance, precision and recall",
+    "evaluate.py": "from a release to its metrics: protocols, report",
 }
 LINES_PER_MINUTE = 25
 LETTERS = "abcdefgh"  # of feature networks

@@ -9,6 +9,7 @@ import math
 import torch
 
 import evaluate
+import metrics
 from datasets import pixels
 from support import files, scored
 
@@ -57,10 +58,10 @@ def report(args, release, run, public, private, held_out):
     three = (samples, train.images, held_out.images)
     try:
         folder = None if args.features else run / "public"
-        judge, space = evaluate.public_features(folder, args.features or public, samples.shape[1],
+        judge, space = metrics.public_features(folder, args.features or public, samples.shape[1],
                                                 samples.shape[-1], args.data_root, args.device,
                                                 frame=(release.vae.config.resolution, release.crop))
-        points = [evaluate.features(judge, x) for x in three]
+        points = [metrics.features(judge, x) for x in three]
     except ValueError as error:
         print(f"no feature network ({error}): distances of pixels instead")
         space, points = "pixels", [x.flatten(1).double() / 255 for x in three]

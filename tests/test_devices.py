@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import diffusion
 import dp_sgd
-import evaluate
+import metrics
 import train
 import unet
 import vae
@@ -179,12 +179,12 @@ def test_a_whole_run_keeps_to_its_device(card, monkeypatch, tmp_path):
 def test_scoring_keeps_to_its_device(card):
     images, labels = torch.randint(256, (12, 1, 16, 16), dtype=torch.uint8), torch.arange(12) % 2
     with card:
-        model = evaluate.train_classifier("small-cnn", images, labels, 2, epochs=1, lr=1e-3, batch=4,
+        model = metrics.train_classifier("small-cnn", images, labels, 2, epochs=1, lr=1e-3, batch=4,
                                           anneal=True, augment=True, device="meta", progress=False)
-        assert evaluate.features(model, images).device.type == "cpu"
+        assert metrics.features(model, images).device.type == "cpu"
     waits = {key: n for key, n in card.counts.items() if key[0] != "to card"}
     # once an epoch for the bar, once for each 500 images that are looked at
-    assert waits == {("number", "evaluate.py: train_classifier"): 1, ("to host", "evaluate.py: predict"): 1}
+    assert waits == {("number", "metrics.py: train_classifier"): 1, ("to host", "metrics.py: predict"): 1}
 
 
 # ----------------------------------------------------------------------------------------------------- memory

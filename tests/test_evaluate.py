@@ -8,6 +8,7 @@ import torch
 
 import datasets
 import evaluate
+import metrics
 import sample
 import unet
 import vae
@@ -51,8 +52,8 @@ def run(tmp_path, monkeypatch):
     files.save(checkpoint, tmp_path / "run" / "release" / "model.pt")
     (tmp_path / "run" / "internal").mkdir()
     monkeypatch.setitem(evaluate.PROTOCOLS, "quick", TINY)
-    monkeypatch.setattr(evaluate, "FEATURES", RECIPE)
-    monkeypatch.setattr(evaluate, "FEATURE_IMAGES", 72)
+    monkeypatch.setattr(metrics, "FEATURES", RECIPE)
+    monkeypatch.setattr(metrics, "FEATURE_IMAGES", 72)
     monkeypatch.setenv("DPLDM_DATA", str(tmp_path / "nothing"))
     return tmp_path / "run"
 
@@ -82,7 +83,7 @@ def test_frechet_of_commuting_gaussians():
     """Diagonal covariances: |mu_a - mu_b|^2 + sum (s_a - s_b)^2."""
     a = spread([1.0, 2.0, 0.0], torch.diag(torch.tensor([1.0, 2.0, 3.0])))
     b = spread([0.0, 2.0, 4.0], torch.diag(torch.tensor([2.0, 2.0, 0.5])), repeats=3)
-    assert evaluate.frechet(a, b) == pytest.approx(1 + 16 + 1 + 0 + 6.25, rel=1e-10)
+    assert metrics.frechet(a, b) == pytest.approx(1 + 16 + 1 + 0 + 6.25, rel=1e-10)
 
 
 def test_frechet_of_general_gaussians():
@@ -92,7 +93,7 @@ def test_frechet_of_general_gaussians():
     cov_a, cov_b = axes_a.T @ axes_a, axes_b.T @ axes_b
     m = cov_a @ cov_b
     expected = 25 + cov_a.trace() + cov_b.trace() - 2 * (m.trace() + 2 * torch.linalg.det(m).sqrt()).sqrt()
-    assert evaluate.frechet(spread([3, 0], axes_a),
+    assert metrics.frechet(spread([3, 0], axes_a),
                             spread([0, 4], axes_b)) == pytest.approx(expected.item(), rel=1e-10)
 
 
@@ -100,31 +101,31 @@ def test_frechet_of_singular_covariances():
     """Two lines at 60 degrees in a space of five dimensions: 1 + 1 - 2 cos(60 degrees) = 1."""
     e = torch.eye(5, dtype=torch.float64)
     a, b = spread(torch.zeros(5), e[:1]), spread(torch.zeros(5), 0.5 * e[:1] + 0.75 ** 0.5 * e[1:2])
-    assert evaluate.frechet(a, b) == pytest.approx(1.0, abs=1e-7)
+    assert metrics.frechet(a, b) == pytest.approx(1.0, abs=1e-7)
     # one dimension
-    assert evaluate.frechet(spread([0.0], [[2.0]]), spread([0.0], [[5.0]])) == pytest.approx(9.0)
+    assert metrics.frechet(spread([0.0], [[2.0]]), spread([0.0], [[5.0]])) == pytest.approx(9.0)
 
 
 def test_frechet_invariances():
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(40, 64, generator=generator), torch.randn(90, 64, generator=generator) * 2 + 1
-    value, turn = evaluate.frechet(a, b), torch.linalg.qr(torch.randn(64, 64, generator=generator).double()).Q
-    assert evaluate.frechet(a, a) == pytest.approx(0, abs=1e-6)  # 40 points in 64 dimensions: singular
-    assert evaluate.frechet(b, a) == pytest.approx(value)
-    assert evaluate.frechet(a.double() @ turn + 7, b.double() @ turn + 7) == pytest.approx(value)
-    assert evaluate.frechet(3 * a, 3 * b) == pytest.approx(9 * value)
+    value, turn = metrics.frechet(a, b), torch.linalg.qr(torch.randn(64, 64, generator=generator).double()).Q
+    assert metrics.frechet(a, a) == pytest.approx(0, abs=1e-6)  # 40 points in 64 dimensions: singular
+    assert metrics.frechet(b, a) == pytest.approx(value)
+    assert metrics.frechet(a.double() @ turn + 7, b.double() @ turn + 7) == pytest.approx(value)
+    assert metrics.frechet(3 * a, 3 * b) == pytest.approx(9 * value)
     with pytest.raises(ValueError, match="2 rows"):
-        evaluate.frechet(a[:1], b)
+        metrics.frechet(a[:1], b)
 
 
 def test_precision_and_recall_on_a_line():
     """k = 1. Centres 0, 1, 3 have radii 1, 1, 2: together they cover [-1, 5]."""
     centres = torch.tensor([[0.0], [1.0], [3.0]])
     points = torch.tensor([[-1.5], [-0.5], [2.0], [5.0], [5.1]])
-    assert evaluate.covered(points, centres, k=1) == pytest.approx(3 / 5)
-    assert evaluate.covered(centres, centres, k=1) == 1.0
+    assert metrics.covered(points, centres, k=1) == pytest.approx(3 / 5)
+    assert metrics.covered(centres, centres, k=1) == 1.0
     with pytest.raises(ValueError, match="more than 3"):
-        evaluate.covered(points, centres)
+        metrics.covered(points, centres)
 
 
 # ---- classifiers
@@ -133,11 +134,11 @@ def test_precision_and_recall_on_a_line():
 @pytest.mark.parametrize("kind", ["small-cnn", "paper-cnn", "mlp", "logreg"])
 def test_classifiers_learn(kind):
     images, labels = bars(600)
-    model = evaluate.train_classifier(kind, images, labels, 4, epochs=8, lr=2e-3, anneal=True, progress=False)
-    assert evaluate.accuracy(model, *bars(200, seed=1)) > 0.95
+    model = metrics.train_classifier(kind, images, labels, 4, epochs=8, lr=2e-3, anneal=True, progress=False)
+    assert metrics.accuracy(model, *bars(200, seed=1)) > 0.95
     assert not model.training
-    feature = evaluate.features(model, images[:7])
-    assert torch.allclose(model[-1](feature.float()), evaluate.predict(model, images[:7]), atol=1e-4)
+    feature = metrics.features(model, images[:7])
+    assert torch.allclose(model[-1](feature.float()), metrics.predict(model, images[:7]), atol=1e-4)
 
 
 def test_paper_network_is_the_published_one():
@@ -153,9 +154,9 @@ def test_paper_network_is_the_published_one():
 def test_residual_networks_of_protocol_strict(kind):
     recipe = evaluate.PROTOCOLS["strict"]["recipes"][kind]
     images, labels = bars(8)
-    model = evaluate.train_classifier(images=images, labels=labels, num_classes=4, progress=False, batch=4,
+    model = metrics.train_classifier(images=images, labels=labels, num_classes=4, progress=False, batch=4,
                                       **{**recipe, "epochs": 1})
-    assert evaluate.predict(model, images[:2]).shape == (2, 4)
+    assert metrics.predict(model, images[:2]).shape == (2, 4)
     blocks = [m for m in model.modules() if type(m).__name__ in ("BasicBlock", "Bottleneck")]
     assert len(blocks) == 8 and model.conv1.stride == (1, 1) and not model.training
 
@@ -163,9 +164,9 @@ def test_residual_networks_of_protocol_strict(kind):
 def test_garments_are_not_shifted_and_turned(run, monkeypatch):
     assert [name for name, entry in datasets.REGISTRY.items() if not entry.jiggled] == ["fashion"]
     seen = []
-    monkeypatch.setattr(evaluate, "train_classifier",
+    monkeypatch.setattr(metrics, "train_classifier",
                         lambda augment=False, **rest: seen.append(augment) or torch.nn.Flatten())
-    monkeypatch.setattr(evaluate, "accuracy", lambda *args: 0.5)
+    monkeypatch.setattr(metrics, "accuracy", lambda *args: 0.5)
     recipe = {**evaluate.PROTOCOLS["quick"]["recipes"]["cnn"], "augment": True}
     monkeypatch.setitem(evaluate.PROTOCOLS["quick"], "recipes", {"cnn": recipe})
     for jiggled in (True, False):
@@ -185,7 +186,7 @@ def test_last_step_is_returned(monkeypatch):
     monkeypatch.setattr(torch.optim.Adam, "step", step)
     images, labels = bars(50)
     # A rate this large makes the loss go up and down, so that the best epoch is not the last.
-    model = evaluate.train_classifier("mlp", images, labels, 4, epochs=6, lr=0.5, batch=20, progress=False)
+    model = metrics.train_classifier("mlp", images, labels, 4, epochs=6, lr=0.5, batch=20, progress=False)
     assert len(seen) == 6 * 3
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), seen[-1], strict=True))
 
@@ -195,7 +196,7 @@ def test_training_is_reproducible_and_leaves_the_global_generator():
 
     def train(seed):
         generator = torch.Generator().manual_seed(seed)
-        return evaluate.train_classifier("small-cnn", images, labels, 4, 1, 1e-3, augment=True,
+        return metrics.train_classifier("small-cnn", images, labels, 4, 1, 1e-3, augment=True,
                                          generator=generator,
                                          progress=False)
 
@@ -209,8 +210,8 @@ def test_jiggle_moves_by_pixels():
     """The centre of ink moves, by at most `shift` pixels. Without shift and rotation nothing moves."""
     x = torch.full((64, 1, 28, 28), -1.0)
     x[:, :, 12:16, 12:16] = 1
-    assert torch.allclose(evaluate.jiggle(x, shift=0, degrees=0), x, atol=1e-5)
-    ink = evaluate.jiggle(x, shift=2, degrees=0)[:, 0] + 1
+    assert torch.allclose(metrics.jiggle(x, shift=0, degrees=0), x, atol=1e-5)
+    ink = metrics.jiggle(x, shift=2, degrees=0)[:, 0] + 1
     centre = (ink.sum(1) * torch.arange(28)).sum(1) / ink.sum((1, 2)) - 13.5
     assert 1.5 < centre.abs().max() <= 2.001 and centre.min() < 0 < centre.max()
 
@@ -221,7 +222,7 @@ def test_bad_training_input():
     for bad in ({"kind": "forest"}, {"labels": labels + 1}, {"labels": labels[:5]},
                 {"kind": "paper-cnn", "images": images[..., :16, :16]}):
         with pytest.raises(ValueError, match="classifier"):
-            evaluate.train_classifier(**{**good, **bad})
+            metrics.train_classifier(**{**good, **bad})
 
 
 # ---- the program
@@ -229,13 +230,13 @@ def test_bad_training_input():
 
 def test_program_scores_a_release(run, monkeypatch, capsys):
     """End to end. Every training set of the program is recorded: samples or strokes, never a real image."""
-    trained, original = [], evaluate.train_classifier
+    trained, original = [], metrics.train_classifier
 
     def record(**arguments):
         trained.append((arguments["images"], arguments["labels"]))
         return original(**arguments)
 
-    monkeypatch.setattr(evaluate, "train_classifier", record)
+    monkeypatch.setattr(metrics, "train_classifier", record)
     assert evaluate.main([str(run), "--classifiers", "cnn,logreg", "--precision", "float32"]) == 0
     result, text = read_result(run), capsys.readouterr().out
     labels = sample.uniform_labels(40, 10)
@@ -317,7 +318,7 @@ def test_a_classifier_of_real_images_gives_the_ceiling_and_judges_the_samples(ru
                         real if split == "train" else datasets.load(private, split, root, 28))
     monkeypatch.setitem(evaluate.PROTOCOLS["quick"], "recipes", {"logreg": {"kind": "logreg",
                                                                             **evaluate.SIMPLE}})
-    monkeypatch.setattr(evaluate, "FEATURE_IMAGES", 200)
+    monkeypatch.setattr(metrics, "FEATURE_IMAGES", 200)
     evaluate.main([str(run), "--samples", str(tmp_path / "s.npz"), "--classifiers", "logreg", "--real",
                    "--features", "garments"])
     result, out = read_result(run), capsys.readouterr().out
@@ -362,7 +363,7 @@ def test_feature_network_is_kept_and_replaced_if_damaged(run, monkeypatch, capsy
     def get(**changes):
         arguments = {"public_folder": run / "public", "public": "strokes", "channels": 1, "size": 28,
                      **changes}
-        _, name = evaluate.public_features(**arguments, progress=False)
+        _, name = metrics.public_features(**arguments, progress=False)
         return name, "learns" in capsys.readouterr().out
 
     path = run / "public" / "features.pt"
@@ -375,7 +376,7 @@ def test_feature_network_is_kept_and_replaced_if_damaged(run, monkeypatch, capsy
         assert get() == (name, True)  # trained anew, from the same seed
     files.save({"settings": 0}, path)
     assert get() == (name, True)
-    monkeypatch.setattr(evaluate, "FEATURE_IMAGES", 36)
+    monkeypatch.setattr(metrics, "FEATURE_IMAGES", 36)
     assert get()[1] and get(size=32)[1]  # other settings
 
 
@@ -396,9 +397,9 @@ def test_missing_public_set_costs_only_the_distance(run, monkeypatch, capsys):
 
 def test_a_public_set_of_another_size_is_cut_as_samples_are(run, monkeypatch, tmp_path):
     """Digits of 16 pixels, padded to 32 and cut again: strokes of 28 pixels take the same way."""
-    judge, _ = evaluate.public_features(None, "strokes", 1, 16, frame=(32, 16), progress=False)
-    assert evaluate.features(judge, torch.zeros(2, 1, 16, 16, dtype=torch.uint8)).shape[0] == 2
-    (_, same), (_, before) = (evaluate.public_features(None, "strokes", 1, 28, progress=False, **frame)
+    judge, _ = metrics.public_features(None, "strokes", 1, 16, frame=(32, 16), progress=False)
+    assert metrics.features(judge, torch.zeros(2, 1, 16, 16, dtype=torch.uint8)).shape[0] == 2
+    (_, same), (_, before) = (metrics.public_features(None, "strokes", 1, 28, progress=False, **frame)
                               for frame in ({"frame": (32, 28)}, {}))
     assert same == before
     np.savez(tmp_path / "wide.npz", images=np.zeros((72, 64, 64), np.uint8), labels=np.arange(72) % 2)

@@ -16,6 +16,7 @@ from PIL import Image
 import datasets
 import diffusion
 import evaluate
+import metrics
 import sample
 import train
 import unet
@@ -568,7 +569,7 @@ def test_faces_are_evaluated(run, monkeypatch, capsys):
     recipe = {"kind": "small-cnn", "epochs": 1, "lr": 2e-3}
     monkeypatch.setitem(evaluate.PROTOCOLS, "quick",
                         {"n": 20, "steps": 2, "eta": 0.0, "recipes": {"cnn": recipe}})
-    monkeypatch.setattr(evaluate, "FEATURES", recipe)
+    monkeypatch.setattr(metrics, "FEATURES", recipe)
     assert evaluate.main([str(out), "--data-root", str(root), "--classifiers", "cnn"]) == 0
     result = json.loads((out / "internal" / "evaluation.json").read_text())
     assert (
