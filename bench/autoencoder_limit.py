@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 import datasets
-import evaluate
 import metrics
 import sample
 from datasets import pixels
@@ -37,7 +36,7 @@ def main(argv=None):
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:args.n]
     size, channels = release.vae.config.resolution, real.images.shape[1]
     judge, name = metrics.public_features(Path(args.run) / "public", public, channels, release.crop,
-                                           args.data_root)
+                                          args.data_root, frame=(size, release.crop))
     most = None if datasets.REGISTRY[datasets.kind_of(public)].own else 12_000  # an own set may have fewer
     seen = datasets.load(public, "train", args.data_root, size, most, channels=channels).images[:12_000]
     numbers = torch.Size(release.vae.latent_shape).numel()
@@ -64,9 +63,8 @@ def main(argv=None):
         error = (made.float() - real.images.float()).abs().mean() / 255
         distance = metrics.frechet(metrics.features(judge, made), metrics.features(judge, real.images))
         model = metrics.train_classifier(images=code(train.images[chosen]), labels=train.labels[chosen],
-                                          num_classes=len(real.classes),
-                                          generator=torch.Generator().manual_seed(0),
-                                          **evaluate.PROTOCOLS["quick"]["recipes"]["cnn"])
+                                         num_classes=len(real.classes),
+                                         generator=torch.Generator().manual_seed(0), **metrics.STRONG)
         print(f"{title:22} mean absolute error {error:.4f}   Frechet distance {distance:.1f}   "
               f"CNN {metrics.accuracy(model, real.images, real.labels):.1%}", flush=True)
 

@@ -56,7 +56,7 @@ def main():
     pixels.save_grid(images[:100], path.removesuffix(".npz") + ".png", columns=10)
     plain = torch.arange(10_000) % 10
     reader = metrics.train_classifier(images=strokes.draw(plain, generator), labels=plain, num_classes=10,
-                                       generator=generator, **metrics.STRONG)
+                                      generator=generator, **metrics.STRONG)
     share = metrics.accuracy(reader, images[:10_000], labels[:10_000])
     real = datasets.load("mnist10k", "test", size=28)
     digits = metrics.accuracy(reader, real.images, real.labels)

@@ -33,8 +33,8 @@ def main():
     print(f"drawing: {args.n / (time.time() - start):.0f} images/s on {torch.get_num_threads()} thread(s)")
     start = time.time()
     model = metrics.train_classifier(images=drawn.images, labels=drawn.labels, num_classes=10,
-                                      generator=torch.Generator().manual_seed(args.seed),
-                                      **{**metrics.STRONG, "epochs": args.epochs})
+                                     generator=torch.Generator().manual_seed(args.seed),
+                                     **{**metrics.STRONG, "epochs": args.epochs})
     fresh = datasets.load("strokes", size=28, public_classes="digits", n=2000, seed=args.seed + 1)
     seen = 100 * metrics.accuracy(model, fresh.images, fresh.labels)
     print(f"training: {time.time() - start:.0f} s, {seen:.1f} % of fresh strokes recognised")

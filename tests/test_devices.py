@@ -180,7 +180,7 @@ def test_scoring_keeps_to_its_device(card):
     images, labels = torch.randint(256, (12, 1, 16, 16), dtype=torch.uint8), torch.arange(12) % 2
     with card:
         model = metrics.train_classifier("small-cnn", images, labels, 2, epochs=1, lr=1e-3, batch=4,
-                                          anneal=True, augment=True, device="meta", progress=False)
+                                         anneal=True, augment=True, device="meta", progress=False)
         assert metrics.features(model, images).device.type == "cpu"
     waits = {key: n for key, n in card.counts.items() if key[0] != "to card"}
     # once an epoch for the bar, once for each 500 images that are looked at

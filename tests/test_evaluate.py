@@ -155,7 +155,7 @@ def test_residual_networks_of_protocol_strict(kind):
     recipe = evaluate.PROTOCOLS["strict"]["recipes"][kind]
     images, labels = bars(8)
     model = metrics.train_classifier(images=images, labels=labels, num_classes=4, progress=False, batch=4,
-                                      **{**recipe, "epochs": 1})
+                                     **{**recipe, "epochs": 1})
     assert metrics.predict(model, images[:2]).shape == (2, 4)
     blocks = [m for m in model.modules() if type(m).__name__ in ("BasicBlock", "Bottleneck")]
     assert len(blocks) == 8 and model.conv1.stride == (1, 1) and not model.training
@@ -197,8 +197,8 @@ def test_training_is_reproducible_and_leaves_the_global_generator():
     def train(seed):
         generator = torch.Generator().manual_seed(seed)
         return metrics.train_classifier("small-cnn", images, labels, 4, 1, 1e-3, augment=True,
-                                         generator=generator,
-                                         progress=False)
+                                        generator=generator,
+                                        progress=False)
 
     before = torch.get_rng_state()
     first, same, other = (train(seed)[-1].weight for seed in (1, 1, 2))

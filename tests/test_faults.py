@@ -701,7 +701,7 @@ def test_more_than_255_classes_are_drawn(tmp_path, monkeypatch, capsys):
 
 
 def test_the_limit_of_an_autoencoder_is_measured_on_own_sets(monkeypatch, capsys, tmp_path):
-    """The release says "npz"; where it lies is asked of the run folder."""
+    """The release says "npz"; where it lies is asked of the run folder. Grey sets are cut as samples are."""
     np.savez(tmp_path / "own.npz", images=IMAGES, labels=LABELS, class_names=NAMES)
     network = vae.AutoencoderKL(vae.VAEConfig(3, 3, 4, (1, 1), num_groups=4, resolution=8)).eval()
     release = types.SimpleNamespace(classes=NAMES, crop=8, vae=network,
@@ -711,11 +711,11 @@ def test_the_limit_of_an_autoencoder_is_measured_on_own_sets(monkeypatch, capsys
     monkeypatch.setattr(autoencoder_limit.scored, "sources", lambda release, run: [name, name])
     asked = []
 
-    def stop(folder, public, *args):
-        asked.append(public)
+    def stop(folder, public, *args, frame):
+        asked.append((public, frame))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(autoencoder_limit.evaluate, "public_features", stop)
+    monkeypatch.setattr(autoencoder_limit.metrics, "public_features", stop)
     with pytest.raises(KeyboardInterrupt):
         autoencoder_limit.main([str(tmp_path)])
-    assert asked == [name]
+    assert asked == [(name, (8, 8))]
