@@ -29,8 +29,10 @@ ROWS = {
     "portraits": Row("class, epsilon 10, public drawn faces", "--preset portraits", "runs/portraits", DRAWN),
     "portraits-public": again("class, public drawn faces only", "public", "--steps 0", "runs/portraits",
                               "portraits", DRAWN),
-    "portraits-eps1": again("class, epsilon 1, public drawn faces", "eps1", "--epsilon 1 --lr 2e-3",
-                            "runs/portraits", "portraits", DRAWN),
+    "portraits-private": again("class, epsilon 10, public drawn faces, private stage only", "private", "",
+                               "runs/portraits", "portraits", DRAWN),
+    "portraits-eps1": again("class, epsilon 1, public drawn faces", "eps1", "--epsilon 1", "runs/portraits",
+                            "portraits", DRAWN),
 }
 
 if __name__ == "__main__":
