@@ -66,7 +66,8 @@ def measure(table, name, row):
               # The largest of all commands of this call so far, earlier rows included.
               "peak_mib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
               "cpu": cpu(),
-              "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+              "gpu": torch.cuda.get_device_name() if torch.cuda.is_available()
+              and "--device cpu" not in f"{row.train} {row.evaluate}" else None,
               "privacy": json.loads((out / "release" / "privacy.json").read_text()),
               "evaluation": json.loads(evaluation.read_text())}
     with open(RESULTS, "a") as file:

@@ -25,7 +25,7 @@ def of_sample(argv):
     add("--eta", type=float, default=0.0, help="fresh noise per step, 0..1 (default 0; the paper's MNIST: 1)")
     add("--guidance", type=float, default=1.0, help="classifier-free guidance weight (default 1 = none)")
     add("--seed", type=int, help="seed of the sampling noise (default: a fresh one)")
-    add("--batch", type=int, help="images at a time, as memory allows (default 500 of 32 pixels)")
+    add("--batch", type=int, help="images at a time (default 500 of 32 pixels, more on a GPU)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda[:i]")
     add("--precision", choices=("auto", "float32", "bf16"), default="auto",
         help="of the networks (default auto: the faster)")

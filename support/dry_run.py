@@ -65,10 +65,11 @@ def print_memory(s, model, public, private):
           f"{stored / big:.2f} in all")
     if "cuda" in s.device:
         per_image = s.noise_multiplicity * second + 4 * trained * (s.method == "vmap")
-        free, _ = torch.cuda.mem_get_info(s.device)
+        free = hardware.free_memory(s.device)
+        taken = hardware.micro_batch(s, model, autoencoder.latent_shape)
         n = hardware.largest_batch(free, 4 * total + 24 * trained + stored, per_image)
         said = f"--micro-batch at most {n}" if n else "too little for one image of private tuning"
-        print(f"               {free / big:.1f} free on {s.device}: {said}")
+        print(f"               {free / big:.1f} free on {s.device}, {taken} private images at a time; {said}")
     return max(20 * count(autoencoder.parameters()) + s.vae_batch * first,
                20 * total + s.ldm_batch * second) / big
 
@@ -90,22 +91,32 @@ def estimate(s, plan, embedder, known=()):
     engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, dp_sgd.CLIPPING[s.clipping],
                           GRADIENTS[s.method])
 
+    generator = torch.Generator(s.device)
+
     def minutes(times, f):
         f()
         # optimiser, data and checkpoints: about a tenth on top
         return 1.1 * times * hardware.seconds(s, f) / 60
 
+    def public_minutes(steps, loss):  # as `train.fit` does it
+        def gradients():
+            with hardware.autocast(s):
+                loss().backward()
+        return minutes(steps, hardware.recorded(gradients, generator))
+
     def private_step():
         part = slice(0, few)
-        drawn = diffusion.draw(z[part], select(y, part), s.noise_multiplicity, None, s.schedule)
+        drawn = diffusion.draw(z[part], select(y, part), s.noise_multiplicity, generator, s.schedule)
         engine.accumulate(loss_fn, *drawn)
 
-    private = minutes(plan["steps"] * s.batch_size / few, private_step)
+    private = minutes(plan["steps"] * math.ceil(s.batch_size / few), private_step) + minutes(
+        plan["steps"], lambda: dp_sgd.privatise(engine.sums, s.clip_norm, plan["sigma"], s.batch_size, None))
     model.requires_grad_(True)
     several = z[:s.ldm_batch], select(y, slice(0, s.ldm_batch))
-    first = 0.0 if "vae.pt" in known else minutes(s.vae_steps, lambda: vae.loss(autoencoder, x)[0].backward())
-    second = 0.0 if "ldm.pt" in known else minutes(
-        s.ldm_steps, lambda: loss_fn(model, *diffusion.draw(*several, 1, None, s.schedule)).mean().backward())
+    first = 0.0 if "vae.pt" in known else public_minutes(
+        s.vae_steps, lambda: vae.loss(autoencoder, x, generator=generator)[0])
+    second = 0.0 if "ldm.pt" in known else public_minutes(
+        s.ldm_steps, lambda: loss_fn(model, *diffusion.draw(*several, 1, generator, s.schedule)).mean())
     print(f"time           autoencoder {first:.1f}, latent diffusion {second:.1f}, private tuning "
           f"{private:.1f} minutes ({'bf16' if s.bf16 else 'float32'} on {s.device}, "
           f"{torch.get_num_threads()} threads)")

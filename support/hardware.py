@@ -21,9 +21,15 @@ def laid_out(network, device):
                       if "cuda" in str(device) else torch.contiguous_format)
 
 
+def free_memory(device):
+    """Bytes that are free on a GPU, those included that torch has kept for later."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
 def kept_on(images, device):
     """Images, a tensor: on a GPU if they take a tenth of its free memory at most, else where they are."""
-    if "cuda" in str(device) and images.nbytes <= torch.cuda.mem_get_info(device)[0] / 10:
+    if "cuda" in str(device) and images.nbytes <= free_memory(device) / 10:
         return images.to(device)
     return images
 
@@ -34,31 +40,33 @@ def recorded(function, generator):
     Starting a kernel takes Python longer than a small network's kernel runs. A graph starts all kernels of a
     step at once (`python -m bench.gpu`). The function must do the same work on the same tensors at each call,
     and draw from this generator alone. Its results are overwritten by the next call. One that waits for the
-    device (as `.item()` does) cannot be recorded, and is returned as it is. The generator goes on from where
-    it was.
+    device (as `.item()` does) cannot be recorded: it is returned as it is, and a line says so. The generator
+    goes on from where it was.
     """
     if generator.device.type != "cuda":
         return function
-    state, mode, stream = generator.get_state(), torch.cuda.get_sync_debug_mode(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # the first calls prepare libraries and caches, which a graph must find
-        for _ in range(3):
-            function()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            function()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
-            return function
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-            torch.cuda.current_stream().synchronize()
-            generator.set_state(state)
-    graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
-        results = function()
+    with torch.cuda.device(generator.device):  # streams and graphs belong to the current device
+        state, mode, stream = generator.get_state(), torch.cuda.get_sync_debug_mode(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # the first calls prepare libraries and caches
+            for _ in range(3):
+                function()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                function()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                print(f"note: steps are not recorded as a CUDA graph, so they are slower: {error}")
+                return function
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+                stream.synchronize()
+                generator.set_state(state)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(generator)
+        with torch.cuda.graph(graph, stream=stream):
+            results = function()
 
     def replay():
         graph.replay()
@@ -170,10 +178,10 @@ def largest_batch(free, fixed, per_image):
 
 
 def micro_batch(s, model, latent_shape):
-    """Private images at a time: --micro-batch, or on a GPU as many as half of its free memory holds.
+    """Private images at a time: --micro-batch, or on a GPU as many as surely fit half of its free memory.
 
-    A step's result does not depend on it. A GPU is done with a few hundred images of a small network before
-    Python has started the next kernel.
+    Given the draws, a step's result does not depend on it. A GPU is done with a few hundred images of a small
+    network before Python has started the next kernel.
     """
     if s.micro_batch is not None:
         return s.micro_batch
@@ -182,7 +190,6 @@ def micro_batch(s, model, latent_shape):
     tensors |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     trained = count(p for p in model.parameters() if p.requires_grad)
     per_image = s.noise_multiplicity * of_one_latent(copy.deepcopy(model, tensors), latent_shape)
-    if s.method != "bookkeeping":  # these keep the gradient of every image
-        per_image += 4 * trained
-    free, _ = torch.cuda.mem_get_info(s.device)
-    return min(LARGEST, max(1, largest_batch(free / 2, 24 * trained, per_image)))
+    if s.method != "bookkeeping":  # these keep the gradient of every image, the loop twice for a moment
+        per_image += 8 * trained
+    return min(LARGEST, max(1, largest_batch(free_memory(s.device) / 2, 24 * trained, per_image)))
