@@ -74,14 +74,14 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=Non
     generator = torch.Generator(s.device).manual_seed(s.seed + 1 + 1_000_000 * rank())
     state = progress.Public(s, state_path, model, average, optimizer, generator, also, stop)
 
-    def gradients():
+    def gradients():  # of the loss of one batch; returns its metrics
         optimizer.zero_grad()
         with autocast(s):
             loss, metrics = loss_fn(generator)
         loss.backward()
         return metrics
 
-    if also is None:  # which would train itself; on a GPU all kernels of a step are started at once
+    if also is None:  # On a GPU: replayed as one piece. A discriminator's own steps cannot be.
         gradients = hardware.recorded(gradients, generator)
     for step in state.steps(title, steps):
         for group in optimizer.param_groups:
