@@ -119,8 +119,7 @@ def train_autoencoder(s, images, facts, stop):
     state_path = s.out / "internal" / "vae_state.pt"
     fit(s, "1/3 autoencoder", model, loss_fn, s.vae_steps, s.vae_lr, 0.99, state_path, stop, adversary)
     model.eval()
-    # 4,000 images, or fewer if they have more than 8 million pixels together: they must fit into memory.
-    shown = pixels.to_float(images[:min(4000, 8_000_000 // s.vae.resolution ** 2)].to(s.device))
+    shown = pixels.to_float(pixels.some(images).to(s.device))
     # The scale of PUBLIC images: that of private images would leak (docs/pitfalls.md, row 13).
     scale = team.agreed(vae.latent_scale(model, shown))
     save_reconstructions(model, shown[:32], s.out / "public" / "autoencoder.png")

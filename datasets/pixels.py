@@ -66,6 +66,11 @@ def to_float(images):
     return images.float() / 127.5 - 1
 
 
+def some(images):
+    """The first 4,000 of images (N,C,H,W), fewer if they have more than 8 million pixels: to fit memory."""
+    return images[:min(4000, 8_000_000 // images.shape[-1] ** 2)]
+
+
 def to_uint8(x):
     """float -1..1 -> uint8 0..255, rounded; values outside are clamped. Exact inverse of to_float."""
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

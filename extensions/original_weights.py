@@ -218,8 +218,8 @@ def convert(s, unet_file, vae_file, scale, images, digests, embedder, average=Fa
         scale = float(unet_weights.get("scale_factor", scale or 1.0))
         digests = digests[:0]  # no image of ours has a part in it
     else:
-        shown = images[:min(4000, 8_000_000 // s.vae.resolution ** 2)]  # as in train.py
-        scale = vae.latent_scale(autoencoder.to(s.device), pixels.to_float(shown.to(s.device)))
+        shown = pixels.to_float(pixels.some(images).to(s.device))  # as in train.py
+        scale = vae.latent_scale(autoencoder.to(s.device), shown)
     vae_checkpoint = {"config": asdict(s.vae), "state": autoencoder.cpu().state_dict(), "scale": scale,
                       "trained_on": f"weights of {name}", "public_weights": [name], "steps": 0,
                       "digests": digests}
