@@ -12,7 +12,7 @@ DRAWN = f"{SCORE} --features public32 --real"
 
 def again(label, name, flags, base=BASE, preset="faces", score=SCORE):
     out = f"runs/{preset}-{name}"
-    return Row(label, f"--preset {preset} {flags} --init {base} --out {out}", out, score)
+    return Row(label, " ".join(f"--preset {preset} {flags} --init {base} --out {out}".split()), out, score)
 
 
 ROWS = {

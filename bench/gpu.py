@@ -42,7 +42,7 @@ import tuning
 import unet
 from bench import dp_step
 from bench.runs import commit
-from support import dry_run, hardware, progress, randomness
+from support import dry_run, files, hardware, progress, randomness
 from support.settings import GRADIENTS
 
 MARGIN = 15  # seconds kept back for leaving
@@ -277,7 +277,7 @@ def replayed(bench):
                             smoke(bench, out.name, *flags)
             smoke(bench, out.name, *flags)
         for stage, key in (("vae", "state"), ("ldm", "model")):
-            weights = torch.load(out / "public" / f"{stage}.pt", map_location="cpu")[key]
+            weights = files.load(out / "public" / f"{stage}.pt")[key]
             found[name, stage] = torch.cat([w.flatten().double() for w in weights.values()
                                             if w.is_floating_point()])
     facts = {}
