@@ -35,6 +35,7 @@ import torch
 import datasets
 import metrics
 import sample
+from extensions import memorisation
 from support import arguments, files, hardware, run_folder, scored
 from support.classifiers import RESIDUAL, network
 
@@ -203,8 +204,8 @@ def main(argv=None):
     real_sets = scored.held_out_sets(release, args.data_root, private, scored.cache_of(run))
     split, real = next(iter(real_sets.items()))  # the first one is for the distance; accuracy uses all
     if args.memorisation:
-        from extensions import memorisation  # here, because it imports this file
-        return memorisation.report(args, release, run, public, private, real)
+        return memorisation.report(args, release, run, public, private, real,
+                                   lambda: samples_of(args, release, args.n or 1000)[0])
     print(release.privacy["statement"])
 
     clock, seconds = time.monotonic(), {}

@@ -8,7 +8,6 @@ import math
 
 import torch
 
-import evaluate
 import metrics
 from datasets import pixels
 from support import files, scored
@@ -43,18 +42,18 @@ def memorised(samples, train, held_out, seed=0):
             "n": len(samples), "of_each": count, **quantiles}
 
 
-def report(args, release, run, public, private, held_out):
+def report(args, release, run, public, private, held_out, draw):
     """Samples beside their nearest training and held-out images: PNG and JSON in RUN/internal/.
 
-    args: of evaluate.py. Only for runs on this machine: their settings say which private images were used.
-    ValueError if none was.
+    args: of evaluate.py. draw() -> samples (N, C, S, S) uint8. Only for runs on this machine: their settings
+    say which private images were used. ValueError if none was.
     """
     if not release.privacy.get("steps"):
         raise ValueError("no private image was read in this run, so there is nothing to memorise")
     settings = files.read_json(run / "internal" / "settings.json")
     train = scored.load_private(release, private, "train", args.data_root, settings["private_n"],
                                 scored.cache_of(run))
-    samples, _, _ = evaluate.samples_of(args, release, args.n or 1000)
+    samples = draw()
     three = (samples, train.images, held_out.images)
     try:
         folder = None if args.features else run / "public"
