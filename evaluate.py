@@ -1,4 +1,4 @@
-"""How good are the samples? The program: downstream accuracy, Frechet distance, precision and recall.
+"""Scores of a release's samples: downstream accuracy, Frechet distance, precision and recall.
 
 The evaluation of DP-LDM (Liu et al. 2024, experiments): train a classifier on generated images only, test it
 on real ones. The paper's classifiers are those of DPDM (Dockhorn et al. 2023). There are three protocols,
@@ -22,7 +22,7 @@ reduced to 64.
     python evaluate.py runs/digits --memorisation        are samples copies of private images?
 
 Metrics on held-out images are NOT covered by epsilon, hence internal/. Publish them only if those images are
-public anyway, as MNIST's are. The metrics themselves are in metrics.py.
+public anyway, as MNIST's are. The metrics themselves are in metrics.py. The Frechet distance is no "FID".
 """
 from support import threads  # noqa: F401, I001 (first: before torch)
 

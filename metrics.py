@@ -1,7 +1,7 @@
 """The metrics of samples: classifiers that learn from them, Frechet distance, precision and recall.
 
 The evaluation of DP-LDM (Liu et al. 2024, experiments) trains a classifier on generated images only and tests
-it on real ones. `evaluate.py` is the program that does so; here are its parts, none of which reads a release.
+it on real ones. `evaluate.py` is the program that does so; this file has its metrics and reads no release.
 
     classifiers    train_classifier, accuracy
     distances      features of a small CNN trained on PUBLIC images; frechet, covered, compare

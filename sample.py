@@ -67,7 +67,7 @@ def generate(release, labels, steps=30, eta=0.0, guidance=1.0, seed=None, batch=
     """Images of the given classes or prompts: labels (N,) int64, or N prompts -> uint8 (N, C, crop, crop).
 
     An unconditional model uses only the number of labels. steps, eta, guidance: see `diffusion.ddim`. batch:
-    images at a time. The same seed with the same batch gives the same images; None takes a fresh seed.
+    images at a time. The same seed, batch and device give the same images; None takes a fresh seed.
     ValueError for labels or prompts that the model does not know.
     """
     device = next(release.model.parameters()).device
@@ -75,7 +75,7 @@ def generate(release, labels, steps=30, eta=0.0, guidance=1.0, seed=None, batch=
     generator.manual_seed(seed) if seed is not None else generator.seed()
     conditions = find_conditions(release, labels, generator.initial_seed())  # labels (N,) or tokens (N, L)
     config = release.vae.config
-    # Pixels at a time: few for a CPU's cache; on a GPU as many as make 65 million numbers a layer.
+    # Pixels at a time: few for a CPU's cache; on a GPU the autoencoder's first maps get 65 million numbers.
     many = 65_536_000 // config.ch if device.type == "cuda" else 512_000
     batch = batch or max(1, many // config.resolution ** 2)
     # The empty first part gives the result its shape if N is 0.

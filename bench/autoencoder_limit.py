@@ -3,7 +3,7 @@
     python -m bench.autoencoder_limit RUN [--data-root DIR]
 
 Real images are encoded and decoded by the run's autoencoder, no diffusion model involved. Held-out ones are
-compared with themselves: mean absolute error (0..1) and the Frechet distance of `evaluate.py`. And the
+compared with themselves: mean absolute error (0..1) and the Frechet distance of `metrics.py`. And the
 classifier of `evaluate.py --protocol quick`, for every data set with its augmentation, learns from 10,000
 real *training* images so passed through and reads the held-out ones as they are. No diffusion model in these
 latents can be expected to do better. Beside it the best linear code of as many numbers, principal components

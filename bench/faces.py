@@ -1,12 +1,12 @@
 """Real faces at 32x32: `python -m bench.faces`, see `bench.runs`. Needs the sets faces and public32.
 
-The first row trains the public stages that the others reuse; the text rows reuse its autoencoder only.
+The first row trains the public stages that the next ones reuse; the text rows reuse its autoencoder only.
 """
 from bench.runs import Row, main
 
 BASE = "runs/faces"
 SCORE = "--n 5000 --classifiers cnn,logreg"
-# the feature network of the rows without drawn faces, so that distances compare
+# Features of photographs, not of drawings. The network is trained anew: see the weights in its name.
 DRAWN = f"{SCORE} --features public32 --real"
 
 

@@ -1,4 +1,4 @@
-"""The classifiers that evaluate.py trains on samples."""
+"""The classifiers that metrics.py trains on samples."""
 from torch import nn
 
 # The three kinds of DPImageBench, each with eight blocks: torchvision's ResNet with these arguments.

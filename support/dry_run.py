@@ -69,7 +69,8 @@ def print_memory(s, model, public, private):
         taken = hardware.micro_batch(s, model, autoencoder.latent_shape)
         n = hardware.largest_batch(free, 4 * total + 24 * trained + stored, per_image)
         said = f"--micro-batch at most {n}" if n else "too little for one image of private tuning"
-        print(f"               {free / big:.1f} free on {s.device}, {taken} private images at a time; {said}")
+        print(f"               {free / big:.1f} free on {s.device}, about {taken} private images at a time; "
+              f"{said}")
     return max(20 * count(autoencoder.parameters()) + s.vae_batch * first,
                20 * total + s.ldm_batch * second) / big
 
@@ -98,11 +99,11 @@ def estimate(s, plan, embedder, known=()):
         # optimiser, data and checkpoints: about a tenth on top
         return 1.1 * times * hardware.seconds(s, f) / 60
 
-    def public_minutes(steps, loss):  # as `train.fit` does it
+    def public_minutes(steps, loss, recorded=True):  # recorded as in `train.fit`; without optimiser
         def gradients():
             with hardware.autocast(s):
                 loss().backward()
-        return minutes(steps, hardware.recorded(gradients, generator))
+        return minutes(steps, hardware.recorded(gradients, generator) if recorded else gradients)
 
     def private_step():
         part = slice(0, few)
@@ -114,7 +115,7 @@ def estimate(s, plan, embedder, known=()):
     model.requires_grad_(True)
     several = z[:s.ldm_batch], select(y, slice(0, s.ldm_batch))
     first = 0.0 if "vae.pt" in known else public_minutes(
-        s.vae_steps, lambda: vae.loss(autoencoder, x, generator=generator)[0])
+        s.vae_steps, lambda: vae.loss(autoencoder, x, generator=generator)[0], not s.adversarial_weight)
     second = 0.0 if "ldm.pt" in known else public_minutes(
         s.ldm_steps, lambda: loss_fn(model, *diffusion.draw(*several, 1, generator, s.schedule)).mean())
     print(f"time           autoencoder {first:.1f}, latent diffusion {second:.1f}, private tuning "

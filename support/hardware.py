@@ -40,8 +40,8 @@ def recorded(function, generator):
     Starting a kernel takes Python longer than a small network's kernel runs. A graph starts all kernels of a
     step at once (`python -m bench.gpu`). The function must do the same work on the same tensors at each call,
     and draw from this generator alone. Its results are overwritten by the next call. One that waits for the
-    device (as `.item()` does) cannot be recorded: it is returned as it is, and a line says so. The generator
-    goes on from where it was.
+    device (as `.item()` does) is returned as it is, and a line says so; whatever else cannot be recorded is
+    an error. The generator goes on from where it was.
     """
     if generator.device.type != "cuda":
         return function
@@ -57,7 +57,8 @@ def recorded(function, generator):
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                print(f"note: steps are not recorded as a CUDA graph, so they are slower: {error}")
+                reason = str(error).splitlines()[0]
+                print(f"note: steps are not recorded as a CUDA graph, so they are slower: {reason}")
                 return function
             finally:
                 torch.cuda.set_sync_debug_mode(mode)

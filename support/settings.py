@@ -149,7 +149,7 @@ def parse(argv):
           ("lr", float, "learning rate of Adam"),
           ("ema", float, "decay of the average of the tuned parameters, per step"),
           ("method", str, "how per-example gradients are found, same result", [*GRADIENTS]),
-          ("micro_batch", int, "images at a time, memory and speed only; on a GPU, without it, up to 8,192"))
+          ("micro_batch", int, "images at a time: memory and speed only; a GPU without it: up to 8,192"))
     flags("images at the end", ("sample_steps", int, "DDIM steps"), ("sample_eta", float, "DDIM eta, 0..1"),
           ("guidance", float, "guidance weight, 1: none"))
     for action in p._actions:
@@ -166,7 +166,7 @@ def parse(argv):
         preset["public_n"] = None  # a preset's number is how many to draw; of other sets all are used
     s = argparse.Namespace(**{**defaults, "preset": "digits", **preset, **given})
     # The presets' numbers are for a CPU's cache; a GPU takes many at a time (hardware.micro_batch). With a
-    # seed the number must not hang on the memory that is free: it decides which image gets which draws.
+    # seed the number must not depend on the memory that is free: it decides which image gets which draws.
     if "micro_batch" not in given and "cuda" in s.device and s.insecure_seed is None:
         s.micro_batch = None
     s.out = given.get("out", Path("runs") / s.preset)
