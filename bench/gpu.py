@@ -460,6 +460,8 @@ def main(argv=None):
     if not set(parts) <= set(PARTS):
         parser.error(f"--parts are {', '.join(map(str, PARTS))}")
     hardware.check_device(args.device)
+    if args.device == "cpu":
+        torch.set_num_threads(1)  # part 2 forks: only safe in a process of one thread
     bench = Bench(args)
     # Should a call not come back at all, leave without it: every line is on the disk.
     watchdog = threading.Timer(args.minutes * 60, os._exit, (3,))
