@@ -266,8 +266,8 @@ def replayed(bench):
         state = generator.get_state()
         return lambda: (generator.set_state(state), function())[1]
 
-    flags = ["--steps", "0", "--precision", "float32", "--resume", "auto", "--vae-steps", "12",
-             "--ldm-steps", "12"]
+    flags = ["--steps", "0", "--precision", "float32", "--resume", "auto", "--sample-steps", "1",
+             "--vae-steps", "8", "--ldm-steps", "8"]
     for name, how in (("graph", recording), ("eager", plain), ("again", plain), ("repeated", repeating)):
         out = bench.work / f"smoke-{name}"
         shutil.rmtree(out, ignore_errors=True)
