@@ -134,9 +134,10 @@ def peak_memory(args, *cell):
 
 
 def too_large(args, tune, batch_size, method):
+    if method != "vmap":
+        return False
     # On the meta device: a process that has computed with several threads may not fork (`peak_memory`).
-    count = sum(p.numel() for p in network(args, tune, "meta")[1])
-    return method == "vmap" and batch_size * count * 4 > 2 * 2 ** 30
+    return batch_size * sum(p.numel() for p in network(args, tune, "meta")[1]) * 4 > 2 * 2 ** 30
 
 
 def memories(args, cell, methods):
