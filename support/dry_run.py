@@ -64,7 +64,7 @@ def print_memory(s, model, public, private):
           f"{(4 * total + 24 * trained) / big:.2f} + {second / big:.3f}; images and latents "
           f"{stored / big:.2f} in all")
     if "cuda" in s.device:
-        per_image = s.noise_multiplicity * second + 4 * trained * (s.method == "vmap")
+        per_image = hardware.of_one_image(s, second, trained)
         free = hardware.free_memory(s.device)
         taken = hardware.micro_batch(s, model, autoencoder.latent_shape)
         n = hardware.largest_batch(free, 4 * total + 24 * trained + stored, per_image)

@@ -169,6 +169,15 @@ def of_one_latent(model, latent_shape):
     return found
 
 
+def of_one_image(s, latent, trained):
+    """Bytes that an image takes in the private stage. latent: what `of_one_latent` gives.
+
+    vmap and loop keep the gradient of every image, float32 of `trained` parameters, the loop twice for a
+    moment.
+    """
+    return s.noise_multiplicity * latent + (0 if s.method == "bookkeeping" else 8 * trained)
+
+
 def largest_batch(free, fixed, per_image):
     """Largest number of images at a time, from three numbers of bytes; 0 if not even one fits.
 
@@ -190,7 +199,5 @@ def micro_batch(s, model, latent_shape):
     tensors = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
     tensors |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     trained = count(p for p in model.parameters() if p.requires_grad)
-    per_image = s.noise_multiplicity * of_one_latent(copy.deepcopy(model, tensors), latent_shape)
-    if s.method != "bookkeeping":  # these keep the gradient of every image, the loop twice for a moment
-        per_image += 8 * trained
+    per_image = of_one_image(s, of_one_latent(copy.deepcopy(model, tensors), latent_shape), trained)
     return min(LARGEST, max(1, largest_batch(free_memory(s.device) / 2, 24 * trained, per_image)))
