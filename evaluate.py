@@ -4,7 +4,8 @@ The evaluation of DP-LDM (Liu et al. 2024, experiments): train a classifier on g
 on real ones. The paper's classifiers are those of DPDM (Dockhorn et al. 2023). There are three protocols,
 and every metric is reported with its protocol:
 
-    quick   10,000 samples, 30 DDIM steps, eta 0; CNN, 12 epochs, images shifted and turned; MLP, logreg, 20
+    quick   10,000 samples, 30 DDIM steps, eta 0; CNN, 12 epochs, images shifted and turned (but for fashion);
+            MLP and logreg, 20
     table   50,000 samples, 200 DDIM steps, eta 1; the authors' networks, 50 epochs of batch 128, Adam 3e-4
     strict  60,000 samples, 200 DDIM steps, eta 1; the three kinds of residual networks of DPImageBench, 50
             epochs of batch 128, Adam 1e-3 annealed; for a GPU. DPImageBench compares at delta = 1 / (n ln n),
@@ -13,7 +14,8 @@ and every metric is reported with its protocol:
 The classifier after the LAST epoch counts. Held-out images never reach the training loop, so they cannot
 choose an epoch (cf. docs/pitfalls.md, row 15, on the model). The authors use a validation set. They also
 enlarge MNIST to 32 pixels; this program scores 28. Generated and real images of more than 64 pixels are
-reduced to 64.
+reduced to 64: generated ones from their size, photographs in one step from the file. So above 64 pixels real
+images are a little sharper, which a distance counts as a difference.
 
     python evaluate.py runs/digits                       JSON goes to runs/digits/internal/evaluation.json
     python evaluate.py release --out scores.json         a release without its run folder
@@ -79,8 +81,9 @@ def on_real_images(args, release, run, private, recipe, images, labels, real_set
 def table(result):
     """The result as text; each metric with the settings it belongs to (docs/pitfalls.md, row 22)."""
     sets, d = result["held_out"], result["distance"]
-    lines = [f"protocol {result['protocol']}: {result['n']:,} samples, {result['sampler']}", "",
-             f"{'trained on samples only, last epoch':36}" + "".join(f"{name:>28}" for name in sets)]
+    lines = [f"protocol {result['protocol']}: {result['n']:,} samples, {result['sampler']}", ""]
+    if result["accuracy"]:
+        lines.append(f"{'trained on samples only, last epoch':36}" + "".join(f"{name:>28}" for name in sets))
     for word, scores in result["accuracy"].items():
         errors = {k: math.sqrt(p * (1 - p) / sets[k]) for k, p in scores.items()}  # binomial standard error
         cells = [f"{100 * p:.2f} +- {100 * errors[k]:.2f} %" for k, p in scores.items()]
@@ -132,6 +135,9 @@ def distance_of(args, release, folder, public, images, split, real, lap):
     try:
         if args.features:  # another set than the run's own, so the network is not kept
             folder, public = None, args.features
+        elif folder is None and public in datasets.REGISTRY and datasets.REGISTRY[public].own:
+            raise ValueError("a release does not say where its own public images lie; name a set with "
+                             "--features")
         judge, name = metrics.public_features(
             folder, public, images.shape[1], size, args.data_root, args.device,
             frame=(release.vae.config.resolution, release.crop))
@@ -216,6 +222,9 @@ def main(argv=None):
 
     # The samples of an unconditional model, or of one class, have no labels to learn from.
     words = args.classifiers if release.model.embedder is not None and len(release.classes) > 1 else []
+    if not words:
+        print("note: samples without labels, or of one class, train no classifier; --classifiers and --real "
+              "have no use")
     for word in words:  # refuses a size for which there is no such network, before the long work
         with torch.device("meta"):
             network(protocol["recipes"][word]["kind"], release.vae.config.out_ch,
@@ -223,7 +232,7 @@ def main(argv=None):
     images, labels, sampler = samples_of(args, release, args.n or protocol["n"])
     lap("sampling")
     recipes, scores = {word: dict(protocol["recipes"][word]) for word in words}, {}
-    if not datasets.REGISTRY[datasets.kind_of(private)].jiggled:  # garments are always centred and upright
+    if not datasets.REGISTRY[datasets.kind_of(private)].jiggled:  # as fashion: all are centred, upright
         for recipe in recipes.values():
             recipe.pop("augment", None)
     for word, recipe in recipes.items():

@@ -37,7 +37,8 @@ def train_classifier(kind, images, labels, num_classes, epochs, lr, batch=128, a
 
     kind: see `network`. images (N,C,S,S) uint8, labels (N,) int64. Adam with learning rate lr; with anneal it
     falls to 0 as a cosine. augment: see `jiggle`. smoothing: of the labels. A number from generator (on the
-    CPU) seeds everything, and torch's global state is restored. ValueError if labels or sizes do not fit.
+    CPU) seeds everything, and torch's global state stays as it is; None takes the number from that state.
+    ValueError if labels or sizes do not fit.
     """
     if not len(images) == len(labels) > 0 or not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise ValueError(f"a classifier needs images, each with one label in 0..{num_classes - 1}")
@@ -185,7 +186,8 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
 def compare(model, samples, real, seed=0):
     """A dict of the Frechet distance, that between two halves of the real images, precision and recall.
 
-    The second is what chance alone gives: two samples of one distribution, of half as many images each.
+    The second shows roughly what chance alone gives. Its sets are smaller than those of the first, and few
+    images bias a distance upwards.
     """
     generator = torch.Generator().manual_seed(seed)
     a, b = (features(model, x[torch.randperm(len(x), generator=generator)]) for x in (samples, real))

@@ -67,7 +67,8 @@ def generate(release, labels, steps=30, eta=0.0, guidance=1.0, seed=None, batch=
     """Images of the given classes or prompts: labels (N,) int64, or N prompts -> uint8 (N, C, crop, crop).
 
     An unconditional model uses only the number of labels. steps, eta, guidance: see `diffusion.ddim`. batch:
-    images at a time. The same seed, batch and device give the same images; None takes a fresh seed.
+    images at a time (None: what suits the device). The same seed, batch, device and precision give the same
+    images; without a seed a fresh one is taken.
     ValueError for labels or prompts that the model does not know.
     """
     device = next(release.model.parameters()).device

@@ -1,13 +1,14 @@
 """Rows on the full data sets, to stand beside the paper's: `python -m bench.papers`, see `bench.runs`.
 
-Need the data root (--data-root or DPLDM_DATA); rows eps1 reuse the public stages of rows eps10. Rows seed1
-and seed2 score a run with two more sampling seeds.
+Need the data root (--data-root or DPLDM_DATA); rows NAME-eps1 reuse the public stages of NAME-eps10, the rows
+garments-public and garments-gpu those of pretrained/garments. Rows seed1 and seed2 score a run with two more
+sampling seeds.
 """
 from bench.runs import Row, main
 
-# as much noise per step as the default run has at 10
+# The noise of a step, sigma * C / batch, is then about that of the default run (8,000 digits, epsilon 10).
 EPS1 = "--epsilon 1 --batch-size 10000 --steps 30 --lr 5e-3 --ema 0.9"
-# 1,500 lose more of a garment (docs/lab-notebook.md)
+# 1,500 steps, the preset's, make an autoencoder that loses more of a garment (docs/lab-notebook.md).
 PHOTOS = "--preset fashion --public public32 --vae-steps 6000"
 PHOTOS8 = "--preset fashion-8x8 --public public32"
 
@@ -36,7 +37,8 @@ RUNS = {  # name: (label, flags of train.py, run folder)
     **both("fashion8", "Fashion-MNIST, public MNIST, latents 8x8x4", "--preset fashion-8x8",
            "runs/fashion-8x8"),
     **both("photos8", "Fashion-MNIST, public photographs in grey, latents 8x8x4", PHOTOS8, "runs/photos-8x8"),
-    **both("garments", "Fashion-MNIST, drawn garments, latents 8x8x4", "--preset garments", "runs/garments"),
+    **both("garments", "Fashion-MNIST, drawn garments, latents 8x8x4", "--preset garments",
+           "runs/garments-all-stages"),
     "photos8-all": again("Fashion-MNIST, public photographs in grey, latents 8x8x4, all parameters",
                          f"{PHOTOS8} --tune all",
                          "runs/photos-8x8", "all"),
@@ -64,7 +66,8 @@ for epsilon, flags in (("10", ""), ("1", "--epsilon 1 --batch-size 6000 --steps 
     ROWS[f"garments-public-eps{epsilon}-50000"] = Row(
         "the same run, scored with 50,000 samples", None, out,
         f"{SCORE} --out {out}/internal/samples50000.json")
-# The paper's claim with a public set that fits: the same private stage, but all parameters are tuned.
+# The paper's claim, that tuning the attention suffices, with a public set that fits: the private stage of
+# garments-public-eps10, but all parameters are tuned.
 ROWS["garments-public-eps10-all"] = Row(
     "Fashion-MNIST, drawn garments, latents 8x8x4, all parameters (10,000 samples, not 50,000)",
     "--preset garments --init pretrained/garments --tune all --out runs/garments-eps10-all",

@@ -49,7 +49,7 @@ def commands(row):
 
 def measure(table, name, row):
     """Run a row's commands from the beginning and append the line. CalledProcessError if a command fails."""
-    out, seconds = Path(row.out), {}
+    out, seconds, begun = Path(row.out), {}, commit()  # now: files may change while it runs
     evaluation = Path(row.evaluate.partition("--out ")[2] or out / "internal" / "evaluation.json")
     for command in commands(row):
         training = command.startswith("python train.py")
@@ -61,7 +61,7 @@ def measure(table, name, row):
         begin = time.monotonic()
         subprocess.run([sys.executable, *command.split()[1:]], check=True)
         seconds["train" if training else "evaluate"] = time.monotonic() - begin
-    result = {"table": table, "row": name, "label": row.label, "commands": commands(row), "commit": commit(),
+    result = {"table": table, "row": name, "label": row.label, "commands": commands(row), "commit": begun,
               "date": date.today().isoformat(), "seconds": seconds, "threads": torch.get_num_threads(),
               # The largest of all commands of this call so far, earlier rows included.
               "peak_mib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),

@@ -26,6 +26,8 @@ def memorised(samples, train, held_out, seed=0):
     nearest one is a training image: about 1/2 without memorisation. If all samples are copies it is 1, or
     1/2 + L / (2 M) where M > L, as only a part of the training images is compared. The quantiles are of the
     distances to the nearest image of each kind; those to any_training look at all training images.
+    standard_error is for the number of samples alone: which images are held out adds to it, much if they are
+    few.
     """
     generator, count = torch.Generator().manual_seed(seed), min(len(train), len(held_out))
     distances = {"any_training": nearest(samples, train)[0][:, 0]}
@@ -72,8 +74,9 @@ def report(args, release, run, public, private, held_out, draw):
     any_, training, held = (" ".join(f"{d:.3g}" for d in result[f"distance_to_{kind}_min_1%_median"])
                             for kind in ("any_training", "training", "held_out"))
     share, error = (f"{result[key]:.1%}" for key in ("closer_to_training", "standard_error"))
-    print(f"{share} +- {error} of {result['n']:,} samples are closer to a training image than to a held-out "
-          f"one, {result['of_each']:,} of each (1/2: no memorisation)\n"
+    print(f"{share} of {result['n']:,} samples are closer to a training image than to a held-out one, "
+          f"{result['of_each']:,} of each (1/2: no memorisation); +- {error} for the samples, more for "
+          "the choice of the images\n"
           f"distance to the nearest, {space}; minimum, 1 %, median: training {training}, held out {held}; "
           f"of all {len(train):,} training images {any_}\n"
           f"{image}: sample | 4 nearest training | 4 nearest held out; PRIVATE images, never publish it")

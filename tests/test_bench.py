@@ -33,12 +33,19 @@ def test_every_row_is_a_command_that_parses(name):
             assert str(settings.parse(command.split()[2:]).out) == row.out
 
 
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_no_row_replaces_the_run_that_another_row_scores(name):
+    trained = [row.out for row in import_module(f"bench.{name}").ROWS.values() if row.train is not None]
+    assert len(trained) == len(set(trained))
+
+
 def test_a_run_folder_in_the_way_is_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs, "RESULTS", tmp_path / "results.jsonl")
     monkeypatch.setattr(runs.subprocess, "run", lambda command, **kwargs: made(command))
 
-    def made(command):  # stands for train.py and evaluate.py
+    def made(command):  # stands for train.py and evaluate.py; meanwhile the programs change
+        monkeypatch.setattr(runs, "commit", lambda: "later")
         for name in ("release/privacy.json", "internal/evaluation.json"):
             (tmp_path / "r" / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "r" / name).write_text("{}")
@@ -52,7 +59,8 @@ def test_a_run_folder_in_the_way_is_kept(tmp_path, monkeypatch):
     assert (tmp_path / "r.old2" / "internal" / "ledger.jsonl").read_text() == "r"
     assert (tmp_path / "r.old1" / "internal" / "ledger.jsonl").read_text() == "r.old1"
     assert not (tmp_path / "r" / "internal" / "ledger.jsonl").exists()
-    assert json.loads((tmp_path / "results.jsonl").read_text())["row"] == "row"
+    line = json.loads((tmp_path / "results.jsonl").read_text())
+    assert line["row"] == "row" and line["commit"] == "abc"
 
 
 def test_the_program_for_a_gpu_runs_on_a_cpu(tmp_path, monkeypatch):

@@ -417,11 +417,12 @@ def test_a_set_of_ones_own_may_teach_the_feature_network(run, tmp_path):
         evaluate.main([str(run), "--features", "npz"])
 
 
-def test_a_copied_release_needs_the_place_of_private_images_only(run, tmp_path):
+def test_a_copied_release_needs_the_place_of_private_images_only(run, tmp_path, capsys):
     change_release(run, data={"public": "folder", "private": "mnist10k"})
     shutil.copytree(run / "release", tmp_path / "copy")
     evaluate.main([str(tmp_path / "copy"), "--classifiers", "logreg", "--out", str(tmp_path / "s.json")])
     assert json.loads((tmp_path / "s.json").read_text())["distance"] is None
+    assert "skipped: a release does not say where its own public images lie" in capsys.readouterr().out
     change_release(run, data={"public": "strokes", "private": "folder"})
     shutil.copy(run / "release" / "model.pt", tmp_path / "copy" / "model.pt")
     with pytest.raises(ValueError, match="does not say where own images lie"):
@@ -448,6 +449,8 @@ def test_few_samples_and_one_class_cost_only_what_they_cannot_tell(run, tmp_path
     change_release(run, classes=["picture"])
     evaluate.main([str(run), "--classifiers", "logreg", "--no-distance"])
     assert read_result(run)["accuracy"] == {}, "100 % of one class would say nothing"
+    out = capsys.readouterr().out
+    assert "note: samples without labels, or of one class," in out and "trained on samples only" not in out
 
 
 def test_decoded_private_photographs_stay_in_the_cache_of_the_run(run, monkeypatch):
