@@ -40,8 +40,8 @@ def recorded(function, generator):
     Starting a kernel takes Python longer than a small network's kernel runs. A graph starts all kernels of a
     step at once (`python -m bench.gpu`). The function must do the same work on the same tensors at each call,
     and draw from this generator alone. Its results are overwritten by the next call. One that waits for the
-    device (as `.item()` does) is returned as it is, and a line says so; whatever else cannot be recorded is
-    an error. The generator goes on from where it was.
+    device (as `.item()` does), or fails otherwise when it must not wait, is returned as it is, and a line
+    says so. A lack of memory is an error. The generator goes on from where it was.
     """
     if generator.device.type != "cuda":
         return function

@@ -79,7 +79,7 @@ def parse(argv):
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cpu, cuda or cuda:i [cuda where present]")
     g.add_argument("--precision", choices=("auto", "float32", "bf16"), default="auto",
-                   help="of the networks; norms, sums and noise are always float32 [auto: the faster, "
+                   help="of the networks; norms, sums and noise never in bf16 [auto: the faster, "
                         "measured]")
     g.add_argument("--seed", type=int, default=0,
                    help="of the PUBLIC stages only; the private stage has none [0]")

@@ -646,6 +646,7 @@ def test_the_check_against_the_loop_sees_what_hooks_do_not():
     dp_sgd.check_against_loop(DPSGD(model, 1.0, 1.0, 1.0), LOSS, *examples(k=3, dtype=torch.float32))
     for way in (lambda m, h: m.second(h) + F.linear(h, m.first.weight),  # a weight used outside its layer
                 lambda m, h: m.second(h) * m.first.bias,
+                lambda m, h: m.second(h) * torch.nan,  # every example would be dropped, and noise released
                 lambda m, h: m.second(h.transpose(0, 1)).transpose(0, 1)):  # 12 positions before 6 examples
         with pytest.raises(ValueError, match="disagree about the gradients"):
             check(way)
