@@ -401,8 +401,8 @@ def check_against_loop(engine, loss_fn, *batch):
     # 2 %: above rounding, below most missed gradients. 1e-12: book-keeping's norm of a zero gradient is > 0.
     if not (got - expected).norm() <= 0.02 * size + 1e-12:  # so that nan is refused
         raise ValueError(f"{engine.gradients.__name__} and the loop disagree about the gradients of random "
-                         "examples, or they are not finite. If they are, the model uses a trained layer in a "
-                         "way that hooks do not see: choose --method loop or vmap")
+                         "examples, or these are not finite. If finite, the model uses a trained layer in "
+                         "a way that hooks do not see: choose --method loop or vmap")
 
 
 def measure(norms, losses, factors):

@@ -35,8 +35,8 @@ class Card(TorchDispatchMode):
 
     what: "number" is .item(), float(a), bool(a), .tolist() of one number; "to host" and "to card" are copies;
     "search" is an operation whose result has a shape that depends on numbers. A number that is asked for is 1
-    (True). AssertionError where an operation mixes devices; CPU tensors of
-    no dimension are allowed, as on CUDA.
+    (True). AssertionError where an operation mixes devices; CPU tensors of no dimension are allowed, as on
+    CUDA.
     """
 
     def __init__(self):
@@ -69,7 +69,7 @@ class Card(TorchDispatchMode):
             return args[0]
         elif there and function is aten._local_scalar_dense.default:
             self.count("number")
-            return True if args[0].dtype == torch.bool else args[0].new_ones((), device="cpu").item()
+            return args[0].new_ones((), device="cpu").item()  # True of a bool
         elif there and (function in (aten.nonzero.default, aten.masked_select.default)
                         or any(a.dtype == torch.bool for a in there[1:])
                         and function in (aten.index.Tensor, aten.index_put_.default)):
