@@ -33,8 +33,9 @@ import dp_sgd
 import unet
 import vae
 from datasets import pixels
-from extensions import lora, perceptual
-from support import checkpoints, conditions, dry_run, guarantee, hardware, progress, run_folder, start, team
+from extensions import perceptual
+from support import (
+    checkpoints, conditions, dry_run, guarantee, hardware, progress, run_folder, start, team, trainable)
 from support.bars import tqdm
 from support.hardware import autocast, select
 from support.randomness import generators
@@ -250,7 +251,7 @@ def main(argv=None):
     # ---- private stage: the only block that learns from private images; read_sets compared their digests
     ldm_checkpoint = conditions.for_private_classes(ldm_checkpoint, private.classes)  # embeddings by name
     model = hardware.laid_out(checkpoints.build_model(ldm_checkpoint)[0], s.device)
-    names = lora.tuned(model, s)  # as --tune says; by default attention and condition embedder
+    names = trainable.choose(model, s)  # as --tune says; by default attention and condition embedder
     trained, rows = guarantee.print_plan(s, plan, model), []  # how many parameters; no rows if --steps 0
     if plan["steps"]:
         run.check_unchanged(plan, names, private)

@@ -30,6 +30,12 @@ class VAEConfig:
     embed_dim: int = 4  # channels of a latent
     num_groups: int = 8  # of GroupNorm; 32 in the paper's networks
 
+    @property
+    def latent_shape(self):
+        """(embed_dim, h, w) of one latent."""
+        side = self.resolution // 2 ** (len(self.ch_mult) - 1)
+        return self.embed_dim, side, side
+
 
 class Posterior:
     """The Gaussian q(z|x) = N(mean, exp(logvar)), both (N, embed_dim, h, w)."""
@@ -217,9 +223,7 @@ class AutoencoderKL(nn.Module):
 
     @property
     def latent_shape(self):
-        """(embed_dim, h, w) of one latent."""
-        side = self.config.resolution // 2 ** (len(self.config.ch_mult) - 1)
-        return self.config.embed_dim, side, side
+        return self.config.latent_shape
 
     def encode(self, x):
         """x (N, C, H, W) in [-1, 1] -> Posterior over z (N, embed_dim, H/f, W/f)."""

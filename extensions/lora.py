@@ -57,18 +57,3 @@ def merge(model):
                 with torch.no_grad():
                     child.base.weight += child.up.weight @ child.down.weight
                 setattr(parent, name, child.base)
-
-
-def tuned(model, s):
-    """Choose what is trained by the settings s.tune and s.from_block, freeze the rest -> names of parameters.
-
-    "lora:RANK" inserts the pairs and selects them with the embedder; the rest is `tuning.select_trainable`.
-    Raises ValueError for what cannot be selected.
-    """
-    kind, colon, rank = s.tune.partition(":")
-    if kind != "lora" or not colon:
-        return tuning.select_trainable(model, s.tune, s.from_block)
-    if not rank.isdigit() or int(rank) < 1:
-        raise ValueError(f"tune={s.tune!r}: the rank after 'lora:' must be a whole number of at least 1")
-    pairs = insert(model, int(rank), s.from_block)
-    return tuning.train_only(model, [*pairs, *tuning.embedder_of(model)])

@@ -5,7 +5,7 @@ import diffusion
 import unet
 import vae
 from datasets import pixels
-from extensions import text
+from extensions import shift, text
 from support import files
 
 
@@ -31,13 +31,21 @@ def build_tokenizer(entry):
 
 
 def build_model(checkpoint):
-    """LatentModel and Schedule from the dict that train.py wrote (keys unet, embedder, schedule, model)."""
-    model = build(lambda: unet.LatentModel(unet.UNet(unet.UNetConfig(**checkpoint["unet"])),
-                                           build_embedder(checkpoint["embedder"])),
-                  checkpoint["model"], checkpoint["unet"], checkpoint["embedder"])
+    """LatentModel and Schedule from the dict that train.py wrote (keys unet, embedder, schedule, model).
+
+    The key shift, the shape of the latents, is there if the private stage inserted extensions/shift.py.
+    """
     schedule = diffusion.Schedule(**checkpoint["schedule"])
     check_schedule(schedule)
-    return model, schedule
+
+    def make():
+        model = unet.LatentModel(unet.UNet(unet.UNetConfig(**checkpoint["unet"])),
+                                 build_embedder(checkpoint["embedder"]))
+        if checkpoint.get("shift"):
+            shift.insert(model, checkpoint["shift"], schedule)
+        return model
+
+    return build(make, checkpoint["model"], checkpoint["unet"], checkpoint["embedder"]), schedule
 
 
 def check_schedule(schedule):
@@ -105,6 +113,8 @@ def check_release(release, embedder):
         raise ValueError("it does not say what it is")
     if not 0 < release.scale < float("inf") or release.crop < 1:
         raise ValueError("scale or crop is out of range")
+    if shift.shape_of(release.model) not in (None, release.vae.latent_shape):
+        raise ValueError("it shifts latents of another shape")
     if not release.classes or not all(isinstance(name, str) for name in release.classes):
         raise ValueError("it has no classes")
     kind = condition_kind(embedder)

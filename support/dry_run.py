@@ -10,8 +10,7 @@ import diffusion
 import dp_sgd
 import unet
 import vae
-from extensions import lora
-from support import checkpoints, guarantee, hardware
+from support import checkpoints, guarantee, hardware, trainable
 from support.hardware import count, select
 from support.settings import GRADIENTS
 
@@ -20,7 +19,7 @@ def report(s, plan, embedder, public, private, known):
     """Print the privacy plan, memory and minutes. known: public networks that exist already, by file name."""
     with torch.device("meta"):  # shapes only
         model = unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(embedder))
-        lora.tuned(model, s)
+        trainable.choose(model, s)
         size = count(model.parameters()) + count(vae.AutoencoderKL(s.vae).parameters())
     guarantee.print_plan(s, plan, model)
     needed = print_memory(s, model, public, private)
@@ -83,7 +82,7 @@ def estimate(s, plan, embedder, known=()):
         autoencoder = vae.AutoencoderKL(s.vae)
         model = unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(embedder))
     autoencoder, model = hardware.laid_out(autoencoder, s.device), hardware.laid_out(model, s.device)
-    lora.tuned(model, s)
+    trainable.choose(model, s)
     x = torch.rand(s.vae_batch, s.vae.in_channels, s.vae.resolution, s.vae.resolution, device=s.device)
     few = min(s.batch_size, hardware.micro_batch(s, model, autoencoder.latent_shape))
     z = torch.randn(max(few, s.ldm_batch), *autoencoder.latent_shape, device=s.device)

@@ -14,7 +14,7 @@ import torch
 import datasets
 import sample
 from datasets import pixels
-from extensions import lora
+from extensions import lora, shift
 from support import checkpoints, conditions, files, guarantee
 from support.rounding import round_up
 
@@ -32,6 +32,7 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, private, privacy, pu
     classes, prompts = private.classes, conditions.class_prompts(s, private)
     content = {"format": sample.FORMAT, "vae": {k: vae_checkpoint[k] for k in ("config", "state")},
                "scale": vae_checkpoint["scale"],
+               "shift": shift.shape_of(model),
                **{k: ldm_checkpoint[k] for k in ("unet", "embedder", "schedule")},
                "classes": classes, "crop": s.crop, "prompts": prompts,
                "data": {"public": datasets.kind_of(s.public), "public_classes": s.public_classes,

@@ -144,7 +144,8 @@ def parse(argv):
           ("clipping", str, "how gradients are clipped", [*dp_sgd.CLIPPING]))
     flags("stage 3, tuning", ("noise_multiplicity", int,
                               "K: (t, noise) draws averaged per example before clipping"),
-          ("tune", str, f"what is tuned: {', '.join(tuning.TUNE)}, lora:RANK"),
+          ("tune", str, f"what is tuned: {', '.join(tuning.TUNE)}, lora:RANK; with +shift behind it also "
+           "a shift of the latents for each condition"),
           ("from_block", int, "leave out the first attention modules in forward order"),
           ("lr", float, "learning rate of Adam"),
           ("ema", float, "decay of the average of the tuned parameters, per step"),
@@ -267,8 +268,9 @@ def check(s):
     if s.classes is not None:
         datasets.class_list(s.classes)
     demand("text_width", lambda v: 0 < v <= 10 ** 4 and v % 8 == 0, "be a multiple of 8, at most 10,000")
-    rank = s.tune.removeprefix("lora:")
-    if rank != s.tune and rank.isdecimal() and (len(rank) > 9 or int(rank) > LARGEST_RANK):
+    tune, _, _ = s.tune.partition("+")
+    rank = tune.removeprefix("lora:")
+    if rank != tune and rank.isdecimal() and (len(rank) > 9 or int(rank) > LARGEST_RANK):
         raise ValueError(f"--tune lora:RANK: the rank must be at most {LARGEST_RANK}, got {rank[:20]}")
     if {"epsilon", "sigma"} <= {*s.given} and s.sigma is not None:
         raise ValueError("--sigma sets the noise instead of --epsilon: give one of the two")

@@ -13,8 +13,7 @@ import datasets
 import diffusion
 import unet
 import vae
-from extensions import lora
-from support import checkpoints, conditions, hardware, run_folder, settings
+from support import checkpoints, conditions, hardware, run_folder, settings, trainable
 from support.team import agreed, join, once, own_device, rank, world
 
 NAMES = ("vae.pt", "ldm.pt")
@@ -203,7 +202,7 @@ def embedder(s, known, public, private):
              else conditions.embedder_entry(s, public, private))
     conditions.check_classes(entry, private.classes)
     with torch.device("meta"):  # no memory, no time
-        lora.tuned(unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(entry)), s)
+        trainable.choose(unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(entry)), s)
     names = ", ".join(private.classes)
     print(f"classes        {len(private.classes)}, public knowledge: "
           f"{names[:200]}{'...' * (len(names) > 200)}")

@@ -21,8 +21,8 @@ import train
 import unet
 import vae
 from bench import gpu
-from extensions import lora, text
-from support import conditions, dry_run, hardware, run_folder, settings
+from extensions import text
+from support import conditions, dry_run, hardware, run_folder, settings, trainable
 from support.settings import GRADIENTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,7 +106,7 @@ def private(kind, tune, method, n=3, k=2):
     """(engine, loss_fn, batch) on the card: a small network, n latents of 4x4, k draws."""
     embedder = {"class": unet.ClassEmbedder(10, 8, True), "text": text.TextEncoder(20, 8, 5, 16, 1)}[kind]
     model = hardware.laid_out(unet.LatentModel(unet.UNet(CONFIG), embedder), "meta")
-    lora.tuned(model, SimpleNamespace(tune=tune, from_block=0))
+    trainable.choose(model, SimpleNamespace(tune=tune, from_block=0))
     engine = dp_sgd.DPSGD(model, 1e-3, 1.0, n, gradients=GRADIENTS[method])
     schedule = diffusion.Schedule("cosine", "v")
     z, y = torch.randn(n, 2, 4, 4, 4, device="meta"), hardware.stand_in(model, n, "meta")
@@ -217,7 +217,7 @@ def test_the_plan_names_the_largest_micro_batch(monkeypatch, capsys):
         s.device = "cuda"
         with torch.device("meta"):
             model = unet.LatentModel(unet.UNet(s.unet), text.TextEncoder(100, s.unet.context_dim, 56, 512, 4))
-        lora.tuned(model, s)
+        trainable.choose(model, s)
         dry_run.print_memory(s, model, range(1000), range(1000))
         line = capsys.readouterr().out.splitlines()[-1]
         taken = hardware.micro_batch(s, model, (4, 64, 64))
@@ -238,7 +238,7 @@ def test_a_gpu_takes_as_many_images_at_a_time_as_half_of_its_memory_holds(monkey
         s = settings.parse(["--preset", *flags, "--device", "cuda"])
         with torch.device("meta"):
             model = unet.LatentModel(unet.UNet(s.unet), unet.ClassEmbedder(10, s.unet.context_dim))
-        lora.tuned(model, s)
+        trainable.choose(model, s)
         before = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
         found[key] = hardware.micro_batch(s, model, (s.unet.in_channels, side, side))
         assert all(p is before[name][0] and p.requires_grad == before[name][1]

@@ -15,9 +15,10 @@ from torch import nn
 import diffusion
 import dp_sgd
 import unet
+import vae
 from dp_sgd import CLIPPING
-from extensions import bookkeeping, lora
-from support import randomness
+from extensions import bookkeeping
+from support import randomness, trainable
 from support.settings import GRADIENTS
 
 # vmap's fallback for fused attention
@@ -80,9 +81,10 @@ def latent_model(tune="attention", kind="class", dtype=torch.float64, seed=0):
                              resblock_updown=kind == "class")
     embedder = {"class": unet.ClassEmbedder(10, 5), "tokens": TokenEmbedder(7, 5), "none": None}[kind]
     model = unet.LatentModel(unet.UNet(config), embedder)
+    trainable.choose(model, SimpleNamespace(tune=tune, from_block=0, vae=vae.VAEConfig(),
+                                            schedule=diffusion.PAPER))
     for p in model.parameters():  # away from the zero initialisation, where most gradients vanish
         nn.init.normal_(p, mean=0.5 * (p.dim() == 1), std=0.2)
-    lora.tuned(model, SimpleNamespace(tune=tune, from_block=0))
     return model.to(dtype)
 
 
@@ -98,9 +100,9 @@ def examples(kind="class", n=N, k=1, dtype=torch.float64, seed=1):
 
 @pytest.mark.parametrize("kind,tune", [("class", t)
                                        for t in ("attention", "attention-only", "all", "resblocks", "norm",
-                                                              "embedder", "lora:4")]
-                         + [("tokens", "attention"), ("tokens", "all"), ("none", "attention"),
-                            ("none", "all")])
+                                                              "embedder", "lora:4", "attention+shift")]
+                         + [(kind, tune) for kind in ("tokens", "none")
+                            for tune in ("attention", "all", "attention+shift")])
 @pytest.mark.parametrize("k", [1, 3])
 def test_every_method_equals_the_loop_over_examples(kind, tune, k):
     model, batch = latent_model(tune, kind), examples(kind, k=k)

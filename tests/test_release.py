@@ -22,8 +22,8 @@ TINY = ["--preset", "smoke", "--public-n", "40", "--private-n", "100", "--vae-st
         "--sample-steps", "1",
         "--precision", "float32", "--micro-batch", "32"]
 FILES = {"model.pt", "privacy.json", "samples.png", "comparison.png", "MODEL_CARD.md"}
-MODEL_KEYS = {"format", "vae", "scale", "unet", "embedder", "schedule", "classes", "crop", "prompts", "data",
-              "privacy", "model"}
+MODEL_KEYS = {"format", "vae", "scale", "unet", "shift", "embedder", "schedule", "classes", "crop", "prompts",
+              "data", "privacy", "model"}
 MARKER = "marker-of-a-private-path"
 
 

@@ -18,8 +18,8 @@ import train
 import tuning
 import unet
 import vae
-from extensions import captions, lora, text
-from support import checkpoints, conditions, files, presets, run_folder, settings
+from extensions import captions, text
+from support import checkpoints, conditions, files, presets, run_folder, settings, trainable
 from support.settings import GRADIENTS
 
 CELEBA = [
@@ -142,7 +142,7 @@ def text_model(tune="attention", dtype=torch.float64, length=6):
     model = unet.LatentModel(unet.UNet(config), text.TextEncoder(9, 5, length, width=16, heads=2))
     for p in model.parameters():  # away from the zero initialisation, where most gradients vanish
         nn.init.normal_(p, mean=0.5 * (p.dim() == 1), std=0.2)
-    lora.tuned(model, SimpleNamespace(tune=tune, from_block=0))
+    trainable.choose(model, SimpleNamespace(tune=tune, from_block=0))
     return model.to(dtype)
 
 

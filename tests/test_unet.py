@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import tuning
 import unet
 from extensions import lora, original_weights, text
-from support import paper_networks
+from support import paper_networks, trainable
 
 
 def tiny(**changes):
@@ -23,7 +23,7 @@ def tiny(**changes):
 
 
 def tuned(model, tune, from_block=0):
-    return lora.tuned(model, SimpleNamespace(tune=tune, from_block=from_block))
+    return trainable.choose(model, SimpleNamespace(tune=tune, from_block=from_block))
 
 
 def count(parameters):

@@ -1,0 +1,65 @@
+"""A shift of the latents for each condition: `train.py --tune attention+shift`. Not in the paper.
+
+Private images of a class lie elsewhere than public ones: they are lighter here and darker there. Under DP-SGD
+this is what a class tells most clearly, because all its images agree on it, and noise spoils their mean least
+of all. But the denoiser can hardly use it. Cross-attention to a class adds one vector, the same at every
+pixel. So a matrix S, zero at first, learns where the latents of condition c have moved to:
+
+    z_0 = z_0' + b(c),     b(c) = S (1, c)
+
+The denoiser goes on seeing latents z_0' like those it was trained on. S is tuned with the condition embedder,
+by the same noisy gradients; nothing else of the private stage changes.
+
+With a = sqrt(abar_t) and s = sqrt(1 - abar_t) (diffusion.py): z_t = a z_0 + s eps = z_t' + a b. The noise eps
+of z_0 and of z_0' is the same. Their velocities v = a eps - s z_0 differ: v = v' - s b.
+"""
+import math
+
+import torch
+from torch import nn
+
+import diffusion
+
+
+class Shifted(nn.Module):
+    """A UNet behind a shift of its latents; it takes and gives what the UNet does.
+
+    shape: (C, H, W) of a latent. schedule: diffusion.Schedule. S is `matrix`, a Linear layer, for which
+    book-keeping has a rule; (1, c) with a text c is (1, mean of its tokens), without condition it is (1).
+    """
+
+    def __init__(self, unet, shape, schedule):
+        super().__init__()
+        self.unet, self.shape, self.schedule = unet, tuple(shape), schedule
+        self.matrix = nn.Linear(1 + (unet.config.context_dim or 0), math.prod(shape), bias=False)
+        nn.init.zeros_(self.matrix.weight)
+
+    @property
+    def config(self):
+        return self.unet.config
+
+    def shift(self, n, context=None, mask=None):
+        """b (N, C, H, W) of contexts (N, L, D) and masks (N, L), each may be None."""
+        inputs = torch.ones(n, 1, device=self.matrix.weight.device, dtype=self.matrix.weight.dtype)
+        if context is not None:
+            tokens = torch.ones_like(context[..., :1]) if mask is None else mask[..., None].to(context.dtype)
+            inputs = torch.cat([inputs, (context * tokens).sum(1) / tokens.sum(1)], 1)  # (N, 1 + D)
+        return self.matrix(inputs).view(n, *self.shape)
+
+    def forward(self, z_t, t, context=None, mask=None):
+        b = self.shift(len(z_t), context, mask).to(z_t.dtype)
+        signal, spread = diffusion.signal_and_noise(t, self.schedule, z_t.dtype)  # each (N, 1, 1, 1)
+        out = self.unet(z_t - signal * b, t, context, mask)
+        return out if self.schedule.prediction == "eps" else out - spread * b
+
+
+def insert(model, shape, schedule):
+    """Put a shift before the UNet of a LatentModel, in place. ValueError if it has one."""
+    if isinstance(model.unet, Shifted):
+        raise ValueError("this model already has a shift")
+    model.unet = Shifted(model.unet, shape, schedule).to(next(model.parameters()).device)
+
+
+def shape_of(model):
+    """The shape of the shifted latents, what a release must know to build the model; None without a shift."""
+    return model.unet.shape if isinstance(model.unet, Shifted) else None

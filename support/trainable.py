@@ -1,0 +1,29 @@
+"""What --tune names: layers to insert, then the parameters that are trained."""
+import tuning
+from extensions import lora, shift
+
+
+def choose(model, s):
+    """Choose what is trained by the settings s.tune and s.from_block, freeze the rest -> names of parameters.
+
+    "NAME+shift" trains what NAME does, and a shift of the latents, which is inserted (extensions/shift.py).
+    ValueError for what cannot be selected.
+    """
+    name, plus, extra = s.tune.partition("+")
+    if plus and extra != "shift":
+        raise ValueError(f"tune={s.tune!r}: after the + only shift can stand")
+    selected(model, name, s.from_block)
+    if plus:
+        shift.insert(model, s.vae.latent_shape, s.schedule)
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def selected(model, name, from_block):
+    """`tuning.select_trainable`; "lora:RANK" inserts pairs of matrices and trains them and the embedder."""
+    kind, colon, rank = name.partition(":")
+    if kind != "lora" or not colon:
+        return tuning.select_trainable(model, name, from_block)
+    if not rank.isdigit() or int(rank) < 1:
+        raise ValueError(f"tune={name!r}: the rank after 'lora:' must be a whole number of at least 1")
+    pairs = lora.insert(model, int(rank), from_block)
+    return tuning.train_only(model, [*pairs, *tuning.embedder_of(model)])
