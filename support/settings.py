@@ -145,7 +145,7 @@ def parse(argv):
     flags("stage 3, tuning", ("noise_multiplicity", int,
                               "K: (t, noise) draws averaged per example before clipping"),
           ("tune", str, f"what is tuned: {', '.join(tuning.TUNE)}, lora:RANK; with +shift behind it also "
-           "a shift of the latents for each condition"),
+           "a shift of the latents for each condition, or shift: this alone"),
           ("from_block", int, "leave out the first attention modules in forward order"),
           ("lr", float, "learning rate of Adam"),
           ("ema", float, "decay of the average of the tuned parameters, per step"),

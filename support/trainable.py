@@ -6,14 +6,17 @@ from extensions import lora, shift
 def choose(model, s):
     """Choose what is trained by the settings s.tune and s.from_block, freeze the rest -> names of parameters.
 
-    "NAME+shift" trains what NAME does, and a shift of the latents, which is inserted (extensions/shift.py).
-    ValueError for what cannot be selected.
+    "NAME+shift" trains what NAME does, and a shift of the latents, which is inserted (extensions/shift.py);
+    "shift" trains the shift alone. ValueError for what cannot be selected.
     """
-    name, plus, extra = s.tune.partition("+")
-    if plus and extra != "shift":
-        raise ValueError(f"tune={s.tune!r}: after the + only shift can stand")
-    selected(model, name, s.from_block)
-    if plus:
+    name = "" if s.tune == "shift" else s.tune.removesuffix("+shift")
+    if name:
+        selected(model, name, s.from_block)
+    elif s.from_block:
+        raise ValueError("from_block only applies to attention and lora tuning, not to tune='shift'")
+    else:
+        model.requires_grad_(False)
+    if name != s.tune:
         shift.insert(model, s.vae.latent_shape, s.schedule)
     return [name for name, p in model.named_parameters() if p.requires_grad]
 

@@ -94,8 +94,19 @@ def test_what_cannot_be_chosen_is_refused():
     asked = SimpleNamespace(tune="attention+shift", from_block=0, vae=vae.VAEConfig(), schedule=COSINE)
     with pytest.raises(ValueError, match="already has a shift"):
         trainable.choose(model, asked)
-    with pytest.raises(ValueError, match=r"only shift can stand"):
-        trainable.choose(model, SimpleNamespace(tune="attention+lora", from_block=0))
+    for tune, from_block, message in (("attention+lora", 0, "unknown tune"), ("+shift+shift", 0, "unknown"),
+                                      ("shift", 2, "from_block only applies"), ("lora:0+shift", 0, "rank")):
+        with pytest.raises(ValueError, match=message):
+            trainable.choose(tiny()[1], SimpleNamespace(tune=tune, from_block=from_block))
+
+
+@pytest.mark.parametrize("tune,others", [("shift", 0), ("embedder+shift", 1), ("lora:2+shift", 7 * (8 + 4) + 1)])
+def test_what_is_chosen(tune, others):
+    model = tiny()[1]
+    asked = SimpleNamespace(tune=tune, from_block=0, vae=vae.VAEConfig(), schedule=COSINE)
+    names = trainable.choose(model, asked)
+    assert "unet.matrix.weight" in names and len(names) == others + 1
+    assert names == [name for name, p in model.named_parameters() if p.requires_grad]
 
 
 def test_a_release_keeps_its_shift(tmp_path):
