@@ -100,7 +100,8 @@ def test_what_cannot_be_chosen_is_refused():
             trainable.choose(tiny()[1], SimpleNamespace(tune=tune, from_block=from_block))
 
 
-@pytest.mark.parametrize("tune,others", [("shift", 0), ("embedder+shift", 1), ("lora:2+shift", 7 * (8 + 4) + 1)])
+# LoRA: two matrices beside each of the 4 + 2 projections with a gradient, in 7 modules; and the embedder.
+@pytest.mark.parametrize("tune,others", [("shift", 0), ("embedder+shift", 1), ("lora:2+shift", 2 * 42 + 1)])
 def test_what_is_chosen(tune, others):
     model = tiny()[1]
     asked = SimpleNamespace(tune=tune, from_block=0, vae=vae.VAEConfig(), schedule=COSINE)
