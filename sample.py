@@ -22,7 +22,7 @@ from extensions import text
 from support import arguments, checkpoints, files, hardware, run_folder, scored
 from support.bars import tqdm
 
-FORMAT = 1  # of release/model.pt; raised whenever its keys change
+FORMAT = 1  # of release/model.pt; raised when an older one would be misread
 
 
 @dataclass

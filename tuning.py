@@ -52,7 +52,8 @@ def select_trainable(model, tune="attention", from_block=0):
     unknown name, an empty selection, or from_block > 0 where TUNE[tune] does not list the attention modules.
     """
     if tune not in TUNE:
-        raise ValueError(f"unknown tune={tune!r}; choose one of {', '.join(TUNE)}, or --tune lora:RANK")
+        raise ValueError(f"unknown tune={tune!r}; choose one of {', '.join(TUNE)}, lora:RANK or shift, or "
+                         "one of them and +shift")
     modules, later = TUNE[tune](model), attention_modules(model, from_block)
     skipped = [m for m in attention_modules(model) if m not in later]  # the first from_block of them
     if not all(m in modules for m in skipped):  # from_block would change nothing

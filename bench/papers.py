@@ -92,6 +92,9 @@ for epsilon, flags in (("10", ""), ("1", "--epsilon 1 --batch-size 6000 --steps 
         "Fashion-MNIST, drawn garments, latents 8x8x4, attention and a shift of the latents",
         f"--preset garments --init pretrained/garments {flags}--tune attention+shift --out {out}", out,
         f"{SCORE} --no-distance")
+    ROWS[f"garments-shift-eps{epsilon}-10000"] = Row(
+        "the same run, scored with 10,000 samples", None, out,
+        f"{SCORE} --n 10000 --no-distance --out {out}/internal/samples10000.json")
 
 if __name__ == "__main__":
     main("papers", ROWS)

@@ -1,14 +1,14 @@
 """A shift of the latents for each condition: `train.py --tune attention+shift`. Not in the paper.
 
-Private images of a class lie elsewhere than public ones: they are lighter here and darker there. Under DP-SGD
-this is what a class tells most clearly, because all its images agree on it, and noise spoils their mean least
-of all. But the denoiser can hardly use it. Cross-attention to a class adds one vector, the same at every
-pixel. So a matrix S, zero at first, learns where the latents of condition c have moved to:
+Private images of a class lie elsewhere than public ones: they are lighter here and darker there. All images
+of the class agree on this difference of means, so it can be learned in spite of much noise. But a layer of
+cross-attention to a class adds one vector, the same at every pixel, and the denoiser must learn the rest
+indirectly. So a matrix S, zero at first, learns where the latents of condition c have moved to:
 
     z_0 = z_0' + b(c),     b(c) = S (1, c)
 
-The denoiser goes on seeing latents z_0' like those it was trained on. S is tuned with the condition embedder,
-by the same noisy gradients; nothing else of the private stage changes.
+The denoiser goes on seeing latents around the mean that it was trained on. S joins what --tune names: its
+gradient is clipped together with theirs and gets noise of the same size. `--tune shift` trains S alone.
 
 With a = sqrt(abar_t) and s = sqrt(1 - abar_t) (diffusion.py): z_t = a z_0 + s eps = z_t' + a b. The noise eps
 of z_0 and of z_0' is the same. Their velocities v = a eps - s z_0 differ: v = v' - s b.
@@ -25,7 +25,9 @@ class Shifted(nn.Module):
     """A UNet behind a shift of its latents; it takes and gives what the UNet does.
 
     shape: (C, H, W) of a latent. schedule: diffusion.Schedule. S is `matrix`, a Linear layer, for which
-    book-keeping has a rule; (1, c) with a text c is (1, mean of its tokens), without condition it is (1).
+    book-keeping has a rule. The c of a text is the mean of its context vectors, without padding. A model
+    without conditions has the vector (1). A dropped condition has a c like any other, so guidance w moves
+    samples by b(null) + w (b(c) - b(null)).
     """
 
     def __init__(self, unet, shape, schedule):
@@ -57,7 +59,7 @@ def insert(model, shape, schedule):
     """Put a shift before the UNet of a LatentModel, in place. ValueError if it has one."""
     if isinstance(model.unet, Shifted):
         raise ValueError("this model already has a shift")
-    model.unet = Shifted(model.unet, shape, schedule).to(next(model.parameters()).device)
+    model.unet = Shifted(model.unet, shape, schedule).to(next(model.parameters()))
 
 
 def shape_of(model):

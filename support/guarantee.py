@@ -149,12 +149,14 @@ LOOKED = {
     "faces": ("partly by looking at results on private data: size of the latents and of the UNet and length "
               "of the public stages were changed after seeing how the autoencoder draws held-out faces, "
               "the frame of the drawn faces after looking at real ones, batch size, steps and learning rate "
-              "of the private stage after scores on them; epsilon does not cover that choice"),
+              "of the private stage, and --tune shift, after scores on them; epsilon does not cover that "
+              "choice"),
     "fashion": ("partly by looking at private data: photographs as a public set, and the shape and training "
                 "of the autoencoder, were chosen after measuring how others draw garments, and the drawn "
                 "garments were improved while watching how well they teach the classes of test images, and "
-                "stage 2 was made longer, and batch size, steps and learning rate of the private stage were "
-                "changed, after scores on them; epsilon does not cover that choice")}
+                "stage 2 was made longer, and batch size, steps and learning rate of the private stage, and "
+                "--tune attention+shift, were chosen after scores on them; epsilon does not cover that "
+                "choice")}
 BEFOREHAND = ("taken as chosen without results on these images; if other runs on them were compared to "
               "choose, their epsilons add up")
 

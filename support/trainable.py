@@ -9,14 +9,14 @@ def choose(model, s):
     "NAME+shift" trains what NAME does, and a shift of the latents, which is inserted (extensions/shift.py);
     "shift" trains the shift alone. ValueError for what cannot be selected.
     """
-    name = "" if s.tune == "shift" else s.tune.removesuffix("+shift")
-    if name:
-        selected(model, name, s.from_block)
+    base = s.tune.removesuffix("+shift")
+    if s.tune != "shift":
+        selected(model, base, s.from_block)
     elif s.from_block:
         raise ValueError("from_block only applies to attention and lora tuning, not to tune='shift'")
     else:
         model.requires_grad_(False)
-    if name != s.tune:
+    if s.tune == "shift" or base != s.tune:
         shift.insert(model, s.vae.latent_shape, s.schedule)
     return [name for name, p in model.named_parameters() if p.requires_grad]
 

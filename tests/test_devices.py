@@ -106,9 +106,9 @@ def private(kind, tune, method, n=3, k=2):
     """(engine, loss_fn, batch) on the card: a small network, n latents of 4x4, k draws."""
     embedder = {"class": unet.ClassEmbedder(10, 8, True), "text": text.TextEncoder(20, 8, 5, 16, 1)}[kind]
     model = hardware.laid_out(unet.LatentModel(unet.UNet(CONFIG), embedder), "meta")
-    trainable.choose(model, SimpleNamespace(tune=tune, from_block=0))
-    engine = dp_sgd.DPSGD(model, 1e-3, 1.0, n, gradients=GRADIENTS[method])
     schedule = diffusion.Schedule("cosine", "v")
+    trainable.choose(model, SimpleNamespace(tune=tune, from_block=0, vae=vae.VAEConfig(), schedule=schedule))
+    engine = dp_sgd.DPSGD(model, 1e-3, 1.0, n, gradients=GRADIENTS[method])
     z, y = torch.randn(n, 2, 4, 4, 4, device="meta"), hardware.stand_in(model, n, "meta")
     null = conditions.null(SimpleNamespace(cond_drop=0.1), model, y)
     batch = diffusion.draw(z, y, k, None, schedule, null, 0.1)
@@ -117,7 +117,9 @@ def private(kind, tune, method, n=3, k=2):
 
 
 @pytest.mark.parametrize("kind,tune,method", [*(("class", "attention", method) for method in GRADIENTS),
-                                              ("text", "all", "bookkeeping")])
+                                              ("text", "all", "bookkeeping"),
+                                              ("class", "shift", "bookkeeping"),
+                                              ("text", "attention+shift", "bookkeeping")])
 def test_a_micro_batch_never_waits_for_the_card(card, kind, tune, method):
     with card:
         engine, loss_fn, batch = private(kind, tune, method)

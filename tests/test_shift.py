@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import diffusion
+import dp_sgd
 import sample
 import train
 import unet
@@ -27,7 +28,7 @@ def tiny(schedule=COSINE, embedder=None):
         torch.nn.init.normal_(p, std=0.1)
     model = copy.deepcopy(plain)
     shift.insert(model, SHAPE, schedule)
-    return model.double(), plain
+    return model, plain
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
@@ -72,10 +73,11 @@ def test_padding_of_a_prompt_does_not_move_it():
 
 def test_the_mean_of_a_class_is_learned_where_the_denoiser_is_frozen():
     """Of a denoiser that knows nothing (it predicts 0) the shift alone learns the mean of each class."""
-    model, _ = tiny()
+    model = tiny()[1]
+    torch.nn.init.normal_(model.embedder.embedding.weight)
+    trainable.choose(model, SimpleNamespace(tune="shift", from_block=0, vae=vae.VAEConfig(), schedule=COSINE))
     torch.nn.init.zeros_(model.unet.unet.out[-1].weight)
     torch.nn.init.zeros_(model.unet.unet.out[-1].bias)
-    torch.nn.init.normal_(model.embedder.embedding.weight)
     model = model.float()
     labels, g = torch.arange(3).repeat(40), torch.Generator().manual_seed(0)
     target = torch.randn(3, *SHAPE, generator=g)
@@ -89,12 +91,21 @@ def test_the_mean_of_a_class_is_learned_where_the_denoiser_is_frozen():
     assert torch.corrcoef(torch.stack([found.flatten(), target.flatten()]))[0, 1] > 0.99
 
 
+def test_an_empty_batch_is_a_step_of_noise_in_every_entry():
+    model = tiny()[1].float()
+    trainable.choose(model, SimpleNamespace(tune="shift", from_block=0, vae=vae.VAEConfig(), schedule=COSINE))
+    engine = dp_sgd.DPSGD(model, 1.0, 1.0, 4)
+    engine.step(torch.optim.SGD(engine.parameters, 1.0))
+    assert model.unet.matrix.weight.abs().min() > 0
+
+
 def test_what_cannot_be_chosen_is_refused():
     model, _ = tiny()
     asked = SimpleNamespace(tune="attention+shift", from_block=0, vae=vae.VAEConfig(), schedule=COSINE)
     with pytest.raises(ValueError, match="already has a shift"):
         trainable.choose(model, asked)
     for tune, from_block, message in (("attention+lora", 0, "unknown tune"), ("+shift+shift", 0, "unknown"),
+                                      ("", 0, "unknown"), ("+shift", 0, "unknown"),
                                       ("shift", 2, "from_block only applies"), ("lora:0+shift", 0, "rank")):
         with pytest.raises(ValueError, match=message):
             trainable.choose(tiny()[1], SimpleNamespace(tune=tune, from_block=from_block))
@@ -114,12 +125,14 @@ def test_a_release_keeps_its_shift(tmp_path):
     train.main(["--preset", "smoke", "--tune", "lora:2+shift", "--steps", "2", "--out", str(tmp_path / "run"),
                 "--sample-steps", "1", "--accountant", "rdp", "--precision", "float32"])
     release = sample.load_release(tmp_path / "run")
-    assert release.model.unet.matrix.weight.abs().min() > 0  # noise reached every entry
     assert release.privacy["tune"] == "lora:2+shift"
     images = sample.generate(release, torch.arange(4), steps=2, seed=0, progress=False)
     release.model.unet.matrix.weight.data.mul_(100)
     assert not torch.equal(sample.generate(release, torch.arange(4), steps=2, seed=0, progress=False), images)
     path = tmp_path / "run" / "release" / "model.pt"
+    files.save({key: value for key, value in files.load(path).items() if key != "shift"}, path)
+    with pytest.raises(ValueError, match="model.pt"):
+        sample.load_release(tmp_path / "run")
     for damaged in ((4, 10 ** 6, 10 ** 6), (4, 4), "all", (4, -4, -4)):
         files.save({**files.load(path), "shift": damaged}, path)
         with pytest.raises(ValueError, match="model.pt"):

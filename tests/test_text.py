@@ -142,7 +142,8 @@ def text_model(tune="attention", dtype=torch.float64, length=6):
     model = unet.LatentModel(unet.UNet(config), text.TextEncoder(9, 5, length, width=16, heads=2))
     for p in model.parameters():  # away from the zero initialisation, where most gradients vanish
         nn.init.normal_(p, mean=0.5 * (p.dim() == 1), std=0.2)
-    trainable.choose(model, SimpleNamespace(tune=tune, from_block=0))
+    trainable.choose(model, SimpleNamespace(tune=tune, from_block=0, vae=vae.VAEConfig(),
+                                            schedule=diffusion.PAPER))
     return model.to(dtype)
 
 
@@ -187,7 +188,8 @@ def test_the_empty_prompt_is_finite_and_is_the_null_condition():
 
 
 @pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("tune", ["attention", "embedder", "attention-only", "lora:2"])
+@pytest.mark.parametrize("tune", ["attention", "embedder", "attention-only", "lora:2", "shift",
+                                  "attention+shift"])
 def test_per_example_gradients_equal_the_loop(k, tune):
     model, batch = text_model(tune), examples(k)
     parameters = [p for p in model.parameters() if p.requires_grad]
