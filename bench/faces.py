@@ -33,6 +33,8 @@ ROWS = {
                                "runs/portraits", "portraits", DRAWN),
     "portraits-shift": again("class, epsilon 10, public drawn faces, only a shift is tuned", "shift",
                              "--tune shift --lr 2e-3", "runs/portraits", "portraits", DRAWN),
+    "portraits-shift-eps1": again("class, epsilon 1, public drawn faces, only a shift is tuned", "shift-eps1",
+                                  "--tune shift --epsilon 1 --lr 2e-3", "runs/portraits", "portraits", DRAWN),
     "portraits-eps1": again("class, epsilon 1, public drawn faces", "eps1", "--epsilon 1", "runs/portraits",
                             "portraits", DRAWN),
 }

@@ -46,7 +46,8 @@ FIRST_ROWS = [
     ("papers", "mnist-eps1", "the same with a tenth of the budget (private stage only)"),
     ("papers", "garments-public-eps10", "garments: tuned on Fashion-MNIST (private stage only)",
      "garments-public-eps10-50000"),
-    ("papers", "garments-gpu-eps10", "the same with 15 times the private work, on a GPU"),
+    ("papers", "garments-shift-eps1", "the same at epsilon 1; the latents of each class are shifted as well"),
+    ("papers", "garments-gpu-eps10", "at epsilon 10 with 15 times the private work, on a GPU"),
     ("faces", "eps10", "faces in colour, 32 pixels: tuned on 5,000 photographs"),
 ]
 
