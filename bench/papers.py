@@ -1,7 +1,7 @@
 """Rows on the full data sets, to stand beside the paper's: `python -m bench.papers`, see `bench.runs`.
 
 Need the data root (--data-root or DPLDM_DATA); rows NAME-eps1 reuse the public stages of NAME-eps10, the rows
-garments-public and garments-gpu those of pretrained/garments. Rows seed1 and seed2 score a run with two more
+garments-public, -gpu and -shift those of pretrained/garments. Rows seed1 and seed2 score a run with two more
 sampling seeds.
 """
 from bench.runs import Row, main
@@ -57,7 +57,8 @@ ROWS["garments10k-eps10"] = Row("Fashion-MNIST, drawn garments, latents 4x4x16 (
                                 "--latent-channels 16 --ldm-steps 4000 --steps 120 --out runs/garments",
                                 "runs/garments", "--protocol table --n 10000 --steps 30 --eta 0")
 # The private stage alone, in 66 or 14 minutes; a fifth of the samples as well.
-for epsilon, flags in (("10", ""), ("1", "--epsilon 1 --batch-size 6000 --steps 20 --lr 3e-3 ")):
+GARMENTS = {"10": "", "1": "--epsilon 1 --batch-size 6000 --steps 20 --lr 3e-3 "}
+for epsilon, flags in GARMENTS.items():
     out = f"runs/garments-eps{epsilon}"
     ROWS[f"garments-public-eps{epsilon}"] = Row(
         "Fashion-MNIST, drawn garments, latents 8x8x4 (10,000 samples, not 50,000)",
@@ -85,8 +86,8 @@ for epsilon, flags in GPU.items():
     ROWS[f"garments-gpu-eps{epsilon}"] = Row(
         "Fashion-MNIST, drawn garments, latents 8x8x4, more private work (on a GPU)",
         f"--preset garments --init pretrained/garments {flags} --out {out}", out, f"{SCORE} --no-distance")
-# The same with a shift of the latents for each class, which the paper does not have (extensions/shift.py).
-for epsilon, flags in (("10", ""), ("1", "--epsilon 1 --batch-size 6000 --steps 20 --lr 3e-3 ")):
+# garments-public with a shift of the latents for each class, which the paper lacks (extensions/shift.py).
+for epsilon, flags in GARMENTS.items():
     out = f"runs/garments-shift-eps{epsilon}"
     ROWS[f"garments-shift-eps{epsilon}"] = Row(
         "Fashion-MNIST, drawn garments, latents 8x8x4, attention and a shift of the latents",

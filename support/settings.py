@@ -268,7 +268,7 @@ def check(s):
     if s.classes is not None:
         datasets.class_list(s.classes)
     demand("text_width", lambda v: 0 < v <= 10 ** 4 and v % 8 == 0, "be a multiple of 8, at most 10,000")
-    tune, _, _ = s.tune.partition("+")
+    tune = s.tune.removesuffix("+shift")
     rank = tune.removeprefix("lora:")
     if rank != tune and rank.isdecimal() and (len(rank) > 9 or int(rank) > LARGEST_RANK):
         raise ValueError(f"--tune lora:RANK: the rank must be at most {LARGEST_RANK}, got {rank[:20]}")

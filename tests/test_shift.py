@@ -20,7 +20,7 @@ COSINE = diffusion.Schedule("cosine", "v")
 
 
 def tiny(schedule=COSINE, embedder=None):
-    """A model with a shift, its double without one, and b (N, C, H, W) of three conditions."""
+    """A model with a shift, and its double without one."""
     torch.manual_seed(0)
     embedder = unet.ClassEmbedder(3, 6, null_class=True) if embedder is None else embedder
     plain = unet.LatentModel(unet.UNet(unet.UNetConfig(4, 4, 32, context_dim=6)), embedder).double()
@@ -29,6 +29,11 @@ def tiny(schedule=COSINE, embedder=None):
     model = copy.deepcopy(plain)
     shift.insert(model, SHAPE, schedule)
     return model, plain
+
+
+def choose(model, tune, from_block=0):
+    return trainable.choose(model, SimpleNamespace(tune=tune, from_block=from_block, vae=vae.VAEConfig(),
+                                                   schedule=COSINE))
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
@@ -75,7 +80,7 @@ def test_the_mean_of_a_class_is_learned_where_the_denoiser_is_frozen():
     """Of a denoiser that knows nothing (it predicts 0) the shift alone learns the mean of each class."""
     model = tiny()[1]
     torch.nn.init.normal_(model.embedder.embedding.weight)
-    trainable.choose(model, SimpleNamespace(tune="shift", from_block=0, vae=vae.VAEConfig(), schedule=COSINE))
+    choose(model, "shift")
     torch.nn.init.zeros_(model.unet.unet.out[-1].weight)
     torch.nn.init.zeros_(model.unet.unet.out[-1].bias)
     model = model.float()
@@ -93,30 +98,27 @@ def test_the_mean_of_a_class_is_learned_where_the_denoiser_is_frozen():
 
 def test_an_empty_batch_is_a_step_of_noise_in_every_entry():
     model = tiny()[1].float()
-    trainable.choose(model, SimpleNamespace(tune="shift", from_block=0, vae=vae.VAEConfig(), schedule=COSINE))
+    choose(model, "shift")
     engine = dp_sgd.DPSGD(model, 1.0, 1.0, 4)
     engine.step(torch.optim.SGD(engine.parameters, 1.0))
     assert model.unet.matrix.weight.abs().min() > 0
 
 
 def test_what_cannot_be_chosen_is_refused():
-    model, _ = tiny()
-    asked = SimpleNamespace(tune="attention+shift", from_block=0, vae=vae.VAEConfig(), schedule=COSINE)
     with pytest.raises(ValueError, match="already has a shift"):
-        trainable.choose(model, asked)
+        choose(tiny()[0], "attention+shift")
     for tune, from_block, message in (("attention+lora", 0, "unknown tune"), ("+shift+shift", 0, "unknown"),
                                       ("", 0, "unknown"), ("+shift", 0, "unknown"),
                                       ("shift", 2, "from_block only applies"), ("lora:0+shift", 0, "rank")):
         with pytest.raises(ValueError, match=message):
-            trainable.choose(tiny()[1], SimpleNamespace(tune=tune, from_block=from_block))
+            choose(tiny()[1], tune, from_block)
 
 
 # LoRA: two matrices beside each of the 4 + 2 projections with a gradient, in 7 modules; and the embedder.
 @pytest.mark.parametrize("tune,others", [("shift", 0), ("embedder+shift", 1), ("lora:2+shift", 2 * 42 + 1)])
 def test_what_is_chosen(tune, others):
     model = tiny()[1]
-    asked = SimpleNamespace(tune=tune, from_block=0, vae=vae.VAEConfig(), schedule=COSINE)
-    names = trainable.choose(model, asked)
+    names = choose(model, tune)
     assert "unet.matrix.weight" in names and len(names) == others + 1
     assert names == [name for name, p in model.named_parameters() if p.requires_grad]
 
