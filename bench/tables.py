@@ -258,10 +258,10 @@ def faces():
     cells = []
     for row in rows:
         d, accuracy = row["evaluation"]["distance"], row["evaluation"]["accuracy"]
-        cells.append([row["label"], epsilon(row["privacy"]), frechet(row, rows), f"{d['halves']:.1f}",
-                      f"{d['precision']:.2f}", f"{d['recall']:.2f}", percent(first(accuracy["cnn"])),
-                      percent(first(accuracy["logreg"])), trained(row["privacy"]), minutes(row),
-                      f"`{row['commands'][0]}`", row["commit"]])
+        shown = [f"{d['halves']:.1f}", f"{d['precision']:.2f}", f"{d['recall']:.2f}"] if d else ["-"] * 3
+        cells.append([row["label"], epsilon(row["privacy"]), frechet(row, rows), *shown,
+                      percent(first(accuracy["cnn"])), percent(first(accuracy["logreg"])),
+                      trained(row["privacy"]), minutes(row), f"`{row['commands'][0]}`", row["commit"]])
     return markdown(head, cells) + "\n\n" + origin(rows)
 
 

@@ -1,0 +1,60 @@
+"""bench/prompts.py: classifiers of single attributes judge what prompts name."""
+import json
+
+import pytest
+import torch
+from test_faces import TINY, write_celeba, write_npz
+
+import metrics
+import train
+from bench import prompts
+
+
+def test_as_many_faces_with_the_attribute_as_without():
+    values = torch.arange(100) % 10 == 0
+    chosen = prompts.balanced(values, 8, torch.Generator().manual_seed(0))
+    assert len(set(chosen.tolist())) == 16 and int(values[chosen].sum()) == 8
+    with pytest.raises(ValueError, match="teaches nothing"):
+        prompts.balanced(values & ~values, 8, None)
+    images, worn = prompts.drawn_faces("Eyeglasses", 32, 0, 30)
+    assert images.shape == (60, 3, 32, 32) and int(worn.sum()) == 30
+
+
+def test_shares_are_those_of_the_prompts(monkeypatch):
+    """Images are white where a prompt names the attribute; the judge calls white images so."""
+    monkeypatch.setattr(metrics, "predict", lambda model, images: torch.stack(
+        [torch.full((len(images),), 100.0), images[:, 0, 0, 0].float()], 1))
+    asked = list(prompts.PROMPTS) * 4
+    named = {name: torch.tensor([prompts.PROMPTS[prompt].get(name, False) for prompt in asked])
+             for name in ("Male", "Young", "Bald", "No_Beard")}
+    images = {name: (255 * v.byte())[:, None, None, None].expand(-1, 3, 8, 8) for name, v in named.items()}
+    shares = {name: prompts.shares(None, images[name], asked) for name in named}
+    for name, given in shares.items():
+        assert given == {prompt: float(attributes.get(name, False))
+                         for prompt, attributes in prompts.PROMPTS.items()}
+    given = {"a bald man": 0.75, "a young man": 0.25}  # and 0 for all others
+    bald = {prompt: given.get(prompt, 0.0) for prompt in prompts.PROMPTS}
+    judges = {name: {"shares": shares.get(name, shares["No_Beard"])}
+              for attributes in prompts.PROMPTS.values() for name in attributes}
+    text = prompts.table(judges | {"Bald": {"shares": bald}})
+    assert "Bald 75% (others 2%)" in text  # 0.25 / 11
+    assert "a young woman                   not Male 100% (others 0%); Young 100%" in text
+    assert "not No_Beard 100% (others 100%)" in text  # no sample has what nobody asked for
+
+
+def test_a_run_by_text_is_judged(tmp_path, monkeypatch, capsys):
+    write_celeba(tmp_path, "faces")  # with the attributes Male and Wearing_Hat
+    write_npz(tmp_path / "public32.npz", 40, (32, 32, 3))
+    monkeypatch.setattr(prompts, "DRAWN", 2000)
+    monkeypatch.setattr(prompts, "MOST", 10)
+    monkeypatch.setattr(metrics, "STRONG", {"kind": "small-cnn", "epochs": 1, "lr": 1e-3})
+    out, root = tmp_path / "run", ["--data-root", str(tmp_path)]
+    train.main(["--preset", "faces", *TINY, "--condition", "text", *root, "--out", str(out)])
+    assert prompts.main([str(out), "--n", "1", "--steps", "1", *root]) is None
+    found = json.loads((out / "internal" / "prompts.json").read_text())["judges"]
+    assert {name for name, judge in found.items() if "real" in judge["taught_by"]} == {"Male", "Wearing_Hat"}
+    assert all(judge["shares"].keys() == prompts.PROMPTS.keys() for judge in found.values())
+    assert "a man with a beard" in capsys.readouterr().out
+    (out / "release").rename(tmp_path / "release")  # without its run folder
+    with pytest.raises(ValueError, match="needs the run folder"):
+        prompts.main([str(tmp_path / "release"), *root])
