@@ -5,7 +5,7 @@ al. 2024, Algorithm 1) uses it to tune the attention. The file imports nothing o
 
     engine = DPSGD(model, clip_norm=C, noise_multiplier=sigma, expected_batch_size=q * n)
     batch = poisson_sample(n, q)                        # every example independently with probability q
-    for part in batch.split(64):                        # micro-batches: their size never changes the result
+    for part in batch.split(64):                        # micro-batches: they only limit the memory
         engine.accumulate(loss_fn, x[part], y[part])    # sum_i clip(g_i); nothing is released yet
     engine.step(optimizer)                              # (sum + N(0, sigma^2 C^2 I)) / B, then the optimizer
 
@@ -16,9 +16,10 @@ Symbols
     B      expected_batch_size = q * n, fixed before training, because the actual size is private
     N      number of examples of a micro-batch;  L  number of trainable layers
 
-The paper's C = 1e-3 for MNIST looks tiny, but Adam divides by the size of recent gradients. So C decides how
-many examples are clipped, and does not act as a learning rate. This holds while sigma * C / B, the size of
-the noise, is well above Adam's eps (1e-8). Below it (the paper's 1e-6 for CIFAR-10) Adam takes smaller steps.
+The paper's C = 1e-3 for MNIST looks tiny. But Adam's step stays the same if all gradients are multiplied by
+one factor. Where nearly all examples are clipped, C is such a factor, of the gradients and of the noise. So C
+is no learning rate. This holds while the noise on a coordinate, sigma * C / B, is well above Adam's eps
+(1e-8). Below it (the paper's C = 1e-6 for CIFAR-10) Adam takes smaller steps.
 
 The guarantee does not cover timing: the duration of a step tells the size of its batch. A loss_fn that calls
 autograd itself is not supported.
@@ -42,13 +43,16 @@ class SecureGenerator:
     """Randomness for noise and batches, in float64, from the operating system (os.urandom).
 
     Ordinary generators have three faults that break the guarantee.
-    1. Prediction. The bits of torch's CPU generator are linear in its state, so enough of them give away all
-       others. A release can show such bits (tests/test_noise_attack.py). Here there is no seed and no state.
-    2. Tails. A float32 normal is at most sqrt(2 * 24 ln 2) = 5.77. An output that lies further out proves
-       that an example was in the batch. Here the density is a normal's up to 64 deviations (`reach`).
+    1. Prediction. The bits of torch's CPU generator are linear in its state. Whoever sees enough of them can
+       compute all others, and released weights show some (tests/test_noise_attack.py). Here nothing is left
+       to predict: there is no seed and no state.
+    2. Tails. A float32 normal is at most sqrt(2 * 24 ln 2) = 5.77. If an output lies further than that from
+       the sum without an example, this example was in the batch. Here the density is a normal's up to 64
+       deviations (`reach`).
     3. Rounding (Mironov 2012). Floating-point normals lie on a lattice, so the low bits of a noisy sum tell
        which sum it was. Here four Box-Muller draws, from eight uniforms, are added and divided by 2 (Holohan
-       and Braghin 2021). Then `privatise` rounds to a grid that is far coarser, and the same for all data.
+       and Braghin 2021). Then `privatise` rounds to a grid that is far coarser than that lattice, and the
+       same for all data.
     """
 
     device = torch.device("cpu")  # where the uniforms are made, as torch.Generator.device
@@ -65,11 +69,13 @@ class SecureGenerator:
         """Standard normals of the given shape, float64."""
         out = torch.empty(math.prod(shape), dtype=torch.float64, device=device)
         for part in out.split(CHUNK if out.device.type == "cpu" else 256 * CHUNK):
-            # Box-Muller turns 2 uniforms into 2 normals, by cos and sin. Four pairs are added: 8 make 2.
+            # Box-Muller turns 2 uniforms into 2 normals, by cos and sin. Of 8 uniforms come 8 normals, which
+            # are added in fours: 2 normals.
             half = (len(part) + 1) // 2
             u = self.uniforms(8 * half).view(2, 4, half)
             for power in range(32, 961, 32):
-                # Small multiples of 2^-53 are coarse. Whatever is below 2^-32 is uniform there: draw it anew.
+                # Near 0 multiples of 2^-53 are too coarse for the tail. A uniform number below 2^-32 is
+                # uniform there, so it is drawn again with finer steps.
                 if not (small := u[0] < 2.0 ** -power).any():
                     break
                 u[0][small] = 2.0 ** -power * (1 - self.uniforms(int(small.sum())))
@@ -107,15 +113,17 @@ def privatise(sums, clip_norm, noise_multiplier, expected_batch_size, generator)
     """
     generator = SecureGenerator() if generator is None else generator
     std, noisy = noise_multiplier * clip_norm, []
-    grid = 2.0 ** (math.frexp(std)[1] - 16)  # a power of two, at most std / 2^15: far finer than the noise
+    grid = 2.0 ** (math.frexp(std)[1] - 16)  # a power of two, from std / 2^16 to std / 2^15
     for s in sums:
         # Every coordinate gets noise, because it is private which ones the batch touched.
         if isinstance(generator, SecureGenerator):
             noise = generator.normals(s.shape, s.device if s.device.type == "cuda" else "cpu").to(s.device)
         else:
             noise = torch.randn(s.shape, dtype=torch.float64, device=s.device, generator=generator)
-        total = s.double() + std * noise  # in float64: see SecureGenerator. Float32 alone rounds relatively:
-        total = (total / grid).round_() * grid if std else total  # near 0 it would keep all of the low bits.
+        # Added in float64 and rounded to a fixed grid, which float32 holds exactly (see SecureGenerator).
+        # Float32 alone would keep all low bits near 0, and these tell which sum it was.
+        total = s.double() + std * noise
+        total = (total / grid).round_() * grid if std else total
         noisy.append(total.to(s.dtype) / expected_batch_size)
     return noisy
 
@@ -228,11 +236,12 @@ def weighted_sum(a, factor, keep):
 def kept(factors):
     """Factors (L, N) -> (N,) bool: which examples contribute. None if a CPU finds that every one does."""
     keep = factors.any(0)
-    return None if keep.device.type == "cpu" and keep.all() else keep  # a GPU would be waited for: not asked
+    # On a GPU this question would wait for the device, so it is not asked.
+    return None if keep.device.type == "cpu" and keep.all() else keep
 
 
 def masked(a, keep):
-    """Zero the rows (N*K, ...), K per example, of those not kept (N,). Factor 0 fails: 0 * inf is NaN."""
+    """Rows (N*K, ...), K per example, with those of examples not kept (N,) set to 0. 0 * inf would be NaN."""
     rows_kept = keep.repeat_interleave(len(a) // len(keep)).view(-1, *[1] * (a.dim() - 1))
     return torch.where(rows_kept, a, 0.0) if a.is_floating_point() else a  # token numbers are finite
 
@@ -263,7 +272,8 @@ def trainable_layers(model):
     """The layers that DP-SGD trains. ValueError, with the layer's name, for one that it does not support.
 
     Refused are layers with running statistics (BatchNorm), shared parameters, dropout (the loss must be a
-    function of its draws), models with nothing to train. Your own layer that mixes examples is not found.
+    function of its draws), models with nothing to train. A layer of your own that mixes examples is not
+    detected: you must avoid it.
     """
     layers, owner = [], {}
     for name, m in model.named_modules():
@@ -349,7 +359,7 @@ class DPSGD:
         self.sums, self.last, self.metrics = zeros(self.parameters), {}, []
 
     def accumulate(self, loss_fn, *batch):
-        """Add the clipped per-example gradients of one micro-batch to `sums`: all of them, or none on error.
+        """Add the clipped per-example gradients of one micro-batch to `sums`, which an error leaves as it is.
 
         loss_fn(model, *batch) -> (N,) losses, where loss n depends on rows n of the batch only. Batch items
         have N rows (0 is fine) or are None. Examples with NaN or infinity contribute exactly zero. ValueError
@@ -386,8 +396,9 @@ class DPSGD:
 def check_against_loop(engine, loss_fn, *batch):
     """ValueError unless the engine's method finds the norms and the sum that `loop` finds on this batch.
 
-    Call it with random data before the first step. Book-keeping watches layers by hooks. It misses a weight
-    that is used outside its layer, or an input whose rows are not examples; then the results differ.
+    Call it with random data before the first step. Book-keeping (extensions/bookkeeping.py) sees inputs and
+    output gradients of layers, through hooks. It misses a weight that is used outside its layer, or an input
+    whose rows are not examples; then the results differ.
     """
     def found(method):  # -> norms and sums in one vector, and the length of its part with the norms
         norms, _, weighted = method(engine.model, engine.layers, loss_fn, batch)

@@ -10,14 +10,14 @@ and Algorithm 1. It puts the other files together:
     python train.py                          the default preset `digits`: no download, no GPU needed, minutes
     python train.py --dry-run                privacy plan, parameter counts, time estimate; then stop
     python train.py --resume --out runs/x    go on where a stopped run was
-    python train.py --epsilon 1 --init runs/digits --out runs/digits-eps1     only the private stage anew
-    torchrun --nproc_per_node=4 train.py     four processes, a part of every batch each, the same guarantee
+    python train.py --epsilon 1 --lr 2e-3 --init runs/digits --out runs/digits-eps1     the private stage anew
+    torchrun --nproc_per_node=4 train.py     four processes share every batch; the guarantee stays the same
 
 In all functions s is the settings (support/settings.py), and stop tells whether Ctrl-C was pressed.
 A private step is one Poisson batch, one ledger row, one noise addition, one update of Adam and of the EMA
-(the exponential moving average of the weights, which is the result of a stage). In the run folder outside
-internal/, all that depends on private images went through the noisy gradients, but for what counts as public:
-the number of these images, their side in pixels, and the names of their classes and attributes.
+(the exponential moving average of the weights, which is the result of a stage). Files outside internal/
+depend on private images only through noisy gradients. Three facts count as public: the number of private
+images, their side in pixels, and the names of their classes and attributes.
 """
 from support import threads  # noqa: F401, I001 (first: sets OpenMP variables, which torch reads when loaded)
 
@@ -82,14 +82,14 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=Non
         loss.backward()
         return metrics
 
-    if also is None:  # On a GPU: replayed as one piece. A discriminator's own steps cannot be.
+    if also is None:  # On a GPU a step becomes a CUDA graph. With a discriminator that is not possible.
         gradients = hardware.recorded(gradients, generator)
     for step in state.steps(title, steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
         metrics = gradients()
         team.mean_gradients(parameters, also)  # mean over the processes; of `also` the mean of its weights
-        # Clip the norm of the mean gradient to 1, a fitting size as losses begin at about 1. This is no DP.
+        # Clip the norm of the mean gradient to 1, for stability; losses begin at about 1. This is not DP.
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         update_ema(average, parameters, decay, step)
@@ -235,7 +235,7 @@ def main(argv=None):
     """The whole method. Raises ValueError, one line, for anything that cannot be done."""
     begin = time.monotonic()
     s, known = start.settings_of(argv)  # preset and flags; `known`: public networks that exist already
-    public, private, facts = start.read_sets(s, known)  # refused if a public network knows a private image
+    public, private, facts = start.read_sets(s, known)  # ValueError if a private image is a public one too
     plan = team.once(guarantee.privacy_plan, s, len(private) if s.steps else 0)  # q, sigma, T; delta < 1/n
     embedder = start.embedder(s, known, public, private)  # from names and public captions, no private image
     if s.dry_run:
@@ -248,18 +248,19 @@ def main(argv=None):
     ldm_checkpoint = run.cached("ldm.pt", lambda: train_diffusion(
         s, *inputs(s, autoencoder, scale, public, embedder), embedder, facts, run.stop))
 
-    # ---- private stage: the only block that learns from private images; read_sets compared their digests
+    # ---- private stage: the only block that learns from private images
     ldm_checkpoint = conditions.for_private_classes(ldm_checkpoint, private.classes)  # embeddings by name
     model = hardware.laid_out(checkpoints.build_model(ldm_checkpoint)[0], s.device)
     names = trainable.choose(model, s)  # as --tune says; by default attention and condition embedder
-    trained, rows = guarantee.print_plan(s, plan, model), []  # how many parameters; no rows if --steps 0
+    trained = guarantee.print_plan(s, plan, model)  # the number of tuned parameters
+    rows = []  # of the ledger; none if --steps 0
     if plan["steps"]:
         run.check_unchanged(plan, names, private)
         seen = inputs(s, autoencoder, scale, private, ldm_checkpoint["embedder"])
         watch = watcher(s, plan, model, autoencoder, scale, private, ldm_checkpoint["embedder"])
         rows = tune_privately(s, model, *seen, plan, run.stop, watch)
 
-    # ---- release: post-processing, by one process; of `private` only the names of classes and attributes
+    # ---- release: post-processing costs no privacy. Of `private` only names of classes and attributes go in
     if team.dismissed():
         return
     privacy = guarantee.privacy_statement(s, plan, rows, trained, (vae_checkpoint, ldm_checkpoint))

@@ -1,14 +1,16 @@
 """A shift of the latents for each condition: `train.py --tune attention+shift`. Not in the paper.
 
-Private images of a class lie elsewhere than public ones: they are lighter here and darker there. All images
-of the class agree on this difference of means, so it can be learned in spite of much noise. But a layer of
-cross-attention to a class adds one vector, the same at every pixel, and the denoiser must learn the rest
-indirectly. So a matrix S, zero at first, learns where the latents of condition c have moved to:
+The mean latent of a class differs between private and public images. The gradients of all images of the class
+point towards this difference, so it can be learned in spite of much noise. But cross-attention to a class is
+attention to one token: it adds one vector, the same at every pixel. A mean that differs from pixel to pixel
+has to be learned by other weights. So a matrix S, zero at first, learns where the latents z_0' of condition
+c, as the public model knows them, have moved to:
 
-    z_0 = z_0' + b(c),     b(c) = S (1, c)
+    z_0 = z_0' + b(c),     b(c) = S [1; c]
 
-The denoiser goes on seeing latents around the mean that it was trained on. S joins what --tune names: its
-gradient is clipped together with theirs and gets noise of the same size. `--tune shift` trains S alone.
+[1; c] is a 1, followed by the numbers of the condition vector c. The denoiser goes on seeing latents around
+the mean that it was trained on. `--tune NAME+shift` tunes S beside what NAME tunes: together they make up the
+gradient of an example, which is clipped and gets noise. `--tune shift` trains S alone.
 
 With a = sqrt(abar_t) and s = sqrt(1 - abar_t) (diffusion.py): z_t = a z_0 + s eps = z_t' + a b. The noise eps
 of z_0 and of z_0' is the same. Their velocities v = a eps - s z_0 differ: v = v' - s b.
@@ -22,12 +24,12 @@ import diffusion
 
 
 class Shifted(nn.Module):
-    """A UNet behind a shift of its latents; it takes and gives what the UNet does.
+    """A UNet whose latents are shifted; its `forward` takes and returns what the UNet's does.
 
-    shape: (C, H, W) of a latent. schedule: diffusion.Schedule. S is `matrix`, a Linear layer, for which
-    book-keeping has a rule. The c of a text is the mean of its context vectors, without padding. A model
-    without conditions has the vector (1). A dropped condition has a c like any other, so guidance w moves
-    samples by b(null) + w (b(c) - b(null)).
+    shape: (C, H, W) of a latent. schedule: diffusion.Schedule. S is `matrix`, a Linear layer, whose gradients
+    of each example extensions/bookkeeping.py can find. The c of a text is the mean of its context vectors,
+    without padding. Without conditions [1; c] is the vector (1). The null condition has a c like any other,
+    so with guidance w samples are moved by b(null) + w (b(c) - b(null)).
     """
 
     def __init__(self, unet, shape, schedule):

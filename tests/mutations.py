@@ -345,7 +345,7 @@ MUTATIONS = [Mutation(*m) for m in (
      (("        if len(known) < 2 and (", "        if False and ("),),
      "tests/test_crash.py::test_a_public_network_that_is_gone_is_not_trained_anew[ldm.pt]"),
     (0, "secure noise rounded before it is added", "dp_sgd.py",
-     (("total = s.double() + std * noise  #", "total = (s + (std * noise).to(s.dtype)).double()  #"),),
+     (("total = s.double() + std * noise", "total = (s + (std * noise).to(s.dtype)).double()"),),
      "tests/test_noise.py::test_noise_is_added_in_double_and_rounded_once"),
     (0, "secure noise with half the deviation", "dp_sgd.py",
      (("        return out.div_(2).view(shape)", "        return out.div_(4).view(shape)"),),
