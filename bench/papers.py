@@ -73,11 +73,16 @@ ROWS["garments-public-eps10-all"] = Row(
     "Fashion-MNIST, drawn garments, latents 8x8x4, all parameters",
     "--preset garments --init pretrained/garments --tune all --out runs/garments-eps10-all",
     "runs/garments-eps10-all", "--protocol table --n 10000 --steps 15 --eta 0 --no-distance")
-# What the drawn garments are worth: silhouettes that know no garment in their place, all stages.
-ROWS["shapes-eps10"] = Row("Fashion-MNIST, drawn shapes, latents 8x8x4",
-                           "--preset garments --public shapes --out runs/garments-shapes",
-                           "runs/garments-shapes",
-                           "--protocol table --n 10000 --steps 15 --eta 0 --classifiers cnn")
+# What the drawn garments are worth: silhouettes that know no garment in their place, all stages. Then the
+# private stage anew: at epsilon 1, and with all parameters.
+SHAPES = "runs/garments-shapes"
+for name, what, flags, out in (
+        ("shapes-eps10", "", "", SHAPES),
+        ("shapes-eps1", "", f"--init {SHAPES} {GARMENTS['1']}", f"{SHAPES}-eps1"),
+        ("shapes-eps10-all", ", all parameters", f"--init {SHAPES} --tune all ", f"{SHAPES}-all")):
+    ROWS[name] = Row(f"Fashion-MNIST, drawn shapes, latents 8x8x4{what}",
+                     f"--preset garments --public shapes {flags}--out {out}", out,
+                     "--protocol table --n 10000 --steps 15 --eta 0 --classifiers cnn")
 # More private work than a CPU does in an afternoon: minutes on a GPU.
 GPU = {"10": "--steps 300 --batch-size 6000 --noise-multiplicity 2 --lr 2e-3 --ema 0.99",
        "1": "--epsilon 1 --steps 60 --batch-size 12000 --noise-multiplicity 4 --lr 2e-3"}
