@@ -11,9 +11,11 @@ from bench import prompts
 
 
 def test_as_many_faces_with_the_attribute_as_without():
-    values = torch.arange(100) % 10 == 0
-    chosen = prompts.balanced(values, 8, torch.Generator().manual_seed(0))
-    assert len(set(chosen.tolist())) == 16 and int(values[chosen].sum()) == 8
+    values = torch.arange(100) % 10 == 0  # 10 of 100
+    for found in (values, ~values):
+        for most, n in ((8, 8), (50, 10)):
+            chosen = prompts.balanced(found, most, torch.Generator().manual_seed(0))
+            assert len(set(chosen.tolist())) == 2 * n and int(found[chosen].sum()) == n
     with pytest.raises(ValueError, match="teaches nothing"):
         prompts.balanced(values & ~values, 8, None)
     images, worn = prompts.drawn_faces("Eyeglasses", 32, 0, 30)
