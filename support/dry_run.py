@@ -17,6 +17,8 @@ from support.settings import GRADIENTS
 
 def report(s, plan, embedder, public, private, known):
     """Print the privacy plan, memory and minutes. known: public networks that exist already, by file name."""
+    if checkpoints.condition_kind(embedder) == "class":  # what is tuned has a row for each private class
+        embedder = {**embedder, "num_classes": len(private.classes)}
     with torch.device("meta"):  # shapes only
         model = unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(embedder))
         trainable.choose(model, s)

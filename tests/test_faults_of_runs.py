@@ -1,6 +1,7 @@
 """Faults of runs, by kind: schedulers, file systems without locks, working folders, few held-out images."""
 import errno
 import fcntl
+import json
 import os
 import signal
 
@@ -201,9 +202,12 @@ def test_paths_of_sets_are_stored_whole(tmp_path, monkeypatch, run):
     assert s.private == f"folder:{tmp_path / 'mine'}"
 
 
-def test_the_plan_names_the_classes(run, capsys):
+def test_the_plan_names_the_classes_and_counts_what_is_tuned(run, capsys):
     train.main([*TINY, "--init", str(run), "--dry-run"])
-    assert "classes        10, public knowledge: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "classes        10, public knowledge: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in told
+    tuned = json.loads((run / "release" / "privacy.json").read_text())["trained_parameters"]
+    assert f"attention: {tuned:,} of" in told  # the embedder has fewer rows than in the public stages
 
 
 def test_few_held_out_images_cost_one_metric_only(run, monkeypatch, capsys):
