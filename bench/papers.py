@@ -79,6 +79,8 @@ SHAPES = "runs/garments-shapes"
 for name, what, flags, out in (
         ("shapes-eps10", "", "", SHAPES),
         ("shapes-eps1", "", f"--init {SHAPES} {GARMENTS['1']}", f"{SHAPES}-eps1"),
+        ("shapes-shift-eps1", ", attention and a shift",
+         f"--init {SHAPES} {GARMENTS['1']}--tune attention+shift ", f"{SHAPES}-shift-eps1"),
         ("shapes-eps10-all", ", all parameters", f"--init {SHAPES} --tune all ", f"{SHAPES}-all")):
     ROWS[name] = Row(f"Fashion-MNIST, drawn shapes, latents 8x8x4{what}",
                      f"--preset garments --public shapes {flags}--out {out}", out,

@@ -204,14 +204,13 @@ def digits():
 
 def ablations():
     """What is tuned, at epsilon 10 and 1, with the same public stages; then changes of the recipe."""
-    base = {row["row"]: row for row in load("digits")}
     rows = {row["row"]: row for row in load("ablations")}
-    tuned = {"attention": (rows["again"], base["eps1"]), "all": (base["all"], rows.get("all-eps1"))}
+    tuned = {"attention": (rows["again"], rows["attention-eps1"])}
     for name, row in rows.items():
         p = row["privacy"]
         if not name.endswith("-eps1") and (p["tune"], p["from_block"]) != ("attention", 0):
             tuned[name] = (row, rows.get(f"{name}-eps1"))
-    shown = [*rows.values(), base["eps1"], base["all"]]
+    shown = list(rows.values())
 
     def scores(row):
         if row is None:
