@@ -35,13 +35,14 @@ ROWS = {
                              "--tune shift --lr 2e-3", "runs/portraits", "portraits", DRAWN),
     "portraits-shift-eps1": again("class, epsilon 1, public drawn faces, only a shift is tuned", "shift-eps1",
                                   "--tune shift --epsilon 1 --lr 2e-3", "runs/portraits", "portraits", DRAWN),
-    **{f"{name}-50000": Row("the same run, scored with 50,000 samples of 15 steps", None, f"runs/{name}",
-                            "--n 50000 --steps 15 --classifiers cnn,logreg --no-distance --out "
-                            f"runs/{name}/internal/samples50000.json")
-       for name in ("portraits-public", "portraits-shift", "portraits-shift-eps1")},
     "portraits-eps1": again("class, epsilon 1, public drawn faces", "eps1", "--epsilon 1", "runs/portraits",
                             "portraits", DRAWN),
 }
+for name in ("portraits-public", "portraits-shift", "portraits-shift-eps1"):
+    ROWS[f"{name}-50000"] = Row(
+        f"{ROWS[name].label}: 50,000 samples of 15 steps", None, ROWS[name].out,
+        f"--n 50000 --steps 15 --classifiers cnn,logreg --no-distance --out "
+        f"{ROWS[name].out}/internal/samples50000.json")
 
 if __name__ == "__main__":
     main("faces", ROWS)
