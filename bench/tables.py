@@ -93,6 +93,13 @@ def last(scores):
     return next(reversed(scores.values()))
 
 
+def over_seeds(rows, row):
+    """The CNN's accuracy on the largest held-out set: the mean of the row and its further sampling seeds."""
+    again = [other for name, other in rows.items() if name.startswith(f"{row['row']}-seed")]
+    found = [last(other["evaluation"]["accuracy"]["cnn"]) for other in [row, *again]]
+    return sum(found) / len(found)
+
+
 def minutes(row, digits=0):
     """Minutes of training and of evaluation, and the number of threads they had, or the GPU."""
     train, evaluate = (row["seconds"].get(key, 0) / 60 for key in ("train", "evaluate"))
@@ -138,7 +145,7 @@ def overview():
         row["seconds"]["evaluate"] = scored["seconds"]["evaluate"]
         e = scored["evaluation"]
         task = "Male: " if table == "faces" else ""
-        score = f"{task}CNN reaches {percent(last(e['accuracy']['cnn']))} on {list(e['accuracy']['cnn'])[-1]}"
+        score = f"{task}CNN reaches {percent(over_seeds(rows, scored))} on {list(e['accuracy']['cnn'])[-1]}"
         cells.append([what, f"{row['privacy']['n']:,}", epsilon(row["privacy"]), score, minutes(row),
                       f"`{row['commands'][0]}`", ", ".join(dict.fromkeys([row["commit"], scored["commit"]]))])
     return markdown(head, cells)
@@ -151,7 +158,7 @@ def goals():
     for what, goal, whose, table, name, *trained_by in GOALS:
         rows = {row["row"]: row for row in load(table)}
         row, run = rows[name], rows[(trained_by or [name])[0]]
-        reached = 100 * last(row["evaluation"]["accuracy"]["cnn"])
+        reached = 100 * over_seeds(rows, row)
         verdict = f"{reached:.1f} %" if reached >= goal else f"{reached:.1f} %: missed"
         cells.append([what, epsilon(row["privacy"]), f"{goal:g} % ({whose})", verdict,
                       f"`{run['commands'][0]}`", f"`{row['commands'][-1]}`"])

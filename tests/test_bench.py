@@ -79,3 +79,9 @@ def test_the_program_for_a_gpu_runs_on_a_cpu(tmp_path, monkeypatch):
     assert gpu.main([*command, "--minutes", "0.3", "--parts", "3,4"]) == 0
     *_, third, fourth, _ = (tmp_path / "out" / "gpu.jsonl").read_text().splitlines()
     assert "skipped" in json.loads(third) and "skipped" in json.loads(fourth)
+
+
+def test_a_row_with_more_sampling_seeds_is_told_by_their_mean():
+    rows = {name: {"row": name, "evaluation": {"accuracy": {"cnn": {"small": 0.1, "large": x}}}}
+            for name, x in (("a-eps1", 0.5), ("a-eps1-seed1", 0.6), ("a-eps10", 0.9), ("a-eps10-seed1", 0.9))}
+    assert tables.over_seeds(rows, rows["a-eps1"]) == pytest.approx(0.55)
