@@ -120,8 +120,8 @@ def privatise(sums, clip_norm, noise_multiplier, expected_batch_size, generator)
             noise = generator.normals(s.shape, s.device if s.device.type == "cuda" else "cpu").to(s.device)
         else:
             noise = torch.randn(s.shape, dtype=torch.float64, device=s.device, generator=generator)
-        # Added in float64 and rounded to a fixed grid, which float32 holds exactly (see SecureGenerator).
-        # Float32 alone would keep all low bits near 0, and these tell which sum it was.
+        # Added in float64 and rounded to a fixed grid (see SecureGenerator). Float32 alone would keep all low
+        # bits near 0, and these tell which sum it was.
         total = s.double() + std * noise
         total = (total / grid).round_() * grid if std else total
         noisy.append(total.to(s.dtype) / expected_batch_size)

@@ -41,7 +41,7 @@ ROWS = {
 for name in ("portraits-public", "portraits-shift", "portraits-shift-eps1"):
     ROWS[f"{name}-50000"] = Row(
         f"{ROWS[name].label}: 50,000 samples of 15 steps", None, ROWS[name].out,
-        f"--n 50000 --steps 15 --classifiers cnn,logreg --no-distance --out "
+        "--n 50000 --steps 15 --classifiers cnn,logreg --no-distance --out "
         f"{ROWS[name].out}/internal/samples50000.json")
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
     python -m bench.prompts RUN --guidance 4 [--n 32] [--data-root DIR]
 
-A classifier for each attribute that the prompts name judges samples of a model by text. It learns from the
-private TRAINING faces if these have the attribute; then its answers are private, and they go to the terminal
-and to RUN/internal/prompts.json only. Otherwise it learns from drawn faces (datasets/portraits.py) of another
-seed than the model's. Such a classifier has not seen photographs, so it is a judge of drawings.
+For each attribute that the prompts name, one classifier is trained. It then judges samples of a model by
+text. It learns from the private TRAINING faces if these are labelled with the attribute; then its answers are
+private, and they go to the terminal and to RUN/internal/prompts.json only. Otherwise it learns from drawn
+faces (datasets/portraits.py) of another seed than the model's. Such a classifier has not seen photographs.
 
-Both kinds of faces, with the attribute and without, are equally many where a classifier learns and where it
-is tested. So a judge who guesses is right half of the time.
+Half of the faces have the attribute, both where a classifier learns and where it is tested. So a judge who
+guesses is right half of the time.
 """
 import argparse
 
@@ -72,11 +72,8 @@ def judge(learned, tested):
 
 def shares(model, images, asked):
     """{prompt: share of its samples that a classifier gives the attribute}; asked: a prompt for each."""
-    found = {}
-    for prompt in PROMPTS:
-        mine = images[[i for i, other in enumerate(asked) if other == prompt]]
-        found[prompt] = metrics.accuracy(model, mine, torch.ones(len(mine), dtype=torch.int64))
-    return found
+    shown = (metrics.predict(model, images).argmax(1) == 1).double()
+    return {prompt: shown[[other == prompt for other in asked]].mean().item() for prompt in PROMPTS}
 
 
 def table(judges):

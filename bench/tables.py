@@ -93,10 +93,14 @@ def last(scores):
     return next(reversed(scores.values()))
 
 
-def over_seeds(rows, row):
-    """The CNN's accuracy on the largest held-out set: the mean of the row and its further sampling seeds."""
-    again = [other for name, other in rows.items() if name.startswith(f"{row['row']}-seed")]
-    found = [last(other["evaluation"]["accuracy"]["cnn"]) for other in [row, *again]]
+def with_seeds(rows, name):
+    """The row of this name and those that sample its run with further seeds."""
+    return [rows[name], *(row for key, row in rows.items() if key.startswith(f"{name}-seed"))]
+
+
+def over_seeds(rows, name):
+    """The CNN's accuracy on the largest held-out set, the mean of all sampling seeds of a row."""
+    found = [last(row["evaluation"]["accuracy"]["cnn"]) for row in with_seeds(rows, name)]
     return sum(found) / len(found)
 
 
@@ -141,11 +145,12 @@ def overview():
     cells = []
     for table, name, what, *again in FIRST_ROWS:
         rows = {row["row"]: row for row in load(table)}
-        row, scored = rows[name], rows[(again or [name])[0]]
+        judged = (again or [name])[0]
+        row, scored = rows[name], rows[judged]
         row["seconds"]["evaluate"] = scored["seconds"]["evaluate"]
-        e = scored["evaluation"]
+        held_out = list(scored["evaluation"]["accuracy"]["cnn"])[-1]
         task = "Male: " if table == "faces" else ""
-        score = f"{task}CNN reaches {percent(over_seeds(rows, scored))} on {list(e['accuracy']['cnn'])[-1]}"
+        score = f"{task}CNN reaches {percent(over_seeds(rows, judged))} on {held_out}"
         cells.append([what, f"{row['privacy']['n']:,}", epsilon(row["privacy"]), score, minutes(row),
                       f"`{row['commands'][0]}`", ", ".join(dict.fromkeys([row["commit"], scored["commit"]]))])
     return markdown(head, cells)
@@ -158,7 +163,7 @@ def goals():
     for what, goal, whose, table, name, *trained_by in GOALS:
         rows = {row["row"]: row for row in load(table)}
         row, run = rows[name], rows[(trained_by or [name])[0]]
-        reached = 100 * over_seeds(rows, row)
+        reached = 100 * over_seeds(rows, name)
         verdict = f"{reached:.1f} %" if reached >= goal else f"{reached:.1f} %: missed"
         cells.append([what, epsilon(row["privacy"]), f"{goal:g} % ({whose})", verdict,
                       f"`{run['commands'][0]}`", f"`{row['commands'][-1]}`"])
@@ -255,7 +260,7 @@ def papers():
     for name, row in rows.items():
         if "-seed" in name:
             continue
-        seeds = [row, *(other for key, other in rows.items() if key.startswith(f"{name}-seed"))]
+        seeds = with_seeds(rows, name)
         p, e = row["privacy"], row["evaluation"]
         sampler_steps = re.search(r"(\d+) steps", e["sampler"])[1]
         commits = ", ".join(dict.fromkeys(r["commit"] for r in seeds))

@@ -33,6 +33,11 @@ def embedder_entry(s, public, private):
     return {**entry, "words": words, "length": s.text_length, "width": s.text_width, "layers": s.text_layers}
 
 
+def tuned_entry(entry, names):
+    """The entry as the private stage has it: an embedder of classes has one row for each private class."""
+    return {**entry, "num_classes": len(names)} if checkpoints.condition_kind(entry) == "class" else entry
+
+
 def of(s, found, embedder):
     """The conditions of an ImageSet, on the device: None, labels (N,), or the tokens (N, L) of captions.
 
@@ -91,7 +96,7 @@ def for_private_classes(checkpoint, names):
               "begin with its embedding")
     key = "embedder.embedding.weight"
     table = checkpoint["model"][key][index + [total] * entry["null_class"]].clone()
-    return {**checkpoint, "embedder": {**entry, "num_classes": len(names)},
+    return {**checkpoint, "embedder": tuned_entry(entry, names),
             "model": {**checkpoint["model"], key: table}}
 
 

@@ -10,15 +10,14 @@ import diffusion
 import dp_sgd
 import unet
 import vae
-from support import checkpoints, guarantee, hardware, trainable
+from support import checkpoints, conditions, guarantee, hardware, trainable
 from support.hardware import count, select
 from support.settings import GRADIENTS
 
 
 def report(s, plan, embedder, public, private, known):
     """Print the privacy plan, memory and minutes. known: public networks that exist already, by file name."""
-    if checkpoints.condition_kind(embedder) == "class":  # what is tuned has a row for each private class
-        embedder = {**embedder, "num_classes": len(private.classes)}
+    embedder = conditions.tuned_entry(embedder, private.classes)
     with torch.device("meta"):  # shapes only
         model = unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(embedder))
         trainable.choose(model, s)

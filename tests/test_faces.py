@@ -21,6 +21,7 @@ import sample
 import train
 import unet
 import vae
+from bench import prompts
 from datasets import photos
 from extensions import memorisation
 from support import files, guarantee, paper_networks, presets, run_folder, scored, settings
@@ -585,6 +586,24 @@ def test_faces_are_evaluated(run, monkeypatch, capsys):
         Image.open(out / "internal" / "memorisation.png").size[0] > 11 * 32
         and "PRIVATE" in capsys.readouterr().out
     )
+
+
+def test_a_run_by_text_is_judged(tmp_path, monkeypatch, capsys):
+    write_celeba(tmp_path, "faces")  # with the attributes Male and Wearing_Hat
+    write_npz(tmp_path / "public32.npz", 40, (32, 32, 3))
+    monkeypatch.setattr(prompts, "DRAWN", 2000)
+    monkeypatch.setattr(prompts, "MOST", 10)
+    monkeypatch.setattr(metrics, "STRONG", {"kind": "small-cnn", "epochs": 1, "lr": 1e-3})
+    out, root = tmp_path / "run", ["--data-root", str(tmp_path)]
+    train.main(["--preset", "faces", *TINY, "--condition", "text", *root, "--out", str(out)])
+    assert prompts.main([str(out), "--n", "1", "--steps", "1", *root]) is None
+    found = json.loads((out / "internal" / "prompts.json").read_text())["judges"]
+    assert {name for name, judge in found.items() if "real" in judge["taught_by"]} == {"Male", "Wearing_Hat"}
+    assert all(judge["shares"].keys() == prompts.PROMPTS.keys() for judge in found.values())
+    assert "a man with a beard" in capsys.readouterr().out
+    (out / "release").rename(tmp_path / "release")  # without its run folder
+    with pytest.raises(ValueError, match="needs the run folder"):
+        prompts.main([str(tmp_path / "release"), *root])
 
 
 def test_memorisation_tells_copies_from_fresh_pictures():
