@@ -37,6 +37,12 @@ ROWS = {
                                   "--tune shift --epsilon 1 --lr 2e-3", "runs/portraits", "portraits", DRAWN),
     "portraits-eps1": again("class, epsilon 1, public drawn faces", "eps1", "--epsilon 1", "runs/portraits",
                             "portraits", DRAWN),
+    # a CPU's share of the H200's run in docs/results.md: a narrower UNet, fewer steps, only a shift
+    "portraits-64": Row("class, 64 x 64 pixels, epsilon 10, public drawn faces, only a shift is tuned",
+                        "--preset portraits --public portraits --public-n 20000 --size 64 --factor 8 "
+                        "--latent-channels 16 --vae-steps 3000 --vae-batch 16 --ldm-steps 8000 --tune shift "
+                        "--lr 2e-3 --out runs/portraits-64", "runs/portraits-64",
+                        "--n 5000 --steps 15 --classifiers cnn,logreg --no-distance"),
 }
 for name in ("portraits-public", "portraits-shift", "portraits-shift-eps1"):
     ROWS[f"{name}-50000"] = Row(
