@@ -1,17 +1,21 @@
 """Privacy accountant of DP-SGD: what do T noisy steps cost? It never understates epsilon.
 
-One step sums the clipped gradients of a Poisson batch and adds Gaussian noise of deviation sigma. The unit is
-the clip norm C = 1. Neighbouring data sets differ by one example, added or removed. At worst its gradient has
-length 1. Subtract what the others add and project on that gradient: the output of a step is distributed as
+Symbols: q sampling probability, sigma noise multiplier, T number of noisy steps, alpha Renyi order. The clip
+norm C is 1, so sigma is the standard deviation of the noise.
+
+One step sums the clipped gradients of a Poisson batch and adds Gaussian noise. Neighbouring data sets differ
+by one example, added or removed. At worst its gradient has length 1. Suppose that an attacker even knows the
+gradients of all others in the batch. (Knowing less, he learns no more.) Then he subtracts them and projects
+on the gradient of that one example. What he sees is distributed as
 
     Q = N(0, sigma^2) without it,     P = (1-q) N(0, sigma^2) + q N(1, sigma^2) with it.
 
-An accountant is one function of (steps, delta) that returns epsilon, where steps is {(q, sigma): T}.
-  rdp   Renyi moments, in this file. They are exact for one step and add up over steps. Turning them into
-        epsilon loses 5 to 15 % (Mironov, Talwar, Zhang 2019; Canonne, Kamath, Steinke 2020).
+An accountant is one function of (kinds, delta) that returns epsilon. kinds is {(q, sigma): T}: how many steps
+of each kind were made.
+  rdp   Renyi moments, in this file (Mironov, Talwar, Zhang 2019). They are exact for one step and add up over
+        steps. Turning them into epsilon (Canonne, Kamath, Steinke 2020) loses 5 to 15 % against "pld".
   pld   The distribution of the privacy loss log P/Q, in extensions/pld.py. Tight, with certified bounds.
 The argument `method` takes one of these names, or a function of your own.
-Symbols: q sampling probability, sigma noise multiplier, T number of noise additions, alpha Renyi order.
 
     python accountant.py --n 60000 --batch 2000 --epochs 200 --delta 1e-5 --sigma 1.47   # or --epsilon 10
     python accountant.py runs/a runs/b                        # what runs have spent, alone and together
@@ -21,10 +25,10 @@ from collections import Counter
 from functools import lru_cache
 
 import numpy as np
-from scipy.optimize import brentq, minimize_scalar
-from scipy.special import gammaln, logsumexp, xlog1py
+from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp
 
-MOST_KINDS = 64  # so many different (q, sigma) are counted; if there are more, similar ones are merged
+MOST_KINDS = 64  # of more different (q, sigma) than this, similar ones are merged, to save time
 
 
 # ----------------------------------------------------------------------------------- steps: what is counted
@@ -42,7 +46,10 @@ def check(q=0.0, sigma=1.0, steps=0, delta=0.5):
 
 
 def one_kind(q, sigma, steps):
-    """One kind of step as {(q, sigma): steps}, {} if free. Extreme numbers become ones that cost more."""
+    """One kind of step as {(q, sigma): steps}, {} if free.
+
+    Numbers that would overflow further on are replaced by ones that cost more.
+    """
     if q <= 0 or steps <= 0 or sigma == math.inf:
         return {}
     if sigma < 1e-60 or steps > 1e18:
@@ -84,46 +91,50 @@ def count_steps(rows):
 
 @lru_cache(maxsize=1 << 14)
 def log_moment(q, sigma, alpha):
-    """log A = log E_Q[(P/Q)^alpha] = (alpha - 1) R(alpha) of one step. `rdp` derives it."""
-    if q == 1:  # no sampling: the plain Gaussian mechanism
+    """log A = (alpha - 1) R(alpha) of ONE step, for any real order alpha > 1. R is the Renyi divergence.
+
+    From the definition (Mironov 2017, Def. 3), with x drawn from Q:
+
+        R(alpha) = D_alpha(P || Q) = log A / (alpha - 1),     A = E_Q[(P/Q)^alpha] = E[(1 + u)^alpha]
+        u(x)     = P/Q - 1 = q (e^{(2x-1)/(2 sigma^2)} - 1),  E[u] = 0 as P and Q both integrate to 1
+
+    1. D_alpha(Q || P) is never larger (Mironov, Talwar, Zhang 2019, Theorem 5). So this one direction holds
+       for an example that is added and for one that is removed.
+    2. A is often so close to 1 that float64 loses the difference: 1 + 1e-17 is 1. So A - 1 is computed.
+    3. As E[u] = 0, alpha u may be subtracted within the expectation. Then no term is negative:
+           A - 1 = E[g(u)],   g(u) = (1+u)^alpha - 1 - alpha u >= 0   (Bernoulli's inequality)
+       This is a smooth integral over one Gaussian, which a trapezoid sum finds.
+
+    For whole alpha the power can be expanded instead, into the better known binomial sum (Mironov, Talwar,
+    Zhang 2019, Sec. 3.3). tests/test_accountant.py computes it and finds the same.
+    """
+    if q == 1:  # every example is in every batch: the plain Gaussian mechanism
         return alpha * (alpha - 1) * (1 / sigma) ** 2 / 2
-    if alpha == int(alpha) and alpha <= 1e5:  # the series has alpha terms
-        return moment_by_series(q, sigma, alpha)
     return moment_by_integral(q, sigma, alpha, ratio)
-
-
-def moment_by_series(q, sigma, alpha):
-    """log A for an integer order alpha: step 3 of the derivation in `rdp`."""
-    j = np.arange(2, int(alpha) + 1)  # the terms j = 0 and 1 vanish
-    s = j * (j - 1) / (2 * sigma**2)
-    log_binomial = gammaln(alpha + 1) - gammaln(j + 1) - gammaln(alpha - j + 1)
-    log_expm1 = s + np.log(-np.expm1(-s))  # log(e^s - 1) without overflow
-    # log(A - 1): the binomial weights C(alpha, j) q^j (1-q)^(alpha-j), times e^s - 1, summed.
-    excess = logsumexp(log_binomial + j * math.log(q) + xlog1py(alpha - j, -q) + log_expm1)
-    return float(np.logaddexp(0.0, excess))  # log A = log(1 + (A - 1))
 
 
 def ratio(x, q, sigma):
     """(u, log P/Q) at outputs x (n,), where u = P/Q - 1 is computed without cancellation."""
     w = (x - 0.5) / sigma**2  # log N(1, sigma^2) / N(0, sigma^2) at x
-    u = np.maximum(q * np.expm1(np.minimum(w, 600.0)), -1.0)  # 600: e^w must not overflow
-    with np.errstate(divide="ignore"):
-        return u, np.where(w > 600, math.log(q) + w, np.log1p(u))  # beyond 600, P/Q is q e^w
+    u = q * np.expm1(np.minimum(w, 600.0))  # 600: e^w must not overflow
+    return u, np.where(w > 600, math.log(q) + w, np.log1p(u))  # beyond 600, P/Q is q e^w
 
 
 def moment_by_integral(q, sigma, alpha, ratio, k=1):
-    """log A for any order alpha: step 4 of the derivation in `rdp`.
+    """log A by the integral of `log_moment`, or an upper bound where the sum would have too many points.
 
     ratio: function (x, q, sigma) -> (u, log P/Q), as `ratio`. k: how many examples come and go together. They
     shift the mean under P by k at most. It is above 1 in extensions/pld.py only.
     """
     # Trapezoid sum over z = x / sigma with spacing h. The integrand is analytic up to |Im z| = pi sigma,
-    # where P = 0. So the error is about exp(-2 pi^2 sigma / h) of the sum, at most e^-39. (P/Q)^alpha moves
-    # the centre of the integrand to alpha k / sigma at most. The sum ends 10 standard deviations beyond it.
+    # where P = 0. On |Im z| = a the Gaussian has grown by e^(a^2/2), so a sum's relative error is about
+    # e^(a^2/2 - 2 pi a / h): about 1e-15 at most. (P/Q)^alpha moves the centre of the integrand to
+    # alpha k / sigma at most. The sum ends 10 standard deviations beyond it.
     h, top = min(0.5, sigma / (2 * k)), alpha * k / sigma + 10.0
     if top / h * k > 2e5:
-        # Too many points, as there is little noise or a huge alpha. Use a bound instead, by convexity (k = 1:
-        # (1-q+qr)^alpha <= 1-q + q r^alpha with r = N(1, .)/N(0, .)); if any of the k are in, count all of k.
+        # Too many points, as there is little noise or a huge alpha. Use a bound instead. For k = 1, with
+        # r = N(1, .)/N(0, .): (1-q+qr)^alpha <= 1-q + q r^alpha, by convexity. For larger k: if any of them
+        # is in the batch, count all of them.
         none = k * math.log1p(-q)  # log of the probability that none of the k is in the batch
         full = alpha * (alpha - 1) * (k / sigma) ** 2 / 2  # log E[r^alpha], r = N(k, .)/N(0, .)
         return float(np.logaddexp(none, math.log(-math.expm1(none)) + full))
@@ -144,32 +155,17 @@ def moment_by_integral(q, sigma, alpha, ratio, k=1):
 def rdp(q, sigma, alphas):
     """Renyi DP of ONE step at every order alpha > 1, fractional ones too: an array shaped like alphas.
 
-    Relative error <= 1e-9 for orders in [1.01, 1000], q in [1e-5, 1], sigma in [0.3, 100].
-    From the definition (Mironov 2017, Def. 3), with x drawn from Q:
-
-        R(alpha) = D_alpha(P || Q) = log A / (alpha - 1),     A = E_Q[(P/Q)^alpha] = E[(1 + u)^alpha]
-        u(x)     = P/Q - 1 = q (e^{(2x-1)/(2 sigma^2)} - 1),  E[u] = 0 as P and Q both integrate to 1
-
-    1. D_alpha(Q || P) is never larger (Mironov, Talwar, Zhang 2019, Theorem 5). So this one direction holds
-       for an example that is added and for one that is removed.
-    2. A is often so close to 1 that float64 loses the difference: 1 + 1e-17 is 1. So A - 1 is computed, as a
-       sum of positive terms.
-    3. Integer alpha: expand the power. E[e^{j(2x-1)/(2 sigma^2)}] = e^{j(j-1)/(2 sigma^2)}, and the binomial
-       weights add to 1. In log space:
-           A - 1 = sum_{j=2..alpha} C(alpha, j) (1-q)^{alpha-j} q^j (e^{j(j-1)/(2 sigma^2)} - 1)
-    4. Fractional alpha: that series would alternate in sign. But E[u] = 0, so alpha u may be subtracted
-       within the expectation:
-           A - 1 = E[g(u)],   g(u) = (1+u)^alpha - 1 - alpha u >= 0   (Bernoulli's inequality)
-       This is a smooth positive integral over one Gaussian, which a trapezoid sum finds.
+    Relative error <= 1e-9 for orders in [1.01, 1000], q in [1e-5, 1], sigma in [0.3, 100]. `log_moment` has
+    the derivation. ValueError for orders that are not above 1 and finite, and as `check`.
     """
     check(q, sigma)
     alphas = np.asarray(alphas, dtype=float)
     if not ((alphas > 1) & (alphas < np.inf)).all():
         raise ValueError("alphas: Renyi orders must be above 1 and finite; use 1.01 or more")
-    steps = one_kind(q, sigma, 1)
-    if not steps or any(sigma == 0 for _, sigma in steps):  # free, or without noise
-        return np.full(alphas.shape, math.inf if steps else 0.0)
-    values = [composed(steps)(a) / (a - 1) for a in alphas.ravel().tolist()]
+    kinds = one_kind(q, sigma, 1)
+    if not kinds or any(sigma == 0 for _, sigma in kinds):  # free, or without noise
+        return np.full(alphas.shape, math.inf if kinds else 0.0)
+    values = [composed(kinds)(a) / (a - 1) for a in alphas.ravel().tolist()]
     return np.array(values).reshape(alphas.shape)
 
 
@@ -177,7 +173,7 @@ def rdp(q, sigma, alphas):
 
 @np.errstate(all="ignore")
 def best_order(f):
-    """(best order, minimum) of f over all real orders alpha > 1. Any order gives a valid bound.
+    """(minimum, best order) of f over all real orders alpha > 1. Any order gives a valid bound.
 
     log A and the terms that `log_delta` adds are convex in alpha. f is such a function divided by alpha - 1,
     so it has one minimum. Walk downhill in t = log(alpha - 1), then refine by Brent's method.
@@ -190,13 +186,14 @@ def best_order(f):
     # The valley lies within one step of t, on either side.
     best = minimize_scalar(g, bounds=(t - 1, t + 1), method="bounded", options={"xatol": 1e-4})
     t = min(t, float(best.x), key=g)  # in case the refinement is no better
-    return 1 + math.exp(t), g(t)
+    return g(t), 1 + math.exp(t)
 
 
 def log_delta(moment, alpha, eps):
     """log of the delta that order alpha proves at eps; moment(alpha) is log A of all steps together.
 
-    It is Prop. 12 of Canonne, Kamath, Steinke 2020. Markov's inequality on (P/Q)^(alpha-1) under P is weaker.
+    It is Prop. 12 of Canonne, Kamath, Steinke 2020. The older conversion (Mironov 2017, Prop. 3) is weaker:
+    epsilon = R(alpha) + log(1/delta) / (alpha - 1).
     """
     return moment(alpha) - (alpha - 1) * eps + (alpha - 1) * math.log1p(-1 / alpha) - math.log(alpha)
 
@@ -204,51 +201,51 @@ def log_delta(moment, alpha, eps):
 def epsilon_by_moments(moment, delta):
     """(epsilon, the order that gave it): the smallest bound over all orders."""
     # log_delta falls by a - 1 for each unit of eps. Solve log_delta = log(delta) for eps.
-    order, eps = best_order(lambda a: (log_delta(moment, a, 0.0) - math.log(delta)) / (a - 1))
+    eps, order = best_order(lambda a: (log_delta(moment, a, 0.0) - math.log(delta)) / (a - 1))
     return max(0.0, eps), order
 
 
-def composed(steps):
+def composed(kinds):
     """The function alpha -> log A of all steps {(q, sigma): T}. The A of the steps multiply, so logs add."""
-    return lambda alpha: sum(T * log_moment(q, sigma, alpha) for (q, sigma), T in steps.items())
+    return lambda alpha: sum(T * log_moment(q, sigma, alpha) for (q, sigma), T in kinds.items())
 
 
-def renyi(steps, delta):
+def renyi(kinds, delta):
     """(epsilon, its order) of steps {(q, sigma): T}. The order is nan if all are free or one has no noise."""
     check(delta=delta)
-    steps = count_steps(steps)
-    if not steps or min(sigma for _, sigma in steps) == 0:
-        return (math.inf if steps else 0.0), math.nan
-    return epsilon_by_moments(composed(steps), delta)
+    kinds = count_steps(kinds)
+    if not kinds or min(sigma for _, sigma in kinds) == 0:
+        return (math.inf if kinds else 0.0), math.nan
+    return epsilon_by_moments(composed(kinds), delta)
 
 
 # --------------------------------------------------------------------------------------------- accountants
 
-def epsilon_of(steps, delta):
+def by_rdp(kinds, delta):
     """The accountant "rdp": epsilon of steps {(q, sigma): T} at delta, the first result of `renyi`."""
-    return renyi(steps, delta)[0]
+    return renyi(kinds, delta)[0]
 
 
-def tight(steps, delta):
+def by_pld(kinds, delta):
     """The accountant "pld": an upper bound on epsilon that is certified and tight."""
     from extensions import pld  # here, because this file stands alone without it
-    return pld.epsilon_of(steps, delta)
+    return pld.epsilon_of(kinds, delta)
 
 
-ACCOUNTANTS = {"rdp": epsilon_of, "pld": tight}
+ACCOUNTANTS = {"rdp": by_rdp, "pld": by_pld}
 
 
 def accountant(method):
     """The function that `method` names, or method itself if it is a function. ValueError for other names."""
     if not callable(method) and method not in ACCOUNTANTS:
         names = " or ".join(map(repr, ACCOUNTANTS))
-        raise ValueError(f"method = {method!r}: choose {names}, or give a function of (steps, delta)")
+        raise ValueError(f"method = {method!r}: choose {names}, or give a function of (kinds, delta)")
     return method if callable(method) else ACCOUNTANTS[method]
 
 
-def cost(steps, delta, method):
+def cost(kinds, delta, method):
     """epsilon of steps {(q, sigma): T} by the accountant `method`. ValueError if its result is no epsilon."""
-    value = float(accountant(method)(steps, delta))
+    value = float(accountant(method)(kinds, delta))
     if not value >= 0:  # "nan > target" is False, so a nan would look like an epsilon within the target
         raise ValueError(f"the accountant {method} gives epsilon {value}")
     return value
@@ -274,9 +271,9 @@ def epsilon_of_ledger(rows, delta, method="rdp"):
 
 
 def noise_multiplier(epsilon, delta, q, steps, method="rdp"):
-    """Smallest sigma, within rounding and at least 1e-3, whose epsilon does not exceed the target.
+    """Smallest sigma, at least 1e-3 and up to 1e-7 of it too large, whose epsilon does not exceed the target.
 
-    Rounding errs towards more noise. 0 if q = 0 or steps = 0. ValueError if even sigma = 1e6 is not enough.
+    0 if q = 0 or steps = 0. ValueError if even sigma = 1e6 is not enough.
     """
     check(q, 1.0, steps, delta)
     if not 0 < epsilon <= 1e308:
@@ -284,30 +281,17 @@ def noise_multiplier(epsilon, delta, q, steps, method="rdp"):
     if q == 0 or steps == 0:
         return 0.0
 
-    def excess(log_sigma):  # epsilon above the target; falls as sigma grows; finite, as brentq wants it
-        return min(cost(one_kind(q, math.exp(log_sigma), steps), delta, method), 1e308) - epsilon
+    def enough(sigma):
+        return cost(one_kind(q, sigma, steps), delta, method) <= epsilon
 
-    # Start, step and tolerance of the search, in log sigma. Accountants other than "rdp" are slow. So their
-    # search begins near the sigma that "rdp" finds, with small steps.
-    if accountant(method) is epsilon_of:
-        start, step, tolerance = 0.0, 1.0, 1e-8
-    else:
-        start, step, tolerance = math.log(noise_multiplier(epsilon, delta, q, steps)), 0.08, 1e-6
-    # A bracket: epsilon is too large at low, and not too large at high.
-    high = low = start
-    while excess(high) > 0:
-        if high == math.log(1e6):
-            raise ValueError(f"epsilon = {epsilon}: out of reach with sigma up to 1e6; take fewer steps")
-        low, high = high, min(high + step, math.log(1e6))
-    while excess(low) <= 0 and low > math.log(1e-3):
-        low, high = max(low - step, math.log(1e-3)), low
-    log_sigma = brentq(excess, low, high, xtol=tolerance) if excess(low) > 0 else low
-    # The root is known up to the tolerance. Enlarge sigma until epsilon is on the safe side.
-    while excess(log_sigma) > 0:
-        log_sigma, tolerance = log_sigma + tolerance, 2 * tolerance
-    sigma = math.exp(log_sigma)
-    assert cost(one_kind(q, sigma, steps), delta, method) <= epsilon
-    return sigma
+    # Bisection on a log scale: sigma = low is too little noise, sigma = high is enough.
+    low, high = 1e-3, 1e6
+    if not enough(high):
+        raise ValueError(f"epsilon = {epsilon}: out of reach with sigma up to {high:g}; take fewer steps")
+    while high / low > 1 + 1e-7:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high  # not low: this very sigma was found to be enough
 
 
 if __name__ == "__main__":

@@ -407,7 +407,7 @@ def _invert(upper, lower, grid, delta):
 
 def delta_by_moments(moment, eps):
     """(delta, the order that gave it): the smallest bound over all orders."""
-    order, bound = best_order(lambda a: log_delta(moment, a, eps))
+    bound, order = best_order(lambda a: log_delta(moment, a, eps))
     return math.exp(min(0.0, bound)), order
 
 

@@ -141,7 +141,7 @@ def max_steps(epsilon, delta, q, sigma, method="rdp"):
         return accountant.cost(one_kind(q, sigma, steps), delta, method) <= epsilon
 
     # Begin with what Renyi allows; an accountant that allows less begins anew.
-    by_renyi = accountant.accountant(method) is accountant.epsilon_of
+    by_renyi = accountant.accountant(method) is accountant.by_rdp
     low = 0 if by_renyi else max_steps(epsilon, delta, q, sigma)
     low = low if fits(low) else 0
     step = max(1, low // 16)

@@ -77,8 +77,8 @@ def test_the_accountant_of_the_edit_never_states_less_than_the_tight_one(tmp_pat
     for q, sigma, steps in ((0.5, 1.5, 30), (0.01, 0.8, 500), (1.0, 4.0, 10)):
         counted = {(q, sigma): steps}
         found = namespace["moments"](counted, 1e-5)
-        assert accountant.tight(counted, 1e-5) < accountant.epsilon_of(counted, 1e-5) <= found * (1 + 1e-9)
-        assert found < 1.3 * accountant.epsilon_of(counted, 1e-5)
+        assert accountant.by_pld(counted, 1e-5) < accountant.by_rdp(counted, 1e-5) <= found * (1 + 1e-9)
+        assert found < 1.3 * accountant.by_rdp(counted, 1e-5)
 
 
 def test_the_clipping_of_the_edit_keeps_the_sensitivity():
