@@ -55,7 +55,7 @@ import accountant
 from accountant import best_order, check, count_steps, epsilon_by_moments, log_delta, one_kind
 
 FFT_NOISE = 1e-15  # per level of the FFT
-MASS_NOISE = 4e-15  # of a normal tail, relative
+MASS_NOISE = 4e-15  # relative error of a normal tail; at z standard deviations 1 + z^2 / 10 times that
 LEAK = 1e-10  # tilted mass beyond either end of the circle of the FFT
 # The certificate is tested inside these limits: smallest delta and q, largest sigma, most steps.
 PLD_DELTA, PLD_Q, PLD_SIGMA, PLD_STEPS = 1e-10, 1e-7, 1e3, 1e7
@@ -153,15 +153,22 @@ def _span(q, sigma, k, tail):
     return x_low, x_high, *_ratio(np.array([x_low, x_high]), q, sigma, k)[1]
 
 
-def _masses(tails, sign):
+def _tails(z):
+    """(normal tails below z, bounds of their rounding errors). The error of z grows z^2 times in a tail."""
+    tails = ndtr(z)
+    return tails, MASS_NOISE * (1 + np.minimum(z * z, 1e4) / 10) * tails  # 1e4: z may be infinite
+
+
+def _masses(tails, errors, sign):
     """Tails at n+1 edges -> (n masses between, rounding errors, mass before the first, after the last).
 
-    tails (n+1,): the mass below the edge where sign is 1, above it where sign is -1."""
+    tails (n+1,): the mass below the edge where sign is 1, above it where sign is -1; errors (n+1,): of tails.
+    """
     left, right = tails[:-1], tails[1:]
     # a cell above 0, or around it: there it is 1 minus both tails
     not_below = np.where(sign[:-1] < 0, left - right, 1 - left - right)
     mass = np.where(sign[1:] > 0, right - left, not_below)
-    return np.maximum(mass, 0.0), MASS_NOISE * np.maximum(left, right), tails[0], tails[-1]
+    return np.maximum(mass, 0.0), np.maximum(errors[:-1], errors[1:]), tails[0], tails[-1]
 
 
 def _cells(q, sigma, k, h, span):
@@ -187,8 +194,8 @@ def _cells(q, sigma, k, h, span):
     # At either end only a miss outwards counts. Inwards, what the cell leaves out joins the tail there.
     slack = max(np.abs(miss[1:-1]).max(initial=0.0), -miss[0], miss[-1]) + 1e-15 * (1 + np.abs(loss).max())
     sign = np.where(x < 0, 1.0, -1.0)
-    tails = ndtr(sign[:, None] * (x[:, None] - j) / sigma)  # (n+1, k+1)
-    return loss, _masses(tails @ b, sign), _masses(tails[:, 0], sign), slack
+    tails, errors = _tails(sign[:, None] * (x[:, None] - j) / sigma)  # (n+1, k+1)
+    return loss, _masses(tails @ b, errors @ b, sign), _masses(tails[:, 0], errors[:, 0], sign), slack
 
 
 def _connect_dots(loss, p, p_error, q, q_error, before, infinite, slack, steps):

@@ -3,7 +3,7 @@ import json
 import math
 import time
 import warnings
-from decimal import Decimal
+from decimal import Decimal, localcontext
 
 import numpy as np
 import pytest
@@ -223,7 +223,17 @@ def test_pld_certificate_counts_cut_tails_and_rounding(monkeypatch):
         assert lower(eps) <= truth <= float(upper(eps))
 
 
-def test_pld_delta_against_simulation():
+def test_the_stated_error_of_a_normal_tail_covers_that_of_ndtr():
+    """Against 50 digits: Mills' ratio as Laplace's continued fraction, 1/(z + 1/(z + 2/(z + ...)))."""
+    with localcontext() as context:
+        context.prec = 50
+        for z in np.random.default_rng(0).uniform(3, 34, 60):
+            ratio = Decimal(z)
+            for k in range(1500, 0, -1):
+                ratio = Decimal(z) + k / ratio
+            exact = (-Decimal(z) ** 2 / 2).exp() / (2 * Decimal(math.pi)).sqrt() / ratio
+            tail, error = pld._tails(np.array([-z]))
+            assert abs(Decimal(float(tail[0])) - exact) < Decimal(float(error[0])) / 2, z
     """The definition, E[(1 - e^{eps - Y})_+], over simulated outputs of all steps, both directions."""
     q, sigma, steps, n = 0.15, 1.2, 12, 300_000
     losses = sample_losses(q, sigma, steps, n, np.random.default_rng(1))
