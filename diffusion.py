@@ -5,9 +5,11 @@ Sampling is DDIM (Song et al. 2021, Eqs. 12 and 16) with classifier-free guidanc
 The file imports nothing of the project.
 
 Symbols
-    z_0      clean latent (N, C, H, W), scaled to unit variance
-    t        timestep in 0..T-1; in README.md and accountant.py T is the number of private steps instead
+    z_0      clean latent (N, C, H, W), scaled to unit variance; always the clean one, also where t = 0
+    t        timestep in 0..T-1. Ho et al. count 1..T, so t = 0 already has noise. In README.md and
+             accountant.py T is the number of private steps instead
     eps      noise ~ N(0, I), not the epsilon of privacy
+    beta_t   variance of the noise that timestep t adds
     abar_t   prod_{s<=t} (1 - beta_s), see `alphas_cumprod`
     z_t      noisy latent, sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps
     K        noise multiplicity: draws of (t, eps) for one example, over which its loss is averaged
@@ -28,9 +30,10 @@ class Schedule:
 
     kind: "linear" means that sqrt(beta) grows linearly, as in latent diffusion. With "cosine" abar_t falls as
     a squared cosine, so that fewer timesteps are pure noise (Nichol and Dhariwal 2021). prediction: "eps" is
-    the noise, as in the paper. To get z_0 from it, `ddim` divides by sqrt(abar), which is almost 0 where
-    sampling begins. "v" is sqrt(abar) eps - sqrt(1 - abar) z_0. It gives z_0 without that division, so few
-    sampling steps suffice (Salimans and Ho 2022). ValueError for other words.
+    the noise, as in the paper. To get z_0 from it, `ddim` divides by sqrt(abar). Where sampling begins that
+    is 0.026 on the paper's schedule and 0.003 on "cosine", and errors grow as much. "v" is
+    sqrt(abar) eps - sqrt(1 - abar) z_0. It gives z_0 without that division, so fewer sampling steps are
+    needed (Salimans and Ho 2022). ValueError for other words.
     """
     kind: str = "linear"
     prediction: str = "eps"
@@ -56,8 +59,9 @@ def alphas_cumprod(schedule, device="cpu"):
     # f(t + 1) / f(0) with f(t) = cos^2((t/T + s) / (1 + s) pi/2): Nichol and Dhariwal 2021, Eq. 17.
     s = 0.008  # their offset: even the first timestep has some noise
     angle = (torch.arange(1, schedule.T + 1, dtype=torch.float64) / schedule.T + s) / (1 + s) * math.pi / 2
-    # Strictly between 0 and 1, since `ddim` divides by sqrt(abar) and by 1 - abar.
-    return (angle.cos() ** 2 / math.cos(s / (1 + s) * math.pi / 2) ** 2).clamp(1e-5, 0.99999).to(device)
+    # Eq. 17 ends at 0, and `ddim` divides by sqrt(abar). So it is limited, which changes the last 3 of 1000
+    # timesteps. Nichol and Dhariwal limit beta to 0.999 instead.
+    return (angle.cos() ** 2 / math.cos(s / (1 + s) * math.pi / 2) ** 2).clamp(min=1e-5).to(device)
 
 
 def draw(z0, cond, K, generator, schedule, null=None, drop=0.0):
@@ -81,8 +85,10 @@ def draw(z0, cond, K, generator, schedule, null=None, drop=0.0):
 
 
 def loss(model, z0, cond, t, noise, schedule):
-    """Diffusion loss of each example, (N,): the squared error of the prediction (Ho et al. 2020, Eq. 14).
+    """Diffusion loss of each example, (N,): mean squared error of the prediction over the latent's numbers.
 
+    With prediction "eps" it is Eq. 14 of Ho et al. 2020, divided by C*H*W.
+    model: (z_t (N*K, C, H, W), t (N*K,), N conditions or None) -> prediction like z_t (unet.LatentModel).
     z0 (N, C, H, W), cond N conditions or None, t (N, K), noise (N, K, C, H, W): what `draw` returns. The mean
     over the K draws of an example makes its gradient vary less with t and noise. It is taken BEFORE the
     gradient is clipped, so it costs no privacy (Dockhorn et al. 2023).
@@ -107,10 +113,10 @@ def signal_and_noise(t, schedule, dtype):
 def ddim(model, shape, cond, steps, eta, guidance, generator, schedule):
     """Latents z_0 (N, C, H, W) float32, drawn from pure noise in `steps` steps (Song et al. 2021, Eq. 12).
 
-    shape: (N, C, H, W). cond: N conditions or None. eta: share of fresh noise in each step. 0: none, only the
-    initial noise is random. 1: as much as in DDPM. guidance: weight of the condition, not used if cond is
-    None. 1 is the plain prediction; above 1 samples are more typical and less varied. ValueError for steps
-    outside 1..T, eta outside 0..1, and guidance other than 1 with conditions but no null condition.
+    shape: (N, C, H, W). cond: N conditions or None. eta: fresh noise of a step in units of DDPM's (Eq. 16).
+    0: only the initial noise is random. guidance: weight of the condition, not used if cond is None. 1 is the
+    plain prediction; above 1 samples are more typical and less varied. ValueError for steps outside 1..T, eta
+    outside 0..1, and guidance other than 1 with conditions but no null condition.
     """
     if not 1 <= steps <= schedule.T or not 0.0 <= eta <= 1.0:
         raise ValueError(f"ddim: steps must lie in 1..{schedule.T} and eta in 0..1, got {steps=}, {eta=}")
@@ -130,7 +136,7 @@ def ddim(model, shape, cond, steps, eta, guidance, generator, schedule):
             conditional, unconditional = out.chunk(2)
             # Eq. 6 of Ho and Salimans 2022, whose 1 + w is `guidance` here.
             out = unconditional + guidance * (conditional - unconditional)
-        # Solve z = sqrt(a) z0 + sqrt(1 - a) eps for what the network did not predict.
+        # z0 and eps follow from z = sqrt(a) z0 + sqrt(1 - a) eps and the prediction, which is eps or v.
         if schedule.prediction == "eps":
             eps = out
             z0 = (z - (1 - a) ** 0.5 * eps) / a ** 0.5

@@ -11,15 +11,16 @@ al. 2024, Algorithm 1) uses it to tune the attention. The file imports nothing o
 
 Symbols
     g_i    gradient of example i with respect to ALL trainable parameters together
-    C      clip_norm, the sensitivity: adding or removing one example moves the sum by at most C (L2 norm)
+    C      clip_norm, the sensitivity: one example more or less moves the sum by at most C (L2 norm), up to
+           float32's rounding, a few millionths of C (docs/privacy.md)
     sigma  noise_multiplier: the standard deviation of the noise, in units of C
     B      expected_batch_size = q * n, fixed before training, because the actual size is private
     N      number of examples of a micro-batch;  L  number of trainable layers
 
-The paper's C = 1e-3 for MNIST looks tiny. But Adam's step stays the same if all gradients are multiplied by
-one factor. Where nearly all examples are clipped, C is such a factor, of the gradients and of the noise. So C
-is no learning rate. This holds while the noise on a coordinate, sigma * C / B, is well above Adam's eps
-(1e-8). Below it (the paper's C = 1e-6 for CIFAR-10) Adam takes smaller steps.
+The paper's C = 1e-3 for MNIST looks tiny. But where nearly all examples are clipped, gradients and noise are
+both proportional to C, and Adam's step does not change if all gradients are multiplied by one factor. So a
+smaller C does not make smaller steps. This holds while the noise on a coordinate, sigma * C / B, is well
+above Adam's constant eps (1e-8). Below it (the paper's C = 1e-6 for CIFAR-10) Adam takes smaller steps.
 
 The guarantee does not cover timing: the duration of a step tells the size of its batch. A loss_fn that calls
 autograd itself is not supported.
@@ -32,7 +33,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-# Within this range the sums, and their squares in Adam, stay finite and above 0 in float32 (B up to 10^6).
+# For sigma from 1e-3 to 1e6 and B up to 10^6 the sums, and their squares in Adam, then stay finite and above
+# 0 in float32 (support/settings.py checks sigma).
 SMALLEST_CLIP_NORM, LARGEST_CLIP_NORM = 1e-10, 1e10
 CHUNK = 16_384  # normals drawn at a time: their uniforms fit into a CPU's cache (a GPU draws 256 times more)
 
@@ -44,8 +46,8 @@ class SecureGenerator:
 
     Ordinary generators have three faults that break the guarantee.
     1. Prediction. The bits of torch's CPU generator are linear in its state. Whoever sees enough of them can
-       compute all others, and released weights show some (tests/test_noise_attack.py). Here nothing is left
-       to predict: there is no seed and no state.
+       compute all others, and released weights show some (tests/test_noise_attack.py). Here the process
+       has no seed and no state. No attack is known that predicts the system's cryptographic generator.
     2. Tails. A float32 normal is at most sqrt(2 * 24 ln 2) = 5.77. If an output lies further than that from
        the sum without an example, this example was in the batch. Here the density is a normal's up to 64
        deviations (`reach`).
@@ -163,7 +165,8 @@ def finite_examples(norms, losses):
 def usable(factors, norms, losses):
     """Factors (L, N), set to 0 for examples that are not finite: they must contribute exactly nothing.
 
-    Factors below float32's normal range become 0 too: rounded up, they would make a gradient longer than C.
+    Factors below float32's normal range become 0 too. There rounding is no longer small beside the factor,
+    and could make a gradient much longer than C.
     """
     normal = factors > torch.finfo(torch.float32).tiny
     return torch.where(finite_examples(norms, losses) & normal, factors, 0.0)
@@ -330,7 +333,7 @@ class DPSGD:
     noise_multiplier     sigma >= 0, in units of C; 0 is not private
     expected_batch_size  B = q * n
     clip                 clipping rule: `flat`, `automatic`, `per_layer`, or your own with sensitivity C
-    gradients            method: `loop`, `vmap` or extensions.bookkeeping.bookkeeping, with equal results
+    gradients            method: `loop`, `vmap` or extensions.bookkeeping.bookkeeping, equal up to rounding
     generator            of the noise; None for `SecureGenerator`. A torch.Generator makes it predictable
 
     `sums` holds the clipped sums, one tensor per trainable parameter in the order of `names`. `last` holds
@@ -398,17 +401,18 @@ def check_against_loop(engine, loss_fn, *batch):
 
     Call it with random data before the first step. Book-keeping (extensions/bookkeeping.py) sees inputs and
     output gradients of layers, through hooks. It misses a weight that is used outside its layer, or an input
-    whose rows are not examples; then the results differ.
+    whose rows are not examples; then the results differ. A layer whose gradient is still 0, as the first
+    matrix of a new LoRA pair, is not checked.
     """
-    def found(method):  # -> norms and sums in one vector, and the length of its part with the norms
+    def found(method):  # -> the N norms, then the sums, in one vector
         norms, _, weighted = method(engine.model, engine.layers, loss_fn, batch)
         with exact(norms.device):
             sums = weighted(torch.ones_like(norms))  # not clipped
-        norms = norms.square().sum(0).sqrt()
-        return torch.cat([norms, *(s.flatten().double() for s in sums)]), norms.norm()
+        return torch.cat([norms.square().sum(0).sqrt(), *(s.flatten().double() for s in sums)])
 
     with torch.enable_grad():
-        (expected, size), (got, _) = found(loop), found(engine.gradients)
+        expected, got = found(loop), found(engine.gradients)
+    size = expected[:rows(batch)].norm()
     # 2 %: above rounding, below most missed gradients. 1e-12: book-keeping's norm of a zero gradient is > 0.
     if not (got - expected).norm() <= 0.02 * size + 1e-12:  # so that nan is refused
         raise ValueError(f"{engine.gradients.__name__} and the loop disagree about the gradients of random "

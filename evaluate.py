@@ -4,18 +4,19 @@ The evaluation of DP-LDM (Liu et al. 2024, experiments): train a classifier on g
 on real ones. The paper's classifiers are those of DPDM (Dockhorn et al. 2023). There are three protocols,
 and every metric is reported with its protocol:
 
-    quick   10,000 samples, 30 DDIM steps, eta 0; CNN, 12 epochs, images shifted and turned (but for fashion);
-            MLP and logreg, 20
-    table   50,000 samples, 200 DDIM steps, eta 1; the authors' networks, 50 epochs of batch 128, Adam 3e-4
+    quick   10,000 samples, 30 DDIM steps, eta 0; CNN: 12 epochs, augmented by shifts and rotations (not for
+            fashion); MLP and logistic regression: 20 epochs
+    table   as for the paper's tables: 50,000 samples, 200 DDIM steps, eta 1; the authors' networks, 50 epochs
+            of batch 128, Adam 3e-4
     strict  60,000 samples, 200 DDIM steps, eta 1; the three kinds of residual networks of DPImageBench, 50
             epochs of batch 128, Adam 1e-3 annealed; for a GPU. DPImageBench compares at delta = 1 / (n ln n),
             so train with that --delta (n: private images)
 
 The classifier after the LAST epoch counts. Held-out images never reach the training loop, so they cannot
 choose an epoch (cf. docs/pitfalls.md, row 15, on the model). The authors use a validation set. They also
-enlarge MNIST to 32 pixels; this program scores 28. Generated and real images of more than 64 pixels are
-reduced to 64: generated ones from their size, photographs in one step from the file. So above 64 pixels real
-images are a little sharper, which a distance counts as a difference.
+enlarge MNIST to 32 pixels; this program scores 28. Images of more than 64 pixels are
+reduced to 64. A real photograph goes from the file to 64 pixels in one step. A sample goes from the model's
+size to 64. So real images are a little sharper, and a part of the distance is due to that alone.
 
     python evaluate.py runs/digits                       JSON goes to runs/digits/internal/evaluation.json
     python evaluate.py release --out scores.json         a release without its run folder
@@ -59,7 +60,7 @@ PROTOCOLS = {  # number of samples, steps and eta of DDIM, and the recipe of eac
 
 
 def on_real_images(args, release, run, private, recipe, images, labels, real_sets):
-    """Scores of a classifier trained on the private TRAINING images, the ceiling for all others: a dict.
+    """Scores of a classifier trained on the private TRAINING images, to compare all others with: a dict.
 
     accuracy: on each held-out set. samples: for each class, the share of its samples that the classifier
     assigns to it. The classifier knows private images, so its scores are private. They go to the terminal
@@ -78,14 +79,15 @@ def on_real_images(args, release, run, private, recipe, images, labels, real_set
                         for name, mine in of_class.items() if mine.any()}}
 
 
-def table(result):
+def report(result):
     """The result as text; each metric with the settings it belongs to (docs/pitfalls.md, row 22)."""
     sets, d = result["held_out"], result["distance"]
     lines = [f"protocol {result['protocol']}: {result['n']:,} samples, {result['sampler']}", ""]
     if result["accuracy"]:
         lines.append(f"{'trained on samples only, last epoch':36}" + "".join(f"{name:>28}" for name in sets))
     for word, scores in result["accuracy"].items():
-        errors = {k: math.sqrt(p * (1 - p) / sets[k]) for k, p in scores.items()}  # binomial standard error
+        # Binomial standard errors: the spread of test sets, not of seeds.
+        errors = {k: math.sqrt(p * (1 - p) / sets[k]) for k, p in scores.items()}
         cells = [f"{100 * p:.2f} +- {100 * errors[k]:.2f} %" for k, p in scores.items()]
         name = f"{word} ({result['recipes'][word]['kind']}, {result['recipes'][word]['epochs']} epochs)"
         lines.append(f"{name:36}" + "".join(f"{cell:>28}" for cell in cells))
@@ -232,7 +234,7 @@ def main(argv=None):
     images, labels, sampler = samples_of(args, release, args.n or protocol["n"])
     lap("sampling")
     recipes, scores = {word: dict(protocol["recipes"][word]) for word in words}, {}
-    if not datasets.REGISTRY[datasets.kind_of(private)].jiggled:  # as fashion: all are centred, upright
+    if not datasets.REGISTRY[datasets.kind_of(private)].augmented:  # fashion: all are centred and upright
         for recipe in recipes.values():
             recipe.pop("augment", None)
     for word, recipe in recipes.items():
@@ -265,7 +267,7 @@ def main(argv=None):
               "precision": "bf16" if release.bf16 else "float32", "seconds": seconds}
     out = Path(args.out or run / "internal" / "evaluation.json")
     files.write_json(result, out)
-    print(f"\n{table(result)}\n{out}: not covered by epsilon, {publish}")
+    print(f"\n{report(result)}\n{out}: not covered by epsilon, {publish}")
     return 0
 
 

@@ -36,9 +36,9 @@ def train_classifier(kind, images, labels, num_classes, epochs, lr, batch=128, a
     """A network trained on the given images and nothing else, after the LAST step, in eval mode.
 
     kind: see `network`. images (N,C,S,S) uint8, labels (N,) int64. Adam with learning rate lr; with anneal it
-    falls to 0 as a cosine. augment: see `jiggle`. smoothing: of the labels. A number from generator (on the
-    CPU) seeds everything, and torch's global state stays as it is; None takes the number from that state.
-    ValueError if labels or sizes do not fit.
+    falls to 0 as a cosine. augment: see `random_affine`. smoothing: of the labels. A number from generator
+    (on the CPU) seeds everything, and torch's global state stays as it is; None takes the number from that
+    state. ValueError if labels or sizes do not fit.
     """
     if not len(images) == len(labels) > 0 or not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise ValueError(f"a classifier needs images, each with one label in 0..{num_classes - 1}")
@@ -54,7 +54,7 @@ def train_classifier(kind, images, labels, num_classes, epochs, lr, batch=128, a
             for _ in range(epochs):
                 for chosen in torch.randperm(len(images)).split(batch):
                     x = pixels.to_float(images[chosen].to(device))  # (B,C,S,S) in -1..1
-                    x = (jiggle(x) if augment else x).contiguous(memory_format=torch.channels_last)
+                    x = (random_affine(x) if augment else x).contiguous(memory_format=torch.channels_last)
                     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
                         loss = F.cross_entropy(model(x), labels[chosen].to(device), label_smoothing=smoothing)
                     optimizer.zero_grad()
@@ -67,7 +67,7 @@ def train_classifier(kind, images, labels, num_classes, epochs, lr, batch=128, a
     return model.eval()
 
 
-def jiggle(x, shift=2.0, degrees=10.0):
+def random_affine(x, shift=2.0, degrees=10.0):
     """Images (N,C,S,S), each shifted by up to +-shift pixels along both axes and rotated by +-degrees."""
     angle = (2 * torch.rand(len(x), device=x.device) - 1) * math.radians(degrees)
     # affine_grid counts positions from -1 to 1, so a pixel is 2 / S wide.

@@ -68,7 +68,7 @@ def generate(release, labels, steps=30, eta=0.0, guidance=1.0, seed=None, batch=
 
     An unconditional model uses only the number of labels. steps, eta, guidance: see `diffusion.ddim`. batch:
     images at a time (None: what suits the device). The same seed, batch, device and precision give the same
-    images; without a seed a fresh one is taken.
+    images; without a seed a fresh one is taken. N is at least 1.
     ValueError for labels or prompts that the model does not know.
     """
     device = next(release.model.parameters()).device
@@ -76,13 +76,12 @@ def generate(release, labels, steps=30, eta=0.0, guidance=1.0, seed=None, batch=
     generator.manual_seed(seed) if seed is not None else generator.seed()
     conditions = find_conditions(release, labels, generator.initial_seed())  # labels (N,) or tokens (N, L)
     config = release.vae.config
-    # Pixels at a time: few for a CPU's cache; on a GPU the autoencoder's first maps get 65 million numbers.
+    # Pixels at a time: few for a CPU's cache; on a GPU the decoder's last maps have 65 million numbers.
     many = 65_536_000 // config.ch if device.type == "cuda" else 512_000
     batch = batch or max(1, many // config.resolution ** 2)
-    # The empty first part gives the result its shape if N is 0.
-    images = [torch.empty(0, config.out_ch, release.crop, release.crop, dtype=torch.uint8)]
+    images = []
     with tqdm(total=len(labels), desc="sampling", unit="image", disable=not progress) as bar:
-        for part in conditions.split(batch) if len(labels) else ():
+        for part in conditions.split(batch):
             cond = part.to(device) if release.model.embedder is not None else None
             shape = (len(part), *release.vae.latent_shape)
             with torch.autocast(device.type, torch.bfloat16, enabled=release.bf16):
@@ -110,8 +109,8 @@ def find_conditions(release, labels, seed):
         return labels
     generator = torch.Generator().manual_seed(seed)
     prompts = []
-    for options in (release.prompts[label] for label in labels.tolist()):
-        # Any of the prompts of the class, each with the same probability.
+    for label in labels.tolist():
+        options = release.prompts[label]  # one of them, each with the same probability
         prompts.append(options[torch.randint(len(options), (), generator=generator)])
     return release.tokenizer.encode(prompts)
 
@@ -125,8 +124,7 @@ def main(argv=None):
     args = arguments.of_sample(argv)
     release = load_release(args.run, args.device, hardware.choose_bf16(args.precision, args.device))
     wanted = arguments.wanted(args, release)  # prompts, or labels
-    # Taken in turn until there are n.
-    labels = [wanted[i] for i in uniform_labels(args.n, len(wanted)).tolist()]
+    labels = [wanted[i % len(wanted)] for i in range(args.n)]  # in turn, until there are n
     images = generate(release, labels, args.steps, args.eta, args.guidance, args.seed, args.batch)
     if args.npz:
         scored.write_samples(args.npz, release, images, labels)

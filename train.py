@@ -13,11 +13,12 @@ and Algorithm 1. It puts the other files together:
     python train.py --epsilon 1 --lr 2e-3 --init runs/digits --out runs/digits-eps1     the private stage anew
     torchrun --nproc_per_node=4 train.py     four processes share every batch; the guarantee stays the same
 
-In all functions s is the settings (support/settings.py), and stop tells whether Ctrl-C was pressed.
-A private step is one Poisson batch, one ledger row, one noise addition, one update of Adam and of the EMA
-(the exponential moving average of the weights, which is the result of a stage). Files outside internal/
-depend on private images only through noisy gradients. Three facts count as public: the number of private
-images, their side in pixels, and the names of their classes and attributes.
+In all functions s is the settings (support/settings.py), and stop tells whether Ctrl-C was pressed. A run
+folder has public/, internal/ (never publish it) and release/. The ledger is a file in internal/ with one row
+for every private step. A private step is one Poisson batch, one ledger row, one noise addition, one update of
+Adam and of the EMA (the exponential moving average of the weights, which is the result of a stage). Files
+outside internal/ depend on private images only through noisy gradients. Three facts count as public: the
+number of private images, their side in pixels, and the names of their classes and attributes.
 """
 from support import threads  # noqa: F401, I001 (first: sets OpenMP variables, which torch reads when loaded)
 
@@ -61,11 +62,11 @@ def update_ema(average, parameters, decay, step):
     torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(decay, (1 + step) / (10 + step)))
 
 
-def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=None):
+def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, discriminator=None):
     """The loop of stages 1 and 2: AdamW on public data. On return the model holds the EMA of its weights.
 
-    loss_fn(generator) -> (loss of one batch, {name: metric} for the bar). also: the discriminator or None; it
-    trains itself within loss_fn, and its state is saved with the model's. Of several processes each draws its
+    loss_fn(generator) -> (loss of one batch, {name: metric} for the bar). discriminator: a module that trains
+    itself within loss_fn, or None; its state is saved with the model's. Of several processes each draws its
     share of the batch with its own seed, and all apply the mean gradient.
     """
     parameters = list(model.parameters())
@@ -73,7 +74,7 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=Non
     optimizer = torch.optim.AdamW(parameters, peak, betas=(0.9, 0.99), weight_decay=0.01,
                                   fused="cuda" in s.device)
     generator = torch.Generator(s.device).manual_seed(s.seed + 1 + 1_000_000 * rank())
-    state = progress.Public(s, state_path, model, average, optimizer, generator, also, stop)
+    state = progress.Public(s, state_path, model, average, optimizer, generator, discriminator, stop)
 
     def gradients():  # of the loss of one batch; returns its metrics
         optimizer.zero_grad()
@@ -82,13 +83,15 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, also=Non
         loss.backward()
         return metrics
 
-    if also is None:  # On a GPU a step becomes a CUDA graph. With a discriminator that is not possible.
+    # On a GPU `gradients` becomes a CUDA graph; zero_grad is in it, so that replays do not add up. With a
+    # discriminator that is not possible: it counts its steps and runs its own optimizer.
+    if discriminator is None:
         gradients = hardware.recorded(gradients, generator)
     for step in state.steps(title, steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
         metrics = gradients()
-        team.mean_gradients(parameters, also)  # mean over the processes; of `also` the mean of its weights
+        team.mean_gradients(parameters, discriminator)  # over the processes
         # Clip the norm of the mean gradient to 1, for stability; losses begin at about 1. This is not DP.
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -118,7 +121,8 @@ def train_autoencoder(s, images, facts, stop):
         return loss / images[0].numel(), {"error": error, "kl": kl}
 
     state_path = s.out / "internal" / "vae_state.pt"
-    fit(s, "1/3 autoencoder", model, loss_fn, s.vae_steps, s.vae_lr, 0.99, state_path, stop, adversary)
+    fit(s, "1/3 autoencoder", model, loss_fn, s.vae_steps, s.vae_lr, decay=0.99,  # a mean of about 100 steps
+        state_path=state_path, stop=stop, discriminator=adversary)
     model.eval()
     shown = pixels.to_float(pixels.some(images).to(s.device))
     # The scale of PUBLIC images: that of private images would leak (docs/pitfalls.md, row 13).
@@ -128,26 +132,27 @@ def train_autoencoder(s, images, facts, stop):
             "perceptual": perceptual_name, **perceptual.origin(perceptual_name), **facts}
 
 
-def train_diffusion(s, latents, labels, embedder, facts, stop):
+def train_diffusion(s, latents, cond, embedder, facts, stop):
     """Stage 2 (Liu et al. 2024, section 3): public latents (N, F, C, h, w) -> content of public/ldm.pt.
 
-    F orientations: the image and maybe its mirror image. labels: N classes, N rows of tokens, or None.
+    F orientations: the image and maybe its mirror image. cond: N classes, N rows of tokens, or None.
     embedder: the description of the condition embedder (`conditions.embedder_entry`).
     """
     torch.manual_seed(s.seed)
     network = unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(embedder))
     model = hardware.laid_out(network, s.device)
-    null = conditions.null(s, model, labels)  # "no condition", or None if conditions are never dropped
+    null = conditions.null(s, model, cond)  # "no condition", or None if conditions are never dropped
 
     def loss_fn(generator):
         index = torch.randint(len(latents), (share(s.ldm_batch),), generator=generator, device=s.device)
-        chosen = latents[index], select(labels, index)
+        chosen = latents[index], select(cond, index)
         batch = diffusion.draw(*chosen, 1, generator, s.schedule, null, s.cond_drop)  # K = 1
         loss = diffusion.loss(model, *batch, schedule=s.schedule).mean()
         return loss, {"loss": loss.detach()}
 
     state_path = s.out / "internal" / "ldm_state.pt"
-    fit(s, "2/3 latent diffusion", model, loss_fn, s.ldm_steps, s.ldm_lr, 0.995, state_path, stop)
+    fit(s, "2/3 latent diffusion", model, loss_fn, s.ldm_steps, s.ldm_lr, decay=0.995,  # of about 200 steps
+        state_path=state_path, stop=stop)
     return {"unet": asdict(s.unet), "embedder": embedder, "schedule": asdict(s.schedule),
             "model": model.state_dict(), "steps": s.ldm_steps, **facts}
 
@@ -174,10 +179,10 @@ def encode(s, autoencoder, images, scale):
 # ------------------------------------------------------------------------------------------ the private stage
 
 
-def tune_privately(s, model, latents, labels, plan, stop, watch=None):
+def tune_privately(s, model, latents, cond, plan, stop, watch=None):
     """Stage 3, Algorithm 1 of the paper: DP-SGD on the trainable parameters of `model` -> ledger rows.
 
-    latents (n, F, C, h, w) of the private images; labels: n conditions or None. Each of several processes
+    latents (n, F, C, h, w) of the private images; cond: n conditions or None. Each of several processes
     gets its own part of both. On return the tuned parameters hold their EMA (with several, on rank 0).
     """
     rng = generators(s)  # seeds unknown and never saved, except with --insecure-seed
@@ -186,7 +191,7 @@ def tune_privately(s, model, latents, labels, plan, stop, watch=None):
     adam = torch.optim.Adam(engine.parameters, s.lr)
     average = [p.detach().clone() for p in engine.parameters]
     state = progress.Private(s, plan, engine, average, adam, stop)
-    loss_fn, null = partial(diffusion.loss, schedule=s.schedule), conditions.null(s, model, labels)
+    loss_fn, null = partial(diffusion.loss, schedule=s.schedule), conditions.null(s, model, cond)
     # Does the fast method find this network's gradients? Tried on random latents, so nothing private is seen.
     z, y = torch.randn(3, *latents.shape[2:], device=s.device), hardware.stand_in(model, 3, s.device)
     dp_sgd.check_against_loop(engine, loss_fn, *diffusion.draw(z, y, s.noise_multiplicity, None, s.schedule))
@@ -198,9 +203,10 @@ def tune_privately(s, model, latents, labels, plan, stop, watch=None):
         batch = dp_sgd.poisson_sample(len(latents), plan["q"], rng.sampling)
         for part in batch.to(s.device).split(size):
             # K draws of timestep and noise for each image; its loss is their mean.
-            drawn = diffusion.draw(latents[part], select(labels, part), s.noise_multiplicity, rng.diffusion,
+            drawn = diffusion.draw(latents[part], select(cond, part), s.noise_multiplicity, rng.diffusion,
                                    s.schedule, null, s.cond_drop)
-            # One gradient per image, clipped to length C, all summed. Given the draws, no split changes it.
+            # One gradient per image, clipped to length C, all summed. The size of the parts only decides
+            # which draws an image gets: for given draws the sum is the same.
             with autocast(s):
                 engine.accumulate(loss_fn, *drawn)
         team.reduce_sums(engine)

@@ -54,8 +54,9 @@ def select_trainable(model, tune="attention", from_block=0):
     if tune not in TUNE:
         raise ValueError(f"unknown tune={tune!r}; choose one of {', '.join(TUNE)}, lora:RANK or shift, or "
                          "one of them and +shift")
-    modules, later = TUNE[tune](model), attention_modules(model, from_block)
-    skipped = [m for m in attention_modules(model) if m not in later]  # the first from_block of them
+    modules = TUNE[tune](model)
+    attention_modules(model, from_block)  # ValueError if there are not as many
+    skipped = attention_modules(model)[:from_block]
     if not all(m in modules for m in skipped):  # from_block would change nothing
         raise ValueError(f"from_block only applies to attention and lora tuning, not to tune={tune!r}")
     return train_only(model, [m for m in modules if m not in skipped])
@@ -80,7 +81,9 @@ def train_only(model, modules):
 def without_gradient(model):
     """Names of what has no gradient where the context is one token: to_q, to_k of cross-attention, norm2."""
     embedder = getattr(model, "embedder", None)
-    # One token: a class, or a text of length 1. With more tokens, and no level of 1x1, all have a gradient.
+    # One token: a class, or a text of length 1. With more tokens these three have a gradient.
+    # Not listed: biases of keys, rows of words that no caption has, query and key of a level of one pixel.
+    # They are trained, so a release shows their bare noise (docs/privacy.md, "The noise").
     one_token = isinstance(embedder, unet.ClassEmbedder) or getattr(embedder, "length", None) == 1
     pattern = r"attn2\.to_[qk]\.|\d\.blocks\.\d+\.norm2\."  # norm2 of a TransformerBlock and nothing else
     return [n for n, _ in model.named_parameters() if one_token and re.search(pattern, n)]

@@ -5,7 +5,8 @@ Models* (Rombach et al. 2022, sections 3.2 and 3.3), as DP-LDM uses it (Liu et a
 imports nothing of the project.
 
 Symbols: z_t noisy latent (N, C, H, W). t timestep (N,). c condition, embedded as context (N, L, D).
-Attention sees the T = H * W pixels of a level as tokens (N, T, C). K: draws per example (diffusion.py).
+K: draws per example (diffusion.py). A level is the part of the network at one resolution. Attention sees its
+S = H * W pixels as tokens (N, S, C).
 
 The paper's network for MNIST: 64 channels, multipliers 1 and 2, attention at every level::
 
@@ -131,15 +132,16 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(dim, dim)
 
     def forward(self, x, context, mask=None):
-        """Queries from x (N, T, C), keys and values from context (N, L, D) -> (N, T, C); (N, 1, C) for L = 1.
+        """Queries from x (N, S, C), keys and values from context (N, L, D) -> (N, S, C); (N, 1, C) for L = 1.
 
         mask (N, L) is False where the context is padding. None means no padding.
         """
         if context.shape[1] == 1:
-            # A softmax over one token is 1 whatever Q and K are. So every pixel gets the same V, which the
-            # caller broadcasts. Q and K get no gradient (`tuning.without_gradient`). A class is one token.
+            # A class is one token. A softmax over one token is 1 whatever Q and K are, so every pixel gets
+            # the same V: cross-attention to a class adds one learned vector per class. The caller broadcasts
+            # it. Q and K get no gradient (`tuning.without_gradient`).
             return self.to_out(self.to_v(context))
-        q = split_heads(self.to_q(x), self.num_heads)  # (N, heads, T, d)
+        q = split_heads(self.to_q(x), self.num_heads)  # (N, heads, S, d)
         k = split_heads(self.to_k(context), self.num_heads)  # (N, heads, L, d)
         v = split_heads(self.to_v(context), self.num_heads)
         if mask is not None:
@@ -148,18 +150,18 @@ class Attention(nn.Module):
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(d)) v: q (N, heads, T, d), k, v (N, heads, L, d), mask (N, 1, 1, L) -> like q."""
+    """softmax(q k^T / sqrt(d)) v: q (N, heads, S, d), k, v (N, heads, L, d), mask (N, 1, 1, L) -> like q."""
     # For bfloat16 on a CPU the plain formula is up to five times as fast as torch's fused kernel.
     if q.dtype != torch.bfloat16 or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (N, heads, T, L)
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (N, heads, S, L)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(-1) @ v
 
 
 def split_heads(x, heads):
-    """(N, T, C) -> (N, heads, T, C/heads): heads are contiguous groups of channels."""
+    """(N, S, C) -> (N, heads, S, C/heads): heads are contiguous groups of channels."""
     return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
@@ -172,7 +174,7 @@ class FeedForward(nn.Module):
         self.proj_out = nn.Linear(4 * dim, dim)
 
     def forward(self, x):
-        value, gate = self.proj_in(x).chunk(2, dim=-1)  # a and b, each (N, T, 4 * dim)
+        value, gate = self.proj_in(x).chunk(2, dim=-1)  # a and b, each (N, S, 4 * dim)
         return self.proj_out(value * F.gelu(gate))
 
 
@@ -208,7 +210,7 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x, context, mask=None):
         """x (N, C, H, W), context (N, L, D) or None, mask (N, L) or None -> (N, C, H, W)."""
-        tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (N, T = H*W, C)
+        tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (N, S = H*W, C)
         for block in self.blocks:
             tokens = block(tokens, context, mask)
         return x + self.proj_out(tokens).transpose(1, 2).reshape(x.shape)  # at first exactly x (zero_init)
@@ -225,10 +227,10 @@ class AttentionBlock(nn.Module):
         self.proj_out = zero_init(nn.Linear(channels, channels))
 
     def forward(self, x, context=None, mask=None):
-        qkv = self.qkv(self.norm(x).flatten(2).transpose(1, 2))  # (N, T, 3C)
+        qkv = self.qkv(self.norm(x).flatten(2).transpose(1, 2))  # (N, S, 3C)
         # Channel order of the original weights: heads first, then q, k, v within each head.
-        q, k, v = split_heads(qkv, self.num_heads).chunk(3, dim=-1)  # each (N, heads, T, C/heads)
-        y = attend(q, k, v).transpose(1, 2).flatten(2)  # (N, T, C)
+        q, k, v = split_heads(qkv, self.num_heads).chunk(3, dim=-1)  # each (N, heads, S, C/heads)
+        y = attend(q, k, v).transpose(1, 2).flatten(2)  # (N, S, C)
         return x + self.proj_out(y).transpose(1, 2).reshape(x.shape)
 
 
@@ -247,7 +249,7 @@ class UNet(nn.Module):
                              f"({c.num_head_channels or c.num_heads})")
         time_dim = 4 * width
         self.time_embed = nn.Sequential(nn.Linear(width, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
-        w, factor = width, 1  # width and downsampling factor where the next block is built
+        w = width  # where the next block is built
 
         def res(in_width, out_width, resample=None):
             return ResBlock(in_width, time_dim, out_width, c.use_scale_shift_norm, c.num_groups, resample)
@@ -258,32 +260,30 @@ class UNet(nn.Module):
                 return SpatialTransformer(w, heads, c.transformer_depth, c.context_dim, c.num_groups)
             return AttentionBlock(w, heads, c.num_groups)
 
-        def block(in_width, out_width):  # reads the present `factor`
-            layers = [res(in_width, out_width)]
-            return layers + [attention(out_width)] if factor in c.attention_resolutions else layers
+        def block(in_width, out_width, level):
+            attended = 2 ** level in c.attention_resolutions
+            return [res(in_width, out_width)] + ([attention(out_width)] if attended else [])
 
         # Each input block makes a skip connection, each output block takes one. The order is the original's.
         self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(c.in_channels, width, 3, padding=1)])])
         skips = [width]  # widths of the skip connections
         for level, level_width in enumerate(widths):
             for _ in range(c.num_res_blocks):
-                self.input_blocks.append(nn.ModuleList(block(w, level_width)))
+                self.input_blocks.append(nn.ModuleList(block(w, level_width, level)))
                 w = level_width
                 skips.append(w)
             if level < len(widths) - 1:
                 down = res(w, w, "down") if c.resblock_updown else Downsample(w)
                 self.input_blocks.append(nn.ModuleList([down]))
                 skips.append(w)
-                factor *= 2
         self.middle_block = nn.ModuleList([res(w, w), attention(w), res(w, w)])
         self.output_blocks = nn.ModuleList()
         for level, level_width in reversed(list(enumerate(widths))):
             for i in range(c.num_res_blocks + 1):  # one more: for the skip of the first conv or of Res-down
-                layers = block(w + skips.pop(), level_width)
+                layers = block(w + skips.pop(), level_width, level)
                 w = level_width
                 if level > 0 and i == c.num_res_blocks:
                     layers.append(res(w, w, "up") if c.resblock_updown else Upsample(w))
-                    factor //= 2
                 self.output_blocks.append(nn.ModuleList(layers))
         self.out = nn.Sequential(nn.GroupNorm(c.num_groups, w, eps=1e-5), nn.SiLU(),
                                  zero_init(nn.Conv2d(w, c.out_channels, 3, padding=1)))
@@ -359,8 +359,7 @@ class LatentModel(nn.Module):
         if self.embedder is not None and cond is not None:
             context = self.embedder(cond)  # (N, L, D)
             mask = self.embedder.mask(cond) if hasattr(self.embedder, "mask") else None  # (N, L)
-            if len(z_t) != len(context):
-                k = len(z_t) // len(context)
-                context = context.repeat_interleave(k, dim=0)  # (N*K, L, D)
-                mask = None if mask is None else mask.repeat_interleave(k, dim=0)  # (N*K, L)
+            k = len(z_t) // len(context)
+            context = context.repeat_interleave(k, dim=0)  # (N*K, L, D)
+            mask = None if mask is None else mask.repeat_interleave(k, dim=0)  # (N*K, L)
         return self.unet(z_t, t, context, mask)

@@ -65,13 +65,14 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if in_channels != out_channels:  # "network in network": a 1x1 convolution of x to the new width
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        # "network in network": a 1x1 convolution of x to the new width
+        same = in_channels == out_channels
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return h + self.nin_shortcut(x)
 
 
 class AttnBlock(nn.Module):
@@ -85,7 +86,8 @@ class AttnBlock(nn.Module):
     def forward(self, x):
         h = self.norm(x)
         q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))  # (N, H*W, C)
-        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]  # [:, None]: one head
+        # One head, with an axis of its own: torch's fused kernels take four axes only.
+        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         # Tokens back to an image: (N, H*W, C) -> (N, C, H, W).
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
 
@@ -133,19 +135,18 @@ class Level(nn.Module):
         super().__init__()
         self.block = nn.ModuleList(
             ResnetBlock(out_channels if i else in_channels, out_channels, groups) for i in range(num_blocks))
-        # `attention` is a bool, so the product is num_blocks or 0.
-        self.attn = nn.ModuleList(AttnBlock(out_channels, groups) for _ in range(num_blocks * attention))
+        attentions = num_blocks if attention else 0
+        self.attn = nn.ModuleList(AttnBlock(out_channels, groups) for _ in range(attentions))
+        # The encoder replaces the former for all levels but the coarsest, the decoder the latter for all but
+        # the finest.
+        self.downsample, self.upsample = nn.Identity(), nn.Identity()
 
     def forward(self, h):
         for i, block in enumerate(self.block):
             h = block(h)
             if len(self.attn):
                 h = self.attn[i](h)
-        if hasattr(self, "downsample"):  # set by the encoder, for all levels but the coarsest
-            h = self.downsample(h)
-        if hasattr(self, "upsample"):  # set by the decoder, for all levels but the finest
-            h = self.upsample(h)
-        return h
+        return self.upsample(self.downsample(h))
 
 
 class Encoder(nn.Module):
@@ -175,7 +176,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z after post_quant_conv (N, z_channels, H/f, W/f) -> x (N, out_ch, H, W). One block more per level."""
+    """z (N, z_channels, H/f, W/f) -> x (N, out_ch, H, W). One block more per level than in the encoder."""
 
     def __init__(self, c):
         super().__init__()
@@ -214,6 +215,7 @@ class AutoencoderKL(nn.Module):
             raise ValueError(f"VAE: resolution {c.resolution} must be divisible by {factor} and every width "
                              f"{widths} by num_groups {c.num_groups}")
         self.encoder, self.decoder = Encoder(c), Decoder(c)
+        # "quant": names from the original's vector-quantised variant. Nothing is quantised here.
         self.quant_conv = nn.Conv2d(2 * c.z_channels, 2 * c.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(c.embed_dim, c.z_channels, 1)
         # Lower the initial log variance to about -6: deviation 0.05. At a deviation of 1 noise would hide the
@@ -241,8 +243,9 @@ def loss(model, x, kl_weight=1e-6, generator=None, perceptual=None, perceptual_w
 
     x: images (N, C, H, W) in [-1, 1]. Per image it is the sum over pixels and channels of |x - decode(z)|
     with z ~ q(z|x), plus kl_weight * KL. Large images may use two more terms of extensions/perceptual.py:
-    perceptual, a function (x, y) -> (N,), and adversary, an `Adversary`. Returns scalars: the loss, with
-    gradient; the mean absolute error over pixels and channels; the mean KL of an image, in nats, unweighted.
+    perceptual, a function (x, y) -> (N,) such as LPIPS, and adversary, a patch discriminator (`Adversary`).
+    Returns scalars: the loss, with gradient; the mean absolute error over pixels and channels; the mean KL of
+    an image, in nats, unweighted.
     """
     posterior = model.encode(x)
     y = model.decode(posterior.sample(generator))  # the reconstruction
@@ -264,6 +267,7 @@ def latent_scale(model, x):
     because its noise schedule assumes unit variance.
     """
     few = max(1, 262_144 // x[0, 0].numel())  # at a time: 256 of 32 x 32 pixels
-    # One scale for all channels and pixels. The latent of an image is the posterior's mean, not a sample.
+    # One scale for all channels and pixels. A latent is the posterior's mean here. The original draws a
+    # sample, but at a KL weight of 1e-6 that is almost the same, and the mean is computed once.
     z = torch.cat([model.encode(part).mean for part in x.split(few)])
     return 1.0 / z.double().std().item()

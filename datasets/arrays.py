@@ -51,7 +51,7 @@ def load_mnist(ask):
 
 
 @dataset("fashion", "Fashion-MNIST, downloaded through torchvision when absent", n=60_000, classes=GARMENTS,
-         files="FashionMNIST", jiggled=False)  # all garments are centred and upright
+         files="FashionMNIST", augmented=False)  # all garments are centred and upright
 def load_fashion(ask):
     return ImageSet(*read_pair(ask, STEMS[ask.split], DEBIAN_FASHION), GARMENTS)
 

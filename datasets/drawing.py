@@ -2,9 +2,9 @@
 
 A batch of N images of S x S pixels is drawn at once. A random choice is a tensor (N,1), one value per image;
 an image in the making is (N,P) with P = S * S pixels. Shapes are signed distances, negative inside (Quilez,
-"2D distance functions"): the union of two is their minimum, an outline is where the distance is 0, and
-coverage is its ramp. Coordinates belong to the thing drawn, x to the right and y down; `frame` lays them over
-the pixels.
+"2D distance functions"): the union of two is their minimum, an outline is where the distance is 0. A pixel is
+covered fully from half a pixel inside on, not at all from half a pixel outside on. Coordinates belong to the
+thing drawn, x to the right and y down; `frame` lays them over the pixels.
 """
 import math
 
@@ -146,7 +146,7 @@ def checked(labels, classes):
 
 
 def over(tone, value, share):
-    """Value over tone where share (0..1) says; also the way from one number to another."""
+    """Linear interpolation: tone at share 0, value at share 1. As paint: value laid over tone."""
     return tone + share * (value - tone)
 
 

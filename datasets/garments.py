@@ -6,8 +6,8 @@ straps), and cloth. The numbers below are judgement about clothes, and none was 
 choosing them the author looked at about 1,300 Fashion-MNIST test images beside the drawings, some of them
 because they had been mistaken, and watched one figure from real data: accuracy and confusions, on the 10,000
 test images, of a small CNN that had learned nothing but drawings. The 60,000 training images were never used.
-`draw_shapes` is the honest analogue, as letters are for digits: mirror-symmetric textured silhouettes that
-know no garment.
+`draw_shapes` draws a public set that knows nothing of the private classes, as letters know no digit:
+mirror-symmetric textured silhouettes, none of them a garment.
 
 Alone:  python -m datasets garments     writes garments.png; python -m datasets shapes, shapes.png.
 """
@@ -401,7 +401,7 @@ def shape(dice, name):
     radius = 0.15 + 0.85 * torch.rand(steps, generator=own) * dice.roll(0.8, 1.2) + 0.06 * dice.normal(steps)
     radius, angle = radius.clamp(min=0.1), torch.linspace(0, torch.pi, steps)
     half = torch.stack([radius * angle.sin(), -radius * angle.cos()], -1)  # (N,steps,2), from top to bottom
-    half[:, [0, -1], 0] = -0.1
+    half[:, [0, -1], 0] = -0.1  # beyond the mirror axis, so that no seam shows at x = 0
     wide, low, high = half[..., :1].amax(1), half[..., 1:].amin(1), half[..., 1:].amax(1)
     x, y, pixel = frame(dice, (-wide, low), (wide, high))
     distance = polygon(half, x.abs(), y)
@@ -412,7 +412,7 @@ def shape(dice, name):
 
 
 KINDS = {"trouser": trouser, "bag": bag, "sandal": sandal, "sneaker": shoe, "ankle boot": shoe}
-KINDS.update(dict.fromkeys(TOPS, top))
+KINDS |= dict.fromkeys(TOPS, top) | dict.fromkeys(SHAPES, shape)
 
 
 def draw(labels, generator=None, size=28):
@@ -434,8 +434,8 @@ def draw_each(labels, generator, size, classes):
     images = torch.empty(len(labels), 1, size, size, dtype=torch.uint8)
     for label, name in enumerate(classes):
         for chosen in (labels == label).nonzero()[:, 0].split(64):  # what fits the cache
-            if len(chosen):
-                images[chosen] = KINDS.get(name, shape)(Dice(len(chosen), generator, size), name)
+            if len(chosen):  # split of an empty tensor gives one empty part
+                images[chosen] = KINDS[name](Dice(len(chosen), generator, size), name)
     return images
 
 

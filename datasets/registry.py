@@ -90,7 +90,7 @@ class DataSet:
     attributes: tuple | None = None  # names; None where it has none, and where it lists them itself
     drawn: bool = False  # made by a program: no image went in
     own: bool = False  # "name:PATH"
-    jiggled: bool = True  # shifted and turned a little, an image is still one: evaluate.py augments
+    augmented: bool = True  # shifted and turned a little, an image is still one: evaluate.py augments
     files: str = ""  # where it lies in the data root
     overlaps: tuple = ()  # sets with images in common, even if encoded anew
 

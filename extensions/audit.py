@@ -31,8 +31,8 @@ delta) by a simulation.
               right guesses, is stochastically at most V ~ Binomial(r, p).
   delta > 0   An (epsilon, delta)-DP mechanism does as an epsilon-DP one except with probability about delta
               per coin and neighbour. Then a guess may be right for free. So W is at most V + F. F >= 0 comes
-              with the output, and E[F] <= 2 m delta. V, the coins that are left given the output, is
-              independent of it. Hence
+              with the output, and E[F] <= 2 m delta. Given the output, V is Binomial(r, p) whatever the
+              output is. So V and F are independent, and
 
                   P[W >= v] <= sum_i P[F = i] P[V >= v - i]
                              = P[V >= v] + sum_(i > 0) P[F = i] P[v - i <= V < v]
@@ -47,9 +47,9 @@ so its false alarms may be thrice 5 %.
 
 ESTIMATE. The coordinates are independent, so m canaries are m independent trials. Clopper-Pearson bounds
 (97.5 % each) on the false positives and negatives of "sum above its expected midpoint" give mu = z(1 - fpr) -
-z(fnr), and from it the epsilon of the Gaussian mechanism with that mu at delta. It is close to the truth. But
-it trusts that the whole trade-off curve is Gaussian, which subsampling (q < 1) bends. A mechanism that is not
-the one claimed may break it: an estimate, no proof.
+z(fnr), z being the quantile function of N(0, 1), and from mu the epsilon of that Gaussian mechanism at delta.
+It is close to the truth. But it trusts that the whole trade-off curve is Gaussian, which subsampling (q < 1)
+bends. A mechanism that is not the one claimed may break it: an estimate, no proof.
 
 What this cannot see
 --------------------
@@ -61,10 +61,10 @@ outside the gradients (files, timing, floating point), nor a violation smaller t
 and the claim. Passing is no proof. Two faults of the noise that this repository once had passed this audit,
 and would pass it again:
 
-  predictable noise   torch's CPU generator is linear over two-element arithmetic: enough signs of noise-only
-                      weights give its state, and with it all the noise. The attacker here adds scores; it
-                      solves no equations. Its score "regenerated" only sees a program that starts with the
-                      same seed.
+  predictable noise   torch's CPU generator is linear over the field of two elements: enough signs of
+                      noise-only weights give its state, and with it all the noise. The attacker here adds
+                      scores; it solves no equations. Its score "regenerated" only sees a program that starts
+                      with the same seed.
   a tail that ends    float32 normals of torch end at 5.77 standard deviations, and what lies beyond is
                       impossible without the example. That happens to about one canary in 10^8 per step. The
                       scores sum over all steps and the bounds count thousands of guesses, so no sample of a
@@ -217,9 +217,7 @@ def audit(schedule, delta, m=10_000, guesses=None, **how):
         raise ValueError(f"--canaries must be at least 10, got {m}")
     if not schedule or any(sigma <= 0 or not 0 < q <= 1 for q, sigma, _ in schedule):
         raise ValueError("nothing to audit: a private run has sigma > 0, q in (0, 1] and at least one step")
-    rows = [{"q": q, "sigma": sigma} for q, sigma, steps in schedule for _ in range(steps)]
-    upper = {f"upper_{method}": accountant.epsilon_of_ledger(rows, delta, method)
-             for method in ("rdp", "pld")}
+    upper = {f"upper_{name}": accountant.epsilon_of_ledger(schedule, delta, name) for name in ("rdp", "pld")}
     guesses = plan_guesses(schedule, m, delta) if guesses is None else guesses  # before any coin is thrown
     # half the mean of a member's score
     threshold = sum(steps * (q / sigma) ** 2 for q, sigma, steps in schedule) / 2
@@ -287,7 +285,7 @@ def main(argv=None):
     given = [args.q, args.sigma, args.steps]
     if not args.run and given == [None] * 3:
         args.run = "runs/digits"
-    if (given != [None] * 3) if args.run else (None in given):
+    if args.run and given != [None] * 3 or not args.run and None in given:
         raise ValueError("give either a run folder, or all of --q, --sigma and --steps")
     arguments.check_suffix("--out", args.out, ".png")
     privacy, out = {}, args.out

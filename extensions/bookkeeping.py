@@ -41,11 +41,12 @@ example.
 Rounding
 --------
 Where the contributions of positions cancel, a small norm is the difference of large numbers. Rounding may
-make it too small, and that breaks the sensitivity. The error is some float epsilons times S^2, where S =
-sum_s |x_s| |g_s| follows from the diagonals of the Gram matrices. (Measured: up to 20 epsilons where x_s has
-1,280 entries, 79 where it has 5,120.) So a bound is *added* to the squared norm: 8 epsilons times S^2 for
-every 256 entries of x_s or of g_s, whichever has more, and at least 8. In all that was measured, rounding
-then only clips harder.
+make it too small, and that breaks the sensitivity. Let u be the format's machine epsilon (1.2e-7 in float32).
+The error is a few u times S^2, where S = sum_s |x_s| |g_s| follows from the diagonals of the Gram matrices.
+(Measured: up to 20 u S^2 where x_s has 1,280 entries, 79 u S^2 where it has 5,120.) So a bound is *added* to
+the squared norm: 8 u S^2 for every 256 entries of x_s or of g_s, whichever has more, and at least once. In
+all that was measured, rounding then only clips harder. Case (3) needs no such bound: norm and clipped sum are
+taken from the same rounded gradients.
 
 Underflow
 ---------

@@ -1,8 +1,8 @@
 """Captions: one English sentence about the attributes or the class of an image.
 
-*Differentially Private Latent Diffusion Models* (Liu et al. 2024, text-to-image experiment) makes the
-captions of CelebA-HQ from its 40 attributes. This file does the same by a small grammar. It imports nothing
-of the project.
+*Differentially Private Latent Diffusion Models* (Liu et al. 2024, text-to-image experiment) uses captions of
+CelebA-HQ that were made from its 40 attributes. This file makes such captions by a small grammar of its own.
+It imports nothing of the project.
 
     {"Male": False, "Smiling": True, ...} -> "a smiling young woman with black hair and eyeglasses"
 
@@ -63,6 +63,7 @@ NOUNS = {  # (Child, Male), None where the set does not say
     (None, True): ("man", "guy"), (None, False): ("woman", "lady"),
 }
 FRAMES = ("", "a photo of ", "a picture of ", "a portrait of ", "an image of ")
+# All other words that `caption` and `class_caption` write, for text.vocabulary.
 GLUE = "a an the and of with without wearing not hair photo picture letter digit"
 
 
@@ -91,12 +92,13 @@ def caption(attributes, generator, omit=0.2, deny=0.02):
     for name, value in attributes.items():
         if name in ("Male", "Child") or needless(name, attributes):
             continue
+        unknown = None, (name.replace("_", " ").lower(),)  # what an attribute without phrases is called
         if value or (name, value) in PHRASES:
-            slot, phrases = PHRASES.get((name, value), (None, (name.replace("_", " ").lower(),)))
+            slot, phrases = PHRASES.get((name, value), unknown)
             if not chance(omit):
                 (rest if slot is None else said[slot]).append(pick(phrases))
         elif chance(deny):
-            slot, phrases = PHRASES.get((name, True), (None, (name.replace("_", " ").lower(),)))
+            _, phrases = PHRASES.get((name, True), unknown)
             hair = " hair" if name in TEXTURES or name in COLOURS else ""
             denial = "without " if hair or name in FEATURES or name in WORN else "not "
             rest.append(denial + pick(phrases) + hair)
@@ -126,6 +128,7 @@ def needless(name, attributes):
 
 
 def article(phrase):
+    # A tuple, because the empty string is in every string.
     return ("an " if phrase[:1].lower() in tuple("aeiou") else "a ") + phrase
 
 

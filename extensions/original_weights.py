@@ -8,8 +8,8 @@ run folder with public/vae.pt and public/ldm.pt, and the private stage goes on f
 
 The preset says what the networks look like; --size, --condition and the like change it as in train.py. Our
 networks have the original's layers under other names, with 1x1 convolutions as Linear layers, so nothing is
-approximated. The original classes have 32 groups in every GroupNorm. Another number fits every shape and
-makes every output wrong.
+approximated. Every GroupNorm of the original code has 32 groups. With another number all shapes still fit,
+but every output is wrong.
 """
 import json
 import re
@@ -177,6 +177,7 @@ def read_safetensors(path):
             if not 0 <= first <= last <= size - begin:
                 raise ValueError("it ends too early: half a download?")
             file.seek(begin + first)
+            # torch.frombuffer refuses an empty buffer: an empty tensor is cut from eight bytes.
             raw = bytearray(file.read(last - first)) or bytearray(8)
             tensor = torch.frombuffer(raw, dtype=SAFE[entry["dtype"]])
             tensors[name] = tensor[:tensor.numel() if last > first else 0].reshape(entry["shape"])

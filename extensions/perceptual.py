@@ -1,9 +1,9 @@
 """Two further terms of the autoencoder's loss for large images: how an image looks, and if it looks real.
 
-Rombach et al. (2022, appendix G) train their first stage with both, as Esser et al. (2021) did before. Plain
-|x - y| leaves large images blurred: the mean of all sharp images that would fit is the safest answer, and it
-is blurred. `vae.loss` takes both as arguments; train.py's flags are --perceptual-weight and
---adversarial-weight.
+Rombach et al. (2022, appendix G) train their first stage with both, as Esser et al. (2021) did before. With
+|x - y| alone large images stay blurred. Many sharp images fit a latent, and the safest answer is their median
+at each pixel, which is blurred. `vae.loss` takes both terms as arguments; train.py's flags are
+--perceptual-weight and --adversarial-weight.
 """
 import sys
 
@@ -15,10 +15,10 @@ from torch import nn
 def perceptual_distance(device="cpu"):
     """(name, distance): distance(x, y) -> (N,) says how different images (N, 1 or 3, H, W) in [-1, 1] look.
 
-    "vgg16": LPIPS (Zhang et al. 2018, Eq. 1) with equal weights: after five convolutions of torchvision's
-    VGG16 the features are scaled to unit length at every pixel; squared distance, mean over pixels and over
-    the five layers. "image gradients", where its weights (528 MB) are neither in torch hub's cache nor
-    downloadable: `gradient_distance`.
+    "vgg16": LPIPS (Zhang et al. 2018, Eq. 1) with equal weights. The features at five depths of torchvision's
+    VGG16 (relu1_2 to relu5_3) are scaled to unit length at every pixel; squared distance, mean over pixels
+    and over the five depths. "image gradients", where its weights (528 MB) are neither in torch hub's cache
+    nor downloadable: `gradient_distance`.
     """
     from torchvision.models import vgg16
     try:
@@ -85,7 +85,7 @@ class Adversary(nn.Module):
         self.optimizer.zero_grad()
         (F.relu(1 - real).mean() + F.relu(1 + fake).mean()).mul(0.5).backward()
         self.optimizer.step()
-        self.net.requires_grad_(False)
+        self.net.requires_grad_(False)  # the autoencoder's backward pass leaves no gradient here
         term = -self.net(y).mean()
         pull, push = (torch.autograd.grad(a, last, retain_graph=True)[0].norm()
                       for a in (reconstruction, term))

@@ -3,8 +3,8 @@
 The mean latent of a class differs between private and public images. The gradients of all images of the class
 point towards this difference, so it can be learned in spite of much noise. But cross-attention to a class is
 attention to one token: it adds one vector, the same at every pixel. A mean that differs from pixel to pixel
-has to be learned by other weights. So a matrix S, zero at first, learns where the latents z_0' of condition
-c, as the public model knows them, have moved to:
+has to be learned by other weights. Let z_0' be a latent of condition c as the public model knows it. A matrix
+S, zero at first, learns by how much the private latents z_0 are shifted:
 
     z_0 = z_0' + b(c),     b(c) = S [1; c]
 
@@ -29,7 +29,7 @@ class Shifted(nn.Module):
     shape: (C, H, W) of a latent. schedule: diffusion.Schedule. S is `matrix`, a Linear layer, whose gradients
     of each example extensions/bookkeeping.py can find. The c of a text is the mean of its context vectors,
     without padding. Without conditions [1; c] is the vector (1). The null condition has a c like any other,
-    so with guidance w samples are moved by b(null) + w (b(c) - b(null)).
+    so with guidance w samples are moved by about b(null) + w (b(c) - b(null)).
     """
 
     def __init__(self, unet, shape, schedule):

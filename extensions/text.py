@@ -1,9 +1,10 @@
 """Text as condition: a word-level tokenizer and a small transformer encoder.
 
 The condition embedder tau(y) of text-to-image latent diffusion (Rombach et al. 2022, section 3.3) as
-*Differentially Private Latent Diffusion Models* (Liu et al. 2024, text-to-image experiment) uses it: a
-transformer over word tokens, trained from scratch on public captions and tuned privately with the attention.
-Captions come from extensions/captions.py or from the data set.
+*Differentially Private Latent Diffusion Models* (Liu et al. 2024, text-to-image experiment) tunes it with the
+attention. Theirs is large and reads BERT's pieces of words. Here a token is a whole word, and the transformer
+is small and trained from scratch on public captions. Captions come from extensions/captions.py or from the
+data set.
 
     caption -> Tokenizer.encode -> tokens (N, L) -> TextEncoder -> context (N, L, D), mask (N, L)
                                                                         -> unet.Attention
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import unet
 from extensions.captions import FRAMES, GLUE, NOUNS, PHRASES
 
 PAD, BEGIN, UNKNOWN = 0, 1, 2  # every prompt starts with BEGIN: even the empty one has a token to attend to
@@ -96,9 +98,9 @@ class Tokenizer:
 class TextEncoder(nn.Module):
     """Tokens (N, L) -> context (N, L, dim): word embedding plus sinusoidal position, then transformer blocks.
 
-    Made of Linear, LayerNorm and Embedding layers, those for which dp_sgd.py knows the per-example gradient,
-    and without dropout. Padding is masked inside, and by `mask` wherever the context is attended to, so that
-    a longer padding changes nothing. With null_class the empty prompt means "no condition" (classifier-free
+    Made of Linear, LayerNorm and Embedding layers, for which extensions/bookkeeping.py has a rule, and
+    without dropout. Padding is masked inside, and by `mask` wherever the context is attended to, so that a
+    longer padding changes nothing. With null_class the empty prompt means "no condition" (classifier-free
     guidance).
     """
 
@@ -152,9 +154,6 @@ class Block(nn.Module):
 
     def forward(self, x, mask):
         """x (N, L, width), mask (N, 1, 1, L) -> (N, L, width)."""
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (N, heads, L, d)
-                   for y in self.qkv(self.norm1(x)).chunk(3, dim=-1))
-        scores = ((q * q.shape[-1] ** -0.5) @ k.mT).masked_fill(~mask, float("-inf"))  # (N, heads, L, L)
-        # Prompts are short: no fused kernel is needed.
-        x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        q, k, v = (unet.split_heads(y, self.heads) for y in self.qkv(self.norm1(x)).chunk(3, dim=-1))
+        x = x + self.out(unet.attend(q, k, v, mask).transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))

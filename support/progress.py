@@ -34,12 +34,12 @@ class Public:
 
     It is removed when the stage's result is written (`RunFolder.cached`).
 
-    also: a module that the loss trains by itself, such as a discriminator; its state is saved as well.
+    discriminator: a module that trains itself within the loss, or None; its state is saved as well.
     """
 
-    def __init__(self, s, path, model, average, optimizer, generator, also, stop):
-        self.s, self.path, self.model, self.average = s, path, model, average
-        self.optimizer, self.generator, self.also, self.stop = optimizer, generator, also, stop
+    def __init__(self, s, path, model, average, optimizer, generator, discriminator, stop):
+        self.s, self.path, self.model, self.average, self.stop = s, path, model, average, stop
+        self.optimizer, self.generator, self.discriminator = optimizer, generator, discriminator
         self.first, self.saved = 0, time.monotonic()
         if path.exists():
             self.read()
@@ -51,8 +51,8 @@ class Public:
             self.model.load_state_dict(state["model"])
             torch._foreach_copy_(self.average, [a.to(self.s.device) for a in state["average"]])
             load_optimizer(self.optimizer, state["optimizer"])
-            if self.also is not None:
-                self.also.load_state_dict(state["also"])
+            if self.discriminator is not None:
+                self.discriminator.load_state_dict(state["also"])
             self.first = int(state["step"])
             if rank() == 0:
                 self.generator.set_state(state["generator"])
@@ -74,9 +74,10 @@ class Public:
         """After each step: save once a minute; if Ctrl-C was pressed, save and leave."""
         leaving = agreed(self.stop.asked)
         if leaving or time.monotonic() - self.saved > 60:
+            also = None if self.discriminator is None else self.discriminator.state_dict()
             files.save({"model": self.model.state_dict(), "average": self.average, "step": done,
                         "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(),
-                        "also": None if self.also is None else self.also.state_dict()}, self.path)
+                        "also": also}, self.path)
             self.saved = time.monotonic()
         if leaving:
             self.stop.leave(self.s.out)

@@ -112,11 +112,11 @@ def collective(operation, tensors):
             a.copy_(part.view_as(a))
 
 
-def mean_gradients(parameters, also=None):
-    """Mean over the processes, in place, of gradients, and of the weights of `also`, trained by itself."""
+def mean_gradients(parameters, discriminator=None):
+    """Mean over the processes, in place, of gradients, and of the weights of a module that trains itself."""
     if world() > 1:
         together = [p.grad for p in parameters if p.grad is not None]
-        together += [] if also is None else also.parameters()
+        together += [] if discriminator is None else discriminator.parameters()
         collective(lambda flat: dist.all_reduce(flat.div_(world())), together)
 
 

@@ -162,15 +162,15 @@ def test_residual_networks_of_protocol_strict(kind):
 
 
 def test_garments_are_not_shifted_and_turned(run, monkeypatch):
-    assert [name for name, entry in datasets.REGISTRY.items() if not entry.jiggled] == ["fashion"]
+    assert [name for name, entry in datasets.REGISTRY.items() if not entry.augmented] == ["fashion"]
     seen = []
     monkeypatch.setattr(metrics, "train_classifier",
                         lambda augment=False, **rest: seen.append(augment) or torch.nn.Flatten())
     monkeypatch.setattr(metrics, "accuracy", lambda *args: 0.5)
     recipe = {**evaluate.PROTOCOLS["quick"]["recipes"]["cnn"], "augment": True}
     monkeypatch.setitem(evaluate.PROTOCOLS["quick"], "recipes", {"cnn": recipe})
-    for jiggled in (True, False):
-        monkeypatch.setattr(datasets.REGISTRY["mnist10k"], "jiggled", jiggled)
+    for augmented in (True, False):
+        monkeypatch.setattr(datasets.REGISTRY["mnist10k"], "augmented", augmented)
         evaluate.main([str(run), "--no-distance"])
     assert seen == [True, False]
 
@@ -206,12 +206,12 @@ def test_training_is_reproducible_and_leaves_the_global_generator():
     assert torch.equal(first, same) and not torch.equal(first, other)
 
 
-def test_jiggle_moves_by_pixels():
+def test_random_affine_moves_by_pixels():
     """The centre of ink moves, by at most `shift` pixels. Without shift and rotation nothing moves."""
     x = torch.full((64, 1, 28, 28), -1.0)
     x[:, :, 12:16, 12:16] = 1
-    assert torch.allclose(metrics.jiggle(x, shift=0, degrees=0), x, atol=1e-5)
-    ink = metrics.jiggle(x, shift=2, degrees=0)[:, 0] + 1
+    assert torch.allclose(metrics.random_affine(x, shift=0, degrees=0), x, atol=1e-5)
+    ink = metrics.random_affine(x, shift=2, degrees=0)[:, 0] + 1
     centre = (ink.sum(1) * torch.arange(28)).sum(1) / ink.sum((1, 2)) - 13.5
     assert 1.5 < centre.abs().max() <= 2.001 and centre.min() < 0 < centre.max()
 

@@ -227,7 +227,7 @@ def test_every_distance_is_printed_with_what_it_depends_on():  # 22
                            "frechet": 1.5, "n": [4321, 2000], "halves": 0.5, "halves_n": 1000,
                            "precision": 0.5, "recall": 0.5,
                            "k": 3, "manifold_n": [2000, 2000]}}
-    text = evaluate.table(result)
+    text = evaluate.report(result)
     for part in ("4,321 samples", "DDIM, 30 steps, eta 0, guidance 1, seed 0", "CNN trained on strokes",
                  "2,000 of x",
                  "28 pixels, not resized", "quick"):

@@ -146,8 +146,8 @@ def run_job(flags, number, place):
         seen["changes"].append(after - before.get("flat", flat))
         before["flat"] = after
 
-    def watched_fit(s, title, model, *args):
-        fit(s, title, model, *args)
+    def watched_fit(s, title, model, *args, **named):
+        fit(s, title, model, *args, **named)
         seen["public"].append(torch.cat([p.detach().flatten() for p in model.parameters()]))
         seen["drift"].append(float(seen["changes"][-1].abs().max()))
         seen["changes"].clear(), before.clear()
