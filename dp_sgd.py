@@ -12,7 +12,7 @@ al. 2024, Algorithm 1) uses it to tune the attention. The file imports nothing o
 Symbols
     g_i    gradient of example i with respect to ALL trainable parameters together
     C      clip_norm, the sensitivity: one example more or less moves the sum by at most C (L2 norm), up to
-           float32's rounding, a few millionths of C (docs/privacy.md)
+           rounding (docs/privacy.md)
     sigma  noise_multiplier: the standard deviation of the noise, in units of C
     B      expected_batch_size = q * n, fixed before training, because the actual size is private
     N      number of examples of a micro-batch;  L  number of trainable layers

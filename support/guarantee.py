@@ -200,8 +200,8 @@ def privacy_statement(s, plan, rows, trained, stages=()):
                  "(dp_sgd.SecureGenerator)",
         "covers": "everything in release/ and whatever is made from it",
         "does_not_cover": [
-            "the number n of private images and the names of their classes and attributes, which are "
-            "treated as public",
+            "the number n of private images, their side in pixels, and the names of their classes and "
+            "attributes, which are treated as public",
             "the choice of hyper-parameters: epsilon is computed as if they had been fixed beforehand",
             *(["the choice of these n images from a larger set: neighbours differ in a chosen image"]
               if s.private_n else []),
