@@ -232,7 +232,7 @@ def tune_privately(s, model, latents, cond, plan, stop, watch=None):
 
 def inputs(s, autoencoder, scale, found, embedder):
     """What the diffusion model sees of this process's part of an ImageSet: (latents, conditions)."""
-    part = team.own_part(found)
+    part = team.shard(found)
     return encode(s, autoencoder, part.images, scale), conditions.of(s, part, embedder)
 
 

@@ -21,7 +21,6 @@ import math
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -42,7 +41,7 @@ import tuning
 import unet
 from bench import dp_step
 from bench.runs import commit
-from support import dry_run, files, hardware, progress, randomness
+from support import dry_run, files, hardware, progress, randomness, run_folder
 from support.settings import GRADIENTS
 
 MARGIN = 15  # seconds kept back for leaving
@@ -214,6 +213,8 @@ def sampling(bench):
 
 def smoke(bench, name, *flags):
     """A tiny run of three stages."""
+    if "--resume" not in flags:  # a command that goes on with the same --work begins it anew
+        shutil.rmtree(bench.work / name, ignore_errors=True)
     train.main([*(TINY if bench.tiny else ["--preset", "smoke"]), "--device", bench.device, *flags,
                 "--out", str(bench.work / name)])
 
@@ -475,4 +476,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_folder.run_cli(main)

@@ -1,8 +1,9 @@
 """Measured training runs: a row of docs/results.md is a train and an evaluate command, run and written down.
 
-Used by `bench.digits`, `bench.papers` and `bench.ablations`, which only list rows. Each run adds one JSON
-line to bench/results.jsonl: commands, commit, date, seconds, threads, privacy statement, all metrics with
-their protocol. `python -m bench.tables --write` turns the lines into the tables, so that no number is typed.
+Used by the modules of bench/ that only list rows (`bench.digits`, `bench.papers` and others). Each run adds
+one JSON line to bench/results.jsonl: commands, commit, date, seconds, threads, privacy statement, all metrics
+with their protocol. `python -m bench.tables --write` turns the lines into the tables, so that no number is
+typed.
 
     python -m bench.NAME            all rows of that table that results.jsonl does not have yet
     python -m bench.NAME ROW ...    some rows, anew

@@ -17,10 +17,6 @@ import datasets
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-README = ROOT / "README.md"
-RESULTS = ROOT / "docs" / "results.md"
-DATASETS = ROOT / "docs" / "datasets.md"
-SPEED = ROOT / "docs" / "speed.md"
 
 # "Read in this order": files and what each is about. The lines are counted, the minutes follow from them.
 READING = {
@@ -265,7 +261,7 @@ def papers():
         sampler_steps = re.search(r"(\d+) steps", e["sampler"])[1]
         commits = ", ".join(dict.fromkeys(r["commit"] for r in seeds))
         accuracies = [f"{100 * first(r['evaluation']['accuracy']['cnn']):.2f}" for r in seeds]
-        cells.append([row["label"], f"{p['epsilon']:.3g}", ", ".join(accuracies) + " %",
+        cells.append([row["label"], epsilon(p), ", ".join(accuracies) + " %",
                       f"{e['n']:,}", sampler_steps, frechet(row, list(rows.values())), trained(p),
                       minutes(row), f"`{row['commands'][0]}`", commits])
     return markdown(head, cells) + "\n\n" + origin(list(rows.values()))
@@ -340,11 +336,9 @@ def origin(rows):
 
 
 TABLES = {"digits": digits, "ablations": ablations, "papers": papers, "recipes": recipes, "faces": faces}
-ON_README = {"overview": overview, "reading": reading}
-ON_DATASETS = {"sets": sets}
-ON_SPEED = {"gpu": gpu}
-PAGES = ((README, ON_README), (RESULTS, {"goals": goals, **TABLES}), (DATASETS, ON_DATASETS),
-         (SPEED, ON_SPEED))
+PAGES = ((ROOT / "README.md", {"overview": overview, "reading": reading}),
+         (ROOT / "docs" / "results.md", {"goals": goals, **TABLES}),
+         (ROOT / "docs" / "datasets.md", {"sets": sets}), (ROOT / "docs" / "speed.md", {"gpu": gpu}))
 
 
 def replaced(text, name, table):

@@ -20,8 +20,8 @@ The data root is --data-root, else the environment variable DPLDM_DATA, else ~/.
 here where there is no home directory. Decoded photographs are kept in its folder cache if it may be written
 to: they are as private as the originals.
 
-Alone: `python -m datasets NAME [SPLIT]` prints the metrics of a set and writes its first hundred images to
-NAME.png.
+Alone: `python -m datasets NAME [SPLIT]` prints shape, mean and classes of a set and writes its first hundred
+images to NAME.png.
 """
 import hashlib
 import os
@@ -97,10 +97,9 @@ def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, ca
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, not {channels}")
     root, classes = data_root(root), request.get("classes")
-    given = {key: value for key, value in request.items() if value is not None}
-    ask = Request(entry.name, root, split, str(name).partition(":")[2], seed=seed, size=size,
-                  download=decode, **given)
-    whole = entry.load(replace(ask, n=n or ask.n))
+    given = {key: value for key, value in {**request, "n": n}.items() if value is not None}
+    whole = entry.load(Request(entry.name, root, split, name.partition(":")[2], seed=seed, size=size,
+                               download=decode, **given))
     if classes and list(classes) != list(whole.classes):
         raise ValueError(f"{name} has the classes {', '.join(whole.classes)}; others were asked for, leave "
                          "out --classes")

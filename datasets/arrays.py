@@ -39,9 +39,8 @@ CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 @dataset("mnist10k", "10,000 MNIST training digits, embedded: 8,000 private, 2,000 held out", role="private",
          n=EMBEDDED_TRAIN, classes=DIGITS, overlaps=("mnist",))
 def load_mnist10k(ask):
-    found = own_arrays(EMBEDDED, classes=DIGITS)
     part = slice(0, EMBEDDED_TRAIN) if ask.split == "train" else slice(EMBEDDED_TRAIN, None)
-    return ImageSet(found.images[part], found.labels[part], DIGITS)
+    return own_arrays(EMBEDDED, classes=DIGITS)[part]
 
 
 @dataset("mnist", "MNIST, downloaded through torchvision when absent", n=60_000, classes=DIGITS,
@@ -269,7 +268,7 @@ def fetched(ask, name, present=False, **options):
         return None, "and nothing is downloaded now"
     import torchvision
     source = getattr(torchvision.datasets, name)
-    if ask.download and not present:
+    if not present:
         where = [*getattr(source, "mirrors", []), getattr(source, "url", None) or "its distributor"][0]
         print(f"fetching {name} from {where} into {ask.root}; without an answer for {PATIENCE} seconds it is "
               f"given up", file=sys.stderr, flush=True)

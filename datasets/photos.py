@@ -379,7 +379,7 @@ def decode(paths, size, channels=3, cache=None):
         more = f"; and {len(broken) - 100} more" if len(broken) > 100 else ""
         raise ValueError(several + "; ".join(broken[:100]) + more)
     if kept:
-        with contextlib.suppress(OSError), files.replacing(kept, private=True) as file:
+        with contextlib.suppress(OSError, ValueError), files.replacing(kept, private=True) as file:
             np.save(file, images.numpy())
     return images
 

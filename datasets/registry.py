@@ -40,13 +40,13 @@ class ImageSet:
         return len(self.labels)
 
     def __getitem__(self, rows):
-        """The ImageSet of these rows, a list of whole numbers."""
+        """The ImageSet of these rows, a slice or a list of whole numbers."""
         def of(values):
-            if isinstance(values, torch.Tensor):
-                return values[rows]
             if isinstance(values, dict):
                 return {key: of(column) for key, column in values.items()}
-            return values and [values[row] for row in rows]
+            if isinstance(values, list) and isinstance(rows, list):
+                return [values[row] for row in rows]
+            return values if values is None else values[rows]
 
         return replace(self, images=of(self.images), labels=of(self.labels), captions=of(self.captions),
                        attributes=of(self.attributes))

@@ -1,5 +1,5 @@
 """Plumbing: flags, run folders, checkpoints, hardware, processes, privacy plan and statement, release.
 
 Nobody needs it to understand the paper. What the paper describes stands at the top level; ideas beyond the
-paper belong into extensions/, images into datasets/.
+paper belong in extensions/, images into datasets/.
 """

@@ -51,6 +51,8 @@ def check_suffix(flag, path, suffix):
 
     A name without suffix promises nothing; what is no plain file, such as /dev/null, takes anything.
     """
+    if path and Path(path).is_dir():
+        raise ValueError(f"{flag} {path}: that is a folder; name a file in it")
     path = Path(path or "")
     if path.suffix.lower() not in ("", suffix) and (path.is_file() or not path.exists()):
         raise ValueError(f"{flag} {path}: what is written is {suffix[1:].upper()}; name it "
@@ -98,7 +100,7 @@ def read_prompts(args, release):
     if release.tokenizer is None:
         other = "ask for classes (--labels)" if release.model.embedder else "leave --prompt out"
         raise ValueError(f"this model was not trained with prompts; {other}")
-    prompts = [args.prompt] if args.prompts is None else lines_of(args.prompts)
+    prompts = [args.prompt] if args.prompts is None else read_lines(args.prompts)
     unknown = list(dict.fromkeys(word for prompt in prompts for word in release.tokenizer.unknown(prompt)))
     if unknown:
         print(f"warning: unknown to this model and taken as <unk>: {', '.join(unknown)}", file=sys.stderr)
@@ -108,7 +110,7 @@ def read_prompts(args, release):
     return prompts
 
 
-def lines_of(path):
+def read_lines(path):
     """The lines of a file of prompts, without empty ones. ValueError if there are none."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()

@@ -4,7 +4,6 @@
     python accountant.py runs/a runs/b                                        (recompute, alone and composed)
 """
 
-import argparse
 import json
 import math
 import sys
@@ -16,7 +15,7 @@ import numpy as np
 import accountant
 from accountant import check, count_steps, one_kind, renyi
 from extensions import pld
-from support import files
+from support import files, run_folder
 from support.rounding import round_up
 
 STATED = ("q", "sigma", "steps", "delta", "epsilon")  # numbers of a privacy.json
@@ -188,21 +187,19 @@ def plan(q, steps, sigma, epsilon, delta, group):
 # ---- command line -----------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(message)
-
-
 def parse(argv):
     """The arguments, with q, steps and delta filled in for a plan.  ValueError for what cannot be."""
-    parser = _Parser(description="epsilon of DP-SGD (Poisson sampling, one example added or removed)")
+    parser = run_folder.Parser(
+        description="epsilon of DP-SGD (Poisson sampling, one example added or removed)")
     add = parser.add_argument
     add("runs", nargs="*", help="run directories: recompute epsilon from the ledger, else from privacy.json")
     add("--n", type=int, help="number of private examples")
-    add("--batch", type=float, help="expected batch size; q = batch / n")
-    add("--q", type=float, help="sampling probability, instead of --n and --batch")
-    add("--steps", type=int, help="logical steps (noise additions)")
-    add("--epochs", type=float, help="passes over the data, instead of --steps; rounded up to whole steps")
+    rate, length = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
+    rate.add_argument("--batch", type=float, help="expected batch size; q = batch / n")
+    rate.add_argument("--q", type=float, help="sampling probability, instead of --n and --batch")
+    length.add_argument("--steps", type=int, help="logical steps (noise additions)")
+    length.add_argument("--epochs", type=float,
+                        help="passes over the data, instead of --steps; rounded up to whole steps")
     add("--delta", type=float, help="failure probability, below 1 / n (1e-5; of runs: the largest stated)")
     add("--sigma", type=float, help="noise multiplier: noise std / clip norm")
     add("--epsilon", type=float, help="target: computes the smallest sigma or, with --sigma, the most steps")

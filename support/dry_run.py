@@ -45,8 +45,9 @@ def print_memory(s, model, public, private):
         autoencoder = vae.AutoencoderKL(s.vae)
         x = torch.empty(1, s.vae.in_channels, s.vae.resolution, s.vae.resolution)
 
-    first = hardware.kept(autoencoder, lambda: autoencoder.decode(autoencoder.encode(x).mean))
-    second = hardware.of_one_latent(model, autoencoder.latent_shape)
+    of_autoencoder = hardware.bytes_for_backward(
+        autoencoder, lambda: autoencoder.decode(autoencoder.encode(x).mean))
+    of_unet = hardware.bytes_of_one_latent(model, autoencoder.latent_shape)
     many = len(public)  # a dry run draws few
     if datasets.unlimited(s.public):
         many = s.public_n or datasets.REGISTRY[datasets.parts(s.public)[0]].n
@@ -56,23 +57,24 @@ def print_memory(s, model, public, private):
     stored *= x.numel() + 4 * (1 + s.flips) * math.prod(autoencoder.latent_shape)
     # Weights, gradient, two moments, EMA; tuned ones: moments, EMA, clipped sum, a micro-batch's sum, noise.
     trained = count(p for p in model.parameters() if p.requires_grad)
-    total, big = count(model.parameters()), 1e9
+    total, gb = count(model.parameters()), 1e9
     if s.perceptual_weight or s.adversarial_weight:
         print("               not counted below: the perceptual and the adversarial term of stage 1")
-    print(f"memory, GB     autoencoder {20 * count(autoencoder.parameters()) / big:.2f} + {first / big:.3f} "
-          f"an image, latent diffusion {20 * total / big:.2f} + {second / big:.3f}, private tuning "
-          f"{(4 * total + 24 * trained) / big:.2f} + {second / big:.3f}; images and latents "
-          f"{stored / big:.2f} in all")
+    print(f"memory, GB     autoencoder {20 * count(autoencoder.parameters()) / gb:.2f} + "
+          f"{of_autoencoder / gb:.3f} an image, latent diffusion {20 * total / gb:.2f} + {of_unet / gb:.3f}, "
+          f"private tuning "
+          f"{(4 * total + 24 * trained) / gb:.2f} + {of_unet / gb:.3f}; images and latents "
+          f"{stored / gb:.2f} in all")
     if "cuda" in s.device:
-        per_image = hardware.of_one_image(s, second, trained)
+        per_image = hardware.bytes_of_one_image(s, of_unet, trained)
         free = hardware.free_memory(s.device)
         taken = hardware.micro_batch(s, model, autoencoder.latent_shape)
         n = hardware.largest_batch(free, 4 * total + 24 * trained + stored, per_image)
         said = f"--micro-batch at most {n}" if n else "too little for one image of private tuning"
-        print(f"               {free / big:.1f} free on {s.device}, about {taken} private images at a time; "
+        print(f"               {free / gb:.1f} free on {s.device}, about {taken} private images at a time; "
               f"{said}")
-    return max(20 * count(autoencoder.parameters()) + s.vae_batch * first,
-               20 * total + s.ldm_batch * second) / big
+    return max(20 * count(autoencoder.parameters()) + s.vae_batch * of_autoencoder,
+               20 * total + s.ldm_batch * of_unet) / gb
 
 
 def estimate(s, plan, embedder, known=()):

@@ -49,11 +49,7 @@ def replacing(path, private=False):
             os.fsync(file.fileno())
         os.replace(temporary, path)
         with contextlib.suppress(OSError):  # the new name as well: what is written next may tell of it
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -176,9 +172,8 @@ def load(path):
 
 def release_file(path):
     """The model.pt of a run folder, of a release folder, or the file itself."""
-    path = Path(path)
-    file = path if path.is_file() else path / "release" / "model.pt"
-    return path / "model.pt" if not file.exists() and (path / "model.pt").exists() else file
+    places = Path(path), Path(path) / "release" / "model.pt", Path(path) / "model.pt"
+    return next((place for place in places if place.is_file()), places[1])
 
 
 def refuse_release(checkpoint, path):
@@ -212,9 +207,19 @@ def append_row(row, path):
         file.flush()
         os.fsync(file.fileno())
     if first:  # the new name in its folder, too
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        sync(path.parent)
+
+
+def sync(folder):
+    """A new name in the folder is on the disk before we go on. Some file systems cannot do that."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
 
 
 def read_ledger(path):

@@ -6,11 +6,9 @@ a loss or a norm.
 """
 import math
 import sys
-from collections import Counter
 
 import accountant
 import datasets
-import dp_sgd
 from extensions import pld
 from support import files, randomness, run_folder
 from support.files import plain
@@ -33,20 +31,11 @@ def privacy_numbers(s, steps, delta):
     also if 20 images together can push an output further than the noise reaches (`randomness.reach`).
     """
     found = pld.statement_numbers(steps, delta, 20, FALSE_POSITIVES)
-    kinds = Counter()
-    for step in steps:
-        q, sigma, count = (step["q"], step["sigma"], 1) if isinstance(step, dict) else step
-        kinds[q, sigma] += count
-    beyond = sum(randomness.beyond_the_noise(noise_of(s), *kind, count, 20) for kind, count in kinds.items())
+    beyond = sum(randomness.beyond_the_noise(randomness.reach(s), *kind, count, 20)
+                 for kind, count in accountant.count_steps(steps).items())
     return {**{f"epsilon_{name}": found[f"epsilon_{name}"] for name in accountant.ACCOUNTANTS},
             GROUP: math.inf if beyond > NEGLIGIBLE * delta else found["epsilon_for_group"],
             ATTACKER: {str(rate): float(found["attacker"][rate]) for rate in FALSE_POSITIVES}}
-
-
-def noise_of(s):
-    """A generator of the kind that draws the noise."""
-    ordinary = s.fast_noise or s.insecure_seed is not None
-    return randomness.fresh_generator() if ordinary else dp_sgd.SecureGenerator()
 
 
 def settled(planned, found):
@@ -83,10 +72,10 @@ def privacy_plan(s, n):
 def with_numbers(s, plan):
     """The plan and its cost: epsilon by the chosen accountant, and the statement's other numbers."""
     q, sigma, steps, delta = (plan[key] for key in ("q", "sigma", "steps", "delta"))
-    generator = noise_of(s)
-    if sigma and randomness.beyond_the_noise(generator, q, sigma, steps) > NEGLIGIBLE * delta:
+    limit = randomness.reach(s)
+    if sigma and randomness.beyond_the_noise(limit, q, sigma, steps) > NEGLIGIBLE * delta:
         raise ValueError(f"sigma = {sigma:g} is so little noise that one example may move an output further "
-                         f"than the noise is normal, {randomness.reach(generator):g} standard deviations; "
+                         f"than the noise is normal, {limit:g} standard deviations; "
                          "choose a smaller --epsilon or a larger --sigma")
     epsilon = float(accountant.epsilon(q, sigma, steps, delta, s.accountant))
     return {**plan, "epsilon": epsilon, "numbers": privacy_numbers(s, [(q, sigma, steps)], delta)}
@@ -98,8 +87,8 @@ def stored_plan(s, asked, path):
     Calibrated anew, by another CPU or numpy, sigma would have other last digits. asked: what must be equal.
     ValueError, one line, if anything differs, or if the epsilon in plan.json is not what it costs.
     """
+    stored = files.read_json(path)
     with files.understanding(path, "plan"):
-        stored = files.read_json(path)
         plan = {**{key: stored[key] for key in asked}, "sigma": float(stored["sigma"])}
         stated = float(stored["epsilon"])
         if not (plan["sigma"] == 0 or 1e-3 <= plan["sigma"] <= 1e6):

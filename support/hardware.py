@@ -145,7 +145,7 @@ def stand_in(model, n, device):
     return None if model.embedder is None else torch.zeros(n, dtype=torch.int64, device=device)
 
 
-def kept(network, f):
+def bytes_for_backward(network, f):
     """Bytes that autograd keeps of f(), which runs the network; its weights are not counted.
 
     Meant for the meta device, which computes shapes only: no memory, no time, however large the network is.
@@ -153,24 +153,22 @@ def kept(network, f):
     weights, seen = {p.untyped_storage()._cdata for p in network.parameters()}, {}
     with torch.autograd.graph.saved_tensors_hooks(lambda a: seen.update({a.untyped_storage()._cdata: a}) or a,
                                                   lambda a: a):
-        out = f()  # keeps the graph, and with it the storages, until they are counted
-    kept_alive = [a for key, a in seen.items() if key not in weights]
-    return sum(a.untyped_storage().nbytes() for a in kept_alive) + 0 * len(out)
+        f()  # `seen` holds all that is saved, so no storage is freed before it is counted
+    return sum(a.untyped_storage().nbytes() for key, a in seen.items() if key not in weights)
 
 
-def of_one_latent(model, latent_shape):
-    """`kept` of one latent and its condition, all parameters trained. model: on the meta device."""
+def bytes_of_one_latent(model, latent_shape):
+    """`bytes_for_backward` of one latent and its condition, all parameters trained. Nothing is computed."""
     z, t = torch.empty(1, *latent_shape, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
-    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
-    model.requires_grad_(True)
-    found = kept(model, lambda: model(z, t, stand_in(model, 1, "meta")))
-    for name, p in model.named_parameters():
-        p.requires_grad_(wanted[name])
-    return found
+    # A copy on the meta device, where tensors are shapes only. Its parameters need a gradient.
+    tensors = {id(p): nn.Parameter(p.to("meta")) for p in model.parameters()}
+    tensors |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    twin = copy.deepcopy(model, tensors)
+    return bytes_for_backward(twin, lambda: twin(z, t, stand_in(twin, 1, "meta")))
 
 
-def of_one_image(s, latent, trained):
-    """Bytes that an image takes in the private stage. latent: what `of_one_latent` gives.
+def bytes_of_one_image(s, latent, trained):
+    """Bytes that an image takes in the private stage. latent: what `bytes_of_one_latent` gives.
 
     vmap and loop keep the gradient of every image, float32 of `trained` parameters, the loop twice for a
     moment.
@@ -195,9 +193,6 @@ def micro_batch(s, model, latent_shape):
     """
     if s.micro_batch is not None:
         return s.micro_batch
-    # A copy on the meta device, where every tensor is shapes only.
-    tensors = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
-    tensors |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     trained = count(p for p in model.parameters() if p.requires_grad)
-    per_image = of_one_image(s, of_one_latent(copy.deepcopy(model, tensors), latent_shape), trained)
+    per_image = bytes_of_one_image(s, bytes_of_one_latent(model, latent_shape), trained)
     return min(LARGEST, max(1, largest_batch(free_memory(s.device) / 2, 24 * trained, per_image)))

@@ -11,10 +11,15 @@ AUTOENCODERS = {  # the fields in the order of VAEConfig
     "celeba64": VAEConfig(3, 3, 192, (1, 2), 2, (16, 8), 64, 3, 3, 32),
     "celeba256-text": VAEConfig(3, 3, 128, (1, 2, 4, 4), 2, (), 256, 4, 4, 32),
 }
-UNETS = {  # the fields in the order of UNetConfig
+DEEP, PLAIN = dict(num_res_blocks=2, num_heads=8), dict(use_scale_shift_norm=False, resblock_updown=False)
+FACES = dict(channel_mult=(1, 2, 4), attention_resolutions=(4, 2, 1), use_spatial_transformer=False,
+             context_dim=None)
+UNETS = {
     "mnist": UNetConfig(num_heads=4),  # pre-trained with 2 heads, tuned with 4: the weights' shapes agree
-    "cifar10": UNetConfig(3, 3, 128, (1, 2, 2, 4), 2, (1, 2, 4), 8, None, True, 1, 512, False, False),
-    "celeba32": UNetConfig(3, 3, 192, (1, 2, 4), 2, (4, 2, 1), 8, 32, False, 1, None, True, True),
-    "celeba64": UNetConfig(3, 3, 128, (1, 2, 4), 2, (4, 2, 1), 8, None, False, 1, None, True, True),
-    "celeba256-text": UNetConfig(4, 4, 320, (1, 2, 4, 4), 2, (4, 2, 1), 8, None, True, 1, 1280, False, False),
+    "cifar10": UNetConfig(3, 3, 128, channel_mult=(1, 2, 2, 4), attention_resolutions=(1, 2, 4),
+                          context_dim=512, **DEEP, **PLAIN),
+    "celeba32": UNetConfig(3, 3, 192, num_head_channels=32, **DEEP, **FACES),
+    "celeba64": UNetConfig(3, 3, 128, **DEEP, **FACES),
+    "celeba256-text": UNetConfig(4, 4, 320, channel_mult=(1, 2, 4, 4), attention_resolutions=(4, 2, 1),
+                                 context_dim=1280, **DEEP, **PLAIN),
 }

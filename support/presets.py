@@ -1,9 +1,10 @@
 """Presets: the settings of `digits`, the default, and what the others change.
 
-Every key is a flag of train.py (with _ for -) or the shape of a network. A preset overrides settings of the
-default. The command line overrides both. The lines of a preset are in the order of the method: data sets,
-stage 1 (vae), stage 2 (ldm), stage 3 (private), images at the end. The authors' settings (DP-LDM, Liu et al.
-2024, appendix) are the presets mnist-paper, cifar10 and celeba*; celeba256-text has a smaller text encoder.
+Every key is a flag of train.py (with _ for -) or the shape of a network or of the noise schedule. A preset
+overrides settings of the default. The command line overrides both. The lines of a preset are in the order of
+the method: data sets, stage 1 (vae), stage 2 (ldm), stage 3 (private), images at the end. The authors'
+settings (DP-LDM, Liu et al. 2024, appendix) are the presets mnist-paper, cifar10 and celeba*; celeba256-text
+has a smaller text encoder.
 """
 from dataclasses import replace
 

@@ -95,7 +95,7 @@ class Private:
         self.optimizer, self.stop = optimizer, stop
         self.folder = s.out / "internal"
         self.rows = files.ledger_rows(files.read_ledger(self.folder / "ledger.jsonl"), plan)
-        self.lines = lines_of(self.folder / "ledger.jsonl")
+        self.lines = count_lines(self.folder / "ledger.jsonl")
         self.done = resume(self.folder / "state.pt", engine, average, optimizer)
         self.covered = len(self.rows)  # the bar shows epsilon of so many steps
         self.epsilon = epsilon_after(s, plan, self.covered)
@@ -126,7 +126,7 @@ class Private:
         The lock of the run folder should prevent that. Some network file systems keep locks on each machine.
         """
         path = self.folder / "ledger.jsonl"
-        if rank() == 0 and lines_of(path) != self.lines:
+        if rank() == 0 and count_lines(path) != self.lines:
             raise ValueError(f"{path} was changed by another program, so two runs may be at work in this "
                              "folder; stop one of them, then go on with --resume: every row counts as spent")
 
@@ -163,7 +163,7 @@ class Private:
             self.stop.leave(self.s.out)
 
 
-def lines_of(path):
+def count_lines(path):
     """How many lines a ledger has, a torn one included. Counted, not parsed: this stands in every step."""
     text = path.read_bytes() if path.exists() else b""
     return text.count(b"\n") + bool(text and not text.endswith(b"\n"))

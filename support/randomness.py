@@ -54,7 +54,7 @@ def fresh_generator(device="cpu"):
     return generator
 
 
-def reach(generator):
+def reach(s):
     """Up to how many standard deviations the noise of `dp_sgd.privatise` has a normal's density.
 
     Further out the density falls below it, and then to 0. Up to here it misses less than a thousandth.
@@ -63,10 +63,10 @@ def reach(generator):
     8.57: 7.9^2 + 3.3^2 = 8.57^2, and a normal exceeds 3.3 with a probability of a thousandth. (This is the
     average over a thousandth of a deviation: so far out a single draw takes few values.)
     """
-    return generator.reach if isinstance(generator, dp_sgd.SecureGenerator) else 7.9
+    return 7.9 if s.fast_noise or s.insecure_seed is not None else dp_sgd.SecureGenerator.reach
 
 
-def beyond_the_noise(generator, q, sigma, steps, k=1):
+def beyond_the_noise(limit, q, sigma, steps, k=1):
     """Bound on the probability that k examples push an output further than the reach of the noise.
 
     Such an output tells more of the examples than the accountant knows. So the result, in [0, 1], must be far
@@ -76,7 +76,7 @@ def beyond_the_noise(generator, q, sigma, steps, k=1):
     """
     if sigma == 0:
         return 1.0
-    limit, total = reach(generator), 0.0
+    total = 0.0
     for j in range(1, k + 1):
         present = math.comb(k, j) * q ** j * (1 - q) ** (k - j)
         total += present * 0.5 * math.erfc((limit - j / sigma) / math.sqrt(2))

@@ -1,7 +1,6 @@
 """What a run publishes: release/model.pt, privacy.json and images, all of it covered by epsilon.
 
-The statement says what the guarantee is and what it is not (pitfalls 20, 24, 25); nothing here reads a
-private image, a loss or a gradient norm.
+The statement comes from guarantee.py. Nothing here reads a private image, a loss or a gradient norm.
 """
 import math
 import re
@@ -43,14 +42,13 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, private, privacy, pu
     with files.replacing(s.out / "release" / "MODEL_CARD.md") as file:
         file.write(model_card(privacy, classes, s.out.resolve().name).encode())
     lines = max(1, (6 if s.crop < 128 else 2) // len(classes))  # of ten images, for each class
-    row_classes = [label for label in range(len(classes)) for _ in range(lines)][:MOST]
-    labels = torch.tensor(row_classes).repeat_interleave(10)
+    # What each row shows: (label, the label itself or one of the prompts that mean it).
+    shown = [(label, what) for label in range(len(classes))
+             for what in (prompts[label][:lines] if prompts else [label] * lines)][:MOST]
+    labels = [what for _, what in shown for _ in range(10)]
     if prompts:
-        row_prompts = [prompt for options in prompts for prompt in options[:lines]][:MOST]
-        row_classes = [label for label, options in enumerate(prompts) for _ in options[:lines]][:MOST]
-        labels = [prompt for prompt in row_prompts for _ in range(10)]
         with files.replacing(s.out / "release" / "prompts.txt") as file:
-            file.write("".join(f"{prompt}\n" for prompt in row_prompts).encode())
+            file.write("".join(f"{prompt}\n" for _, prompt in shown).encode())
     draw = partial(sample.generate, labels=labels, steps=s.sample_steps, eta=s.sample_eta,
                    guidance=s.guidance, seed=s.seed)
     released = sample.load_release(s.out, s.device, s.bf16)
@@ -59,12 +57,12 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, private, privacy, pu
     before = draw(replace(released, model=public_model.eval().to(s.device)))
     pixels.save_grid(after, s.out / "release" / "samples.png", 10)
     rows, gap = [], torch.full((1, *after.shape[1:]), 96, dtype=torch.uint8)
-    for i, label in enumerate(row_classes):
+    for i, (label, _) in enumerate(shown):
         alike = classes[label] in public.classes  # else any public images stand on the left
-        shown = public.images
+        images = public.images
         if alike:
-            shown = shown[public.labels == public.classes.index(classes[label])]
-        real = pixels.crop(shown[4 * (i % lines if alike else i):][:4], s.crop)
+            images = images[public.labels == public.classes.index(classes[label])]
+        real = pixels.crop(images[4 * (i % lines if alike else i):][:4], s.crop)
         first = slice(10 * i, 10 * i + 6)
         rows += [real, gap.expand(5 - len(real), -1, -1, -1), before[first], gap, after[first]]
     pixels.save_grid(torch.cat(rows), s.out / "release" / "comparison.png", 18)

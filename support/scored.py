@@ -31,8 +31,8 @@ def check_place(args, run, whole):
     if not whole and not args.out:
         raise ValueError(f"{run} is no run folder (no internal/ or public/ beside release/), and epsilon "
                          "does not cover scores: say where they go with --out FILE")
-    place = Path(args.out or run).resolve()
-    if args.out and any((p / name).exists() for p in place.parents for name in ("model.pt", "privacy.json")):
+    if args.out and any((place / name).exists() for place in Path(args.out).resolve().parents
+                        for name in ("model.pt", "privacy.json")):
         raise ValueError(f"--out {args.out}: that is within a release, and epsilon does not cover scores; "
                          "choose another")
 
@@ -43,7 +43,10 @@ def sources(release, run):
     A release never says where own images lie, so for those the settings in the run folder are read.
     ValueError if the private set is one's own and there are none.
     """
-    names, path = [release.data["public"], release.data["private"]], run / "internal" / "settings.json"
+    names = [release.data.get(role) for role in ("public", "private")]
+    path = run / "internal" / "settings.json"
+    if unknown := [part for name in names for part in datasets.parts(name) if part not in datasets.REGISTRY]:
+        raise ValueError(f"this release names the data set {unknown[0]!r}, which this program does not have")
     if datasets.REGISTRY[names[1]].own and not path.exists():
         raise ValueError(f"{run}: a release does not say where own images lie, the run folder's "
                          "internal/settings.json does; evaluate that folder")

@@ -20,11 +20,10 @@ from support import checkpoints, files, hardware, presets, run_folder
 from support.files import plain
 
 GRADIENTS = {"bookkeeping": bookkeeping, "loop": dp_sgd.loop, "vmap": dp_sgd.vmap}  # --method
-# Not compared when a run is resumed: they change neither what is computed nor what is guaranteed.
-FREE = {"given", "out", "init", "resume", "dry_run", "device", "precision", "data_root", "cache",
-        "micro_batch", "method", "show_private", "watch"}
-# Post-processing: a resumed run keeps them, and may change them.
-SAMPLING = {"sample_steps", "sample_eta", "guidance"}
+# Of this command alone. The guarantee does not depend on them, and the results only by rounding.
+FREE = {"given", "out", "init", "resume", "dry_run", "device", "precision", "show_private"}
+# A resumed run keeps them, and may change them: where things lie, memory, speed, post-processing.
+KEPT = {"data_root", "cache", "micro_batch", "method", "watch", "sample_steps", "sample_eta", "guidance"}
 LARGEST_RANK = 1024  # of LoRA
 VAE_FLAGS = {"vae_steps", "vae_batch", "vae_lr", "kl_weight", "perceptual_weight", "adversarial_weight",
              "adversarial_start"}
@@ -160,8 +159,8 @@ def parse(argv):
     given = {k: v for k, v in vars(p.parse_args(argv)).items() if k not in defaults or v != defaults[k]}
     for key in {"public", "private"} & given.keys():  # with the whole path: a resumed run may begin elsewhere
         given[key] = datasets.resolved(given[key], given.get("data_root"))
-    if "cache" in given:
-        given["cache"] = str(files.expanded(given["cache"]).absolute())
+    for key in {"cache", "data_root"} & given.keys():
+        given[key] = str(files.expanded(given[key]).absolute())
     preset = presets.DIGITS | presets.PRESETS[given.get("preset", "digits")]
     if "public" in given and not datasets.unlimited(given["public"]):
         preset["public_n"] = None  # a preset's number is how many to draw; of other sets all are used
@@ -194,7 +193,7 @@ def parse(argv):
         s.unet = replace(s.unet, use_spatial_transformer=True, context_dim=512)
     try:
         check(s)
-    except TypeError as error:  # of a resumed run: the flags have their types
+    except (TypeError, AttributeError) as error:  # of a resumed run: the flags have their types
         raise ValueError(f"{s.out / 'internal' / 'settings.json'} is damaged ({error})") from None
     return s
 
@@ -203,19 +202,21 @@ def adopt_settings(s, given):
     """A resumed run goes on with its own settings; a flag that contradicts them is refused by name."""
     path = s.out / "internal" / "settings.json"
     stored = files.read_json(path)
-    for key in {"public", "private"} & stored.keys():  # older versions stored a mix as it was typed
-        stored[key] = datasets.resolved(stored[key], s.data_root)
+    with files.understanding(path, "file"):
+        for key in {"public", "private"} & stored.keys():  # older versions stored a mix as it was typed
+            stored[key] = datasets.resolved(stored[key], given.get("data_root", stored.get("data_root")))
     no_null_class = stored.get("cond_drop") == 0.0 and (stored.get("condition") == "none"
                                                         or stored.get("init") is not None)
     for key, value in stored.items():
-        if key in FREE or key in SAMPLING and key in given:
+        if key in FREE or key in KEPT and (key in given or value is None):
             continue
         overruled = key == "cond_drop" and no_null_class  # then it is 0 whatever the flag was
         if key in given and plain(given[key]) != value and not overruled:
             raise ValueError(f"--resume: this run began with {key} = {value}, not {given[key]}; leave the "
                              f"flag out ({run_folder.ADD_UP})")
         with files.understanding(path, "file"):
-            setattr(s, key, restored({"seed": 0, **presets.DIGITS}.get(key), value))
+            default = {"seed": 0, "data_root": "", "cache": "", **presets.DIGITS}.get(key)
+            setattr(s, key, restored(default, value))
 
 
 def restored(default, value):
@@ -272,7 +273,7 @@ def check(s):
     rank = tune.removeprefix("lora:")
     if rank != tune and rank.isdecimal() and (len(rank) > 9 or int(rank) > LARGEST_RANK):
         raise ValueError(f"--tune lora:RANK: the rank must be at most {LARGEST_RANK}, got {rank[:20]}")
-    if {"epsilon", "sigma"} <= {*s.given} and s.sigma is not None:
+    if {"epsilon", "sigma"} <= {*s.given}:
         raise ValueError("--sigma sets the noise instead of --epsilon: give one of the two")
     if s.fast_noise and s.insecure_seed is not None:
         raise ValueError("--fast-noise and --insecure-seed exclude each other")

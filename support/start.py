@@ -30,8 +30,6 @@ def settings_of(argv):
     join()
     s = once(settings.parse, sys.argv[1:] if argv is None else argv)
     s.device = own_device(s.device)
-    if not s.resume:
-        once(run_folder.refuse_used, s.out, s.dry_run)  # before hours of reading, and in a --dry-run as well
     if s.resume:
         paths = [s.out / "public" / name for name in NAMES]
         known = {path.name: checkpoints.load_public(path) for path in paths if path.exists()}
@@ -41,6 +39,7 @@ def settings_of(argv):
                              "trained anew would not fit the other files; bring it back from a copy; "
                              f"{run_folder.ADD_UP}")
     else:
+        once(run_folder.refuse_used, s.out, s.dry_run)  # before hours of reading, and in a --dry-run as well
         known = adopt(s) if s.init else {}
     s.bf16 = agreed(hardware.choose_bf16(s.precision, s.device))
     for key, value in (("size", s.vae.resolution), ("factor", 2 ** (len(s.vae.ch_mult) - 1)),
@@ -113,9 +112,14 @@ def read_sets(s, known):
     else:  # names of classes and attributes only
         find_private = partial(datasets.describe, s.private, s.data_root, s.vae.resolution, s.vae.in_channels,
                                s.label_attribute, declared)
+
+    def read():
+        find_private()
+        if not datasets.is_drawn(s.public):
+            public_set(s, known)
+
     if world() > 1:  # one process downloads what is missing, and tells what is wrong with it
-        once(lambda: (find_private(), None)[1])
-        once(lambda: (datasets.is_drawn(s.public) or public_set(s, known), None)[1])
+        once(read)
     private, public = find_private(), public_set(s, known)
     for title, found in (("--public", public), ("--private", private)):
         if found.images.shape[1] != s.vae.in_channels:
@@ -145,8 +149,9 @@ def public_set(s, known=()):
     drawn = any(map(datasets.is_drawn, datasets.parts(s.public)))
     if drawn and (s.dry_run or "ldm.pt" in known):
         n = min(n or 1000, 200 if s.dry_run else 1000)
+    strokes = datasets.parts(s.public)[0] == "strokes"  # asked of another set, the flag is refused
     return find_set(s, s.public, n=n, seed=s.seed, label_attribute=s.label_attribute,
-                    public_classes=s.public_classes if datasets.parts(s.public)[0] == "strokes" else None)
+                    public_classes=s.public_classes if strokes or "public_classes" in s.given else None)
 
 
 def find_set(s, name, **kwargs):

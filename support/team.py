@@ -7,7 +7,6 @@ function here does the obvious.
 """
 import os
 import sys
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
@@ -68,16 +67,9 @@ def share(batch):
     return batch // world() + (rank() < batch % world())
 
 
-def shard(tensor):
-    """This rank's part of a data set: every world()-th image."""
-    return tensor[rank()::world()]
-
-
-def own_part(found):
-    """This rank's part of an ImageSet."""
-    return replace(found, images=shard(found.images), labels=shard(found.labels),
-                   captions=found.captions and shard(found.captions),
-                   attributes=found.attributes and {k: shard(v) for k, v in found.attributes.items()})
+def shard(found):
+    """This rank's part of a tensor or an ImageSet: every world()-th image."""
+    return found[rank()::world()]
 
 
 def own_device(device):

@@ -26,7 +26,7 @@ def selected(model, name, from_block):
     kind, colon, rank = name.partition(":")
     if kind != "lora" or not colon:
         return tuning.select_trainable(model, name, from_block)
-    if not rank.isdigit() or int(rank) < 1:
+    if not rank.isdecimal() or int(rank) < 1:
         raise ValueError(f"tune={name!r}: the rank after 'lora:' must be a whole number of at least 1")
     pairs = lora.insert(model, int(rank), from_block)
     return tuning.train_only(model, [*pairs, *tuning.embedder_of(model)])

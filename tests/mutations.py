@@ -123,7 +123,7 @@ MUTATIONS = [Mutation(*m) for m in (
                                                  "5.768).view(shape)"),),
      "tests/test_noise.py::test_outputs_beyond_float32_s_last_normal_are_possible_without_an_example"),
     (27, "the plan does not look at the noise's end", "support/guarantee.py",
-     (("if sigma and randomness.beyond_the_noise(generator, q, sigma, steps) > NEGLIGIBLE * delta:", "if False:"),),  # noqa: E501
+     (("if sigma and randomness.beyond_the_noise(limit, q, sigma, steps) > NEGLIGIBLE * delta:", "if False:"),),  # noqa: E501
      f"{TUNE}::test_a_plan_whose_noise_ends_too_early_is_refused"),
     (13, "the latent scale from private latents", "train.py",
      (("    return torch.cat(latents).contiguous()", "    return torch.cat(latents).contiguous() / "

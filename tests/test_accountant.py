@@ -607,7 +607,8 @@ def test_a_damaged_ledger_is_read_alike_by_resume_and_calculator(text, known, ex
     pytest.param(f"--n 1{'0' * 400} --batch 1 --sigma 1 --steps 3", id="n of 400 digits"),
     "--n 10 --batch inf --sigma 1 --steps 3", "--n 10 --batch nan --sigma 1 --steps 3",
     "--q 0.1 --sigma 1 --steps 3 --group 1000000000000", "--q 0.1 --sigma 1 --steps 3 --delta nan",
-    "--q 0.1 --steps 3 --epsilon nan", "--q 0.1 --sigma 1 --epsilon inf"])
+    "--q 0.1 --steps 3 --epsilon nan", "--q 0.1 --sigma 1 --epsilon inf",
+    "--q 0.5 --n 100 --batch 10 --sigma 1 --steps 3", "--q 0.1 --sigma 1 --steps 3 --epochs 2"])
 def test_command_line_errors_are_one_line(words, capsys):
     assert command(words) == 2
     captured = capsys.readouterr()

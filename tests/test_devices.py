@@ -253,7 +253,7 @@ def test_a_gpu_takes_as_many_images_at_a_time_as_half_of_its_memory_holds(monkey
     s = settings.parse(["--preset", "cifar10"])
     with torch.device("meta"):
         model = unet.LatentModel(unet.UNet(s.unet), unet.ClassEmbedder(10, s.unet.context_dim))
-    each = hardware.of_one_latent(model, (s.unet.in_channels, 16, 16)) * 4 / 3
+    each = hardware.bytes_of_one_latent(model, (s.unet.in_channels, 16, 16)) * 4 / 3
     assert 0.8 * 40e9 < found["large"] * each < 40e9
 
 

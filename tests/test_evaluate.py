@@ -281,7 +281,8 @@ def test_official_test_digits_are_used_when_present(run, tmp_path, capsys):
 @pytest.mark.parametrize("arguments, message", [
     ([], "is no run folder.*--out"), (["--memorisation"], "--memorisation writes private images"),
     (["--memorisation", "--out", "x.json"], "leave out --out"),
-    (["--out", "INSIDE"], "within a release"), (["--out", "DEEPER"], "within a release")])
+    (["--out", "INSIDE"], "within a release"), (["--out", "DEEPER"], "within a release"),
+    (["--out", "FOLDER"], "is a folder")])
 @pytest.mark.parametrize("form", ["folder", "release", "model.pt"])
 def test_nothing_uncovered_is_written_beside_a_copied_release(form, arguments, message, run, tmp_path,
                                                               monkeypatch):
@@ -292,7 +293,8 @@ def test_nothing_uncovered_is_written_beside_a_copied_release(form, arguments, m
             "model.pt": copied / "release" / "model.pt"}[form]
     monkeypatch.setattr(sample, "generate", None)  # would fail with a TypeError if the work began
     monkeypatch.setattr(scored, "held_out_sets", None)
-    places = {"INSIDE": copied / "release" / "x.json", "DEEPER": copied / "release" / "sub" / "x.json"}
+    places = {"INSIDE": copied / "release" / "x.json", "DEEPER": copied / "release" / "sub" / "x.json",
+              "FOLDER": tmp_path}
     arguments = [str(places.get(a, a)) for a in arguments]
     with pytest.raises(ValueError, match=message):
         evaluate.main([str(path), *arguments])

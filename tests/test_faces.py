@@ -1,5 +1,6 @@
 """Colour sets: CelebA's layout, own folders and arrays, errors in one line, all stages on tiny images."""
 
+import errno
 import json
 import os
 import runpy
@@ -317,6 +318,17 @@ def test_a_read_only_data_root_is_left_alone(tmp_path, monkeypatch):
     finally:
         os.chmod(base.parent, 0o755)
     (base.parent / "cache").write_text("a file where the folder should be")
+    assert len(datasets.load("celeba", root=base.parent, size=16)) == 40
+
+
+def test_a_cache_on_a_full_disk_is_done_without(tmp_path, monkeypatch):
+    base = write_celeba(tmp_path / "root")
+    monkeypatch.setattr(photos, "CACHE_FROM", 10)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
     assert len(datasets.load("celeba", root=base.parent, size=16)) == 40
 
 

@@ -4,6 +4,8 @@ import fcntl
 import json
 import os
 import signal
+import stat
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,6 +163,52 @@ def test_runs_of_older_versions_go_on(tmp_path, run, monkeypatch):
     with pytest.raises(ValueError) as refused:  # for another reason: the data are not at hand
         train.main(["--resume", "--out", "r"])
     assert "for private images only" not in str(refused.value)
+
+
+def test_a_resumed_run_keeps_where_its_data_lie_and_how_it_computes(tmp_path, monkeypatch):
+    """What Ctrl-C says is enough to go on, `--resume --out DIR`. A flag may still change such a setting."""
+    from support import settings
+    monkeypatch.chdir(tmp_path)
+    asked = settings.parse(["--preset", "celeba64", "--data-root", "sets", "--cache", "kept", "--method",
+                            "loop", "--watch", "2", "--device", "cpu", "--out", "r"])
+    assert asked.data_root == str(tmp_path / "sets") and asked.micro_batch == 64  # not the 256 of `digits`
+    (tmp_path / "r" / "internal").mkdir(parents=True)
+    files.write_json(settings.plain(vars(asked)), tmp_path / "r" / "internal" / "settings.json")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    resume = ["--resume", "--device", "cpu", "--out", str(tmp_path / "r")]
+    again = settings.parse(resume)
+    changed = settings.parse([*resume, "--data-root", "/new", "--micro-batch", "8"])
+    for key in settings.KEPT:
+        assert getattr(again, key) == getattr(asked, key), key
+    assert (changed.data_root, changed.micro_batch, changed.cache) == ("/new", 8, asked.cache)
+
+
+def test_public_classes_of_another_set_than_strokes_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="public_classes only applies to strokes"):
+        train.main([*TINY, "--public", "garments", "--public-classes", "letters", "--out",
+                    str(tmp_path / "r")])
+
+
+def test_a_release_of_a_data_set_that_is_not_there_is_refused_by_name(tmp_path):
+    release = SimpleNamespace(data={"public": "strokes", "private": "mine"})
+    with pytest.raises(ValueError, match="data set 'mine'"):
+        scored.sources(release, tmp_path)
+
+
+def test_a_file_system_that_cannot_sync_folders_costs_no_step(tmp_path, monkeypatch):
+    """The row is in the ledger by then: an error would spend the step for nothing."""
+    sync = files.os.fsync
+
+    def refused(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(handle)
+
+    monkeypatch.setattr(files.os, "fsync", refused)
+    files.append_row({"step": 0}, tmp_path / "ledger.jsonl")
+    files.write_json({"a": 1}, tmp_path / "plan.json")
+    assert files.read_json(tmp_path / "ledger.jsonl") == {"step": 0}
 
 
 def test_too_few_public_classes_are_refused_before_anything_is_made(tmp_path, run):

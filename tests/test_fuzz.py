@@ -305,7 +305,7 @@ def test_json(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("key, value", [("private_n", "x"), ("sigma", [1]), ("steps", "4"), ("lr", None),
                                         ("flips", 1),
                                         ("unet", {"no": 1}), ("schedule", 3), ("seed", "x"), ("tune", 5),
-                                        ("epsilon", {})])
+                                        ("epsilon", {}), ("classes", 5)])
 def test_settings_of_another_type(key, value, tmp_path):
     path = a_run_folder(tmp_path / "run") / "internal" / "settings.json"
     files.write_json(files.read_json(path) | {key: value}, path)

@@ -1,5 +1,6 @@
 """The noise of the mechanism: exact recipe, distribution, tail, where it is used."""
 import math
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ import accountant
 import dp_sgd
 from support import randomness
 from support.presets import DIGITS, PRESETS
+
+SECURE, FAST = Namespace(fast_noise=False, insecure_seed=None), Namespace(fast_noise=True)
 
 # 5.768: torch's float32 normals on a CPU, from uniforms of 24 bits
 FLOAT32_LIMIT = math.sqrt(48 * math.log(2))
@@ -207,7 +210,7 @@ def test_what_is_drawn_anew_is_distributed_as_the_tail_that_it_replaces(refined)
 
 
 @pytest.mark.parametrize("draws, bits, reach", [(4, 30 * 32 + 53, dp_sgd.SecureGenerator.reach),
-                                                (1, 53, randomness.reach(torch.Generator()))])
+                                                (1, 53, randomness.reach(FAST))])
 def test_the_density_within_reach_is_a_normal_s(draws, bits, reach):
     """Of a normal z made from several draws: how likely is one that misses, as no radius goes so far?
 
@@ -245,21 +248,20 @@ def test_no_preset_reaches_beyond_its_noise(preset):
     for epsilon in (10.0, 1.0):
         sigma = accountant.noise_multiplier(epsilon, delta, q, steps, s["accountant"])  # what a run takes
         for k in (1, 20):
-            assert randomness.beyond_the_noise(dp_sgd.SecureGenerator(), q, sigma, steps, k) < 1e-3 * delta
+            assert randomness.beyond_the_noise(randomness.reach(SECURE), q, sigma, steps, k) < 1e-3 * delta
         if preset != "celeba256-text":  # at epsilon 10 its noise is too little for --fast-noise: refused
-            ordinary = randomness.fresh_generator()
-            assert randomness.beyond_the_noise(ordinary, q, sigma, steps) < 1e-3 * delta
+            assert randomness.beyond_the_noise(randomness.reach(FAST), q, sigma, steps) < 1e-3 * delta
 
 
 def test_the_bound_sees_what_float32_noise_cost(monkeypatch):
     """Published lower bounds on delta with float32 noise: default 1.2e-5 of 1e-5, celeba64 2.4e-5 of 1e-6."""
     monkeypatch.setattr(dp_sgd.SecureGenerator, "reach", FLOAT32_LIMIT)
-    generator, s = dp_sgd.SecureGenerator(), DIGITS | PRESETS["celeba64"]
+    reach, s = randomness.reach(SECURE), DIGITS | PRESETS["celeba64"]
     q = s["batch_size"] / SIZES["celeba"]
     sigma = accountant.noise_multiplier(s["epsilon"], s["delta"], q, s["steps"], "pld")
-    assert randomness.beyond_the_noise(generator, q, sigma, s["steps"]) > s["delta"]
+    assert randomness.beyond_the_noise(reach, q, sigma, s["steps"]) > s["delta"]
     once = stats.norm.sf(FLOAT32_LIMIT - 2)
-    assert randomness.beyond_the_noise(generator, 1.0, 0.5, 1) == pytest.approx(once, rel=1e-9)
-    assert randomness.beyond_the_noise(generator, 0.3, 0.0, 1) == 1
+    assert randomness.beyond_the_noise(reach, 1.0, 0.5, 1) == pytest.approx(once, rel=1e-9)
+    assert randomness.beyond_the_noise(reach, 0.3, 0.0, 1) == 1
     pair = 2 * 0.3 * 0.7 * stats.norm.sf(FLOAT32_LIMIT - 2) + 0.09 * stats.norm.sf(FLOAT32_LIMIT - 4)
-    assert randomness.beyond_the_noise(generator, 0.3, 0.5, 7, 2) == pytest.approx(7 * pair, rel=1e-9)
+    assert randomness.beyond_the_noise(reach, 0.3, 0.5, 7, 2) == pytest.approx(7 * pair, rel=1e-9)

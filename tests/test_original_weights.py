@@ -373,7 +373,7 @@ def test_only_the_autoencoder_from_elsewhere(tmp_path, monkeypatch, capsys):
     assert [path.name for path in (tmp_path / "a" / "public").iterdir()] == ["vae.pt"]
     began = []
 
-    def enough(s, title, *args):
+    def enough(s, title, *args, **named):
         began.append(title)
         raise KeyboardInterrupt
 

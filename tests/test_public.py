@@ -28,7 +28,7 @@ NOTHING = "nothing would be private"
 def tiny():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(presets.PRESETS, "faces", TINY)
-        patch.setattr(train, "fit", lambda *args: None)
+        patch.setattr(train, "fit", lambda *args, **named: None)
         yield
 
 

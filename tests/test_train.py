@@ -327,7 +327,7 @@ REFUSED = [
     (["--guidance", "1e300"], "--guidance"), (["--width", "1" + 30 * "0"], "--width"),
     (["--depth", "99999999"], "--depth"),
     (["--text-layers", "99999999"], "--text-layers"), (["--public-n", "1" + 30 * "0"], "--public-n"),
-    (["--kl-weight", "1e300"], "--kl-weight"), (["--tune", "lora:\u00b2"], "\u00b2"),
+    (["--kl-weight", "1e300"], "--kl-weight"), (["--tune", "lora:\u00b2"], "whole number"),
     (["--delta", "1e-11"], "--accountant rdp"),
 ]
 
