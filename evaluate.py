@@ -39,7 +39,7 @@ import datasets
 import metrics
 import sample
 from extensions import memorisation
-from support import arguments, files, hardware, run_folder, scored
+from support import arguments, command_line, files, hardware, scored
 from support.classifiers import RESIDUAL, network
 
 # Arguments of metrics.train_classifier.
@@ -155,7 +155,7 @@ def distance_of(args, release, folder, public, images, split, real, lap):
 
 
 def parse(argv):
-    parser = run_folder.Parser(description="Score samples of a released model on real held-out images.")
+    parser = command_line.Parser(description="Score samples of a released model on real held-out images.")
     add = parser.add_argument
     add("run", help="run folder, release folder or model.pt")
     add("--protocol", choices=list(PROTOCOLS), default="quick",
@@ -272,4 +272,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_folder.run_cli(main)
+    command_line.run_cli(main)

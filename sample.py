@@ -19,7 +19,7 @@ import unet
 import vae
 from datasets import pixels
 from extensions import text
-from support import arguments, checkpoints, files, hardware, run_folder, scored
+from support import arguments, checkpoints, command_line, files, hardware, scored
 from support.bars import tqdm
 
 FORMAT = 1  # of release/model.pt; raised when an older one would be misread
@@ -137,4 +137,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_folder.run_cli(main)
+    command_line.run_cli(main)

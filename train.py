@@ -36,7 +36,8 @@ import vae
 from datasets import pixels
 from extensions import perceptual
 from support import (
-    checkpoints, conditions, dry_run, guarantee, hardware, progress, run_folder, start, team, trainable)
+    checkpoints, command_line, conditions, dry_run, guarantee, hardware, progress, run_folder, start, team,
+    trainable)
 from support.bars import tqdm
 from support.hardware import autocast, select
 from support.randomness import generators
@@ -275,4 +276,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_folder.run_cli(main)
+    command_line.run_cli(main)

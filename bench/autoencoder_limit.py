@@ -19,7 +19,7 @@ import datasets
 import metrics
 import sample
 from datasets import pixels
-from support import run_folder, scored
+from support import command_line, scored
 
 
 def main(argv=None):
@@ -70,4 +70,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_folder.run_cli(main)
+    command_line.run_cli(main)

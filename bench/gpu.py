@@ -41,7 +41,7 @@ import tuning
 import unet
 from bench import dp_step
 from bench.runs import commit
-from support import dry_run, files, hardware, progress, randomness, run_folder
+from support import command_line, dry_run, files, hardware, progress, randomness
 from support.settings import GRADIENTS
 
 MARGIN = 15  # seconds kept back for leaving
@@ -476,4 +476,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_folder.run_cli(main)
+    command_line.run_cli(main)

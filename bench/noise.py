@@ -13,7 +13,7 @@ import time
 import torch
 
 import dp_sgd
-from support import randomness, run_folder
+from support import command_line, randomness
 
 
 def main(argv=None):
@@ -41,4 +41,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_folder.run_cli(main)
+    command_line.run_cli(main)

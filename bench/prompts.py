@@ -17,7 +17,7 @@ import torch
 import datasets
 import metrics
 import sample
-from support import files, hardware, run_folder, scored
+from support import command_line, files, hardware, scored
 
 PROMPTS = {  # what each of them names
     "a young woman": {"Male": False, "Young": True},
@@ -135,4 +135,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_folder.run_cli(main)
+    command_line.run_cli(main)

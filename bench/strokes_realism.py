@@ -17,7 +17,7 @@ import torch
 
 import datasets
 import metrics
-from support import run_folder
+from support import command_line
 
 
 def main():
@@ -54,4 +54,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_folder.run_cli(main)
+    command_line.run_cli(main)

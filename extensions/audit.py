@@ -84,7 +84,7 @@ from torch import nn
 import accountant
 import dp_sgd
 from extensions.bookkeeping import bookkeeping
-from support import arguments, files, randomness, run_folder
+from support import arguments, command_line, files, randomness
 from support.bars import tqdm
 from support.calculator import read_run
 
@@ -270,7 +270,7 @@ def histogram(result, caption, path, width=800, height=400):
 
 
 def main(argv=None):
-    parser = run_folder.Parser(description="Attack the DP-SGD engine; print lower and upper bounds on "
+    parser = command_line.Parser(description="Attack the DP-SGD engine; print lower and upper bounds on "
                                            "epsilon.")
     add = parser.add_argument
     add("run", nargs="?", help="run folder whose q, sigma, steps, C and clipping are audited [runs/digits]")
@@ -331,4 +331,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_folder.run_cli(main)
+    command_line.run_cli(main)

@@ -24,7 +24,18 @@ import diffusion
 import unet
 import vae
 from datasets import pixels
-from support import arguments, checkpoints, conditions, files, presets, run_folder, settings, start, team
+from support import (
+    arguments,
+    checkpoints,
+    command_line,
+    conditions,
+    files,
+    presets,
+    run_folder,
+    settings,
+    start,
+    team,
+)
 
 GROUPS = 32  # in every GroupNorm of the original code
 # Prefixes of the names in a checkpoint.
@@ -283,7 +294,7 @@ PASSED_ON = ("size", "factor", "latent-channels", "width", "depth", "condition",
 
 
 def main(argv=None):
-    parser = run_folder.Parser(description="Make the public stages of a run from a latent-diffusion "
+    parser = command_line.Parser(description="Make the public stages of a run from a latent-diffusion "
                                            "checkpoint.")
     add = parser.add_argument
     add("checkpoint", type=Path, nargs="?", help="file of the original code with a UNet; without it only the "
@@ -322,4 +333,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_folder.run_cli(main)
+    command_line.run_cli(main)

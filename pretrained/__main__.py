@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import datasets
-from support import checkpoints, files, run_folder
+from support import checkpoints, command_line, files
 
 HERE = Path(__file__).parent
 
@@ -26,7 +26,7 @@ def halved(value):
 
 
 def main(argv=None):
-    parser = run_folder.Parser(description=__doc__.partition("\n")[0],
+    parser = command_line.Parser(description=__doc__.partition("\n")[0],
                                formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder whose public networks are taken")
     parser.add_argument("name", help="folder to write in pretrained/")
@@ -53,4 +53,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_folder.run_cli(main)
+    command_line.run_cli(main)

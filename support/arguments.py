@@ -6,12 +6,12 @@ import torch
 
 import datasets
 from extensions import text
-from support import hardware, run_folder
+from support import command_line, hardware
 
 
 def of_sample(argv):
     """The command line of sample.py, checked."""
-    parser = run_folder.Parser(description="Draw images from a released DP-LDM model (no privacy cost).")
+    parser = command_line.Parser(description="Draw images from a released DP-LDM model (no privacy cost).")
     add = parser.add_argument
     add("run", help="run folder, release folder or model.pt")
     add("--labels", help='classes to draw, e.g. "0-9" or "3,5" (default: all, in turn)')

@@ -15,7 +15,7 @@ import numpy as np
 import accountant
 from accountant import check, count_steps, one_kind, renyi
 from extensions import pld
-from support import files, run_folder
+from support import command_line, files
 from support.rounding import round_up
 
 STATED = ("q", "sigma", "steps", "delta", "epsilon")  # numbers of a privacy.json
@@ -189,7 +189,7 @@ def plan(q, steps, sigma, epsilon, delta, group):
 
 def parse(argv):
     """The arguments, with q, steps and delta filled in for a plan.  ValueError for what cannot be."""
-    parser = run_folder.Parser(
+    parser = command_line.Parser(
         description="epsilon of DP-SGD (Poisson sampling, one example added or removed)")
     add = parser.add_argument
     add("runs", nargs="*", help="run directories: recompute epsilon from the ledger, else from privacy.json")

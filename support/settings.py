@@ -16,7 +16,7 @@ import datasets
 import dp_sgd
 import tuning
 from extensions.bookkeeping import bookkeeping
-from support import checkpoints, files, hardware, presets, run_folder
+from support import checkpoints, command_line, files, hardware, presets, run_folder
 from support.files import plain
 
 GRADIENTS = {"bookkeeping": bookkeeping, "loop": dp_sgd.loop, "vmap": dp_sgd.vmap}  # --method
@@ -50,7 +50,7 @@ def flag(key):
 
 def parse(argv):
     """Command line -> settings: the preset's values, overridden by flags. ValueError for impossible ones."""
-    p = run_folder.Parser(description="Train DP-LDM: two public stages, one private stage.",
+    p = command_line.Parser(description="Train DP-LDM: two public stages, one private stage.",
                           argument_default=argparse.SUPPRESS,
                           epilog="Defaults in brackets are those of the preset `digits`. --help-all shows "
                                  "the flags that are left out here.")

@@ -13,7 +13,7 @@ from scipy.stats import binom
 import accountant
 import dp_sgd
 from extensions import audit
-from support import files, randomness, run_folder
+from support import command_line, files, randomness
 
 
 @pytest.fixture(autouse=True)
@@ -216,7 +216,7 @@ def test_program_without_a_run_and_its_verdict(capsys, monkeypatch):
 def test_bad_input_is_one_line(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as left:
-        run_folder.run_cli(lambda: audit.main(words.split()))
+        command_line.run_cli(lambda: audit.main(words.split()))
     error = capsys.readouterr().err.strip().splitlines()
     assert left.value.code == 2 and len(error) == 1 and message in error[0]
 

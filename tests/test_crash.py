@@ -27,7 +27,7 @@ import dp_sgd
 import sample
 import train
 from datasets import pixels
-from support import calculator, files, guarantee, progress, randomness, rounding, run_folder
+from support import calculator, command_line, files, guarantee, progress, randomness, rounding, run_folder
 
 TINY = ["--preset", "smoke", "--public-n", "40", "--private-n", "100", "--vae-steps", "2", "--ldm-steps", "2",
         "--vae-batch",
@@ -217,7 +217,7 @@ def test_a_crash_at_each_point_of_a_step(number, point, public, tmp_path, monkey
 def test_a_full_disk_is_one_line(public, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(files, "append_row", on_second_call(files.append_row, EXCEPTIONS[2]))
     with pytest.raises(SystemExit) as left:
-        run_folder.run_cli(lambda: train.main(command(tmp_path / "run", public, 3)))
+        command_line.run_cli(lambda: train.main(command(tmp_path / "run", public, 3)))
     assert left.value.code == 2 and "No space left" in capsys.readouterr().err.strip().splitlines()[-1]
 
 

@@ -22,7 +22,7 @@ import unet
 import vae
 from bench import gpu
 from extensions import text
-from support import conditions, dry_run, hardware, run_folder, settings, trainable
+from support import command_line, conditions, dry_run, hardware, settings, trainable
 from support.settings import GRADIENTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -198,7 +198,7 @@ def test_out_of_memory_names_the_stage_and_the_run_goes_on(monkeypatch, tmp_path
                               (dp_sgd.DPSGD, "accumulate", "--micro-batch")):
         with monkeypatch.context() as patched, pytest.raises(SystemExit) as left:
             patched.setattr(place, name, full)
-            run_folder.run_cli(lambda: train.main([*flags, "--resume", "auto"]))
+            command_line.run_cli(lambda: train.main([*flags, "--resume", "auto"]))
         line = capsys.readouterr().err.splitlines()[-1]
         assert left.value.code == 2 and line.startswith("error: out of memory in") and flag in line
     assert len(calls) == 3

@@ -25,7 +25,7 @@ import vae
 from bench import prompts
 from datasets import photos
 from extensions import memorisation
-from support import files, guarantee, paper_networks, presets, run_folder, scored, settings
+from support import command_line, files, guarantee, paper_networks, presets, run_folder, scored, settings
 
 ATTRIBUTES = ["Male", "Wearing_Hat", "Zebra"]  # not CelebA's forty
 N = 60
@@ -791,7 +791,7 @@ def test_bad_flags_are_refused_before_any_work(run, flags, message, monkeypatch,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "fit", None)
     with pytest.raises(SystemExit) as left:
-        run_folder.run_cli(lambda: train.main(["--preset", "faces", "--data-root", str(run[1]), *TINY,
+        command_line.run_cli(lambda: train.main(["--preset", "faces", "--data-root", str(run[1]), *TINY,
                                                *flags]))
     error = capsys.readouterr().err.strip().splitlines()
     assert left.value.code == 2 and message in error[-1] and error[-1].startswith("error: ")

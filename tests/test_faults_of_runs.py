@@ -14,7 +14,7 @@ import evaluate
 import sample
 import train
 from extensions import audit
-from support import files, run_folder, scored, team
+from support import command_line, files, run_folder, scored, team
 
 TINY = ["--preset", "smoke", "--vae-steps", "1", "--ldm-steps", "1", "--public-n", "80", "--private-n", "200",
         "--batch-size", "20", "--steps", "1", "--delta", "1e-3", "--sample-steps", "1", "--device", "cpu",
@@ -232,7 +232,7 @@ def test_what_is_called_out_of_memory(text, known, capsys):
         raise RuntimeError(text)
 
     with pytest.raises(SystemExit if known else RuntimeError):
-        run_folder.run_cli(fails)
+        command_line.run_cli(fails)
     assert ("out of memory" in capsys.readouterr().err) == known
 
 

@@ -23,7 +23,7 @@ import unet
 import vae
 from datasets import arrays, photos
 from extensions import original_weights
-from support import calculator, checkpoints, files, progress, run_folder, settings
+from support import calculator, checkpoints, command_line, files, progress, run_folder, settings
 
 TIMES = 20
 UNET = dict(in_channels=2, out_channels=2, model_channels=8, channel_mult=(1,), num_heads=1, context_dim=4,
@@ -205,7 +205,7 @@ def test_command_line_of_sample(arguments, valid, tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     files.save(valid["model.pt"], tmp_path / "model.pt")
     with pytest.raises(SystemExit) as left:
-        run_folder.run_cli(lambda: sample.main(["model.pt", *arguments]))
+        command_line.run_cli(lambda: sample.main(["model.pt", *arguments]))
     assert left.value.code == 2 and capsys.readouterr().err.strip().splitlines()[-1].startswith("error: ")
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
@@ -218,11 +218,11 @@ def test_out_of_memory_is_one_line(error, capsys):
         raise error
 
     with pytest.raises(SystemExit) as left:
-        run_folder.run_cli(main)
+        command_line.run_cli(main)
     lines = capsys.readouterr().err.splitlines()
     assert left.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: out of memory")
     with pytest.raises(RuntimeError, match="a mistake"):  # of the program: that one keeps its traceback
-        run_folder.run_cli(lambda: (_ for _ in ()).throw(RuntimeError("a mistake")))
+        command_line.run_cli(lambda: (_ for _ in ()).throw(RuntimeError("a mistake")))
 
 
 def test_a_pickle_does_not_run(tmp_path):

@@ -19,7 +19,7 @@ import datasets
 import dp_sgd
 import sample
 import train
-from support import files, randomness, run_folder, team
+from support import command_line, files, randomness, run_folder, team
 
 TINY = ["--preset", "smoke", "--public-n", "40", "--private-n", "101", "--vae-steps", "2", "--ldm-steps", "2",
         "--vae-batch",
@@ -34,7 +34,7 @@ def worker(number, port, job, place):
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(place / f"{name}.{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     torch.set_num_threads(1)
-    run_folder.run_cli(partial(job, number, place))
+    command_line.run_cli(partial(job, number, place))
 
 
 def two_processes(job, place, stopped=None):

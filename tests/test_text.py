@@ -19,7 +19,7 @@ import tuning
 import unet
 import vae
 from extensions import captions, text
-from support import checkpoints, conditions, files, presets, run_folder, settings, trainable
+from support import checkpoints, command_line, conditions, files, presets, settings, trainable
 from support.settings import GRADIENTS
 
 CELEBA = [
@@ -269,7 +269,7 @@ def run(tmp_path_factory):
 
 def command(module, *args):
     with pytest.raises(SystemExit) as left:
-        run_folder.run_cli(lambda: module.main([str(a) for a in args]))
+        command_line.run_cli(lambda: module.main([str(a) for a in args]))
     return left.value.code
 
 

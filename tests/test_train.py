@@ -17,7 +17,17 @@ import train
 import tuning
 import vae
 from datasets import strokes
-from support import checkpoints, conditions, dry_run, files, guarantee, presets, run_folder, settings
+from support import (
+    checkpoints,
+    command_line,
+    conditions,
+    dry_run,
+    files,
+    guarantee,
+    presets,
+    run_folder,
+    settings,
+)
 
 PRIVACY_KEYS = {"statement", "epsilon", "delta", "accountant", "adjacency", "unit", "sampling", "n", "q",
                 "steps", "sigma",
@@ -337,7 +347,7 @@ def test_bad_input_is_refused_before_any_work(flags, message, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "fit", None)  # would fail with a TypeError if training began
     with pytest.raises(SystemExit) as left:
-        run_folder.run_cli(lambda: train.main(["--preset", "smoke", *flags]))
+        command_line.run_cli(lambda: train.main(["--preset", "smoke", *flags]))
     error = capsys.readouterr().err.strip().splitlines()
     assert not any(line.startswith("usage") for line in error)
     assert left.value.code == 2 and message in error[-1] and error[-1].startswith("error: ")
