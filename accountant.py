@@ -13,7 +13,8 @@ on the gradient of that one example. What he sees is distributed as
 An accountant is one function of (kinds, delta) that returns epsilon. kinds is {(q, sigma): T}: how many steps
 of each kind were made.
   rdp   Renyi moments, in this file (Mironov, Talwar, Zhang 2019). They are exact for one step and add up over
-        steps. Turning them into epsilon (Canonne, Kamath, Steinke 2020) loses 5 to 15 % against "pld".
+        steps. Turning them into epsilon (Canonne, Kamath, Steinke 2020) mostly loses 5 to 15 % against "pld",
+        and more where q is small and sigma below 1.
   pld   The distribution of the privacy loss log P/Q, in extensions/pld.py. Tight, with certified bounds.
 The argument `method` takes one of these names, or a function of your own.
 

@@ -12,7 +12,8 @@ Each result is a line of DIR/gpu.jsonl, written as soon as it is known, with the
 bench/results.jsonl, the lines of part 2 become the table of docs/speed.md: `python -m bench.tables --write`.)
 What fails is a line with its error, and the next thing begins. Nothing begins for which the time left is too
 short, and what is at work when the time is up is stopped as by Ctrl-C. Run folders are in --work; a later
-command with the same --work goes on with them. Their pictures and privacy.json are copied to DIR.
+command with the same --work goes on with them, but part 1 begins anew. Their pictures and privacy.json are
+copied to DIR.
 """
 import argparse
 import contextlib
@@ -221,7 +222,7 @@ def smoke(bench, name, *flags):
 
 def stopped(bench):
     """Ctrl-C in the private stage, --resume, as many ledger rows as steps; then sample.py, evaluate.py."""
-    out, steps = bench.work / "smoke", 3 if bench.tiny else 20
+    out, steps = bench.work / "gpu-smoke", 3 if bench.tiny else 20
     real = dp_sgd.DPSGD.step
 
     def step(engine, optimizer):  # the first private step ends with a Ctrl-C
@@ -229,7 +230,7 @@ def stopped(bench):
         os.kill(os.getpid(), signal.SIGINT)
 
     with mock.patch.object(dp_sgd.DPSGD, "step", step), contextlib.suppress(SystemExit):
-        smoke(bench, "smoke", "--steps", str(steps))
+        smoke(bench, "gpu-smoke", "--steps", str(steps))
     done = len((out / "internal" / "ledger.jsonl").read_text().splitlines())
     train.main(["--resume", "--out", str(out), "--device", bench.device])
     rows = len((out / "internal" / "ledger.jsonl").read_text().splitlines())
@@ -270,7 +271,7 @@ def replayed(bench):
     flags = ["--steps", "0", "--precision", "float32", "--resume", "auto", "--sample-steps", "1",
              "--vae-steps", "8", "--ldm-steps", "8"]
     for name, how in (("graph", recording), ("eager", plain), ("again", plain), ("repeated", repeating)):
-        out = bench.work / f"smoke-{name}"
+        out = bench.work / f"gpu-smoke-{name}"
         shutil.rmtree(out, ignore_errors=True)
         with mock.patch.object(hardware, "recorded", how):
             if name == "graph":
@@ -302,7 +303,7 @@ def right(bench):
     bench.attempt(1, "Poisson batches, generators", 5, sampling)
     bench.attempt(1, "public stages, recorded and not", 40 if not bench.tiny else 5, replayed)
     bench.attempt(1, "run, stop, resume, sample, evaluate", 20, stopped)
-    bench.attempt(1, "run by text", 15, lambda b: smoke(b, "smoke-text", "--condition", "text"))
+    bench.attempt(1, "run by text", 15, lambda b: smoke(b, "gpu-smoke-text", "--condition", "text"))
 
 
 # --------------------------------------------------------------------------------------------------- 2: fast

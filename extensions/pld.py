@@ -40,8 +40,8 @@ Every error is inside the bounds:
 Beyond one epsilon for one image, the same distribution answers two questions that people ask: what k images
 of one person cost together (`group_epsilon`), and how often a membership attacker can be right
 (`attacker_tpr`).  So a mechanism is (q, sigma, k) in this file: k examples come and go together, usually 1,
-and P = sum_j Binomial(k, q)(j) N(j, sigma^2), a mixture of Gaussians.  `kinds` is a tuple of (mechanism, T),
-one for each kind of step.
+and P = sum_j Binomial(k, q)(j) N(j, sigma^2), a mixture of Gaussians.  `mechanisms` is a tuple of
+(mechanism, T), one for each kind of step.
 
     from extensions import pld
     pld.epsilon_of({(0.0333, 1.5): 6000}, 1e-5)           the accountant "pld" of accountant.py
@@ -60,7 +60,7 @@ import accountant
 from accountant import best_order, check, count_steps, epsilon_by_moments, log_delta, one_kind
 
 FFT_NOISE = 1e-15  # per level of the FFT
-MASS_NOISE = 4e-15  # relative error of a normal tail; at z standard deviations 1 + z^2 / 10 times that
+MASS_NOISE = 4e-15  # relative error of a normal tail; at z standard deviations 1 + z^2 / 4 times that
 LEAK = 1e-10  # tilted mass beyond either end of the circle of the FFT
 # The certificate is tested inside these limits: smallest delta and q, largest sigma, most steps.
 PLD_DELTA, PLD_Q, PLD_SIGMA, PLD_STEPS = 1e-10, 1e-7, 1e3, 1e7
@@ -69,12 +69,12 @@ PLD_DELTA, PLD_Q, PLD_SIGMA, PLD_STEPS = 1e-10, 1e-7, 1e3, 1e7
 BEYOND = (ArithmeticError, ValueError, MemoryError)
 
 
-def epsilon_of(steps, delta):
+def epsilon_of(kinds, delta):
     """The accountant "pld": epsilon of steps {(q, sigma): T} at delta, certified upper bound.
 
     ValueError for a delta below 1e-10, which the certificate does not reach."""
     _check_delta(delta)
-    return bounds(steps, delta)[1]
+    return bounds(kinds, delta)[1]
 
 
 def _check_delta(delta):
@@ -84,17 +84,17 @@ def _check_delta(delta):
                          "the method rdp (train.py: --accountant rdp)")
 
 
-def _kinds(steps, k=1):
+def _mechanisms(kinds, k=1):
     """Steps {(q, sigma): T} as a tuple of ((q, sigma, k), T); empty for k = 0, which costs nothing."""
-    return tuple(((q, sigma, int(k)), T) for (q, sigma), T in steps.items()) if k else ()
+    return tuple(((q, sigma, int(k)), T) for (q, sigma), T in kinds.items()) if k else ()
 
 
-def _silent(kinds):
-    return any(sigma == 0 for (_, sigma, _), _ in kinds)  # a step without noise
+def _silent(mechanisms):
+    return any(sigma == 0 for (_, sigma, _), _ in mechanisms)  # a step without noise
 
 
-def _subsampled(kinds):
-    return any(q < 1 for (q, _, _), _ in kinds)
+def _subsampled(mechanisms):
+    return any(q < 1 for (q, _, _), _ in mechanisms)
 
 
 # ---- one step: losses and their masses on a grid -------------------------------------------------
@@ -132,9 +132,9 @@ def _log_moment(q, sigma, alpha, k):
     return accountant.moment_by_integral(q, sigma, alpha, partial(_ratio, k=k), k)
 
 
-def _composed(kinds):
+def _composed(mechanisms):
     """alpha -> sum of log moments.  Its best order tells how to tilt, its epsilon where to look."""
-    return lambda alpha: sum(T * _log_moment(q, sigma, alpha, k) for (q, sigma, k), T in kinds)
+    return lambda alpha: sum(T * _log_moment(q, sigma, alpha, k) for (q, sigma, k), T in mechanisms)
 
 
 class Part(NamedTuple):
@@ -159,9 +159,11 @@ def _span(q, sigma, k, tail):
 
 
 def _tails(z):
-    """(normal tails below z, bounds of their rounding errors). The error of z grows z^2 times in a tail."""
+    """(normal tails below z, bounds of the errors of a difference of two of them).
+
+    A relative error of z grows z^2 times in a tail: z is rounded, and z / sqrt(2) within ndtr."""
     tails = ndtr(z)
-    return tails, MASS_NOISE * (1 + np.minimum(z * z, 1e4) / 10) * tails  # 1e4: z may be infinite
+    return tails, MASS_NOISE * (1 + np.minimum(z * z, 1e4) / 4) * tails  # 1e4: z may be infinite
 
 
 def _masses(tails, errors, sign):
@@ -332,24 +334,25 @@ def _compose(parts, h, theta, eta, tail):
     return upper, lower, grid
 
 
-def _curves(kinds, theta, eps, small):
+def _curves(mechanisms, theta, eps, small):
     """[(upper, lower, grid)] for removed, added.  small: the least delta (or false-positive rate).
 
     Upper and lower epsilon differ by 2e-4 to 1e-3 of max(eps, spread), and by more past 1e6 steps.  The lower
     one may be worthless where sigma is so small that h must be raised."""
-    steps = sum(t for _, t in kinds)
-    if steps > PLD_STEPS or any(q < PLD_Q or sigma > PLD_SIGMA for (q, sigma, _), _ in kinds):
+    steps = sum(t for _, t in mechanisms)
+    if steps > PLD_STEPS or any(q < PLD_Q or sigma > PLD_SIGMA for (q, sigma, _), _ in mechanisms):
         raise OverflowError("outside what the certificate is tested for")
     # standard deviation of Y, about: at alpha = 1.5 log A is near alpha (alpha - 1) / 2 = 0.375 variances
-    spread = math.sqrt(sum(t * _log_moment(q, sigma, 1.5, k) / 0.375 for (q, sigma, k), t in kinds))
+    spread = math.sqrt(sum(t * _log_moment(q, sigma, 1.5, k) / 0.375 for (q, sigma, k), t in mechanisms))
     tail = 1e-6 * small / steps
-    spans = [_span(*mechanism, tail) for mechanism, _ in kinds]
+    spans = [_span(*mechanism, tail) for mechanism, _ in mechanisms]
     h = math.sqrt(1.5e-4 * max(1, steps / 1e6) * max(eps, spread) / ((1 + max(theta, 1 / spread)) * steps))
     # so tau R (1 + theta), about the gap of the bounds, is as above; at most 2^21 numbers in a step's tables
-    h = max(h, *((s[3] - s[2]) * (k + 1) / 2**21 for s, ((_, _, k), _) in zip(spans, kinds, strict=True)))
+    widest = ((s[3] - s[2]) * (k + 1) for s, ((_, _, k), _) in zip(spans, mechanisms, strict=True))
+    h = max(h, max(widest) / 2**21)
     while True:  # h is doubled until the FFT fits into memory
         removed, added = [], []
-        for (mechanism, t), span in zip(kinds, spans, strict=True):
+        for (mechanism, t), span in zip(mechanisms, spans, strict=True):
             loss, (p, dp, p_low, p_high), (q, dq, q_low, q_high), slack = _cells(*mechanism, h, span)
             removed.append(_connect_dots(loss, p, dp, q, dq, p_low, p_high, slack, t))
             # the other direction: P and Q change places, and losses their sign
@@ -364,11 +367,11 @@ def _curves(kinds, theta, eps, small):
 # ---- full batches: one Gaussian mechanism --------------------------------------------------------
 
 
-def _full_batches(kinds):
+def _full_batches(mechanisms):
     """mu of the one Gaussian mechanism that these steps would be with full batches (q = 1).
 
-    It dominates them, also for kinds of k: by convexity the mixture costs at most its worst part."""
-    return math.sqrt(sum(t * (k / sigma) ** 2 for (_, sigma, k), t in kinds))
+    It dominates them, for k examples as well: by convexity the mixture costs at most its worst part."""
+    return math.sqrt(sum(t * (k / sigma) ** 2 for (_, sigma, k), t in mechanisms))
 
 
 def _gaussian_delta(mu, eps):
@@ -426,17 +429,17 @@ def delta_by_moments(moment, eps):
 
 @lru_cache(maxsize=256)
 @np.errstate(all="ignore")
-def _pld_epsilon(kinds, delta):
+def _pld_epsilon(mechanisms, delta):
     """(lower, upper).  Without a certificate lower is 0 and upper the smallest other bound that is proven;
     inf for steps without noise."""
-    if not kinds or _silent(kinds):
-        return (0.0, math.inf) if kinds else (0.0, 0.0)
-    rdp_eps, order = epsilon_by_moments(_composed(kinds), delta)
-    full_batches = _gaussian_epsilon(_full_batches(kinds), delta)
-    if not _subsampled(kinds):
+    if not mechanisms or _silent(mechanisms):
+        return (0.0, math.inf) if mechanisms else (0.0, 0.0)
+    rdp_eps, order = epsilon_by_moments(_composed(mechanisms), delta)
+    full_batches = _gaussian_epsilon(_full_batches(mechanisms), delta)
+    if not _subsampled(mechanisms):
         return full_batches
     proven = full_batches[1]
-    if all(k == 1 for (_, _, k), _ in kinds):  # with k > 1, rdp covers "removed" only
+    if all(k == 1 for (_, _, k), _ in mechanisms):  # with k > 1, rdp covers "removed" only
         proven = min(rdp_eps, proven)
     elif proven > 700:
         proven = math.inf  # a group: e^epsilon leaves float64, as good as no promise
@@ -445,37 +448,37 @@ def _pld_epsilon(kinds, delta):
     guess = max(rdp_eps, 1e-12)
     try:
         for _ in range(3):  # usually once; again where RDP is far off and its order a poor tilt
-            brackets = [_invert(*curve, delta) for curve in _curves(kinds, order - 1, guess, delta)]
+            brackets = [_invert(*curve, delta) for curve in _curves(mechanisms, order - 1, guess, delta)]
             lowest, highest = (max(side) for side in zip(*brackets, strict=True))
             if not 0 < highest < 0.7 * guess:
                 break
-            guess, order = highest, delta_by_moments(_composed(kinds), highest)[1]
+            guess, order = highest, delta_by_moments(_composed(mechanisms), highest)[1]
     except BEYOND:
         return 0.0, proven
     return lowest, highest if highest < proven else proven
 
 
 @np.errstate(all="ignore")
-def _pld_delta(kinds, eps):
+def _pld_delta(mechanisms, eps):
     """(lower, upper)."""
-    if not kinds or _silent(kinds):
-        return (0.0, 1.0) if kinds else (0.0, 0.0)
-    if not _subsampled(kinds):
-        return _gaussian_delta(_full_batches(kinds), eps)
-    rdp_delta, order = delta_by_moments(_composed(kinds), eps)
+    if not mechanisms or _silent(mechanisms):
+        return (0.0, 1.0) if mechanisms else (0.0, 0.0)
+    if not _subsampled(mechanisms):
+        return _gaussian_delta(_full_batches(mechanisms), eps)
+    rdp_delta, order = delta_by_moments(_composed(mechanisms), eps)
     try:
-        curves = _curves(kinds, order - 1, eps, min(0.1, max(rdp_delta, 1e-10)))
+        curves = _curves(mechanisms, order - 1, eps, min(0.1, max(rdp_delta, 1e-10)))
         lowest, highest = (max(float(c[side](eps)) for c in curves) for side in (1, 0))
     except BEYOND:
         return 0.0, rdp_delta
     return max(0.0, lowest), highest if highest < rdp_delta else rdp_delta
 
 
-def bounds(steps, delta, k=1):
+def bounds(kinds, delta, k=1):
     """(lower, upper) bound on epsilon of steps {(q, sigma): T}, for k images of one person together.
 
     For any delta in (0, 1).  Uncertified: see `_pld_epsilon`.  Over 64 kinds (merged): only upper holds."""
-    return _pld_epsilon(_kinds(count_steps(steps), k), delta)
+    return _pld_epsilon(_mechanisms(count_steps(kinds), k), delta)
 
 
 def pld_epsilon(q, sigma, steps, delta):
@@ -490,7 +493,7 @@ def pld_delta(q, sigma, steps, epsilon):
     check(q, sigma, steps)
     if not 0 <= epsilon <= 1e308:
         raise ValueError(f"epsilon = {epsilon}: must be >= 0 and finite")
-    return _pld_delta(_kinds(one_kind(q, sigma, steps)), epsilon)
+    return _pld_delta(_mechanisms(one_kind(q, sigma, steps)), epsilon)
 
 
 # ---- one person's images, and the attacker -------------------------------------------------------
@@ -522,19 +525,19 @@ def attacker_tpr(q, sigma, steps, fprs=(0.001, 0.01, 0.1)):
 
 
 @np.errstate(all="ignore")
-def rates(steps, fprs):
+def rates(kinds, fprs):
     """attacker_tpr of steps {(q, sigma): T}."""
-    kinds, fprs = _kinds(count_steps(steps)), np.asarray(fprs)
+    mechanisms, fprs = _mechanisms(count_steps(kinds)), np.asarray(fprs)
     if not ((fprs > 0) & (fprs < 1)).all():
         raise ValueError("fprs: false-positive rates must lie strictly between 0 and 1")
     fprs = fprs.astype(float)
-    if not kinds or _silent(kinds):
-        return np.ones(fprs.shape) if kinds else fprs.copy()
-    proven = ndtr(ndtri(fprs) + _full_batches(kinds))
-    if not _subsampled(kinds):
+    if not mechanisms or _silent(mechanisms):
+        return np.ones(fprs.shape) if mechanisms else fprs.copy()
+    proven = ndtr(ndtri(fprs) + _full_batches(mechanisms))
+    if not _subsampled(mechanisms):
         return proven
     try:
-        upper, _, grid = _curves(kinds, 0.0, 0.0, float(fprs.min()))[0]
+        upper, _, grid = _curves(mechanisms, 0.0, 0.0, float(fprs.min()))[0]
     except BEYOND:
         return proven
     deltas, slopes = upper(grid), np.exp(grid)

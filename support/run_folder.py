@@ -24,6 +24,8 @@ from support.team import agreed, once, rank
 PARTS = ("public", "release", "internal")
 # What a scheduler may send before it takes the machine away is a wish to stop, as Ctrl-C is.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+# A resumed run keeps these settings, and may change them: where things lie, memory, speed, post-processing.
+KEPT = {"data_root", "cache", "micro_batch", "method", "watch", "sample_steps", "sample_eta", "guidance"}
 ADD_UP = "a new run on the same images would add its epsilon to what this one has spent"
 
 
@@ -50,6 +52,8 @@ class RunFolder:
                 shutil.copy(s.init / "public" / "features.pt", s.out / "public")
             files.write_json({key: plain(value) for key, value in vars(s).items()},
                              s.out / "internal" / "settings.json")
+        else:
+            remember(s)
         agreed(None)  # nobody looks before all is written
 
     def cached(self, name, make):
@@ -130,6 +134,15 @@ def lock(out):
         raise ValueError(f"{busy}. The file system of {out} has no locks; if no process is at work there, "
                          f"remove {held}, which a crash has left") from None
     atexit.register(held.unlink, missing_ok=True)
+
+
+def remember(s):
+    """Store the settings that this command has changed of a resumed run. The next --resume keeps them."""
+    path, changed = s.out / "internal" / "settings.json", {*s.given} & KEPT
+    if changed and rank() == 0:
+        stored = files.read_json(path)
+        files.write_json({**stored, **{key: plain(getattr(s, key)) for key in changed},
+                          "given": sorted({*stored.get("given", ()), *changed})}, path)
 
 
 def quoted(path):

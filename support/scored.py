@@ -45,6 +45,8 @@ def sources(release, run):
     """
     names = [release.data.get(role) for role in ("public", "private")]
     path = run / "internal" / "settings.json"
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError("this release does not say which data sets it was made from")
     if unknown := [part for name in names for part in datasets.parts(name) if part not in datasets.REGISTRY]:
         raise ValueError(f"this release names the data set {unknown[0]!r}, which this program does not have")
     if datasets.REGISTRY[names[1]].own and not path.exists():

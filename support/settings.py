@@ -22,8 +22,6 @@ from support.files import plain
 GRADIENTS = {"bookkeeping": bookkeeping, "loop": dp_sgd.loop, "vmap": dp_sgd.vmap}  # --method
 # Of this command alone. The guarantee does not depend on them, and the results only by rounding.
 FREE = {"given", "out", "init", "resume", "dry_run", "device", "precision", "show_private"}
-# A resumed run keeps them, and may change them: where things lie, memory, speed, post-processing.
-KEPT = {"data_root", "cache", "micro_batch", "method", "watch", "sample_steps", "sample_eta", "guidance"}
 LARGEST_RANK = 1024  # of LoRA
 VAE_FLAGS = {"vae_steps", "vae_batch", "vae_lr", "kl_weight", "perceptual_weight", "adversarial_weight",
              "adversarial_start"}
@@ -160,15 +158,13 @@ def parse(argv):
     for key in {"public", "private"} & given.keys():  # with the whole path: a resumed run may begin elsewhere
         given[key] = datasets.resolved(given[key], given.get("data_root"))
     for key in {"cache", "data_root"} & given.keys():
-        given[key] = str(files.expanded(given[key]).absolute())
+        given[key] = str(files.expanded(given[key]).absolute()) if given[key] else None
     preset = presets.DIGITS | presets.PRESETS[given.get("preset", "digits")]
     if "public" in given and not datasets.unlimited(given["public"]):
         preset["public_n"] = None  # a preset's number is how many to draw; of other sets all are used
     s = argparse.Namespace(**{**defaults, "preset": "digits", **preset, **given})
-    # The presets' numbers are for a CPU's cache; a GPU takes many at a time (hardware.micro_batch). With a
-    # seed the number must not depend on the memory that is free: it decides which image gets which draws.
-    if "micro_batch" not in given and "cuda" in s.device and s.insecure_seed is None:
-        s.micro_batch = None
+    if "micro_batch" not in given:
+        s.micro_batch = usual_micro_batch(s)
     s.out = given.get("out", Path("runs") / s.preset)
     # f = 2^(levels - 1): each level but the last halves the side.
     levels = int(s.factor).bit_length() if s.factor else len(s.vae.ch_mult)
@@ -203,12 +199,14 @@ def adopt_settings(s, given):
     path = s.out / "internal" / "settings.json"
     stored = files.read_json(path)
     with files.understanding(path, "file"):
+        for key in ("data_root", "cache"):  # older versions stored it as it was typed: nobody knows where
+            stored[key] = stored.get(key) if Path(stored.get(key) or "").is_absolute() else None
         for key in {"public", "private"} & stored.keys():  # older versions stored a mix as it was typed
             stored[key] = datasets.resolved(stored[key], given.get("data_root", stored.get("data_root")))
     no_null_class = stored.get("cond_drop") == 0.0 and (stored.get("condition") == "none"
                                                         or stored.get("init") is not None)
     for key, value in stored.items():
-        if key in FREE or key in KEPT and (key in given or value is None):
+        if key in FREE or key in run_folder.KEPT and (key in given or value is None):
             continue
         overruled = key == "cond_drop" and no_null_class  # then it is 0 whatever the flag was
         if key in given and plain(given[key]) != value and not overruled:
@@ -217,6 +215,20 @@ def adopt_settings(s, given):
         with files.understanding(path, "file"):
             default = {"seed": 0, "data_root": "", "cache": "", **presets.DIGITS}.get(key)
             setattr(s, key, restored(default, value))
+    with files.understanding(path, "file"):
+        if "micro_batch" not in [*given, *stored.get("given", ())]:
+            s.micro_batch = usual_micro_batch(s)
+
+
+def usual_micro_batch(s):
+    """Images at a time where --micro-batch is not given; None: what fits (hardware.micro_batch).
+
+    The presets' numbers are for a CPU's cache; a GPU takes many at a time. But with --insecure-seed the
+    number must not depend on the memory that is free: it decides which image gets which draws.
+    """
+    if "cuda" in s.device and s.insecure_seed is None:
+        return None
+    return (presets.DIGITS | presets.PRESETS[s.preset])["micro_batch"]
 
 
 def restored(default, value):

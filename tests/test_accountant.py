@@ -223,17 +223,40 @@ def test_pld_certificate_counts_cut_tails_and_rounding(monkeypatch):
         assert lower(eps) <= truth <= float(upper(eps))
 
 
-def test_the_stated_error_of_a_normal_tail_covers_that_of_ndtr():
-    """Against 50 digits: Mills' ratio as Laplace's continued fraction, 1/(z + 1/(z + 2/(z + ...)))."""
+def exact_tail(z):
+    """Phi(-z), z a Decimal: Mills' ratio as Laplace's continued fraction, 1/(z + 1/(z + 2/(z + ...)))."""
+    ratio = z
+    for k in range(1500, 0, -1):
+        ratio = z + k / ratio
+    return (-z**2 / 2).exp() / (2 * PI).sqrt() / ratio
+
+
+PI = Decimal("3.14159265358979323846264338327950288419716939937510582")
+
+
+def test_the_stated_errors_of_normal_tails_and_of_cells_cover_the_rounding():
+    rng = np.random.default_rng(0)
     with localcontext() as context:
         context.prec = 50
-        for z in np.random.default_rng(0).uniform(3, 34, 60):
-            ratio = Decimal(z)
-            for k in range(1500, 0, -1):
-                ratio = Decimal(z) + k / ratio
-            exact = (-Decimal(z) ** 2 / 2).exp() / (2 * Decimal(math.pi)).sqrt() / ratio
+        for z in rng.uniform(3, 36, 80):
             tail, error = pld._tails(np.array([-z]))
-            assert abs(Decimal(float(tail[0])) - exact) < Decimal(float(error[0])) / 2, z
+            assert abs(Decimal(float(tail[0])) - exact_tail(Decimal(z))) < Decimal(float(error[0])) / 2, z
+        # Cells between neighbouring outputs, whose distance to j is rounded as well; three constructed ones.
+        cells = [(-15.647858057177457, -15.6478514469273, 1.8884070873625722),
+                 (-63.008073121335734, -63.006334368173476, 1.820505953149065),
+                 (-7.268477293538385, -7.268461231632526, 0.4589901105707329)]
+        for _ in range(60):
+            sigma = rng.uniform(0.4, 2.0)
+            x = -sigma * rng.uniform(4, 35)
+            cells.append((x, x + 1e-6, sigma))
+        for low, high, sigma in cells:
+            tails, errors = pld._tails((np.array([low, high]) - 1) / sigma)
+            mass, error, _, _ = pld._masses(tails, errors, np.ones(2))
+            below = [exact_tail((1 - Decimal(x)) / Decimal(sigma)) for x in (low, high)]
+            assert abs(Decimal(float(mass[0])) - below[1] + below[0]) < Decimal(float(error[0])), (low, sigma)
+
+
+def test_pld_delta_against_simulation():
     """The definition, E[(1 - e^{eps - Y})_+], over simulated outputs of all steps, both directions."""
     q, sigma, steps, n = 0.15, 1.2, 12, 300_000
     losses = sample_losses(q, sigma, steps, n, np.random.default_rng(1))

@@ -179,9 +179,30 @@ def test_a_resumed_run_keeps_where_its_data_lie_and_how_it_computes(tmp_path, mo
     resume = ["--resume", "--device", "cpu", "--out", str(tmp_path / "r")]
     again = settings.parse(resume)
     changed = settings.parse([*resume, "--data-root", "/new", "--micro-batch", "8"])
-    for key in settings.KEPT:
+    for key in run_folder.KEPT - {"micro_batch"}:
         assert getattr(again, key) == getattr(asked, key), key
+    assert again.micro_batch == 64
     assert (changed.data_root, changed.micro_batch, changed.cache) == ("/new", 8, asked.cache)
+    run_folder.remember(changed)  # what a resumed run does
+    third = settings.parse(resume)
+    assert (third.data_root, third.micro_batch, third.method) == ("/new", 8, "loop")
+    monkeypatch.setattr(settings.hardware, "check_device", lambda device: None)
+    assert settings.parse([*resume[:-4], "--resume", "--device", "cuda", *resume[-2:]]).micro_batch == 8
+
+
+def test_a_run_begun_on_a_cpu_takes_many_images_at_a_time_on_a_gpu(tmp_path, monkeypatch):
+    from support import settings
+    asked = settings.parse(["--preset", "celeba64", "--device", "cpu", "--out", str(tmp_path)])
+    (tmp_path / "internal").mkdir()
+    files.write_json(settings.plain(vars(asked)), tmp_path / "internal" / "settings.json")
+    monkeypatch.setattr(settings.hardware, "check_device", lambda device: None)
+    assert settings.parse(["--resume", "--device", "cuda", "--out", str(tmp_path)]).micro_batch is None
+    assert settings.parse(["--resume", "--device", "cpu", "--out", str(tmp_path)]).micro_batch == 64
+
+
+def test_an_empty_data_root_is_the_default(monkeypatch):
+    from support import settings
+    assert settings.parse(["--data-root", "", "--cache", ""]).data_root is None
 
 
 def test_public_classes_of_another_set_than_strokes_are_refused(tmp_path):
