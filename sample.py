@@ -98,12 +98,14 @@ def find_conditions(release, labels, seed):
 
     For a model conditioned on text a label becomes one of the prompts of its class, drawn with the seed.
     """
-    if all(isinstance(label, str) for label in labels) and len(labels):
+    if not len(labels):
+        raise ValueError("no labels or prompts; ask for at least one image")
+    if all(isinstance(label, str) for label in labels):
         if release.tokenizer is None:
             raise ValueError("this model was not trained with prompts; ask for classes (--labels)")
         return release.tokenizer.encode(labels)
     labels = torch.as_tensor(labels, dtype=torch.int64)  # not prompts, so class labels
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(release.classes):
+    if not 0 <= int(labels.min()) <= int(labels.max()) < len(release.classes):
         raise ValueError(f"labels must lie in 0..{len(release.classes) - 1} ({', '.join(release.classes)})")
     if release.tokenizer is None:
         return labels

@@ -8,9 +8,9 @@ BASE = "runs/faces"
 SCORE = "--n 5000 --classifiers cnn,logreg"
 # Features of photographs, not of drawings. The network is trained anew: see the weights in its name.
 DRAWN = f"{SCORE} --features public32 --real"
-LARGER = ("--preset portraits --public portraits --public-n 20000 --size 64 --factor 8 --latent-channels 16 "
-          "--vae-steps 3000 --vae-batch 16 --ldm-steps 8000")
-FEW = "--n 5000 --steps 15 --classifiers cnn,logreg"
+LARGER = ("--public portraits --public-n 20000 --size 64 --factor 8 --latent-channels 16 --vae-steps 3000 "
+          "--vae-batch 16 --ldm-steps 8000")
+FEW = "--n 5000 --steps 15 --classifiers cnn,logreg --no-distance"
 
 
 def again(label, name, flags, base=BASE, preset="faces", score=SCORE):
@@ -42,11 +42,10 @@ ROWS = {
                             "portraits", DRAWN),
     # a CPU's share of the H200's run in docs/results.md: a narrower UNet, fewer steps, only a shift
     "portraits-64": Row("class, 64 x 64 pixels, epsilon 10, public drawn faces, only a shift is tuned",
-                        f"{LARGER} --tune shift --lr 2e-3 --out runs/portraits-64", "runs/portraits-64",
-                        f"{FEW} --no-distance"),
-    "portraits-64-public": Row("class, 64 x 64 pixels, public drawn faces only",
-                               f"{LARGER} --steps 0 --init runs/portraits-64 --out runs/portraits-64-public",
-                               "runs/portraits-64-public", f"{FEW} --no-distance --real"),
+                        f"--preset portraits {LARGER} --tune shift --lr 2e-3 --out runs/portraits-64",
+                        "runs/portraits-64", FEW),
+    "portraits-64-public": again("class, 64 x 64 pixels, public drawn faces only", "64-public",
+                                 f"{LARGER} --steps 0", "runs/portraits-64", "portraits", f"{FEW} --real"),
 }
 for name in ("portraits-public", "portraits-shift", "portraits-shift-eps1"):
     ROWS[f"{name}-50000"] = Row(

@@ -271,7 +271,7 @@ def histogram(result, caption, path, width=800, height=400):
 
 def main(argv=None):
     parser = command_line.Parser(description="Attack the DP-SGD engine; print lower and upper bounds on "
-                                           "epsilon.")
+                                             "epsilon.")
     add = parser.add_argument
     add("run", nargs="?", help="run folder whose q, sigma, steps, C and clipping are audited [runs/digits]")
     add("--q", type=float, help="without a run: sampling probability, 0..1")

@@ -295,7 +295,7 @@ PASSED_ON = ("size", "factor", "latent-channels", "width", "depth", "condition",
 
 def main(argv=None):
     parser = command_line.Parser(description="Make the public stages of a run from a latent-diffusion "
-                                           "checkpoint.")
+                                             "checkpoint.")
     add = parser.add_argument
     add("checkpoint", type=Path, nargs="?", help="file of the original code with a UNet; without it only the "
         "autoencoder is converted, and its latent scale is that of the preset's public images")

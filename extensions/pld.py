@@ -348,8 +348,8 @@ def _curves(mechanisms, theta, eps, small):
     spans = [_span(*mechanism, tail) for mechanism, _ in mechanisms]
     h = math.sqrt(1.5e-4 * max(1, steps / 1e6) * max(eps, spread) / ((1 + max(theta, 1 / spread)) * steps))
     # so tau R (1 + theta), about the gap of the bounds, is as above; at most 2^21 numbers in a step's tables
-    widest = ((s[3] - s[2]) * (k + 1) for s, ((_, _, k), _) in zip(spans, mechanisms, strict=True))
-    h = max(h, max(widest) / 2**21)
+    sizes = ((s[3] - s[2]) * (k + 1) for s, ((_, _, k), _) in zip(spans, mechanisms, strict=True))
+    h = max(h, max(sizes) / 2**21)
     while True:  # h is doubled until the FFT fits into memory
         removed, added = [], []
         for (mechanism, t), span in zip(mechanisms, spans, strict=True):

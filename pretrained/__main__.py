@@ -27,7 +27,7 @@ def halved(value):
 
 def main(argv=None):
     parser = command_line.Parser(description=__doc__.partition("\n")[0],
-                               formatter_class=argparse.RawTextHelpFormatter)
+                                 formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder whose public networks are taken")
     parser.add_argument("name", help="folder to write in pretrained/")
     args = parser.parse_args(argv)

@@ -62,8 +62,7 @@ def print_memory(s, model, public, private):
         print("               not counted below: the perceptual and the adversarial term of stage 1")
     print(f"memory, GB     autoencoder {20 * count(autoencoder.parameters()) / gb:.2f} + "
           f"{of_autoencoder / gb:.3f} an image, latent diffusion {20 * total / gb:.2f} + {of_unet / gb:.3f}, "
-          f"private tuning "
-          f"{(4 * total + 24 * trained) / gb:.2f} + {of_unet / gb:.3f}; images and latents "
+          f"private tuning {(4 * total + 24 * trained) / gb:.2f} + {of_unet / gb:.3f}; images and latents "
           f"{stored / gb:.2f} in all")
     if "cuda" in s.device:
         per_image = hardware.bytes_of_one_image(s, of_unet, trained)

@@ -49,9 +49,9 @@ def flag(key):
 def parse(argv):
     """Command line -> settings: the preset's values, overridden by flags. ValueError for impossible ones."""
     p = command_line.Parser(description="Train DP-LDM: two public stages, one private stage.",
-                          argument_default=argparse.SUPPRESS,
-                          epilog="Defaults in brackets are those of the preset `digits`. --help-all shows "
-                                 "the flags that are left out here.")
+                            argument_default=argparse.SUPPRESS,
+                            epilog="Defaults in brackets are those of the preset `digits`. --help-all shows "
+                                   "the flags that are left out here.")
     p.add_argument("--help-all", action="help", help="show all flags and exit")
 
     def flags(title, *rows):

@@ -223,15 +223,15 @@ def test_pld_certificate_counts_cut_tails_and_rounding(monkeypatch):
         assert lower(eps) <= truth <= float(upper(eps))
 
 
+PI = Decimal("3.14159265358979323846264338327950288419716939937510582")
+
+
 def exact_tail(z):
     """Phi(-z), z a Decimal: Mills' ratio as Laplace's continued fraction, 1/(z + 1/(z + 2/(z + ...)))."""
     ratio = z
     for k in range(1500, 0, -1):
         ratio = z + k / ratio
     return (-z**2 / 2).exp() / (2 * PI).sqrt() / ratio
-
-
-PI = Decimal("3.14159265358979323846264338327950288419716939937510582")
 
 
 def test_the_stated_errors_of_normal_tails_and_of_cells_cover_the_rounding():

@@ -792,7 +792,7 @@ def test_bad_flags_are_refused_before_any_work(run, flags, message, monkeypatch,
     monkeypatch.setattr(train, "fit", None)
     with pytest.raises(SystemExit) as left:
         command_line.run_cli(lambda: train.main(["--preset", "faces", "--data-root", str(run[1]), *TINY,
-                                               *flags]))
+                                                 *flags]))
     error = capsys.readouterr().err.strip().splitlines()
     assert left.value.code == 2 and message in error[-1] and error[-1].startswith("error: ")
 

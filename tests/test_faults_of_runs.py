@@ -14,7 +14,7 @@ import evaluate
 import sample
 import train
 from extensions import audit
-from support import command_line, files, run_folder, scored, team
+from support import command_line, files, run_folder, scored, settings, team
 
 TINY = ["--preset", "smoke", "--vae-steps", "1", "--ldm-steps", "1", "--public-n", "80", "--private-n", "200",
         "--batch-size", "20", "--steps", "1", "--delta", "1e-3", "--sample-steps", "1", "--device", "cpu",
@@ -165,15 +165,19 @@ def test_runs_of_older_versions_go_on(tmp_path, run, monkeypatch):
     assert "for private images only" not in str(refused.value)
 
 
+def begun(s):
+    """The part of a run folder that --resume reads first."""
+    (s.out / "internal").mkdir(parents=True)
+    files.write_json(settings.plain(vars(s)), s.out / "internal" / "settings.json")
+
+
 def test_a_resumed_run_keeps_where_its_data_lie_and_how_it_computes(tmp_path, monkeypatch):
     """What Ctrl-C says is enough to go on, `--resume --out DIR`. A flag may still change such a setting."""
-    from support import settings
     monkeypatch.chdir(tmp_path)
     asked = settings.parse(["--preset", "celeba64", "--data-root", "sets", "--cache", "kept", "--method",
                             "loop", "--watch", "2", "--device", "cpu", "--out", "r"])
     assert asked.data_root == str(tmp_path / "sets") and asked.micro_batch == 64  # not the 256 of `digits`
-    (tmp_path / "r" / "internal").mkdir(parents=True)
-    files.write_json(settings.plain(vars(asked)), tmp_path / "r" / "internal" / "settings.json")
+    begun(asked)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     resume = ["--resume", "--device", "cpu", "--out", str(tmp_path / "r")]
@@ -187,21 +191,18 @@ def test_a_resumed_run_keeps_where_its_data_lie_and_how_it_computes(tmp_path, mo
     third = settings.parse(resume)
     assert (third.data_root, third.micro_batch, third.method) == ("/new", 8, "loop")
     monkeypatch.setattr(settings.hardware, "check_device", lambda device: None)
-    assert settings.parse([*resume[:-4], "--resume", "--device", "cuda", *resume[-2:]]).micro_batch == 8
+    assert settings.parse([*resume, "--device", "cuda"]).micro_batch == 8
 
 
 def test_a_run_begun_on_a_cpu_takes_many_images_at_a_time_on_a_gpu(tmp_path, monkeypatch):
-    from support import settings
     asked = settings.parse(["--preset", "celeba64", "--device", "cpu", "--out", str(tmp_path)])
-    (tmp_path / "internal").mkdir()
-    files.write_json(settings.plain(vars(asked)), tmp_path / "internal" / "settings.json")
+    begun(asked)
     monkeypatch.setattr(settings.hardware, "check_device", lambda device: None)
     assert settings.parse(["--resume", "--device", "cuda", "--out", str(tmp_path)]).micro_batch is None
     assert settings.parse(["--resume", "--device", "cpu", "--out", str(tmp_path)]).micro_batch == 64
 
 
 def test_an_empty_data_root_is_the_default(monkeypatch):
-    from support import settings
     assert settings.parse(["--data-root", "", "--cache", ""]).data_root is None
 
 
@@ -264,7 +265,6 @@ def test_several_processes_are_not_put_on_one_card(monkeypatch):
 
 
 def test_paths_of_sets_are_stored_whole(tmp_path, monkeypatch, run):
-    from support import settings
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     s = settings.parse([*TINY, "--private", "folder:mine"])

@@ -51,12 +51,11 @@ def test_one_image_more_changes_no_other_image_s_share_of_the_sum(name, bf16):
     """A micro-batch of 256 against one of 255: kernels may round differently for another size."""
     checkpoint = files.load(pretrained.HERE / name / "public" / "ldm.pt")
     model = checkpoints.build_model(checkpoint)[0]
+    autoencoder = checkpoints.build_vae(files.load(pretrained.HERE / name / "public" / "vae.pt"))
     schedule, clip_norm, n = diffusion.Schedule(**checkpoint["schedule"]), 0.1, 256
     tuning.select_trainable(model, "attention")
-    shape = files.load(pretrained.HERE / name / "public" / "vae.pt")["config"]
-    side = shape["resolution"] // 2 ** (len(shape["ch_mult"]) - 1)
     generator = torch.Generator().manual_seed(0)
-    z0 = torch.randn(n, model.unet.config.in_channels, side, side, generator=generator)
+    z0 = torch.randn(n, *autoencoder.latent_shape, generator=generator)
     batch = diffusion.draw(z0, torch.arange(n) % 10, 1, generator, schedule)
 
     def clipped_sum(rows):

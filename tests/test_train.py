@@ -162,6 +162,8 @@ def test_samples_come_from_the_release_alone(run, tmp_path):
         assert file["labels"].tolist() == [0, 1, 2, 9, 0, 1, 2]
     with pytest.raises(ValueError, match="labels"):
         sample.generate(release, [10])
+    with pytest.raises(ValueError, match="at least one image"):
+        sample.generate(release, [])
 
 
 def test_resume_after_ctrl_c_ends_like_an_uninterrupted_run(run, tmp_path, monkeypatch):
