@@ -38,6 +38,10 @@ ROWS = {
                              "--tune shift --lr 2e-3", "runs/portraits", "portraits", DRAWN),
     "portraits-shift-eps1": again("class, epsilon 1, public drawn faces, only a shift is tuned", "shift-eps1",
                                   "--tune shift --epsilon 1 --lr 2e-3", "runs/portraits", "portraits", DRAWN),
+    # all stages of the row before last in one run: what a user waits for
+    "portraits-shift-whole": Row("class, epsilon 10, public drawn faces, only a shift is tuned, all stages",
+                                 "--preset portraits --tune shift --lr 2e-3 --out runs/portraits-whole",
+                                 "runs/portraits-whole", DRAWN),
     "portraits-eps1": again("class, epsilon 1, public drawn faces", "eps1", "--epsilon 1", "runs/portraits",
                             "portraits", DRAWN),
     # a CPU's share of the H200's run in docs/results.md: a narrower UNet, fewer steps, only a shift
