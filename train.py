@@ -34,7 +34,7 @@ import dp_sgd
 import unet
 import vae
 from datasets import pixels
-from extensions import perceptual
+from extensions import muon, perceptual
 from support import (
     checkpoints, command_line, conditions, dry_run, guarantee, hardware, progress, run_folder, start, team,
     trainable)
@@ -64,7 +64,7 @@ def update_ema(average, parameters, decay, step):
 
 
 def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, discriminator=None):
-    """The loop of stages 1 and 2: AdamW on public data. On return the model holds the EMA of its weights.
+    """The loop of stages 1 and 2, on public data. On return the model holds the EMA of its weights.
 
     loss_fn(generator) -> (loss of one batch, {name: metric} for the bar). discriminator: a module that trains
     itself within loss_fn, or None; its state is saved with the model's. Of several processes each draws its
@@ -72,13 +72,12 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, discrimi
     """
     parameters = list(model.parameters())
     average = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, peak, betas=(0.9, 0.99), weight_decay=0.01,
-                                  fused="cuda" in s.device)
+    optimizers = muon.optimizers(s.public_optimizer, model, peak)  # AdamW; for weight matrices maybe Muon
     generator = torch.Generator(s.device).manual_seed(s.seed + 1 + 1_000_000 * rank())
-    state = progress.Public(s, state_path, model, average, optimizer, generator, discriminator, stop)
+    state = progress.Public(s, state_path, model, average, optimizers, generator, discriminator, stop)
 
     def gradients():  # of the loss of one batch; returns its metrics
-        optimizer.zero_grad()
+        model.zero_grad()
         with autocast(s):
             loss, metrics = loss_fn(generator)
         loss.backward()
@@ -89,13 +88,14 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, discrimi
     if discriminator is None:
         gradients = hardware.recorded(gradients, generator)
     for step in state.steps(title, steps):
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = learning_rate(step, steps, peak)
         metrics = gradients()
         team.mean_gradients(parameters, discriminator)  # over the processes
         # Clip the norm of the mean gradient to 1, for stability; losses begin at about 1. This is not DP.
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         update_ema(average, parameters, decay, step)
         state.show(step, metrics)
         state.keep(step + 1)  # for --resume, once a minute; leaves here after Ctrl-C

@@ -18,14 +18,15 @@ DIGITS = dict(
     public="strokes", public_classes="all", public_n=36_000,
     private="mnist10k", private_n=None, classes=None, label_attribute="Male", size=None, flips=False,
     condition="class", text_length=32, text_width=64, text_layers=2,
+    public_optimizer="muon",  # of stages 1 and 2
     # stage 1
     vae=VAEConfig(ch=8, ch_mult=(1, 2, 4, 8)), factor=None, latent_channels=None,
-    vae_steps=900, vae_batch=64, vae_lr=3e-3, kl_weight=1e-6,
+    vae_steps=900, vae_batch=64, vae_lr=4e-3, kl_weight=1e-6,
     perceptual_weight=0.0, adversarial_weight=0.0, adversarial_start=0,
     # stage 2
     unet=UNetConfig(4, 4, 32, num_heads=4, context_dim=64, num_groups=8), width=None, depth=None,
     schedule=diffusion.Schedule("cosine", "v"), prediction=None,
-    ldm_steps=1600, ldm_batch=256, ldm_lr=2e-3, cond_drop=0.1,
+    ldm_steps=1600, ldm_batch=256, ldm_lr=6e-3, cond_drop=0.1,
     # stage 3: the guarantee, then the rest
     epsilon=10.0, delta=1e-5, sigma=None, accountant="pld",
     batch_size=4000, steps=30, clip_norm=0.1, clipping="flat",
@@ -37,7 +38,7 @@ DIGITS = dict(
 # For 60,000 private images. A batch is then a smaller share of them, so the same epsilon allows more private
 # steps. What limits the result then is the public model, so it is larger and trained longer.
 LARGE = dict(
-    vae_steps=1500,
+    public_optimizer="adamw", vae_steps=1500, vae_lr=3e-3,
     unet=replace(DIGITS["unet"], model_channels=48), ldm_steps=3500, ldm_lr=1.5e-3,
     batch_size=6000, steps=150, lr=3e-3, ema=0.95)
 # Larger still: the CNN reaches 98.2 instead of 97.8 % on MNIST at epsilon 10 (docs/lab-notebook.md).
@@ -48,7 +49,7 @@ WIDE = LARGE | dict(
 # The authors' settings for faces; large, for GPUs. Their epochs are turned into steps: epochs * n / batch,
 # with n = 162,770 (CelebA), and n = 50,000 (CIFAR-10) for the preset cifar10.
 CELEBA = dict(
-    public="folder:imagenet/train", public_n=None, private="celeba",
+    public="folder:imagenet/train", public_n=None, private="celeba", public_optimizer="adamw",
     vae_steps=200_000, vae_batch=16, vae_lr=1.6e-5,
     perceptual_weight=1.0, adversarial_weight=0.5, adversarial_start=50_000,
     schedule=diffusion.Schedule(beta_end=0.0195), ldm_steps=500_000, cond_drop=0.0,
@@ -70,10 +71,11 @@ PRESETS = {
     "fashion-8x8": dict(public="mnist", public_n=None, private="fashion", **LARGE | CAREFUL),
     "garments": dict(  # drawn garments: nothing is downloaded for the public stages
         public="garments", public_n=60_000, private="fashion",
-        **LARGE | CAREFUL | dict(vae_steps=6000, ldm_steps=5000, ldm_batch=96,
+        **LARGE | CAREFUL | dict(public_optimizer="muon", vae_steps=5000, vae_lr=6e-3,
+                                 ldm_steps=4000, ldm_batch=96, ldm_lr=6e-3,
                                  batch_size=3000, steps=80, lr=4e-3)),
     "mnist-paper": dict(  # the authors' networks and settings, but with one image channel; large, for a GPU
-        public="emnist", public_n=None, private="mnist",
+        public="emnist", public_n=None, private="mnist", public_optimizer="adamw",
         vae=replace(AUTOENCODERS["mnist"], in_channels=1, out_ch=1),
         vae_steps=60_000, vae_batch=100, vae_lr=4.5e-4,
         perceptual_weight=1.0, adversarial_weight=0.5, adversarial_start=50_000,
@@ -82,7 +84,7 @@ PRESETS = {
         batch_size=2000, steps=6000, clip_norm=1e-3, lr=1e-3, ema=0.9999,
         sample_steps=200, sample_eta=1.0),
     "faces": dict(  # colour, 32 pixels, two CPU cores; an image of 3,072 numbers has a latent of 4x4x16 = 256
-        public="public32", public_n=None, private="faces", flips=True,
+        public="public32", public_n=None, private="faces", flips=True, public_optimizer="adamw",
         vae=VAEConfig(3, 3, 16, (1, 2, 4, 8), z_channels=16, embed_dim=16),
         vae_steps=5000, vae_batch=64, vae_lr=2e-3,
         unet=UNetConfig(16, 16, 64, num_heads=4, context_dim=64, num_groups=16),
@@ -91,9 +93,9 @@ PRESETS = {
     "portraits": dict(  # the same with drawn faces as public images: 8x8x8 latents
         public="portraits+public32", public_n=40_000, private="faces", flips=True,
         vae=VAEConfig(3, 3, 16, (1, 2, 4), z_channels=8, embed_dim=8, num_groups=1),
-        vae_steps=12_000, vae_batch=8, vae_lr=2e-3,
+        vae_steps=8000, vae_batch=8, vae_lr=5e-3,
         unet=UNetConfig(8, 8, 48, num_heads=4, context_dim=64, num_groups=8),
-        ldm_steps=9000, ldm_batch=32, ldm_lr=1.2e-3,
+        ldm_steps=5000, ldm_batch=64, ldm_lr=6e-3,
         batch_size=5000, steps=20, lr=5e-4),  # larger steps undo the order of faces (docs/lab-notebook.md)
     "cifar10": CELEBA | dict(
         private="cifar10",

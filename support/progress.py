@@ -8,6 +8,7 @@ import time
 import torch
 
 import accountant
+from extensions.muon import Muon
 from support import files
 from support.bars import tqdm
 from support.files import plain
@@ -20,12 +21,13 @@ QUIET_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{r
 
 
 def load_optimizer(optimizer, state):
-    """Adam's moments from a checkpoint, their shapes checked; the learning rate is that of the settings."""
+    """Moments from a checkpoint, their shapes checked; the learning rate is that of the settings."""
     optimizer.load_state_dict({"state": state["state"],
                                "param_groups": optimizer.state_dict()["param_groups"]})
     for p in (p for group in optimizer.param_groups for p in group["params"]):
         shapes = {key: value.shape for key, value in optimizer.state[p].items()}
-        if shapes not in ({}, {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}):
+        adam, muon = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}, {"momentum_buffer": p.shape}
+        if shapes not in ({}, muon if isinstance(optimizer, Muon) else adam):
             raise ValueError("the optimiser's state does not fit the parameters")
 
 
@@ -37,9 +39,9 @@ class Public:
     discriminator: a module that trains itself within the loss, or None; its state is saved as well.
     """
 
-    def __init__(self, s, path, model, average, optimizer, generator, discriminator, stop):
+    def __init__(self, s, path, model, average, optimizers, generator, discriminator, stop):
         self.s, self.path, self.model, self.average, self.stop = s, path, model, average, stop
-        self.optimizer, self.generator, self.discriminator = optimizer, generator, discriminator
+        self.optimizers, self.generator, self.discriminator = optimizers, generator, discriminator
         self.first, self.saved = 0, time.monotonic()
         if path.exists():
             self.read()
@@ -50,7 +52,8 @@ class Public:
         with files.understanding(self.path):
             self.model.load_state_dict(state["model"])
             torch._foreach_copy_(self.average, [a.to(self.s.device) for a in state["average"]])
-            load_optimizer(self.optimizer, state["optimizer"])
+            for optimizer, moments in zip(self.optimizers, state["optimizers"], strict=True):
+                load_optimizer(optimizer, moments)
             if self.discriminator is not None:
                 self.discriminator.load_state_dict(state["also"])
             self.first = int(state["step"])
@@ -76,8 +79,8 @@ class Public:
         if leaving or time.monotonic() - self.saved > 60:
             also = None if self.discriminator is None else self.discriminator.state_dict()
             files.save({"model": self.model.state_dict(), "average": self.average, "step": done,
-                        "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(),
-                        "also": also}, self.path)
+                        "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                        "generator": self.generator.get_state(), "also": also}, self.path)
             self.saved = time.monotonic()
         if leaving:
             self.stop.leave(self.s.out)

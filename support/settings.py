@@ -23,15 +23,16 @@ GRADIENTS = {"bookkeeping": bookkeeping, "loop": dp_sgd.loop, "vmap": dp_sgd.vma
 # Of this command alone. The guarantee does not depend on them, and the results only by rounding.
 FREE = {"given", "out", "init", "resume", "dry_run", "device", "precision", "show_private"}
 LARGEST_RANK = 1024  # of LoRA
+OPTIMIZERS = ("muon", "adamw")
 VAE_FLAGS = {"vae_steps", "vae_batch", "vae_lr", "kl_weight", "perceptual_weight", "adversarial_weight",
              "adversarial_start"}
 LDM_FLAGS = {"ldm_steps", "ldm_batch", "ldm_lr", "text_length", "text_width", "text_layers"}
 # What --help leaves out, and --help-all shows.
 RARE = {"precision", "insecure_seed", "fast_noise", "show_private", "cache", "public_classes", "flips",
-        "text_length", "text_width", "text_layers", "factor", "latent_channels", "width", "depth",
-        "prediction", "vae_batch", "vae_lr", "kl_weight", "perceptual_weight", "adversarial_weight",
-        "adversarial_start", "ldm_batch", "ldm_lr", "cond_drop", "sigma", "noise_multiplicity", "from_block",
-        "ema", "method", "micro_batch", "sample_steps", "sample_eta"}
+        "public_optimizer", "text_length", "text_width", "text_layers", "factor", "latent_channels",
+        "width", "depth", "prediction", "vae_batch", "vae_lr", "kl_weight", "perceptual_weight",
+        "adversarial_weight", "adversarial_start", "ldm_batch", "ldm_lr", "cond_drop", "sigma",
+        "noise_multiplicity", "from_block", "ema", "method", "micro_batch", "sample_steps", "sample_eta"}
 
 
 def yes_or_no(word):
@@ -113,12 +114,13 @@ def parse(argv):
           ("text_length", int, "most words of a prompt, and one"),
           ("text_width", int, "width of the text encoder"),
           ("text_layers", int, "transformer blocks of the text encoder"),
-          ("flips", yes_or_no, "mirror images at random, yes or no"))
+          ("flips", yes_or_no, "mirror images at random, yes or no"),
+          ("public_optimizer", str, "of stages 1 and 2: muon (extensions/muon.py) or adamw", OPTIMIZERS))
     flags("stage 1, autoencoder (public)",
           ("factor", int, "f, side of an image over that of its latent; None: the preset's"),
           ("latent_channels", int, "channels of a latent; None: the preset's"),
           ("vae_steps", int, "steps"), ("vae_batch", int, "images per step"),
-          ("vae_lr", float, "peak learning rate of AdamW"),
+          ("vae_lr", float, "peak learning rate"),
           ("kl_weight", float, "weight of the KL term against the sum of |error| over an image's pixels"),
           ("perceptual_weight", float, "weight of the distance in VGG16's features, per pixel; 0: off"),
           ("adversarial_weight", float, "weight of the patch discriminator's term; 0: off"),
@@ -128,7 +130,7 @@ def parse(argv):
           ("depth", int, "ResBlocks per level of the UNet; None: the preset's"),
           ("prediction", str, "what the UNet predicts, noise or velocity; None: the preset's", ("eps", "v")),
           ("ldm_steps", int, "steps"), ("ldm_batch", int, "latents per step"),
-          ("ldm_lr", float, "peak learning rate of AdamW"),
+          ("ldm_lr", float, "peak learning rate"),
           ("cond_drop", float, "probability of dropping the condition, for guidance; 0: no null class"))
     flags("stage 3, privacy", ("epsilon", float, "privacy budget; inf: no noise, NOT private"),
           ("delta", float, "probability of failure, below 1/n"),

@@ -1,0 +1,83 @@
+"""Muon, an optimizer for weight matrices, for the public stages: `--public-optimizer muon`. Not in the paper.
+
+AdamW scales every number of a gradient by itself. Muon (Jordan et al. 2024, "Muon: An optimizer for hidden
+layers in neural networks") takes the gradient G of a weight as one matrix. With its singular values,
+
+    G = U S V^T,      the step is along      O = U V^T,
+
+so all singular values become 1. A gradient usually has a few large ones, and a step along it would hardly move
+the weight in any other direction. O moves it equally far in each. The loss of a diffusion UNet falls in far
+fewer steps that way (Schaipp 2025, "Optimization benchmark for diffusion models on dynamical systems").
+
+O is found without a singular value decomposition. The polynomial p(x) = a x + b x^3 + c x^5 of a matrix,
+p(X) = a X + b (X X^T) X + c (X X^T)^2 X, changes only the singular values: each x becomes p(x). Applied a few
+times, p brings all singular values that are not tiny near 1. Five times are usual; three do as well here.
+
+The private stage keeps Adam. There the gradient is mostly noise, and noise has no large singular values.
+"""
+import torch
+from torch import nn
+
+COEFFICIENTS = 3.4445, -4.7750, 2.0315  # a, b, c of Jordan et al.: steep at 0, to raise small values fast
+
+
+def orthogonal(g, steps=3):
+    """Matrices g (N, rows, columns) -> the same matrices, their singular values replaced by 0.68 to 1.21.
+
+    Those below 1/56 of the norm of a matrix stay smaller than 0.68, and a matrix of zeros stays zero.
+    """
+    a, b, c = COEFFICIENTS
+    tall = g.shape[1] > g.shape[2]
+    x = g.mT if tall else g  # then X X^T is the smaller of the two products
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-20)  # largest singular value at most 1
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """W <- (1 - lr * weight_decay) W - lr * 0.2 sqrt(max(rows, columns)) O, for weights W of two axes or more.
+
+    Convolutions (out, in, h, w) count as matrices (out, in * h * w). O is the `orthogonal` matrix of
+    Nesterov's momentum. The factor makes the mean square of a step's numbers about 0.04 lr^2, as with AdamW,
+    so a learning rate fits both (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2).
+    """
+
+    def __init__(self, parameters, lr, momentum=0.95, weight_decay=0.01):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        """One update of every weight that has a gradient."""
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            if not weights:
+                continue
+            for p in weights:
+                self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            gradients, momenta = [p.grad for p in weights], [self.state[p]["momentum_buffer"] for p in weights]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            directions = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov: one step ahead
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            by_shape = {}  # matrices of one shape are made orthogonal together, which is faster
+            for p, direction in zip(weights, directions, strict=True):
+                by_shape.setdefault(direction.flatten(1).shape, []).append((p, direction.flatten(1)))
+            for shape, pairs in by_shape.items():
+                step = -group["lr"] * 0.2 * max(shape) ** 0.5
+                for (p, _), o in zip(pairs, orthogonal(torch.stack([d for _, d in pairs])), strict=True):
+                    p.add_(o.view_as(p), alpha=step)
+
+
+def optimizers(name, model, lr):
+    """[AdamW] of all parameters for "adamw"; for "muon" [AdamW, Muon], each of its own part of the model.
+
+    Muon gets the weights of linear layers and convolutions. Biases, embeddings and the scales of norm layers
+    are no matrices: they stay with AdamW.
+    """
+    weights = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    matrices = {id(w): w for w in weights if w.requires_grad} if name == "muon" else {}
+    others = [p for p in model.parameters() if id(p) not in matrices]
+    fused = next(model.parameters()).is_cuda
+    adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=fused)
+    return [adamw, Muon([*matrices.values()], lr)] if matrices else [adamw]

@@ -1,0 +1,85 @@
+"""extensions/muon.py against singular value decompositions in float64, and against torch's own Muon."""
+import pytest
+import torch
+from torch import nn
+
+from extensions import muon
+
+
+def by_svd(g, steps=3):
+    """What `orthogonal` should make of a matrix: p, applied `steps` times to its singular values."""
+    a, b, c = muon.COEFFICIENTS
+    u, s, v = torch.linalg.svd(g.double(), full_matrices=False)
+    s = s / s.square().sum().sqrt()
+    for _ in range(steps):
+        s = a * s + b * s ** 3 + c * s ** 5
+    return u @ torch.diag(s) @ v
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 16), (1, 5)])
+def test_only_the_singular_values_change_and_all_are_about_one(shape):
+    g = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    found = muon.orthogonal(g)
+    for one, o in zip(g, found, strict=True):
+        assert torch.allclose(o.double(), by_svd(one), atol=2e-5)
+        assert torch.allclose(muon.orthogonal(1e-4 * one[None])[0], o, atol=1e-5)  # its length does not matter
+        if shape != (16, 16):  # a square random matrix may have a singular value near zero
+            s = torch.linalg.svdvals(o)
+            assert 0.68 < s.min() and s.max() < 1.21
+
+
+def test_a_matrix_of_zeros_stays_zero():
+    assert torch.equal(muon.orthogonal(torch.zeros(2, 4, 6)), torch.zeros(2, 4, 6))
+
+
+def test_steps_are_those_of_the_formula():
+    """Two steps of a convolution, with momentum 0.9 and weight decay, by hand."""
+    generator = torch.Generator().manual_seed(1)
+    p = nn.Parameter(torch.randn(8, 4, 3, 3, generator=generator))
+    w, momentum = p.detach().double().flatten(1), torch.zeros(8, 36, dtype=torch.float64)
+    optimizer = muon.Muon([p], lr=0.1, momentum=0.9, weight_decay=0.5)
+    for _ in range(2):
+        p.grad = torch.randn(p.shape, generator=generator)
+        g = p.grad.double().flatten(1)
+        momentum = 0.9 * momentum + 0.1 * g
+        w = (1 - 0.1 * 0.5) * w - 0.1 * 0.2 * 36 ** 0.5 * by_svd(0.1 * g + 0.9 * momentum)
+        optimizer.step()
+        assert torch.allclose(p.detach().double().flatten(1), w, atol=1e-4)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon since 2.9")
+def test_torch_takes_the_same_steps():
+    """Its Newton-Schulz iteration runs in bfloat16, so steps agree to about 1 %."""
+    generator = torch.Generator().manual_seed(2)
+    ours = nn.Parameter(torch.randn(24, 60, generator=generator))
+    theirs = nn.Parameter(ours.detach().clone())
+    pairs = [(ours, muon.Muon([ours], 0.02)),
+             (theirs, torch.optim.Muon([theirs], 0.02, weight_decay=0.01, ns_steps=3,
+                                       adjust_lr_fn="match_rms_adamw"))]
+    begin = ours.detach().clone()
+    for _ in range(3):
+        g = torch.randn(24, 60, generator=generator)
+        for p, optimizer in pairs:
+            p.grad = g.clone()
+            optimizer.step()
+    assert (ours - theirs).norm() < 0.02 * (ours - begin).norm()
+
+
+def test_every_parameter_has_one_optimizer():
+    model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Conv2d(8, 2, 3))
+    by_muon = [model[1].weight, model[3].weight]
+    adamw, found = muon.optimizers("muon", model, 1e-3)
+    sets = [{id(p) for group in o.param_groups for p in group["params"]} for o in (adamw, found)]
+    assert isinstance(adamw, torch.optim.AdamW) and sets[1] == {id(p) for p in by_muon}
+    assert not sets[0] & sets[1] and sets[0] | sets[1] == {id(p) for p in model.parameters()}
+    [only] = muon.optimizers("adamw", model, 1e-3)
+    assert {id(p) for p in only.param_groups[0]["params"]} == {id(p) for p in model.parameters()}
+
+
+def test_a_weight_without_gradient_stays_as_it_is():
+    used, unused = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3, 4))
+    optimizer = muon.Muon([used, unused], 0.1)
+    optimizer.step()  # none has a gradient
+    used.grad = torch.randn(3, 4)
+    optimizer.step()
+    assert not torch.equal(used, torch.ones(3, 4)) and torch.equal(unused, torch.ones(3, 4))
