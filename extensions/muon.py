@@ -5,9 +5,9 @@ layers in neural networks") takes the gradient G of a weight as one matrix. With
 
     G = U S V^T,      the step is along      O = U V^T,
 
-so all singular values become 1. A gradient usually has a few large ones, and a step along it would hardly move
-the weight in any other direction. O moves it equally far in each. The loss of a diffusion UNet falls in far
-fewer steps that way (Schaipp 2025, "Optimization benchmark for diffusion models on dynamical systems").
+so all singular values become 1. A gradient usually has a few large ones, and a step along it would hardly
+move the weight in any other direction. O moves it equally far in each. The loss of a diffusion UNet falls in
+far fewer steps that way (Schaipp 2025, "Optimization benchmark for diffusion models on dynamical systems").
 
 O is found without a singular value decomposition. The polynomial p(x) = a x + b x^3 + c x^5 of a matrix,
 p(X) = a X + b (X X^T) X + c (X X^T)^2 X, changes only the singular values: each x becomes p(x). Applied a few
@@ -37,7 +37,7 @@ def orthogonal(g, steps=3):
 
 
 class Muon(torch.optim.Optimizer):
-    """W <- (1 - lr * weight_decay) W - lr * 0.2 sqrt(max(rows, columns)) O, for weights W of two axes or more.
+    """W <- (1 - lr * weight_decay) W - lr * 0.2 sqrt(max(rows, columns)) O, for weights of two axes or more.
 
     Convolutions (out, in, h, w) count as matrices (out, in * h * w). O is the `orthogonal` matrix of
     Nesterov's momentum. The factor makes the mean square of a step's numbers about 0.04 lr^2, as with AdamW,
@@ -54,11 +54,10 @@ class Muon(torch.optim.Optimizer):
             weights = [p for p in group["params"] if p.grad is not None]
             if not weights:
                 continue
-            for p in weights:
-                self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-            gradients, momenta = [p.grad for p in weights], [self.state[p]["momentum_buffer"] for p in weights]
+            gradients = [p.grad for p in weights]
+            momenta = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in weights]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-            directions = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov: one step ahead
+            directions = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov: a step ahead
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             by_shape = {}  # matrices of one shape are made orthogonal together, which is faster
             for p, direction in zip(weights, directions, strict=True):
