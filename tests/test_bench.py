@@ -5,7 +5,7 @@ from importlib import import_module
 
 import pytest
 
-from bench import gpu, runs, tables
+from bench import gpu, optimizers, runs, tables
 from support import settings
 
 PLACES = [(page, name, make) for page, made in tables.PAGES for name, make in made.items()]
@@ -85,3 +85,10 @@ def test_a_row_with_more_sampling_seeds_is_told_by_their_mean():
     rows = {name: {"row": name, "evaluation": {"accuracy": {"cnn": {"small": 0.1, "large": x}}}}
             for name, x in (("a-eps1", 0.5), ("a-eps1-seed1", 0.6), ("a-eps10", 0.9), ("a-eps10-seed1", 0.9))}
     assert tables.over_seeds(rows, "a-eps1") == pytest.approx(0.55)
+
+
+def test_the_optimizers_are_compared_line_by_line(capsys):
+    optimizers.main("smoke --steps 2 --n 300 --lr 1e-3".split())
+    cells = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| smoke")]
+    assert [row[1] for row in cells] == ["1, autoencoder"] * 2 + ["2, diffusion"] * 2
+    assert sorted(row[2] for row in cells[:2]) == ["adamw", "muon"] and len({row[-1] for row in cells}) == 4

@@ -1,0 +1,93 @@
+"""AdamW and Muon in the public stages, at equal numbers of steps, on held-out public images.
+
+    python -m bench.optimizers [PRESET ...] [--steps 200] [--lr 1.5e-3,3e-3,6e-3]
+
+One line for each stage, optimizer and learning rate, which falls to zero within the steps as in a whole run.
+Stage 1: PSNR of reconstructions in dB. Stage 2: the diffusion loss, in the latents of the best autoencoder
+above. Seconds are process time.
+"""
+import argparse
+import itertools
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+import diffusion
+import train
+from datasets import pixels
+from support import checkpoints, command_line, conditions, hardware, settings, start
+
+HELD_OUT = 1000
+NOBODY = SimpleNamespace(asked=False)  # nobody presses Ctrl-C
+
+
+def psnr(checkpoint, images):
+    """Peak signal-to-noise ratio of the reconstructions of images (N, C, H, W) uint8, in dB."""
+    model, x = checkpoints.build_vae(checkpoint), pixels.to_float(images)
+    with torch.no_grad():
+        y = torch.cat([model.decode(model.encode(part).mean) for part in x.split(250)])
+    return -10 * ((y.clamp(-1, 1) - x) / 2).square().mean().log10().item()
+
+
+def loss(checkpoint, latents, cond, schedule):
+    """Mean diffusion loss of latents (N, F, C, h, w) over two draws each, the same for every model."""
+    model = checkpoints.build_model(checkpoint)[0]
+    drawn = diffusion.draw(latents, cond, 2, torch.Generator().manual_seed(9), schedule)
+    with torch.no_grad():
+        return diffusion.loss(model, *drawn, schedule=schedule).mean().item()
+
+
+def compare(preset, args, folder):
+    """Print the lines of one preset."""
+    runs = []  # (optimizer, learning rate, settings)
+    for optimizer, lr in itertools.product(settings.OPTIMIZERS, args.lr.split(",")):
+        words = (f"--preset {preset} --public-optimizer {optimizer} --vae-lr {lr} --ldm-lr {lr} --vae-steps "
+                 f"{args.steps} --ldm-steps {args.steps} --public-n {args.n + HELD_OUT}")
+        s = settings.parse([*words.split(), "--out", str(folder)])
+        s.bf16 = hardware.choose_bf16(s.precision, s.device)
+        runs.append((optimizer, lr, s))
+    public, best, quality = start.public_set(runs[0][2]), None, 0.0
+    (folder / "public").mkdir()
+    (folder / "internal").mkdir()
+
+    def show(stage, optimizer, lr, begin, value):
+        print(f"| {preset} | {stage} | {optimizer} | {lr} | {time.process_time() - begin:.0f} | {value} |",
+              flush=True)
+
+    for optimizer, lr, s in runs:
+        begin = time.process_time()
+        made = train.train_autoencoder(s, public.images[:-HELD_OUT], {}, NOBODY)
+        reached = psnr(made, public.images[-HELD_OUT:])
+        show("1, autoencoder", optimizer, lr, begin, f"{reached:.1f} dB")
+        if best is None or reached > quality:
+            best, quality = made, reached
+        (folder / "internal" / "vae_state.pt").unlink(missing_ok=True)  # else the next run goes on from it
+    embedder = conditions.embedder_entry(s, public, public)
+    latents, cond = train.inputs(s, checkpoints.build_vae(best), best["scale"], public, embedder)
+    for optimizer, lr, s in runs:
+        begin = time.process_time()
+        made = train.train_diffusion(s, latents[:-HELD_OUT], cond[:-HELD_OUT], embedder, {}, NOBODY)
+        show("2, diffusion", optimizer, lr, begin,
+             f"{loss(made, latents[-HELD_OUT:], cond[-HELD_OUT:], s.schedule):.3f}")
+        (folder / "internal" / "ldm_state.pt").unlink(missing_ok=True)
+
+
+def main(argv=None):
+    parser = command_line.Parser(description="AdamW and Muon in the public stages.",
+                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("presets", nargs="*", default=["digits", "garments"], help="presets")
+    parser.add_argument("--steps", type=int, default=200, help="steps of each run")
+    parser.add_argument("--n", type=int, default=20_000, help="public images to learn from")
+    parser.add_argument("--lr", default="1.5e-3,3e-3,6e-3", help="learning rates")
+    args = parser.parse_args(argv)
+    print("| preset | stage | optimizer | learning rate | seconds | held out |\n|---|---|---|---|---|---|")
+    for preset in args.presets:
+        with tempfile.TemporaryDirectory() as folder:
+            compare(preset, args, Path(folder))
+
+
+if __name__ == "__main__":
+    command_line.run_cli(main)
