@@ -57,15 +57,16 @@ class Muon(torch.optim.Optimizer):
             gradients = [p.grad for p in weights]
             momenta = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in weights]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-            directions = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov: a step ahead
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            directions = [*torch._foreach_lerp(gradients, momenta, group["momentum"])]  # Nesterov
             by_shape = {}  # matrices of one shape are made orthogonal together, which is faster
-            for p, direction in zip(weights, directions, strict=True):
-                by_shape.setdefault(direction.flatten(1).shape, []).append((p, direction.flatten(1)))
-            for shape, pairs in by_shape.items():
-                step = -group["lr"] * 0.2 * max(shape) ** 0.5
-                for (p, _), o in zip(pairs, orthogonal(torch.stack([d for _, d in pairs])), strict=True):
-                    p.add_(o.view_as(p), alpha=step)
+            for i, direction in enumerate(directions):
+                by_shape.setdefault(direction.flatten(1).shape, []).append(i)
+            for shape, places in by_shape.items():
+                o = orthogonal(torch.stack([directions[i].flatten(1) for i in places]))
+                for i, change in zip(places, -group["lr"] * 0.2 * max(shape) ** 0.5 * o, strict=True):
+                    directions[i] = change.view_as(weights[i])
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(weights, directions)
 
 
 def optimizers(name, model, lr):
