@@ -21,12 +21,12 @@ DIGITS = dict(
     public_optimizer="muon",  # of stages 1 and 2
     # stage 1
     vae=VAEConfig(ch=8, ch_mult=(1, 2, 4, 8)), factor=None, latent_channels=None,
-    vae_steps=900, vae_batch=64, vae_lr=4e-3, kl_weight=1e-6,
+    vae_steps=700, vae_batch=64, vae_lr=4e-3, kl_weight=1e-6,
     perceptual_weight=0.0, adversarial_weight=0.0, adversarial_start=0,
     # stage 2
     unet=UNetConfig(4, 4, 32, num_heads=4, context_dim=64, num_groups=8), width=None, depth=None,
     schedule=diffusion.Schedule("cosine", "v"), prediction=None,
-    ldm_steps=1600, ldm_batch=256, ldm_lr=6e-3, cond_drop=0.1,
+    ldm_steps=1200, ldm_batch=256, ldm_lr=6e-3, cond_drop=0.1,
     # stage 3: the guarantee, then the rest
     epsilon=10.0, delta=1e-5, sigma=None, accountant="pld",
     batch_size=4000, steps=30, clip_norm=0.1, clipping="flat",

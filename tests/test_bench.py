@@ -88,7 +88,7 @@ def test_a_row_with_more_sampling_seeds_is_told_by_their_mean():
 
 
 def test_the_optimizers_are_compared_line_by_line(capsys):
-    optimizers.main("smoke --steps 2 --n 300 --lr 1e-3".split())
+    optimizers.main(["smoke", "--steps", "2", "--n", "300", "--lr", "1e-3"])
     cells = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| smoke")]
     assert [row[1] for row in cells] == ["1, autoencoder"] * 2 + ["2, diffusion"] * 2
     assert sorted(row[2] for row in cells[:2]) == ["adamw", "muon"] and len({row[-1] for row in cells}) == 4

@@ -32,19 +32,30 @@ def test_a_matrix_of_zeros_stays_zero():
     assert torch.equal(muon.orthogonal(torch.zeros(2, 4, 6)), torch.zeros(2, 4, 6))
 
 
-def test_steps_are_those_of_the_formula():
-    """Two steps of a convolution, with momentum 0.9 and weight decay, by hand."""
+@pytest.mark.parametrize("shape", [(8, 4, 3, 3), (40, 8, 1, 1)])
+def test_steps_are_those_of_the_formula(shape):
+    """Two steps of two convolutions in groups of their own and of a third, by hand."""
     generator = torch.Generator().manual_seed(1)
-    p = nn.Parameter(torch.randn(8, 4, 3, 3, generator=generator))
-    w, momentum = p.detach().double().flatten(1), torch.zeros(8, 36, dtype=torch.float64)
-    optimizer = muon.Muon([p], lr=0.1, momentum=0.9, weight_decay=0.5)
+    weights = [nn.Parameter(torch.randn(shape, generator=generator)) for _ in range(3)]
+    optimizer = muon.Muon([{"params": weights[:2]}, {"params": weights[2:], "momentum": 0.8}],
+                          lr=0.1, momentum=0.9, weight_decay=0.5)
+    expected = [(w.detach().double().flatten(1), 0.0, mu)
+                for w, mu in zip(weights, (0.9, 0.9, 0.8), strict=True)]
     for _ in range(2):
-        p.grad = torch.randn(p.shape, generator=generator)
-        g = p.grad.double().flatten(1)
-        momentum = 0.9 * momentum + 0.1 * g
-        w = (1 - 0.1 * 0.5) * w - 0.1 * 0.2 * 36 ** 0.5 * by_svd(0.1 * g + 0.9 * momentum)
+        for i, (w, m, mu) in enumerate(expected):
+            weights[i].grad = torch.randn(shape, generator=generator)
+            g = weights[i].grad.double().flatten(1)
+            m = mu * m + (1 - mu) * g
+            w = (1 - 0.1 * 0.5) * w - 0.1 * 0.2 * max(w.shape) ** 0.5 * by_svd((1 - mu) * g + mu * m)
+            expected[i] = w, m, mu
         optimizer.step()
-        assert torch.allclose(p.detach().double().flatten(1), w, atol=1e-4)
+        for p, (w, *_) in zip(weights, expected, strict=True):
+            assert torch.allclose(p.detach().double().flatten(1), w, atol=1e-4)
+
+
+def test_the_usual_values_of_momentum_and_weight_decay():
+    assert muon.Muon([nn.Parameter(torch.ones(2, 2))], 1.0).defaults == {
+        "lr": 1.0, "momentum": 0.95, "weight_decay": 0.01}
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon since 2.9")
