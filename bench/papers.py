@@ -103,16 +103,17 @@ for epsilon, flags in GARMENTS.items():
     ROWS[f"garments-shift-eps{epsilon}-10000"] = Row(
         "the same run, scored with 10,000 samples", None, out,
         f"{SCORE} --n 10000 --no-distance --out {out}/internal/samples10000.json")
-# The private stages with a shift, on the public networks of garments-eps10, which Muon has trained.
+# The private stages with a shift, on the public networks of garments-eps10, which Muon has trained; a fifth
+# of the samples at first.
 MUON = "runs/garments-all-stages"
 for epsilon, flags in GARMENTS.items():
     ROWS[f"garments-muon-shift-eps{epsilon}"] = Row(
         "Fashion-MNIST, drawn garments, latents 8x8x4, attention and a shift",
         f"--preset garments --init {MUON} {flags}--tune attention+shift --out {MUON}-shift-eps{epsilon}",
-        f"{MUON}-shift-eps{epsilon}", f"{SCORE} --no-distance")
-    ROWS[f"garments-muon-shift-eps{epsilon}-10000"] = Row(
-        "the same run, scored with 10,000 samples", None, f"{MUON}-shift-eps{epsilon}",
-        f"{SCORE} --n 10000 --no-distance --out {MUON}-shift-eps{epsilon}/internal/samples10000.json")
+        f"{MUON}-shift-eps{epsilon}", f"{SCORE} --n 10000 --no-distance")
+    ROWS[f"garments-muon-shift-eps{epsilon}-50000"] = Row(
+        "the same run, scored with 50,000 samples", None, f"{MUON}-shift-eps{epsilon}",
+        f"{SCORE} --no-distance --out {MUON}-shift-eps{epsilon}/internal/samples50000.json")
 ROWS["garments-shift-eps1-more"] = Row(
     "Fashion-MNIST, drawn garments, latents 8x8x4, attention and a shift, three times the private work",
     "--preset garments --init pretrained/garments --epsilon 1 --batch-size 12000 --steps 30 --lr 3e-3 "
