@@ -9,7 +9,8 @@ SCORE = "--n 5000 --classifiers cnn,logreg"
 # Features of photographs, not of drawings. The network is trained anew: see the weights in its name.
 DRAWN = f"{SCORE} --features public32 --real"
 LARGER = ("--public portraits --public-n 20000 --size 64 --factor 8 --latent-channels 16 --vae-steps 3000 "
-          "--vae-batch 16 --ldm-steps 8000")
+          "--vae-batch 16 --ldm-steps 8000 --public-optimizer adamw --vae-lr 2e-3 --ldm-batch 32 "
+          "--ldm-lr 1.2e-3")
 FEW = "--n 5000 --steps 15 --classifiers cnn,logreg --no-distance"
 
 

@@ -64,7 +64,7 @@ def compare(preset, args, folder):
         seconds = time.process_time() - begin
         reached = psnr(made, public.images[-HELD_OUT:])
         show("1, autoencoder", optimizer, lr, seconds, f"{reached:.1f} dB")
-        if best is None or reached > quality:
+        if best is None or not quality >= reached:  # also after one that failed
             best, quality = made, reached
         (folder / "internal" / "vae_state.pt").unlink(missing_ok=True)  # else the next run goes on from it
     embedder = conditions.embedder_entry(s, public, public)

@@ -108,7 +108,7 @@ for epsilon, flags in GARMENTS.items():
 MUON = "runs/garments-all-stages"
 for epsilon, flags in GARMENTS.items():
     ROWS[f"garments-muon-shift-eps{epsilon}"] = Row(
-        "Fashion-MNIST, drawn garments, latents 8x8x4, attention and a shift",
+        "Fashion-MNIST, drawn garments (by Muon), latents 8x8x4, attention and a shift",
         f"--preset garments --init {MUON} {flags}--tune attention+shift --out {MUON}-shift-eps{epsilon}",
         f"{MUON}-shift-eps{epsilon}", f"{SCORE} --n 10000 --no-distance")
     ROWS[f"garments-muon-shift-eps{epsilon}-50000"] = Row(

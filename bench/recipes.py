@@ -32,7 +32,7 @@ CHANGES = {  # name: (label, flags)
                   "--private-n 59000 --batch-size 10000 --steps 150 --lr 3e-3 --ema 0.95"),
 }
 PUBLIC = {  # public stages of their own: (label, flags)
-    "wide": ("UNet of 48 channels", "--width 48 --ldm-lr 1.5e-3"),
+    "wide": ("UNet of 48 channels", "--width 48"),
     "longer": ("5,000 public steps", "--ldm-steps 5000"),
     "deep": ("two ResBlocks per level", "--depth 2"),
     "8x8": ("latents of 8x8x4 instead of 4x4x4: slower", "--factor 4"),

@@ -10,6 +10,7 @@ import diffusion
 import dp_sgd
 import unet
 import vae
+from extensions import muon
 from support import checkpoints, conditions, guarantee, hardware, trainable
 from support.hardware import count, select
 from support.settings import GRADIENTS
@@ -97,14 +98,22 @@ def estimate(s, plan, embedder, known=()):
 
     def minutes(times, f):
         f()
-        # optimiser, data and checkpoints: about a tenth on top
+        # data, checkpoints and what else is not timed: about a tenth on top
         return 1.1 * times * hardware.seconds(s, f) / 60
 
-    def public_minutes(steps, loss, recorded=True):  # recorded as in `train.fit`; without optimiser
+    def public_minutes(network, steps, loss, recorded=True):  # recorded as in `train.fit`
         def gradients():
             with hardware.autocast(s):
                 loss().backward()
-        return minutes(steps, hardware.recorded(gradients, generator) if recorded else gradients)
+
+        def step():
+            gradients()
+            for optimizer in optimizers:
+                optimizer.step()
+
+        optimizers = muon.optimizers(s.public_optimizer, network, lr=0.0)
+        gradients = hardware.recorded(gradients, generator) if recorded else gradients
+        return minutes(steps, step)
 
     def private_step():
         part = slice(0, few)
@@ -116,9 +125,11 @@ def estimate(s, plan, embedder, known=()):
     model.requires_grad_(True)
     several = z[:s.ldm_batch], select(y, slice(0, s.ldm_batch))
     first = 0.0 if "vae.pt" in known else public_minutes(
-        s.vae_steps, lambda: vae.loss(autoencoder, x, generator=generator)[0], not s.adversarial_weight)
+        autoencoder, s.vae_steps, lambda: vae.loss(autoencoder, x, generator=generator)[0],
+        recorded=not s.adversarial_weight)
     second = 0.0 if "ldm.pt" in known else public_minutes(
-        s.ldm_steps, lambda: loss_fn(model, *diffusion.draw(*several, 1, generator, s.schedule)).mean())
+        model, s.ldm_steps,
+        lambda: loss_fn(model, *diffusion.draw(*several, 1, generator, s.schedule)).mean())
     print(f"time           autoencoder {first:.1f}, latent diffusion {second:.1f}, private tuning "
           f"{private:.1f} minutes ({'bf16' if s.bf16 else 'float32'} on {s.device}, "
           f"{torch.get_num_threads()} threads)")

@@ -52,7 +52,8 @@ class Public:
         with files.understanding(self.path):
             self.model.load_state_dict(state["model"])
             torch._foreach_copy_(self.average, [a.to(self.s.device) for a in state["average"]])
-            for optimizer, moments in zip(self.optimizers, state["optimizers"], strict=True):
+            stored = state["optimizers"] if "optimizers" in state else [state["optimizer"]]  # older versions
+            for optimizer, moments in zip(self.optimizers, stored, strict=True):
                 load_optimizer(optimizer, moments)
             if self.discriminator is not None:
                 self.discriminator.load_state_dict(state["also"])

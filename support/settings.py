@@ -26,7 +26,8 @@ LARGEST_RANK = 1024  # of LoRA
 OPTIMIZERS = ("muon", "adamw")
 VAE_FLAGS = {"vae_steps", "vae_batch", "vae_lr", "kl_weight", "perceptual_weight", "adversarial_weight",
              "adversarial_start"}
-LDM_FLAGS = {"ldm_steps", "ldm_batch", "ldm_lr", "text_length", "text_width", "text_layers"}
+LDM_FLAGS = {"ldm_steps", "ldm_batch", "ldm_lr", "public_optimizer", "text_length", "text_width",
+             "text_layers"}
 # What --help leaves out, and --help-all shows.
 RARE = {"precision", "insecure_seed", "fast_noise", "show_private", "cache", "public_classes", "flips",
         "public_optimizer", "text_length", "text_width", "text_layers", "factor", "latent_channels",
@@ -115,7 +116,8 @@ def parse(argv):
           ("text_width", int, "width of the text encoder"),
           ("text_layers", int, "transformer blocks of the text encoder"),
           ("flips", yes_or_no, "mirror images at random, yes or no"),
-          ("public_optimizer", str, "of stages 1 and 2: muon (extensions/muon.py) or adamw", OPTIMIZERS))
+          ("public_optimizer", str, "optimizer of stages 1 and 2; learning rates and steps stay as they are",
+           OPTIMIZERS))
     flags("stage 1, autoencoder (public)",
           ("factor", int, "f, side of an image over that of its latent; None: the preset's"),
           ("latent_channels", int, "channels of a latent; None: the preset's"),
@@ -201,6 +203,7 @@ def adopt_settings(s, given):
     path = s.out / "internal" / "settings.json"
     stored = files.read_json(path)
     with files.understanding(path, "file"):
+        stored.setdefault("public_optimizer", "adamw")  # older versions knew no other
         for key in ("data_root", "cache"):  # older versions stored it as it was typed: nobody knows where
             stored[key] = stored.get(key) if Path(stored.get(key) or "").is_absolute() else None
         for key in {"public", "private"} & stored.keys():  # older versions stored a mix as it was typed

@@ -1,9 +1,16 @@
-"""extensions/muon.py against singular value decompositions in float64, and against torch's own Muon."""
+"""extensions/muon.py against singular value decompositions in float64, and against torch's own Muon.
+
+And the loop of the public stages with either optimizer.
+"""
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
+import train
 from extensions import muon
+from support import files
 
 
 def by_svd(g, steps=3):
@@ -94,3 +101,64 @@ def test_a_weight_without_gradient_stays_as_it_is():
     used.grad = torch.randn(3, 4)
     optimizer.step()
     assert not torch.equal(used, torch.ones(3, 4)) and torch.equal(unused, torch.ones(3, 4))
+
+
+class Stopped(Exception):
+    pass
+
+
+def fitted(tmp_path, optimizer, steps=4, stop_after=None):
+    """A small network after `train.fit`, and the weights before. Raises Stopped after `stop_after` steps."""
+    def leave(_):
+        raise Stopped
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.LayerNorm(16), nn.Linear(16, 3))
+    before = [p.detach().clone() for p in model.parameters()]
+    stop = SimpleNamespace(asked=False, leave=leave)
+    s = SimpleNamespace(seed=0, device="cpu", bf16=False, public_optimizer=optimizer, out=tmp_path)
+    done = []
+
+    def loss_fn(generator):
+        done.append(1)
+        stop.asked = len(done) == stop_after
+        x = torch.randn(5, 1, 4, 4, generator=generator)
+        return (model(x) - 1).square().mean(), {}
+
+    train.fit(s, "", model, loss_fn, steps, peak=0.01, decay=0.0, state_path=tmp_path / "state.pt", stop=stop)
+    return list(model.parameters()), before
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_the_public_loop_moves_every_parameter_at_the_rate_of_the_schedule(name, tmp_path, monkeypatch):
+    make, used = muon.optimizers, []
+    monkeypatch.setattr(muon, "optimizers", lambda *args: used.extend(make(*args)) or used)
+    after, before = fitted(tmp_path, name)
+    assert len(used) == (2 if name == "muon" else 1)
+    for now, then in zip(after, before, strict=True):
+        assert (now - then).norm() > 0.003 * then.norm() + 1e-4  # weight decay alone moves 0.0004 of it
+    rates = {group["lr"] for optimizer in used for group in optimizer.param_groups}
+    assert rates == {train.learning_rate(3, 4, 0.01)}
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_a_stopped_public_stage_ends_like_an_uninterrupted_one(name, tmp_path):
+    whole, _ = fitted(tmp_path, name)
+    with pytest.raises(Stopped):
+        fitted(tmp_path, name, stop_after=2)
+    state = files.load(tmp_path / "state.pt")
+    if name == "adamw":  # as versions before Muon wrote it
+        files.save({**state, "optimizer": state.pop("optimizers")[0]}, tmp_path / "state.pt")
+    resumed, _ = fitted(tmp_path, name)
+    assert all(map(torch.equal, whole, resumed))
+
+
+def test_a_state_of_the_other_optimizer_is_refused(tmp_path):
+    with pytest.raises(Stopped):
+        fitted(tmp_path, "muon", stop_after=2)
+    state = files.load(tmp_path / "state.pt")
+    adamw, found = state["optimizers"]
+    found["state"] = {key: {"exp_avg": value["momentum_buffer"]} for key, value in found["state"].items()}
+    files.save({**state, "optimizers": [adamw, found]}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="state.pt.*does not fit"):
+        fitted(tmp_path, "muon")

@@ -190,6 +190,15 @@ def test_resume_after_ctrl_c_ends_like_an_uninterrupted_run(run, tmp_path, monke
     assert whole == resumed
 
 
+def test_a_run_from_before_muon_goes_on_with_adamw(run, tmp_path):
+    shutil.copytree(run, tmp_path / "r")
+    path = tmp_path / "r" / "internal" / "settings.json"
+    stored = files.read_json(path)
+    assert stored.pop("public_optimizer") == "muon"
+    files.write_json(stored, path)
+    assert settings.parse(["--resume", "--out", str(tmp_path / "r")]).public_optimizer == "adamw"
+
+
 def test_a_step_lost_in_a_crash_stays_spent(run, tmp_path, monkeypatch):
     out = tmp_path / "r"
 
