@@ -10,6 +10,7 @@ import argparse
 import itertools
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ import torch
 import diffusion
 import train
 from datasets import pixels
+from extensions import muon
 from support import checkpoints, command_line, conditions, hardware, settings, start
 
 HELD_OUT = 1000
@@ -43,7 +45,7 @@ def loss(checkpoint, latents, cond, schedule):
 def compare(preset, args, folder):
     """Print the lines of one preset."""
     runs = []  # (optimizer, learning rate, settings)
-    for optimizer, lr in itertools.product(settings.OPTIMIZERS, args.lr.split(",")):
+    for optimizer, lr in itertools.product(muon.OPTIMIZERS, args.lr.split(",")):
         words = (f"--preset {preset} --public-optimizer {optimizer} --vae-lr {lr} --ldm-lr {lr} --vae-steps "
                  f"{args.steps} --ldm-steps {args.steps} --public-n {args.n + HELD_OUT} --device cpu")
         s = settings.parse([*words.split(), "--out", str(folder)])
@@ -55,27 +57,29 @@ def compare(preset, args, folder):
     (folder / "public").mkdir()
     (folder / "internal").mkdir()
 
-    def show(stage, optimizer, lr, seconds, value):
-        print(f"| {preset} | {stage} | {optimizer} | {lr} | {seconds:.0f} | {value} |", flush=True)
+    def timed(learn, state):
+        """(learn(), its process seconds). The stage's state is removed, else the next run goes on from it."""
+        begin = time.process_time()
+        made = learn()
+        seconds = time.process_time() - begin
+        (folder / "internal" / state).unlink(missing_ok=True)
+        return made, seconds
 
     for optimizer, lr, s in runs:
-        begin = time.process_time()
-        made = train.train_autoencoder(s, public.images[:-HELD_OUT], {}, NOBODY)
-        seconds = time.process_time() - begin
+        learn = partial(train.train_autoencoder, s, public.images[:-HELD_OUT], {}, NOBODY)
+        made, seconds = timed(learn, "vae_state.pt")
         reached = psnr(made, public.images[-HELD_OUT:])
-        show("1, autoencoder", optimizer, lr, seconds, f"{reached:.1f} dB")
+        print(f"| {preset} | 1, autoencoder | {optimizer} | {lr} | {seconds:.0f} | {reached:.1f} dB |",
+              flush=True)
         if best is None or not quality >= reached:  # also after one that failed
             best, quality = made, reached
-        (folder / "internal" / "vae_state.pt").unlink(missing_ok=True)  # else the next run goes on from it
     embedder = conditions.embedder_entry(s, public, public)
     latents, cond = train.inputs(s, checkpoints.build_vae(best), best["scale"], public, embedder)
     for optimizer, lr, s in runs:
-        begin = time.process_time()
-        made = train.train_diffusion(s, latents[:-HELD_OUT], cond[:-HELD_OUT], embedder, {}, NOBODY)
-        seconds = time.process_time() - begin
+        learn = partial(train.train_diffusion, s, latents[:-HELD_OUT], cond[:-HELD_OUT], embedder, {}, NOBODY)
+        made, seconds = timed(learn, "ldm_state.pt")
         reached = loss(made, latents[-HELD_OUT:], cond[-HELD_OUT:], s.schedule)
-        show("2, diffusion", optimizer, lr, seconds, f"{reached:.3f}")
-        (folder / "internal" / "ldm_state.pt").unlink(missing_ok=True)
+        print(f"| {preset} | 2, diffusion | {optimizer} | {lr} | {seconds:.0f} | {reached:.3f} |", flush=True)
 
 
 def main(argv=None):

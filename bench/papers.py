@@ -93,27 +93,21 @@ for epsilon, flags in GPU.items():
     ROWS[f"garments-gpu-eps{epsilon}"] = Row(
         "Fashion-MNIST, drawn garments, latents 8x8x4, more private work (on a GPU)",
         f"--preset garments --init pretrained/garments {flags} --out {out}", out, f"{SCORE} --no-distance")
-# garments-public with a shift of the latents for each class, which the paper lacks (extensions/shift.py).
-for epsilon, flags in GARMENTS.items():
-    out = f"runs/garments-shift-eps{epsilon}"
-    ROWS[f"garments-shift-eps{epsilon}"] = Row(
-        "Fashion-MNIST, drawn garments, latents 8x8x4, attention and a shift of the latents",
-        f"--preset garments --init pretrained/garments {flags}--tune attention+shift --out {out}", out,
-        f"{SCORE} --no-distance")
-    ROWS[f"garments-shift-eps{epsilon}-10000"] = Row(
-        "the same run, scored with 10,000 samples", None, out,
-        f"{SCORE} --n 10000 --no-distance --out {out}/internal/samples10000.json")
-# The private stages with a shift, on the public networks of garments-eps10, which Muon has trained; a fifth
-# of the samples at first.
+# The private stages with a shift of the latents for each class, which the paper lacks (extensions/shift.py):
+# on the public networks of pretrained/garments, and on those of garments-eps10, which Muon has trained. The
+# numbers are how many samples score a run at first, and how many again.
 MUON = "runs/garments-all-stages"
-for epsilon, flags in GARMENTS.items():
-    ROWS[f"garments-muon-shift-eps{epsilon}"] = Row(
-        "Fashion-MNIST, drawn garments (by Muon), latents 8x8x4, attention and a shift",
-        f"--preset garments --init {MUON} {flags}--tune attention+shift --out {MUON}-shift-eps{epsilon}",
-        f"{MUON}-shift-eps{epsilon}", f"{SCORE} --n 10000 --no-distance")
-    ROWS[f"garments-muon-shift-eps{epsilon}-50000"] = Row(
-        "the same run, scored with 50,000 samples", None, f"{MUON}-shift-eps{epsilon}",
-        f"{SCORE} --no-distance --out {MUON}-shift-eps{epsilon}/internal/samples50000.json")
+for name, by, init, base, *numbers in (
+        ("garments-shift", "", "pretrained/garments", "runs/garments", 50_000, 10_000),
+        ("garments-muon-shift", " (by Muon)", MUON, MUON, 10_000, 50_000)):
+    scores = [f"{SCORE} {'' if n == 50_000 else f'--n {n} '}--no-distance" for n in numbers]
+    for epsilon, flags in GARMENTS.items():
+        row, out, again = f"{name}-eps{epsilon}", f"{base}-shift-eps{epsilon}", numbers[1]
+        ROWS[row] = Row(
+            f"Fashion-MNIST, drawn garments{by}, latents 8x8x4, attention and a shift of the latents",
+            f"--preset garments --init {init} {flags}--tune attention+shift --out {out}", out, scores[0])
+        ROWS[f"{row}-{again}"] = Row(f"the same run, scored with {again:,} samples", None, out,
+                                     f"{scores[1]} --out {out}/internal/samples{again}.json")
 ROWS["garments-shift-eps1-more"] = Row(
     "Fashion-MNIST, drawn garments, latents 8x8x4, attention and a shift, three times the private work",
     "--preset garments --init pretrained/garments --epsilon 1 --batch-size 12000 --steps 30 --lr 3e-3 "

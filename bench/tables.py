@@ -47,7 +47,7 @@ FIRST_ROWS = [
     ("faces", "portraits-shift-whole", "faces in colour, 32 pixels: only a shift tuned"),
 ]
 
-# The first table of docs/results.md: (what, goal in per cent, whose goal it is, table, row, its run's row).
+# The first table of docs/results.md: (what, goal in per cent, whose goal it is, table, row).
 GOALS = [
     ("MNIST, drawn digits and letters public", 97.4, "the paper's", "papers", "mnist-eps10"),
     ("the same", 95.9, "the paper's", "papers", "mnist-eps1"),
@@ -155,13 +155,13 @@ def goals():
     """docs/results.md: what was aimed at, what was reached, and by which commands."""
     head = ["a CNN learns from samples of", "epsilon", "goal", "reached", "train", "evaluate"]
     cells = []
-    for what, goal, whose, table, name, *trained_by in GOALS:
+    for what, goal, whose, table, name in GOALS:
         rows = {row["row"]: row for row in load(table)}
-        row, run = rows[name], rows[(trained_by or [name])[0]]
+        row = rows[name]
         reached = 100 * over_seeds(rows, name)
         verdict = f"{reached:.1f} %" if reached >= goal else f"{reached:.1f} %: missed"
         cells.append([what, epsilon(row["privacy"]), f"{goal:g} % ({whose})", verdict,
-                      f"`{run['commands'][0]}`", f"`{row['commands'][-1]}`"])
+                      f"`{row['commands'][0]}`", f"`{row['commands'][-1]}`"])
     return markdown(head, cells)
 
 

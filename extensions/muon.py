@@ -22,6 +22,7 @@ anyway. Muon was not tried for it.
 import torch
 from torch import nn
 
+OPTIMIZERS = ("muon", "adamw")  # of the public stages
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # a, b, c of Jordan et al.: steep at 0, to raise small values fast
 
 
@@ -64,16 +65,15 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             momenta = [self.state[p]["momentum_buffer"] for p in weights]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-            directions = [*torch._foreach_lerp(gradients, momenta, group["momentum"])]  # Nesterov
+            ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
             by_shape = {}  # matrices of one shape are made orthogonal together, which is faster
-            for i, direction in enumerate(directions):
-                by_shape.setdefault(direction.flatten(1).shape, []).append(i)
-            for shape, places in by_shape.items():
-                o = orthogonal(torch.stack([directions[i].flatten(1) for i in places]))
-                for i, change in zip(places, -group["lr"] * 0.2 * max(shape) ** 0.5 * o, strict=True):
-                    directions[i] = change.view_as(weights[i])
+            for p, matrix in zip(weights, (direction.flatten(1) for direction in ahead), strict=True):
+                by_shape.setdefault(matrix.shape, []).append((p, matrix))
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(weights, directions)
+            for shape, pairs in by_shape.items():
+                o = orthogonal(torch.stack([matrix for _, matrix in pairs]))
+                torch._foreach_add_([p for p, _ in pairs], [one.view_as(p) for (p, _), one in zip(
+                    pairs, -group["lr"] * 0.2 * max(shape) ** 0.5 * o, strict=True)])
 
 
 def optimizers(name, model, lr):
@@ -83,8 +83,9 @@ def optimizers(name, model, lr):
     stay with AdamW, and so do biases and the scales of norm layers.
     """
     weights = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    matrices = {id(w): w for w in weights if w.requires_grad} if name == "muon" else {}
-    others = [p for p in model.parameters() if id(p) not in matrices]
+    matrices = weights if name == "muon" else []
+    taken = set(map(id, matrices))
+    others = [p for p in model.parameters() if id(p) not in taken]
     fused = next(model.parameters()).is_cuda
     adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=fused)
-    return [adamw, Muon([*matrices.values()], lr)] if matrices else [adamw]
+    return [adamw, Muon(matrices, lr)] if matrices else [adamw]

@@ -15,6 +15,7 @@ import accountant
 import datasets
 import dp_sgd
 import tuning
+from extensions import muon
 from extensions.bookkeeping import bookkeeping
 from support import checkpoints, command_line, files, hardware, presets, run_folder
 from support.files import plain
@@ -23,7 +24,6 @@ GRADIENTS = {"bookkeeping": bookkeeping, "loop": dp_sgd.loop, "vmap": dp_sgd.vma
 # Of this command alone. The guarantee does not depend on them, and the results only by rounding.
 FREE = {"given", "out", "init", "resume", "dry_run", "device", "precision", "show_private"}
 LARGEST_RANK = 1024  # of LoRA
-OPTIMIZERS = ("muon", "adamw")
 VAE_FLAGS = {"vae_steps", "vae_batch", "vae_lr", "kl_weight", "perceptual_weight", "adversarial_weight",
              "adversarial_start"}
 LDM_FLAGS = {"ldm_steps", "ldm_batch", "ldm_lr", "public_optimizer", "text_length", "text_width",
@@ -117,7 +117,7 @@ def parse(argv):
           ("text_layers", int, "transformer blocks of the text encoder"),
           ("flips", yes_or_no, "mirror images at random, yes or no"),
           ("public_optimizer", str, "optimizer of stages 1 and 2; learning rates and steps stay as they are",
-           OPTIMIZERS))
+           muon.OPTIMIZERS))
     flags("stage 1, autoencoder (public)",
           ("factor", int, "f, side of an image over that of its latent; None: the preset's"),
           ("latent_channels", int, "channels of a latent; None: the preset's"),
