@@ -381,8 +381,8 @@ class DPSGD:
             torch._foreach_add_(self.sums, sums)  # nothing changes before this line, nothing fails after it
         self.metrics.append(metrics)
 
-    def step(self, optimizer):
-        """Noise once, division by B, optimizer.step(). An empty batch (no `accumulate`) is a step too."""
+    def step(self, *optimizers):
+        """Noise once, division by B, then the optimizers. An empty batch (no `accumulate`) is a step too."""
         # What goes in depends on single examples and is secret. What comes out is covered by epsilon.
         grads = privatise(self.sums, self.clip_norm,
                           self.noise_multiplier, self.expected_batch_size, self.generator)
@@ -391,7 +391,8 @@ class DPSGD:
         self.sums, self.metrics = zeros(self.parameters), []
         for p, g in zip(self.parameters, grads, strict=True):
             p.grad = g.to(p.dtype)  # the optimizer takes it like any gradient
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         for p in self.parameters:
             p.grad = None
 

@@ -72,7 +72,7 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, discrimi
     """
     parameters = list(model.parameters())
     average = [p.detach().clone() for p in parameters]
-    optimizers = muon.optimizers(s.public_optimizer, model, peak)  # AdamW; for weight matrices maybe Muon
+    optimizers = muon.public_optimizers(s.public_optimizer, model, peak)  # AdamW; for matrices maybe Muon
     generator = torch.Generator(s.device).manual_seed(s.seed + 1 + 1_000_000 * rank())
     state = progress.Public(s, state_path, model, average, optimizers, generator, discriminator, stop)
 
@@ -189,9 +189,10 @@ def tune_privately(s, model, latents, cond, plan, stop, watch=None):
     rng = generators(s)  # seeds unknown and never saved, except with --insecure-seed
     clip, gradients = dp_sgd.CLIPPING[s.clipping], GRADIENTS[s.method]
     engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, clip, gradients, rng.noise)
-    adam = torch.optim.Adam(engine.parameters, s.lr)
+    # Adam as in the paper; for weight matrices maybe Muon
+    optimizers = muon.private_optimizers(s.private_optimizer, model, engine.parameters, s.lr)
     average = [p.detach().clone() for p in engine.parameters]
-    state = progress.Private(s, plan, engine, average, adam, stop)
+    state = progress.Private(s, plan, engine, average, optimizers, stop)
     loss_fn, null = partial(diffusion.loss, schedule=s.schedule), conditions.null(s, model, cond)
     # Does the fast method find this network's gradients? Tried on random latents, so nothing private is seen.
     z, y = torch.randn(3, *latents.shape[2:], device=s.device), hardware.stand_in(model, 3, s.device)
@@ -216,7 +217,7 @@ def tune_privately(s, model, latents, cond, plan, stop, watch=None):
         # Noise N(0, sigma^2 C^2) once, division by the EXPECTED batch size, Adam, then the EMA. state.done
         # counts the updates in the weights. It is below `step` if a crash lost the result of a spent step.
         if rank() == 0:
-            engine.step(adam)
+            engine.step(*optimizers)
             update_ema(average, engine.parameters, s.ema, state.done)
         team.broadcast(engine.parameters)
         # The weights are now covered by epsilon. The metrics that `keep` logs in internal/ are not.

@@ -45,7 +45,7 @@ def loss(checkpoint, latents, cond, schedule):
 def compare(preset, args, folder):
     """Print the lines of one preset."""
     runs = []  # (optimizer, learning rate, settings)
-    for optimizer, lr in itertools.product(muon.OPTIMIZERS, args.lr.split(",")):
+    for optimizer, lr in itertools.product(muon.PUBLIC, args.lr.split(",")):
         words = (f"--preset {preset} --public-optimizer {optimizer} --vae-lr {lr} --ldm-lr {lr} --vae-steps "
                  f"{args.steps} --ldm-steps {args.steps} --public-n {args.n + HELD_OUT} --device cpu")
         s = settings.parse([*words.split(), "--out", str(folder)])

@@ -39,6 +39,8 @@ RUNS = {  # name: (label, flags of train.py, run folder)
     **both("photos8", "Fashion-MNIST, public photographs in grey, latents 8x8x4", PHOTOS8, "runs/photos-8x8"),
     **both("garments", "Fashion-MNIST, drawn garments, latents 8x8x4", "--preset garments",
            "runs/garments-all-stages"),
+    "garments-private-eps10": again("Fashion-MNIST, drawn garments, latents 8x8x4, private stage only",
+                                    "--preset garments", "runs/garments-all-stages", "again"),
     "photos8-all": again("Fashion-MNIST, public photographs in grey, latents 8x8x4, all parameters",
                          f"{PHOTOS8} --tune all",
                          "runs/photos-8x8", "all"),

@@ -111,7 +111,7 @@ def estimate(s, plan, embedder, known=()):
             for optimizer in optimizers:
                 optimizer.step()
 
-        optimizers = muon.optimizers(s.public_optimizer, network, lr=0.0)
+        optimizers = muon.public_optimizers(s.public_optimizer, network, lr=0.0)
         gradients = hardware.recorded(gradients, generator) if recorded else gradients
         return minutes(steps, step)
 

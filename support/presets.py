@@ -30,7 +30,7 @@ DIGITS = dict(
     # stage 3: the guarantee, then the rest
     epsilon=10.0, delta=1e-5, sigma=None, accountant="pld",
     batch_size=4000, steps=30, clip_norm=0.1, clipping="flat",
-    tune="attention", from_block=0, lr=5e-3, ema=0.9, noise_multiplicity=1,
+    tune="attention", from_block=0, private_optimizer="adam", lr=5e-3, ema=0.9, noise_multiplicity=1,
     method="bookkeeping", micro_batch=256,
     # images at the end
     sample_steps=30, sample_eta=0.0, guidance=1.0,
@@ -73,7 +73,7 @@ PRESETS = {
         public="garments", public_n=60_000, private="fashion",
         **LARGE | CAREFUL | dict(public_optimizer="muon", vae_steps=5000, vae_lr=6e-3,
                                  ldm_steps=4000, ldm_batch=96, ldm_lr=6e-3,
-                                 batch_size=3000, steps=80, lr=4e-3)),
+                                 batch_size=3000, steps=160, private_optimizer="muon", lr=6e-3, ema=0.97)),
     "mnist-paper": dict(  # the authors' networks and settings, but with one image channel; large, for a GPU
         public="emnist", public_n=None, private="mnist", public_optimizer="adamw",
         vae=replace(AUTOENCODERS["mnist"], in_channels=1, out_ch=1),

@@ -31,6 +31,13 @@ def load_optimizer(optimizer, state):
             raise ValueError("the optimiser's state does not fit the parameters")
 
 
+def load_optimizers(optimizers, state):
+    """Moments from a checkpoint with "optimizers", a list, or as in older versions "optimizer"."""
+    stored = state["optimizers"] if "optimizers" in state else [state["optimizer"]]
+    for optimizer, moments in zip(optimizers, stored, strict=True):
+        load_optimizer(optimizer, moments)
+
+
 class Public:
     """State of a public stage in `path`: read first, written every minute and on Ctrl-C.
 
@@ -52,9 +59,7 @@ class Public:
         with files.understanding(self.path):
             self.model.load_state_dict(state["model"])
             torch._foreach_copy_(self.average, [a.to(self.s.device) for a in state["average"]])
-            stored = state["optimizers"] if "optimizers" in state else [state["optimizer"]]  # older versions
-            for optimizer, moments in zip(self.optimizers, stored, strict=True):
-                load_optimizer(optimizer, moments)
+            load_optimizers(self.optimizers, state)
             if self.discriminator is not None:
                 self.discriminator.load_state_dict(state["also"])
             self.first = int(state["step"])
@@ -94,13 +99,13 @@ class Private:
     done     updates that the weights contain, never more than there are rows (run_folder.check_spent)
     """
 
-    def __init__(self, s, plan, engine, average, optimizer, stop):
+    def __init__(self, s, plan, engine, average, optimizers, stop):
         self.s, self.plan, self.engine, self.average = s, plan, engine, average
-        self.optimizer, self.stop = optimizer, stop
+        self.optimizers, self.stop = optimizers, stop
         self.folder = s.out / "internal"
         self.rows = files.ledger_rows(files.read_ledger(self.folder / "ledger.jsonl"), plan)
         self.lines = count_lines(self.folder / "ledger.jsonl")
-        self.done = resume(self.folder / "state.pt", engine, average, optimizer)
+        self.done = resume(self.folder / "state.pt", engine, average, optimizers)
         self.covered = len(self.rows)  # the bar shows epsilon of so many steps
         self.epsilon = epsilon_after(s, plan, self.covered)
         self.examples, self.begin = 0, time.monotonic()
@@ -140,10 +145,11 @@ class Private:
         return self.rows
 
     def save(self):
-        """Write the tuned parameters, their average, Adam's moments, and how many updates they contain."""
+        """Write the tuned parameters, their average, the optimizers' moments, and the number of updates."""
         tuned = dict(zip(self.engine.names, self.engine.parameters, strict=True))
-        files.save({"tuned": tuned, "average": self.average, "optimizer": self.optimizer.state_dict(),
-                    "done": self.done}, self.folder / "state.pt")
+        files.save({"tuned": tuned, "average": self.average, "done": self.done,
+                    "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]},
+                   self.folder / "state.pt")
 
     def keep(self, step):
         """After the step: save its result, log it, show epsilon. After Ctrl-C leave, if steps are left."""
@@ -178,8 +184,8 @@ def epsilon_after(s, plan, steps):
     return float(accountant.epsilon(plan["q"], plan["sigma"], steps, s.delta, s.accountant)) if steps else 0.0
 
 
-def resume(path, engine, average, optimizer):
-    """Load tuned parameters, EMA and optimiser, if there is a state -> updates they contain."""
+def resume(path, engine, average, optimizers):
+    """Load tuned parameters, EMA and optimizers, if there is a state -> updates they contain."""
     if not path.exists():
         return 0
     state = files.load(path)
@@ -188,5 +194,5 @@ def resume(path, engine, average, optimizer):
         tuned = [state["tuned"][name].to(engine.parameters[0]) for name in engine.names]
         torch._foreach_copy_(engine.parameters, tuned)
         torch._foreach_copy_(average, [a.to(average[0]) for a in state["average"]])
-        load_optimizer(optimizer, state["optimizer"])
+        load_optimizers(optimizers, state)
     return done

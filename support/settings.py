@@ -30,10 +30,11 @@ LDM_FLAGS = {"ldm_steps", "ldm_batch", "ldm_lr", "public_optimizer", "text_lengt
              "text_layers"}
 # What --help leaves out, and --help-all shows.
 RARE = {"precision", "insecure_seed", "fast_noise", "show_private", "cache", "public_classes", "flips",
-        "public_optimizer", "text_length", "text_width", "text_layers", "factor", "latent_channels",
-        "width", "depth", "prediction", "vae_batch", "vae_lr", "kl_weight", "perceptual_weight",
-        "adversarial_weight", "adversarial_start", "ldm_batch", "ldm_lr", "cond_drop", "sigma",
-        "noise_multiplicity", "from_block", "ema", "method", "micro_batch", "sample_steps", "sample_eta"}
+        "public_optimizer", "private_optimizer", "text_length", "text_width", "text_layers", "factor",
+        "latent_channels", "width", "depth", "prediction", "vae_batch", "vae_lr", "kl_weight",
+        "perceptual_weight", "adversarial_weight", "adversarial_start", "ldm_batch", "ldm_lr", "cond_drop",
+        "sigma", "noise_multiplicity", "from_block", "ema", "method", "micro_batch", "sample_steps",
+        "sample_eta"}
 
 
 def yes_or_no(word):
@@ -117,7 +118,7 @@ def parse(argv):
           ("text_layers", int, "transformer blocks of the text encoder"),
           ("flips", yes_or_no, "mirror images at random, yes or no"),
           ("public_optimizer", str, "optimizer of stages 1 and 2; learning rates and steps stay as they are",
-           muon.OPTIMIZERS))
+           muon.PUBLIC))
     flags("stage 1, autoencoder (public)",
           ("factor", int, "f, side of an image over that of its latent; None: the preset's"),
           ("latent_channels", int, "channels of a latent; None: the preset's"),
@@ -148,7 +149,9 @@ def parse(argv):
           ("tune", str, f"what is tuned: {', '.join(tuning.TUNE)}, lora:RANK; with +shift behind it also "
            "a shift of the latents for each condition, or shift: this alone"),
           ("from_block", int, "leave out the first attention modules in forward order"),
-          ("lr", float, "learning rate of Adam"),
+          ("private_optimizer", str, "optimizer of the noisy gradients; the learning rate stays as it is",
+           muon.PRIVATE),
+          ("lr", float, "learning rate"),
           ("ema", float, "decay of the average of the tuned parameters, per step"),
           ("method", str, "how per-example gradients are found, same result", [*GRADIENTS]),
           ("micro_batch", int, "images at a time: memory and speed only; a GPU without it: up to 8,192"))
@@ -203,7 +206,8 @@ def adopt_settings(s, given):
     path = s.out / "internal" / "settings.json"
     stored = files.read_json(path)
     with files.understanding(path, "file"):
-        stored.setdefault("public_optimizer", "adamw")  # older versions knew no other
+        stored.setdefault("public_optimizer", "adamw")  # older versions knew no others
+        stored.setdefault("private_optimizer", "adam")
         for key in ("data_root", "cache"):  # older versions stored it as it was typed: nobody knows where
             stored[key] = stored.get(key) if Path(stored.get(key) or "").is_absolute() else None
         for key in {"public", "private"} & stored.keys():  # older versions stored a mix as it was typed

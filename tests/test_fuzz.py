@@ -51,7 +51,7 @@ def contents():
     engine, average, optimizer = training(model)
     engine.step(optimizer)
     state = {"tuned": dict(zip(engine.names, engine.parameters, strict=True)), "average": average,
-             "optimizer": optimizer.state_dict(), "done": 1}
+             "optimizers": [optimizer.state_dict()], "done": 1}
     return {"vae.pt": first, "ldm.pt": second, "model.pt": release, "state.pt": state}
 
 
@@ -65,7 +65,7 @@ def training(model=None):
 
 def read_state(path):
     engine, average, optimizer = training()
-    progress.resume(path, engine, average, optimizer)
+    progress.resume(path, engine, average, [optimizer])
     engine.step(optimizer)
 
 
@@ -164,10 +164,11 @@ def test_checkpoints(name, valid, tmp_path):
 def test_moments_that_do_not_fit_their_parameter(damage, valid, tmp_path):
     """PyTorch would notice in the step after next, the ledger row already written, or never."""
     state = copy.deepcopy(valid["state.pt"])
-    damage(state["optimizer"]["state"][0])
+    damage(state["optimizers"][0]["state"][0])
     files.save(state, tmp_path / "state.pt")
     engine, average, optimizer = training()
-    assert not survives(lambda path: progress.resume(path, engine, average, optimizer), tmp_path / "state.pt")
+    assert not survives(lambda path: progress.resume(path, engine, average, [optimizer]),
+                        tmp_path / "state.pt")
 
 
 @pytest.mark.parametrize("where, key, value",

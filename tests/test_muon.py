@@ -62,7 +62,7 @@ def test_steps_are_those_of_the_formula(shape):
 
 def test_the_usual_values_of_momentum_and_weight_decay():
     assert muon.Muon([nn.Parameter(torch.ones(2, 2))], 1.0).defaults == {
-        "lr": 1.0, "momentum": 0.95, "weight_decay": 0.01}
+        "lr": 1.0, "momentum": 0.95, "weight_decay": 0.01, "scale": 0.2}
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon since 2.9")
@@ -86,11 +86,11 @@ def test_torch_takes_the_same_steps():
 def test_every_parameter_has_one_optimizer():
     model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Conv2d(8, 2, 3))
     by_muon = [model[1].weight, model[3].weight]
-    adamw, found = muon.optimizers("muon", model, 1e-3)
+    adamw, found = muon.public_optimizers("muon", model, 1e-3)
     sets = [{id(p) for group in o.param_groups for p in group["params"]} for o in (adamw, found)]
     assert isinstance(adamw, torch.optim.AdamW) and sets[1] == {id(p) for p in by_muon}
     assert not sets[0] & sets[1] and sets[0] | sets[1] == {id(p) for p in model.parameters()}
-    [only] = muon.optimizers("adamw", model, 1e-3)
+    [only] = muon.public_optimizers("adamw", model, 1e-3)
     assert {id(p) for p in only.param_groups[0]["params"]} == {id(p) for p in model.parameters()}
 
 
@@ -131,8 +131,8 @@ def fitted(tmp_path, optimizer, steps=4, stop_after=None):
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_the_public_loop_moves_every_parameter_at_the_rate_of_the_schedule(name, tmp_path, monkeypatch):
-    make, used = muon.optimizers, []
-    monkeypatch.setattr(muon, "optimizers", lambda *args: used.extend(make(*args)) or used)
+    make, used = muon.public_optimizers, []
+    monkeypatch.setattr(muon, "public_optimizers", lambda *args: used.extend(make(*args)) or used)
     after, before = fitted(tmp_path, name)
     assert len(used) == (2 if name == "muon" else 1)
     for now, then in zip(after, before, strict=True):
