@@ -1,6 +1,6 @@
 """extensions/muon.py against singular value decompositions in float64, and against torch's own Muon.
 
-And the loop of the public stages with either optimizer.
+And the loop of the public stages with either optimizer, and what the private stage gives to it.
 """
 from types import SimpleNamespace
 
@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+import dp_sgd
 import train
 from extensions import muon
-from support import files
+from support import files, progress
 
 
 def by_svd(g, steps=3):
@@ -162,3 +163,65 @@ def test_a_state_of_the_other_optimizer_is_refused(tmp_path):
     files.save({**state, "optimizers": [adamw, found]}, tmp_path / "state.pt")
     with pytest.raises(ValueError, match="state.pt.*does not fit"):
         fitted(tmp_path, "muon")
+
+
+def tuned_network():
+    """A small network, of which DP-SGD trains a part, and its engine."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.LayerNorm(16), nn.Linear(16, 8, bias=False),
+                          nn.Linear(8, 3))
+    model[0].requires_grad_(False)
+    return model, dp_sgd.DPSGD(model, 1.0, 1.0, 5, generator=torch.Generator().manual_seed(1))
+
+
+def one_private_step(model, engine, optimizers, seed):
+    x = torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
+    engine.accumulate(lambda model, x: (model(x) - 1).square().mean(1), x)
+    engine.step(*optimizers)
+
+
+def test_in_the_private_stage_each_tuned_parameter_has_one_optimizer():
+    model, engine = tuned_network()
+    adam, found = muon.private_optimizers("muon", model, engine.parameters, 0.01)
+    assert type(adam) is torch.optim.Adam and adam.defaults["lr"] == 0.01
+    assert adam.param_groups[0]["params"] == [model[2].weight, model[2].bias, model[4].bias]
+    assert found.param_groups[0]["params"] == [model[3].weight, model[4].weight]
+    assert found.defaults == {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.0, "scale": 1.0}
+    [only] = muon.private_optimizers("adam", model, engine.parameters, 0.01)
+    assert only.param_groups[0]["params"] == engine.parameters
+    model[2].requires_grad_(False), model[4].requires_grad_(False)
+    [only] = muon.private_optimizers("muon", model, [model[3].weight], 0.01)  # nothing is left for Adam
+    assert isinstance(only, muon.Muon)
+
+
+def test_muon_sees_the_noisy_gradient_only(monkeypatch):
+    """Its step from 0 is along the orthogonalised output of `privatise`, whatever the true sum was."""
+    model, engine = tuned_network()
+    noisy = [torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+             for i, p in enumerate(engine.parameters)]
+    monkeypatch.setattr(dp_sgd, "privatise", lambda *args: noisy)
+    before = model[3].weight.detach().clone()
+    one_private_step(model, engine, muon.private_optimizers("muon", model, engine.parameters, 0.01), seed=2)
+    expected = -0.01 * 16 ** 0.5 * by_svd(noisy[engine.names.index("3.weight")])
+    assert torch.allclose((model[3].weight - before).double(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["muon", "adam"])
+def test_a_private_stage_goes_on_with_the_moments_that_it_had(name, tmp_path):
+    (model, engine), (other, resumed) = tuned_network(), tuned_network()
+    optimizers, again = (muon.private_optimizers(name, *pair, 0.01)
+                         for pair in ((model, engine.parameters), (other, resumed.parameters)))
+    one_private_step(model, engine, optimizers, seed=2)
+    private = SimpleNamespace(engine=engine, average=engine.parameters, optimizers=optimizers, done=1,
+                              folder=tmp_path)
+    progress.Private.save(private)
+    if name == "adam":  # as versions before Muon wrote it
+        state = files.load(tmp_path / "state.pt")
+        files.save({**state, "optimizer": state.pop("optimizers")[0]}, tmp_path / "state.pt")
+    average = [p.detach() for p in resumed.parameters]
+    assert progress.resume(tmp_path / "state.pt", resumed, average, again) == 1
+    for generator in (engine.generator, resumed.generator):
+        generator.manual_seed(3)
+    one_private_step(model, engine, optimizers, seed=4)
+    one_private_step(other, resumed, again, seed=4)
+    assert all(map(torch.equal, engine.parameters, resumed.parameters))

@@ -166,9 +166,10 @@ def test_samples_come_from_the_release_alone(run, tmp_path):
         sample.generate(release, [])
 
 
-def test_resume_after_ctrl_c_ends_like_an_uninterrupted_run(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_resume_after_ctrl_c_ends_like_an_uninterrupted_run(optimizer, run, tmp_path, monkeypatch):
     out = tmp_path / "r"
-    again = ["--preset", "smoke", "--out", str(out), "--init", str(run)]
+    again = ["--preset", "smoke", "--out", str(out), "--init", str(run), "--private-optimizer", optimizer]
     append, stops = files.append_row, []
 
     def interrupting(row, path):  # a real SIGINT's handler, called right after the ledger row of step 1
@@ -182,7 +183,8 @@ def test_resume_after_ctrl_c_ends_like_an_uninterrupted_run(run, tmp_path, monke
     with pytest.raises(SystemExit) as stopped:
         train.main(again)
     assert stopped.value.code == 130 and len(read_rows(out)) == 2
-    assert files.load(out / "internal" / "state.pt")["done"] == 2
+    state = files.load(out / "internal" / "state.pt")
+    assert state["done"] == 2 and len(state["optimizers"]) == (2 if optimizer == "muon" else 1)
     monkeypatch.undo()
     train.main(["--resume", "--out", str(out)])
     assert [r["step"] for r in read_rows(out)] == [0, 1, 2, 3]
@@ -190,13 +192,14 @@ def test_resume_after_ctrl_c_ends_like_an_uninterrupted_run(run, tmp_path, monke
     assert whole == resumed
 
 
-def test_a_run_from_before_muon_goes_on_with_adamw(run, tmp_path):
+def test_a_run_from_before_muon_goes_on_with_adam(run, tmp_path):
     shutil.copytree(run, tmp_path / "r")
     path = tmp_path / "r" / "internal" / "settings.json"
     stored = files.read_json(path)
-    assert stored.pop("public_optimizer") == "muon"
-    files.write_json(stored, path)
-    assert settings.parse(["--resume", "--out", str(tmp_path / "r")]).public_optimizer == "adamw"
+    assert stored.pop("public_optimizer") == "muon" and stored.pop("private_optimizer") == "adam"
+    files.write_json({**stored, "preset": "garments"}, path)  # whose private optimizer is another today
+    resumed = settings.parse(["--preset", "garments", "--resume", "--out", str(tmp_path / "r")])
+    assert (resumed.public_optimizer, resumed.private_optimizer) == ("adamw", "adam")
 
 
 def test_a_step_lost_in_a_crash_stays_spent(run, tmp_path, monkeypatch):
