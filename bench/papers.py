@@ -85,6 +85,7 @@ ROWS["garments-public-eps10-all"] = Row(
 SHAPES = "runs/garments-shapes"
 for name, what, flags, out in (
         ("shapes-eps10", "", GARMENTS["10"], SHAPES),
+        ("shapes-muon-eps10", ", private stage by Muon", f"--init {SHAPES} ", f"{SHAPES}-muon"),
         ("shapes-eps1", "", f"--init {SHAPES} {GARMENTS['1']}", f"{SHAPES}-eps1"),
         ("shapes-shift-eps1", ", attention and a shift",
          f"--init {SHAPES} {GARMENTS['1']}--tune attention+shift ", f"{SHAPES}-shift-eps1"),
