@@ -381,7 +381,7 @@ class DPSGD:
             torch._foreach_add_(self.sums, sums)  # nothing changes before this line, nothing fails after it
         self.metrics.append(metrics)
 
-    def step(self, *optimizers):
+    def step(self, optimizer, *others):
         """Noise once, division by B, then the optimizers. An empty batch (no `accumulate`) is a step too."""
         # What goes in depends on single examples and is secret. What comes out is covered by epsilon.
         grads = privatise(self.sums, self.clip_norm,
@@ -391,8 +391,8 @@ class DPSGD:
         self.sums, self.metrics = zeros(self.parameters), []
         for p, g in zip(self.parameters, grads, strict=True):
             p.grad = g.to(p.dtype)  # the optimizer takes it like any gradient
-        for optimizer in optimizers:
-            optimizer.step()
+        for one in (optimizer, *others):
+            one.step()
         for p in self.parameters:
             p.grad = None
 

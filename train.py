@@ -16,9 +16,9 @@ and Algorithm 1. It puts the other files together:
 In all functions s is the settings (support/settings.py), and stop tells whether Ctrl-C was pressed. A run
 folder has public/, internal/ (never publish it) and release/. The ledger is a file in internal/ with one row
 for every private step. A private step is one Poisson batch, one ledger row, one noise addition, one update of
-Adam and of the EMA (the exponential moving average of the weights, which is the result of a stage). Files
-outside internal/ depend on private images only through noisy gradients. Three facts count as public: the
-number of private images, their side in pixels, and the names of their classes and attributes.
+the weights and of their exponential moving average (EMA), which is the result of a stage. Files outside
+internal/ depend on private images only through noisy gradients. Three facts count as public: the number of
+private images, their side in pixels, and the names of their classes and attributes.
 """
 from support import threads  # noqa: F401, I001 (first: sets OpenMP variables, which torch reads when loaded)
 
@@ -189,7 +189,7 @@ def tune_privately(s, model, latents, cond, plan, stop, watch=None):
     rng = generators(s)  # seeds unknown and never saved, except with --insecure-seed
     clip, gradients = dp_sgd.CLIPPING[s.clipping], GRADIENTS[s.method]
     engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, clip, gradients, rng.noise)
-    # Adam as in the paper; for weight matrices maybe Muon
+    # Adam; with --private-optimizer muon only for what is no matrix, and Muon for the rest
     optimizers = muon.private_optimizers(s.private_optimizer, model, engine.parameters, s.lr)
     average = [p.detach().clone() for p in engine.parameters]
     state = progress.Private(s, plan, engine, average, optimizers, stop)
@@ -214,7 +214,7 @@ def tune_privately(s, model, latents, cond, plan, stop, watch=None):
         team.reduce_sums(engine)
         # The step is spent BEFORE its result exists: a crash may lose a result, never a ledger row.
         state.spend(step)
-        # Noise N(0, sigma^2 C^2) once, division by the EXPECTED batch size, Adam, then the EMA. state.done
+        # Noise N(0, sigma^2 C^2) once, division by the EXPECTED batch size, Adam, the EMA. state.done
         # counts the updates in the weights. It is below `step` if a crash lost the result of a spent step.
         if rank() == 0:
             engine.step(*optimizers)

@@ -17,16 +17,16 @@ p(X) = a X + b (X X^T) X + c (X X^T)^2 X, changes only the singular values: each
 does not converge to 1, but it soon brings every x that is not tiny between 0.68 and 1.21. Five times are
 usual. Three did as well in the UNet of the preset `garments`.
 
-In the private stage Muon sees the noisy gradient only, as Adam does, so the guarantee stays the same. O moves
-a weight in the directions of pure noise as far as in the others. The EMA averages these moves out again,
-while the moves along the gradient add up. Where there is little noise (the preset `garments` at epsilon 10)
-half as many steps reach the same loss (docs/lab-notebook.md).
+In the private stage Muon sees the noisy gradient only, as Adam does, so the guarantee stays the same.
+Directions with nothing but noise get as long a step as the others. The EMA seems to average these moves out
+again, while moves along the gradient add up. Where it was tried, Muon's loss after 40 steps was that of Adam
+after 80 (docs/lab-notebook.md, "Muon in the private stage").
 """
 import torch
 from torch import nn
 
-PUBLIC = ("muon", "adamw")  # names for `public_optimizers`
-PRIVATE = ("adam", "muon")  # and for `private_optimizers`
+PUBLIC = ("muon", "adamw")  # optimizers of stages 1 and 2
+PRIVATE = ("adam", "muon")  # of stage 3
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # a, b, c of Jordan et al.: steep at 0, to raise small values fast
 
 
@@ -82,7 +82,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def split(model):
-    """The trainable parameters of a model, (weights of linear layers and convolutions, all others).
+    """Trainable parameters of a model -> (weights of linear layers and convolutions, all others).
 
     The first are for Muon, those of the first and the last layer included. Embeddings are among the others,
     and so are biases and the scales of norm layers.
@@ -93,21 +93,24 @@ def split(model):
 
 
 def public_optimizers(name, model, lr):
-    """[AdamW] of all parameters for "adamw"; for "muon" [AdamW, Muon], each of its part of `split`."""
+    """[AdamW] for "adamw", or for "muon" [AdamW, Muon], which get the two parts of `split`."""
     matrices, others = split(model)
-    muon = [Muon(matrices, lr)] if name == "muon" and matrices else []
+    if name == "adamw":
+        matrices, others = [], list(model.parameters())
     fused = next(model.parameters()).is_cuda
-    rest = others if muon else list(model.parameters())
-    return [torch.optim.AdamW(rest, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=fused), *muon]
+    adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=fused)
+    return [adamw, Muon(matrices, lr)] if matrices else [adamw]
 
 
 def private_optimizers(name, model, parameters, lr):
-    """[Adam] of `parameters` for "adam"; for "muon" Adam of those that are no matrices, and Muon.
+    """[Adam] for "adam", or for "muon" [Adam, Muon]; one of the two is missing if nothing is left for it.
 
-    parameters: what DP-SGD trains. Nothing decays: the weights begin at those of the public stages. At first
-    Adam moves each number by lr, so Muon's scale is 1 here.
+    parameters: those that DP-SGD trains. There is no weight decay, which would pull the weights away from
+    those of the public stages. scale=1: a number then moves by at most about lr in each step, as with Adam in
+    its first steps. Later steps of Adam are shorter, so a learning rate does not fit both.
     """
-    matrices = [p for p in split(model)[0] if name == "muon"]
-    others = [p for p in parameters if id(p) not in set(map(id, matrices))]
+    matrices = split(model)[0] if name == "muon" else []
+    taken = set(map(id, matrices))
+    others = [p for p in parameters if id(p) not in taken]
     adam = [torch.optim.Adam(others, lr)] if others else []
     return adam + ([Muon(matrices, lr, momentum=0.9, weight_decay=0.0, scale=1.0)] if matrices else [])

@@ -35,7 +35,7 @@ def report(s, plan, embedder, public, private, known):
 
 
 def print_memory(s, model, public, private):
-    """Print where the bytes go: weights with gradient, Adam and EMA, activations of one image, images and
+    """Print where the bytes go: weights with gradient, moments and EMA, activations of one image, images and
     latents.
 
     Runs the networks on the meta device, which computes shapes only: no memory, no time, however large they

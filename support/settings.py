@@ -149,7 +149,7 @@ def parse(argv):
           ("tune", str, f"what is tuned: {', '.join(tuning.TUNE)}, lora:RANK; with +shift behind it also "
            "a shift of the latents for each condition, or shift: this alone"),
           ("from_block", int, "leave out the first attention modules in forward order"),
-          ("private_optimizer", str, "optimizer of the noisy gradients; the learning rate stays as it is",
+          ("private_optimizer", str, "optimizer of stage 3; Muon wants another --lr: its steps are longer",
            muon.PRIVATE),
           ("lr", float, "learning rate"),
           ("ema", float, "decay of the average of the tuned parameters, per step"),
@@ -280,6 +280,8 @@ def check(s):
     demand("delta", lambda v: 0 < v < 1, "lie between 0 and 1")
     demand("size", lambda v: v in (32, 64, 128, 256), "be 32, 64, 128 or 256")
     demand("factor", lambda v: v in (2, 4, 8, 16), "be 2, 4, 8 or 16")
+    demand("public_optimizer", muon.PUBLIC.__contains__, f"be one of {', '.join(muon.PUBLIC)}")
+    demand("private_optimizer", muon.PRIVATE.__contains__, f"be one of {', '.join(muon.PRIVATE)}")
     demand("cond_drop ema", lambda v: 0 <= v < 1, "lie in [0, 1)")
     demand("guidance", lambda v: abs(v) <= 1000, "be a number, at most 1000")
     demand("sample_eta", lambda v: 0 <= v <= 1, "lie in [0, 1]")

@@ -2,6 +2,7 @@
 
 And the loop of the public stages with either optimizer, and what the private stage gives to it.
 """
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,9 @@ from torch import nn
 
 import dp_sgd
 import train
-from extensions import muon
-from support import files, progress
+import unet
+from extensions import muon, text
+from support import files, progress, settings, trainable
 
 
 def by_svd(g, steps=3):
@@ -149,7 +151,8 @@ def test_a_stopped_public_stage_ends_like_an_uninterrupted_one(name, tmp_path):
         fitted(tmp_path, name, stop_after=2)
     state = files.load(tmp_path / "state.pt")
     if name == "adamw":  # as versions before Muon wrote it
-        files.save({**state, "optimizer": state.pop("optimizers")[0]}, tmp_path / "state.pt")
+        [adam] = state.pop("optimizers")
+        files.save({**state, "optimizer": adam}, tmp_path / "state.pt")
     resumed, _ = fitted(tmp_path, name)
     assert all(map(torch.equal, whole, resumed))
 
@@ -204,6 +207,9 @@ def test_muon_sees_the_noisy_gradient_only(monkeypatch):
     one_private_step(model, engine, muon.private_optimizers("muon", model, engine.parameters, 0.01), seed=2)
     expected = -0.01 * 16 ** 0.5 * by_svd(noisy[engine.names.index("3.weight")])
     assert torch.allclose((model[3].weight - before).double(), expected, atol=1e-6)
+    other, engine = tuned_network()
+    one_private_step(other, engine, muon.private_optimizers("muon", other, engine.parameters, 0.01), seed=3)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))  # another batch, the same noise
 
 
 @pytest.mark.parametrize("name", ["muon", "adam"])
@@ -212,16 +218,39 @@ def test_a_private_stage_goes_on_with_the_moments_that_it_had(name, tmp_path):
     optimizers, again = (muon.private_optimizers(name, *pair, 0.01)
                          for pair in ((model, engine.parameters), (other, resumed.parameters)))
     one_private_step(model, engine, optimizers, seed=2)
-    private = SimpleNamespace(engine=engine, average=engine.parameters, optimizers=optimizers, done=1,
-                              folder=tmp_path)
+    average, kept = ([torch.full_like(p, x) for p in engine.parameters] for x in (7.0, 0.0))
+    private = SimpleNamespace(engine=engine, average=average, optimizers=optimizers, done=1, folder=tmp_path)
     progress.Private.save(private)
     if name == "adam":  # as versions before Muon wrote it
         state = files.load(tmp_path / "state.pt")
-        files.save({**state, "optimizer": state.pop("optimizers")[0]}, tmp_path / "state.pt")
-    average = [p.detach() for p in resumed.parameters]
-    assert progress.resume(tmp_path / "state.pt", resumed, average, again) == 1
+        [adam] = state.pop("optimizers")
+        files.save({**state, "optimizer": adam}, tmp_path / "state.pt")
+    assert progress.resume(tmp_path / "state.pt", resumed, kept, again) == 1
+    assert all(map(torch.equal, average, kept))
     for generator in (engine.generator, resumed.generator):
         generator.manual_seed(3)
     one_private_step(model, engine, optimizers, seed=4)
     one_private_step(other, resumed, again, seed=4)
     assert all(map(torch.equal, engine.parameters, resumed.parameters))
+
+
+@pytest.mark.parametrize("tune, condition", [("attention", "none"), ("all", "class"), ("lora:2", "class"),
+                                             ("embedder", "class"), ("shift", "class"),
+                                             ("attention+shift", "class"), ("attention", "text")])
+def test_muon_takes_a_step_whatever_is_tuned(tune, condition):
+    """Every tuned parameter moves, and no other one does."""
+    s = settings.parse(["--preset", "smoke", "--tune", tune, "--condition", condition])
+    torch.manual_seed(0)
+    embedder = {"class": unet.ClassEmbedder(10, 8, True), "none": None,
+                "text": text.TextEncoder(20, 8, 6, width=8, layers=1)}[condition]
+    config = dataclasses.replace(s.unet, context_dim=None if embedder is None else 8)
+    model = unet.LatentModel(unet.UNet(config), embedder)
+    names = trainable.choose(model, s)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tuned = [p for p in model.parameters() if p.requires_grad]
+    for p in tuned:
+        p.grad = torch.randn(p.shape)
+    for optimizer in muon.private_optimizers("muon", model, tuned, 0.01):
+        optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == set(names)

@@ -200,6 +200,11 @@ def test_a_run_from_before_muon_goes_on_with_adam(run, tmp_path):
     files.write_json({**stored, "preset": "garments"}, path)  # whose private optimizer is another today
     resumed = settings.parse(["--preset", "garments", "--resume", "--out", str(tmp_path / "r")])
     assert (resumed.public_optimizer, resumed.private_optimizer) == ("adamw", "adam")
+    with pytest.raises(ValueError, match="this run began with private_optimizer = adam, not muon"):
+        settings.parse(["--private-optimizer", "muon", "--resume", "--out", str(tmp_path / "r")])
+    files.write_json({**stored, "private_optimizer": "Muon"}, path)
+    with pytest.raises(ValueError, match="--private-optimizer must be one of adam, muon, got Muon"):
+        settings.parse(["--resume", "--out", str(tmp_path / "r")])
 
 
 def test_a_step_lost_in_a_crash_stays_spent(run, tmp_path, monkeypatch):
