@@ -37,12 +37,15 @@ RUNS = {  # name: (label, flags of train.py, run folder)
     **both("fashion8", "Fashion-MNIST, public MNIST, latents 8x8x4", "--preset fashion-8x8",
            "runs/fashion-8x8"),
     **both("photos8", "Fashion-MNIST, public photographs in grey, latents 8x8x4", PHOTOS8, "runs/photos-8x8"),
-    **both("garments", "Fashion-MNIST, drawn garments, latents 8x8x4", "--preset garments",
+    # The private stage of these two is that of before bbddd98, with Adam.
+    **both("garments", "Fashion-MNIST, drawn garments, latents 8x8x4",
+           "--preset garments --private-optimizer adam --steps 80 --lr 4e-3 --ema 0.95",
            "runs/garments-all-stages"),
-    "garments-private-eps10": again("Fashion-MNIST, drawn garments, latents 8x8x4, private stage only",
+    # The preset's own, with Muon, on the public networks of garments-eps10. They have the preset's settings.
+    "garments-private-eps10": again("Fashion-MNIST, drawn garments, latents 8x8x4, private stage by Muon",
                                     "--preset garments", "runs/garments-all-stages", "again"),
     "garments-private-eps10-more": again(
-        "Fashion-MNIST, drawn garments, latents 8x8x4, private stage only, twice the private work",
+        "Fashion-MNIST, drawn garments, latents 8x8x4, private stage by Muon, twice the work",
         "--preset garments --batch-size 8000 --steps 120 --ema 0.95", "runs/garments-all-stages", "more"),
     "photos8-all": again("Fashion-MNIST, public photographs in grey, latents 8x8x4, all parameters",
                          f"{PHOTOS8} --tune all",

@@ -143,9 +143,9 @@ LOOKED = {
     "fashion": ("partly by looking at private data: photographs as a public set, and the shape and training "
                 "of the autoencoder, were chosen after measuring how others draw garments, and the drawn "
                 "garments were improved while watching how well they teach the classes of test images, and "
-                "stage 2 was made longer, and batch size, steps and learning rate of the private stage, and "
-                "--tune attention+shift, were chosen after scores on them; epsilon does not cover that "
-                "choice")}
+                "stage 2 was made longer, and batch size, steps, optimizer and learning rate of the private "
+                "stage, and --tune attention+shift, were chosen after scores on them; epsilon does not cover "
+                "that choice")}
 BEFOREHAND = ("taken as chosen without results on these images; if other runs on them were compared to "
               "choose, their epsilons add up")
 
