@@ -37,7 +37,7 @@ RUNS = {  # name: (label, flags of train.py, run folder)
     **both("fashion8", "Fashion-MNIST, public MNIST, latents 8x8x4", "--preset fashion-8x8",
            "runs/fashion-8x8"),
     **both("photos8", "Fashion-MNIST, public photographs in grey, latents 8x8x4", PHOTOS8, "runs/photos-8x8"),
-    # The private stage of these two is that of before bbddd98, with Adam.
+    # The private stage of these two is that of before 876d6b0, with Adam.
     **both("garments", "Fashion-MNIST, drawn garments, latents 8x8x4",
            "--preset garments --private-optimizer adam --steps 80 --lr 4e-3 --ema 0.95",
            "runs/garments-all-stages"),
