@@ -190,7 +190,7 @@ def tune_privately(s, model, latents, cond, plan, stop, watch=None):
     clip, gradients = dp_sgd.CLIPPING[s.clipping], GRADIENTS[s.method]
     engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, clip, gradients, rng.noise)
     # Adam; with --private-optimizer muon only for what is no matrix, and Muon for the rest
-    optimizers = muon.private_optimizers(s.private_optimizer, model, engine.parameters, s.lr)
+    optimizers = muon.private_optimizers(s.private_optimizer, model, s.lr)
     average = [p.detach().clone() for p in engine.parameters]
     state = progress.Private(s, plan, engine, average, optimizers, stop)
     loss_fn, null = partial(diffusion.loss, schedule=s.schedule), conditions.null(s, model, cond)
@@ -214,7 +214,7 @@ def tune_privately(s, model, latents, cond, plan, stop, watch=None):
         team.reduce_sums(engine)
         # The step is spent BEFORE its result exists: a crash may lose a result, never a ledger row.
         state.spend(step)
-        # Noise N(0, sigma^2 C^2) once, division by the EXPECTED batch size, Adam, the EMA. state.done
+        # Noise N(0, sigma^2 C^2) once, division by the EXPECTED batch size, update, EMA. state.done
         # counts the updates in the weights. It is below `step` if a crash lost the result of a spent step.
         if rank() == 0:
             engine.step(*optimizers)

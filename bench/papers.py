@@ -11,6 +11,10 @@ EPS1 = "--epsilon 1 --batch-size 10000 --steps 30 --lr 5e-3 --ema 0.9"
 # 1,500 steps, the preset's, make an autoencoder that loses more of a garment (docs/lab-notebook.md).
 PHOTOS = "--preset fashion --public public32 --vae-steps 6000"
 PHOTOS8 = "--preset fashion-8x8 --public public32"
+# Private stages of drawn garments as they were before 876d6b0; the preset has Muon since then.
+ADAM = "--private-optimizer adam --ema 0.95"
+GARMENTS = {"10": f"{ADAM} --steps 80 --lr 4e-3 ",
+            "1": f"{ADAM} --epsilon 1 --batch-size 6000 --steps 20 --lr 3e-3 "}
 
 
 def again(label, flags, base, name):
@@ -37,11 +41,9 @@ RUNS = {  # name: (label, flags of train.py, run folder)
     **both("fashion8", "Fashion-MNIST, public MNIST, latents 8x8x4", "--preset fashion-8x8",
            "runs/fashion-8x8"),
     **both("photos8", "Fashion-MNIST, public photographs in grey, latents 8x8x4", PHOTOS8, "runs/photos-8x8"),
-    # The private stage of these two is that of before 876d6b0, with Adam.
     **both("garments", "Fashion-MNIST, drawn garments, latents 8x8x4",
-           "--preset garments --private-optimizer adam --steps 80 --lr 4e-3 --ema 0.95",
-           "runs/garments-all-stages"),
-    # The preset's own, with Muon, on the public networks of garments-eps10. They have the preset's settings.
+           f"--preset garments {GARMENTS['10'].strip()}", "runs/garments-all-stages"),
+    # The preset's own private stage, with Muon. The public stages of garments-eps10 are the preset's.
     "garments-private-eps10": again("Fashion-MNIST, drawn garments, latents 8x8x4, private stage by Muon",
                                     "--preset garments", "runs/garments-all-stages", "again"),
     "garments-private-eps10-more": again(
@@ -65,9 +67,6 @@ ROWS["garments10k-eps10"] = Row("Fashion-MNIST, drawn garments, latents 4x4x16",
                                 "--latent-channels 16 --ldm-steps 4000 --steps 120 --out runs/garments",
                                 "runs/garments", "--protocol table --n 10000 --steps 30 --eta 0")
 # The private stage alone, in 66 or 14 minutes; a fifth of the samples as well.
-ADAM = "--private-optimizer adam --ema 0.95"  # the preset has Muon today
-GARMENTS = {"10": f"{ADAM} --steps 80 --lr 4e-3 ",
-            "1": f"{ADAM} --epsilon 1 --batch-size 6000 --steps 20 --lr 3e-3 "}
 for epsilon, flags in GARMENTS.items():
     out = f"runs/garments-eps{epsilon}"
     ROWS[f"garments-public-eps{epsilon}"] = Row(

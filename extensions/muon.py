@@ -81,36 +81,33 @@ class Muon(torch.optim.Optimizer):
                     pairs, -group["lr"] * group["scale"] * max(shape) ** 0.5 * o, strict=True)])
 
 
-def split(model):
-    """Trainable parameters of a model -> (weights of linear layers and convolutions, all others).
+def split(name, model):
+    """Trainable parameters of a model -> (those for Muon, all others).
 
-    The first are for Muon, those of the first and the last layer included. Embeddings are among the others,
-    and so are biases and the scales of norm layers.
+    If name is "muon", the first are the weights of linear layers and convolutions, those of the first and the
+    last layer included. Embeddings, biases and the scales of norm layers are others. For any other name all
+    are others.
     """
-    matrices = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    kinds = (nn.Linear, nn.Conv2d) if name == "muon" else ()
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, kinds)}
     trainable = [p for p in model.parameters() if p.requires_grad]
-    return ([p for p in trainable if id(p) in matrices], [p for p in trainable if id(p) not in matrices])
+    return [p for p in trainable if id(p) in matrices], [p for p in trainable if id(p) not in matrices]
 
 
 def public_optimizers(name, model, lr):
     """[AdamW] for "adamw", or for "muon" [AdamW, Muon], which get the two parts of `split`."""
-    matrices, others = split(model)
-    if name == "adamw":
-        matrices, others = [], list(model.parameters())
+    matrices, others = split(name, model)
     fused = next(model.parameters()).is_cuda
     adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=fused)
     return [adamw, Muon(matrices, lr)] if matrices else [adamw]
 
 
-def private_optimizers(name, model, parameters, lr):
+def private_optimizers(name, model, lr):
     """[Adam] for "adam", or for "muon" [Adam, Muon]; one of the two is missing if nothing is left for it.
 
-    parameters: those that DP-SGD trains. There is no weight decay, which would pull the weights away from
-    those of the public stages. scale=1: a number then moves by at most about lr in each step, as with Adam in
-    its first steps. Later steps of Adam are shorter, so a learning rate does not fit both.
+    There is no weight decay, which would pull the weights away from those of the public stages. scale=1: a
+    number then moves by at most about lr in each step, as with Adam in its first steps.
     """
-    matrices = split(model)[0] if name == "muon" else []
-    taken = set(map(id, matrices))
-    others = [p for p in parameters if id(p) not in taken]
+    matrices, others = split(name, model)
     adam = [torch.optim.Adam(others, lr)] if others else []
     return adam + ([Muon(matrices, lr, momentum=0.9, weight_decay=0.0, scale=1.0)] if matrices else [])

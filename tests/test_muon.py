@@ -185,15 +185,15 @@ def one_private_step(model, engine, optimizers, seed):
 
 def test_in_the_private_stage_each_tuned_parameter_has_one_optimizer():
     model, engine = tuned_network()
-    adam, found = muon.private_optimizers("muon", model, engine.parameters, 0.01)
+    adam, found = muon.private_optimizers("muon", model, 0.01)
     assert type(adam) is torch.optim.Adam and adam.defaults["lr"] == 0.01
     assert adam.param_groups[0]["params"] == [model[2].weight, model[2].bias, model[4].bias]
     assert found.param_groups[0]["params"] == [model[3].weight, model[4].weight]
     assert found.defaults == {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.0, "scale": 1.0}
-    [only] = muon.private_optimizers("adam", model, engine.parameters, 0.01)
+    [only] = muon.private_optimizers("adam", model, 0.01)
     assert only.param_groups[0]["params"] == engine.parameters
     model[2].requires_grad_(False), model[4].requires_grad_(False)
-    [only] = muon.private_optimizers("muon", model, [model[3].weight], 0.01)  # nothing is left for Adam
+    [only] = muon.private_optimizers("muon", model, 0.01)  # nothing is left for Adam
     assert isinstance(only, muon.Muon)
 
 
@@ -204,19 +204,18 @@ def test_muon_sees_the_noisy_gradient_only(monkeypatch):
              for i, p in enumerate(engine.parameters)]
     monkeypatch.setattr(dp_sgd, "privatise", lambda *args: noisy)
     before = model[3].weight.detach().clone()
-    one_private_step(model, engine, muon.private_optimizers("muon", model, engine.parameters, 0.01), seed=2)
+    one_private_step(model, engine, muon.private_optimizers("muon", model, 0.01), seed=2)
     expected = -0.01 * 16 ** 0.5 * by_svd(noisy[engine.names.index("3.weight")])
     assert torch.allclose((model[3].weight - before).double(), expected, atol=1e-6)
     other, engine = tuned_network()
-    one_private_step(other, engine, muon.private_optimizers("muon", other, engine.parameters, 0.01), seed=3)
+    one_private_step(other, engine, muon.private_optimizers("muon", other, 0.01), seed=3)
     assert all(map(torch.equal, model.parameters(), other.parameters()))  # another batch, the same noise
 
 
 @pytest.mark.parametrize("name", ["muon", "adam"])
 def test_a_private_stage_goes_on_with_the_moments_that_it_had(name, tmp_path):
     (model, engine), (other, resumed) = tuned_network(), tuned_network()
-    optimizers, again = (muon.private_optimizers(name, *pair, 0.01)
-                         for pair in ((model, engine.parameters), (other, resumed.parameters)))
+    optimizers, again = (muon.private_optimizers(name, network, 0.01) for network in (model, other))
     one_private_step(model, engine, optimizers, seed=2)
     average, kept = ([torch.full_like(p, x) for p in engine.parameters] for x in (7.0, 0.0))
     private = SimpleNamespace(engine=engine, average=average, optimizers=optimizers, done=1, folder=tmp_path)
@@ -247,10 +246,9 @@ def test_muon_takes_a_step_whatever_is_tuned(tune, condition):
     model = unet.LatentModel(unet.UNet(config), embedder)
     names = trainable.choose(model, s)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    tuned = [p for p in model.parameters() if p.requires_grad]
-    for p in tuned:
+    for p in model.parameters():  # the frozen ones too: no optimizer may have them
         p.grad = torch.randn(p.shape)
-    for optimizer in muon.private_optimizers("muon", model, tuned, 0.01):
+    for optimizer in muon.private_optimizers("muon", model, 0.01):
         optimizer.step()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == set(names)
