@@ -49,6 +49,9 @@ RUNS = {  # name: (label, flags of train.py, run folder)
     "garments-private-eps10-more": again(
         "Fashion-MNIST, drawn garments, latents 8x8x4, private stage by Muon, twice the work",
         "--preset garments --batch-size 8000 --steps 120 --ema 0.95", "runs/garments-all-stages", "more"),
+    "garments-private-eps10-long": again(
+        "Fashion-MNIST, drawn garments, latents 8x8x4, private stage by Muon, 240 steps of 5,000",
+        "--preset garments --batch-size 5000 --steps 240", "runs/garments-all-stages", "long"),
     "photos8-all": again("Fashion-MNIST, public photographs in grey, latents 8x8x4, all parameters",
                          f"{PHOTOS8} --tune all",
                          "runs/photos-8x8", "all"),
