@@ -5,8 +5,8 @@ norm C is 1, so sigma is the standard deviation of the noise.
 
 One step sums the clipped gradients of a Poisson batch and adds Gaussian noise. Neighbouring data sets differ
 by one example, added or removed. At worst its gradient has length 1. Suppose that an attacker even knows the
-gradients of all others in the batch. (Knowing less, he learns no more.) Then he subtracts them and projects
-on the gradient of that one example. What he sees is distributed as
+gradients of all others in the batch: one who knows less learns no more. They subtract these and project on
+the gradient of that one example. What they see is distributed as
 
     Q = N(0, sigma^2) without it,     P = (1-q) N(0, sigma^2) + q N(1, sigma^2) with it.
 
@@ -29,14 +29,14 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 
-MOST_KINDS = 64  # of more different (q, sigma) than this, similar ones are merged, to save time
+MAX_KINDS = 64  # of more different (q, sigma) than this, similar ones are merged, to save time
 
 
 # ----------------------------------------------------------------------------------- steps: what is counted
 
 def check(q=0.0, sigma=1.0, steps=0, delta=0.5):
-    """ValueError for numbers out of range; the defaults pass. nan fails every comparison: refused as well."""
-    if not 0 <= q <= 1:
+    """ValueError for numbers out of range. Every default is in range, so pass only what is to be checked."""
+    if not 0 <= q <= 1:  # nan fails every comparison, so it is refused as well
         raise ValueError(f"q = {q}: the sampling probability must lie in [0, 1]; it is batch / n")
     if not sigma >= 0:
         raise ValueError(f"sigma = {sigma}: the noise multiplier must be >= 0; it is noise std / clip norm")
@@ -61,7 +61,7 @@ def one_kind(q, sigma, steps):
 def count_steps(rows):
     """A ledger's dicts, tuples (q, sigma, T), or {(q, sigma): T} -> {(q, sigma): T}, without free steps.
 
-    Equal steps are counted together, so their cost is computed once. If there are more than MOST_KINDS kinds,
+    Equal steps are counted together, so their cost is computed once. If there are more than MAX_KINDS kinds,
     similar ones are merged into one that costs at least as much. ValueError for rows without numbers.
     """
     counts, kinds = Counter(), Counter()
@@ -78,7 +78,7 @@ def count_steps(rows):
         check(q, sigma)
         kinds.update(one_kind(q, sigma, count))
     # Merge neighbours in sigma: the larger q with the smaller sigma costs at least as much as either.
-    while len(kinds) > MOST_KINDS:
+    while len(kinds) > MAX_KINDS:
         by_sigma = sorted(kinds.items(), key=lambda item: item[0][1])
         kinds = Counter()
         for i in range(0, len(by_sigma), 2):
@@ -121,11 +121,11 @@ def ratio(x, q, sigma):
     return u, np.where(w > 600, math.log(q) + w, np.log1p(u))  # beyond 600, P/Q is q e^w
 
 
-def moment_by_integral(q, sigma, alpha, ratio, k=1):
+def moment_by_integral(q, sigma, alpha, likelihood_ratio, k=1):
     """log A by the integral of `log_moment`, or an upper bound where the sum would have too many points.
 
-    ratio: function (x, q, sigma) -> (u, log P/Q), as `ratio`. k: how many examples come and go together. They
-    shift the mean under P by k at most. It is above 1 in extensions/pld.py only.
+    likelihood_ratio: function (x, q, sigma) -> (u, log P/Q), as `ratio`. k: how many examples come and go
+    together. They shift the mean under P by k at most. It is above 1 in extensions/pld.py only.
     """
     # Trapezoid sum over z = x / sigma with spacing h. The integrand is analytic up to |Im z| = pi sigma,
     # where P = 0. On |Im z| = a the Gaussian has grown by e^(a^2/2), so a sum's relative error is about
@@ -140,7 +140,7 @@ def moment_by_integral(q, sigma, alpha, ratio, k=1):
         full = alpha * (alpha - 1) * (k / sigma) ** 2 / 2  # log E[r^alpha], r = N(k, .)/N(0, .)
         return float(np.logaddexp(none, math.log(-math.expm1(none)) + full))
     z = np.arange(-10.0, top + h, h)  # outputs in units of sigma
-    u, loss = ratio(z * sigma, q, sigma)
+    u, loss = likelihood_ratio(z * sigma, q, sigma)
     a, y = alpha, alpha * loss
     with np.errstate(all="ignore"):
         # log g(u), g(u) = (1+u)^alpha - 1 - alpha u, with e^y = (1+u)^alpha. Three forms avoid overflow and
@@ -164,10 +164,12 @@ def rdp(q, sigma, alphas):
     if not ((alphas > 1) & (alphas < np.inf)).all():
         raise ValueError("alphas: Renyi orders must be above 1 and finite; use 1.01 or more")
     kinds = one_kind(q, sigma, 1)
-    if not kinds or any(sigma == 0 for _, sigma in kinds):  # free, or without noise
-        return np.full(alphas.shape, math.inf if kinds else 0.0)
-    values = [composed(kinds)(a) / (a - 1) for a in alphas.ravel().tolist()]
-    return np.array(values).reshape(alphas.shape)
+    if not kinds:  # free
+        return np.zeros(alphas.shape)
+    if min(noise for _, noise in kinds) == 0:
+        return np.full(alphas.shape, math.inf)
+    moment = composed(kinds)
+    return np.array([moment(a) / (a - 1) for a in alphas.ravel().tolist()]).reshape(alphas.shape)
 
 
 # ------------------------------------------------------------------------------- from moments to epsilon
@@ -255,8 +257,7 @@ def cost(kinds, delta, method):
 def epsilon(q, sigma, steps, delta, method="rdp"):
     """epsilon of `steps` equal steps at delta, never understated, for one example added or removed.
 
-    sigma = 0 gives inf; q = 0 or steps = 0 gives 0. ValueError for q outside [0, 1], sigma < 0, steps < 0, or
-    delta outside (0, 1); "pld" needs delta >= 1e-10.
+    sigma = 0 gives inf; q = 0 or steps = 0 gives 0. ValueError as `check`; "pld" needs delta >= 1e-10.
     """
     check(q, sigma, steps, delta)
     return cost(one_kind(q, sigma, steps), delta, method)
@@ -272,9 +273,10 @@ def epsilon_of_ledger(rows, delta, method="rdp"):
 
 
 def noise_multiplier(epsilon, delta, q, steps, method="rdp"):
-    """Smallest sigma, at least 1e-3 and up to 1e-7 of it too large, whose epsilon does not exceed the target.
+    """The smallest sigma in [1e-3, 1e6] whose epsilon does not exceed the target, or at most 1e-7 of it more.
 
-    0 if q = 0 or steps = 0. ValueError if even sigma = 1e6 is not enough.
+    0 if q = 0 or steps = 0. ValueError if even sigma = 1e6 is not enough, for a target that is not positive
+    and finite, and as `check`.
     """
     check(q, 1.0, steps, delta)
     if not 0 < epsilon <= 1e308:

@@ -5,7 +5,7 @@ Sampling is DDIM (Song et al. 2021, Eqs. 12 and 16) with classifier-free guidanc
 The file imports nothing of the project.
 
 Symbols
-    z_0      clean latent (N, C, H, W), scaled to unit variance; always the clean one, also where t = 0
+    z_0      clean latent (N, C, H, W), scaled to unit variance; never the latent at t = 0, which has noise
     t        timestep in 0..T-1. Ho et al. count 1..T, so t = 0 already has noise. In README.md and
              accountant.py T is the number of private steps instead
     eps      noise ~ N(0, I), not the epsilon of privacy
@@ -28,10 +28,11 @@ import torch
 class Schedule:
     """The forward process, and what the network predicts. The defaults are the paper's for MNIST.
 
-    kind: "linear" means that sqrt(beta) grows linearly, as in latent diffusion. With "cosine" abar_t falls as
-    a squared cosine, so that fewer timesteps are pure noise (Nichol and Dhariwal 2021). prediction: "eps" is
-    the noise, as in the paper. To get z_0 from it, `ddim` divides by sqrt(abar). Where sampling begins that
-    is 0.026 on the paper's schedule and 0.003 on "cosine", and errors grow as much. "v" is
+    kind: "linear" means that sqrt(beta) grows linearly, as in latent diffusion (the diffusers library calls
+    it "scaled_linear"). With "cosine" abar_t falls as a squared cosine, so that fewer timesteps are pure
+    noise (Nichol and Dhariwal 2021). prediction: "eps" is the noise, as in the paper. To get z_0 from it,
+    `ddim` divides by sqrt(abar). Where sampling begins that is 0.026 on the paper's schedule and 0.003 on
+    "cosine", so an error of the prediction is multiplied by 38 or 316. "v" is
     sqrt(abar) eps - sqrt(1 - abar) z_0. It gives z_0 without that division, so fewer sampling steps are
     needed (Salimans and Ho 2022). ValueError for other words.
     """
@@ -68,9 +69,9 @@ def draw(z0, cond, K, generator, schedule, null=None, drop=0.0):
     """All randomness of N training examples, drawn from one generator on z0's device.
 
     z0: latents (N, C, H, W), or (N, F, C, H, W) with F orientations (the image and its mirror image). cond: N
-    conditions or None. null: "no condition", in the shape of cond; it replaces cond with probability `drop`,
-    so that the network learns the unconditional prediction for guidance (drop > 0 needs null). Returns what
-    `loss` takes: z0 (N, C, H, W), cond, t (N, K) int64 uniform in 0..T-1, noise (N, K, C, H, W).
+    conditions or None. null: "no condition", (1, ...), one row like those of cond; it replaces a row of cond
+    with probability `drop`, so that the network learns the unconditional prediction for guidance. Returns
+    what `loss` takes: z0 (N, C, H, W), cond, t (N, K) int64 uniform in 0..T-1, noise (N, K, C, H, W).
     """
     n, device = len(z0), z0.device
     if z0.dim() == 5:  # one orientation per example
@@ -85,7 +86,7 @@ def draw(z0, cond, K, generator, schedule, null=None, drop=0.0):
 
 
 def loss(model, z0, cond, t, noise, schedule):
-    """Diffusion loss of each example, (N,): mean squared error of the prediction over the latent's numbers.
+    """Diffusion loss of each example, (N,): mean squared error of the prediction over the latent's entries.
 
     With prediction "eps" it is Eq. 14 of Ho et al. 2020, divided by C*H*W.
     model: (z_t (N*K, C, H, W), t (N*K,), N conditions or None) -> prediction like z_t (unet.LatentModel).
@@ -113,9 +114,9 @@ def signal_and_noise(t, schedule, dtype):
 def ddim(model, shape, cond, steps, eta, guidance, generator, schedule):
     """Latents z_0 (N, C, H, W) float32, drawn from pure noise in `steps` steps (Song et al. 2021, Eq. 12).
 
-    shape: (N, C, H, W). cond: N conditions or None. eta: fresh noise of a step in units of DDPM's (Eq. 16).
-    0: only the initial noise is random. guidance: weight of the condition, not used if cond is None. 1 is the
-    plain prediction; above 1 samples are more typical and less varied. ValueError for steps outside 1..T, eta
+    shape: (N, C, H, W). cond: N conditions or None. eta: 0 is deterministic DDIM, 1 adds as much fresh noise
+    per step as DDPM (Eq. 16). guidance: weight of the condition, not used if cond is None. 1 is the plain
+    prediction; above 1 samples are more typical and less varied. ValueError for steps outside 1..T, eta
     outside 0..1, and guidance other than 1 with conditions but no null condition.
     """
     if not 1 <= steps <= schedule.T or not 0.0 <= eta <= 1.0:

@@ -1,4 +1,4 @@
-"""DP-SGD: Poisson batches, per-example gradients, clipping, noise. The private step, and nothing else.
+"""DP-SGD: Poisson batches, per-example gradients, clipping, noise. All of the private step is in this file.
 
 Implements DP-SGD (Abadi et al. 2016, Algorithm 1) as *Differentially Private Latent Diffusion Models* (Liu et
 al. 2024, Algorithm 1) uses it to tune the attention. The file imports nothing of the project. One step::
@@ -36,7 +36,10 @@ from torch import nn
 # For sigma from 1e-3 to 1e6 and B up to 10^6 the sums, and their squares in Adam, then stay finite and above
 # 0 in float32 (support/settings.py checks sigma).
 SMALLEST_CLIP_NORM, LARGEST_CLIP_NORM = 1e-10, 1e10
-CHUNK = 16_384  # normals drawn at a time: their uniforms fit into a CPU's cache (a GPU draws 256 times more)
+# One example may move the float32 sum of a micro-batch by slightly more than C, by rounding. So the noise is
+# that of a sensitivity of C * (1 + ROUNDING).
+ROUNDING = 1e-3
+CHUNK = 16_384  # normals drawn at a time, so that their uniforms fit into a CPU's cache; 256 times on a GPU
 
 
 # ------------------------------------------------------------------------- randomness: noise and sampling
@@ -50,7 +53,7 @@ class SecureGenerator:
        has no seed and no state. No attack is known that predicts the system's cryptographic generator.
     2. Tails. A float32 normal is at most sqrt(2 * 24 ln 2) = 5.77. If an output lies further than that from
        the sum without an example, this example was in the batch. Here the density is a normal's up to 64
-       deviations (`reach`).
+       standard deviations (`reach`).
     3. Rounding (Mironov 2012). Floating-point normals lie on a lattice, so the low bits of a noisy sum tell
        which sum it was. Here four Box-Muller draws, from eight uniforms, are added and divided by 2 (Holohan
        and Braghin 2021). Then `privatise` rounds to a grid that is far coarser than that lattice, and the
@@ -58,7 +61,7 @@ class SecureGenerator:
     """
 
     device = torch.device("cpu")  # where the uniforms are made, as torch.Generator.device
-    reach = 64.0  # deviations; support/randomness.py reads it. Further out the density falls, to 0 at 74.9
+    reach = 64.0  # standard deviations, read by support/randomness.py. Beyond, the density falls to 0 at 74.9
 
     def uniforms(self, n):
         """(n,) float64, multiples of 2^-53 in [0, 1)."""
@@ -86,15 +89,15 @@ class SecureGenerator:
             angle = u[1].mul_(2 * math.pi)
             part[:half] = (radius * angle.cos()).sum(0)
             part[half:] = (radius * angle.sin_()).sum(0)[:len(part) - half]
-        return out.div_(2).view(shape)  # the sum of four has deviation 2
+        return out.div_(2).view(shape)  # the sum of four has standard deviation 2
 
 
 def poisson_sample(n, q, generator=None):
     """A Poisson batch: each of n examples independently with probability q (Abadi et al. 2016, section 3.1).
 
     Returns sorted indices, a LongTensor. The accounting does not hold for shuffled batches, nor for batches
-    that an attacker can guess. So generator None means `SecureGenerator`. ValueError for q outside (0, 1] or
-    negative n.
+    that an attacker can guess. generator=None uses a new `SecureGenerator`. ValueError for q outside (0, 1]
+    or negative n.
     """
     if not 0 < q <= 1:
         raise ValueError(f"q is the probability that an example enters a batch, in (0, 1], got {q}")
@@ -111,7 +114,7 @@ def poisson_sample(n, q, generator=None):
 def privatise(sums, clip_norm, noise_multiplier, expected_batch_size, generator):
     """Clipped sums, a list of tensors -> new noisy mean gradients (sum + N(0, sigma^2 C^2 I)) / B.
 
-    B is the expected batch size: the actual one is private. Where generator is None, a `SecureGenerator`.
+    B is the expected batch size: the actual one is private. generator=None uses a new `SecureGenerator`.
     """
     generator = SecureGenerator() if generator is None else generator
     std, noisy = noise_multiplier * clip_norm, []
@@ -133,6 +136,7 @@ def privatise(sums, clip_norm, noise_multiplier, expected_batch_size, generator)
 # ------------------------------------------------------------------------------------------------ clipping
 # A clipping rule maps the norms of the per-example gradients, layer by layer (L, N), to factors (L, N).
 # Whatever the norms are, the clipped gradient of one example, all layers together, has length C at most.
+# `bounded` makes sure of it, whatever the rule returns.
 
 def flat(norms, clip_norm):
     """min(1, C/|g|) with |g| over all layers: no clipped gradient is longer than C (Abadi et al. 2016)."""
@@ -155,6 +159,12 @@ def per_layer(norms, clip_norm):
 
 
 CLIPPING = {"flat": flat, "automatic": automatic, "per-layer": per_layer}
+
+
+def bounded(factors, norms, clip_norm):
+    """Factors (L, N), reduced where a clipped gradient would be longer than C: for rules that do not clip."""
+    length = (factors * norms).square().sum(0).sqrt()  # (N,), of the clipped gradients
+    return factors * (clip_norm / length).clamp(max=1)
 
 
 def finite_examples(norms, losses):
@@ -184,8 +194,9 @@ def loop(model, layers, loss_fn, batch):
     for i in range(rows(batch)):
         # Example i as a batch of one: i:i+1 keeps the first dimension.
         loss = checked(loss_fn(model, *(b if b is None else b[i:i + 1] for b in batch)), 1)
-        found = torch.autograd.grad(loss.sum(), params, allow_unused=True)  # None: not used by this example
-        grads.append([torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)])
+        gradient = torch.autograd.grad(loss.sum(), params, allow_unused=True)  # None: not used by example i
+        grads.append([torch.zeros_like(p) if g is None else g
+                      for g, p in zip(gradient, params, strict=True)])
         losses.append(loss.detach())
     # From one list per example to one tensor per parameter, (N, *parameter.shape).
     return from_gradients(layers, [torch.stack(g) for g in zip(*grads, strict=True)], torch.cat(losses))
@@ -237,14 +248,14 @@ def weighted_sum(a, factor, keep):
 
 
 def kept(factors):
-    """Factors (L, N) -> (N,) bool: which examples contribute. None if a CPU finds that every one does."""
+    """Factors (L, N) -> (N,) bool: which examples contribute. None if all do, on a CPU: no mask then."""
     keep = factors.any(0)
     # On a GPU this question would wait for the device, so it is not asked.
     return None if keep.device.type == "cpu" and keep.all() else keep
 
 
 def masked(a, keep):
-    """Rows (N*K, ...), K per example, with those of examples not kept (N,) set to 0. 0 * inf would be NaN."""
+    """a (N*K, ...) with the rows of examples that are not kept (N,) set to 0. 0 * inf would be NaN."""
     rows_kept = keep.repeat_interleave(len(a) // len(keep)).view(-1, *[1] * (a.dim() - 1))
     return torch.where(rows_kept, a, 0.0) if a.is_floating_point() else a  # token numbers are finite
 
@@ -264,11 +275,11 @@ def exact(device):
 # ------------------------------------------------------------------------------------- what may be trained
 
 class Layer(NamedTuple):
-    """A module with trainable parameters of its own: {name in the module, as "weight": Parameter}."""
+    """A module with trainable parameters of its own."""
 
-    name: str
+    name: str  # in the model, as "middle_block.1.norm"
     module: nn.Module
-    params: dict
+    params: dict  # {"weight": Parameter, ...}, only the trainable ones
 
 
 def trainable_layers(model):
@@ -319,9 +330,12 @@ def checked(losses, n):
 
 
 def zeros(params):
-    """Empty sums, one tensor per parameter: float32, or float64 for float64 parameters."""
-    dtypes = [torch.promote_types(p.dtype, torch.float32) for p in params]
-    return [torch.zeros_like(p, dtype=d, requires_grad=False) for p, d in zip(params, dtypes, strict=True)]
+    """Empty sums, one float64 tensor per parameter.
+
+    Float32 sums of 10,000 gradients would round the last ones away: one example more would move them by up
+    to 1.001 C, and sums of 60,000 by 1.02 C (tests/test_dp_sgd.py).
+    """
+    return [torch.zeros_like(p, dtype=torch.float64, requires_grad=False) for p in params]
 
 
 # ---------------------------------------------------------------------------------------------- the engine
@@ -332,8 +346,9 @@ class DPSGD:
     clip_norm            C, between 1e-10 and 1e10
     noise_multiplier     sigma >= 0, in units of C; 0 is not private
     expected_batch_size  B = q * n
-    clip                 clipping rule: `flat`, `automatic`, `per_layer`, or your own with sensitivity C
-    gradients            method: `loop`, `vmap` or extensions.bookkeeping.bookkeeping, equal up to rounding
+    clipping             clipping rule: `flat`, `automatic`, `per_layer`, or your own
+    method               of per-example gradients: `loop`, `vmap` or extensions.bookkeeping.bookkeeping, equal
+                         up to rounding
     generator            of the noise; None for `SecureGenerator`. A torch.Generator makes it predictable
 
     `sums` holds the clipped sums, one tensor per trainable parameter in the order of `names`. `last` holds
@@ -342,7 +357,7 @@ class DPSGD:
     values out of range and for layers that `trainable_layers` refuses.
     """
 
-    def __init__(self, model, clip_norm, noise_multiplier, expected_batch_size, clip=flat, gradients=loop,
+    def __init__(self, model, clip_norm, noise_multiplier, expected_batch_size, clipping=flat, method=loop,
                  generator=None):
         if not SMALLEST_CLIP_NORM <= clip_norm <= LARGEST_CLIP_NORM:
             raise ValueError(f"clip_norm C must lie between {SMALLEST_CLIP_NORM:g} and "
@@ -351,10 +366,10 @@ class DPSGD:
             raise ValueError(f"noise_multiplier sigma must be >= 0 (0: not private), got {noise_multiplier}")
         if not 0 < expected_batch_size < math.inf:
             raise ValueError(f"expected_batch_size q * n must be positive, got {expected_batch_size}")
-        self.model, self.clip, self.gradients, self.clip_norm = model, clip, gradients, clip_norm
+        self.model, self.clipping, self.method, self.clip_norm = model, clipping, method, clip_norm
         self.noise_multiplier, self.expected_batch_size = noise_multiplier, expected_batch_size
         self.layers = trainable_layers(model)
-        if refuse := getattr(gradients, "refuse", None):  # a method may refuse layers that it does not know
+        if refuse := getattr(method, "refuse", None):  # a method may refuse layers that it does not know
             refuse(self.layers)
         self.names = [f"{layer.name}.{k}".lstrip(".") for layer in self.layers for k in layer.params]
         self.parameters = [p for layer in self.layers for p in layer.params.values()]
@@ -362,7 +377,7 @@ class DPSGD:
         self.sums, self.last, self.metrics = zeros(self.parameters), {}, []
 
     def accumulate(self, loss_fn, *batch):
-        """Add the clipped per-example gradients of one micro-batch to `sums`, which an error leaves as it is.
+        """Add the clipped per-example gradients of a micro-batch to `sums`. An error leaves `sums` unchanged.
 
         loss_fn(model, *batch) -> (N,) losses, where loss n depends on rows n of the batch only. Batch items
         have N rows (0 is fine) or are None. Examples with NaN or infinity contribute exactly zero. ValueError
@@ -373,9 +388,10 @@ class DPSGD:
         if rows(batch) == 0:
             return  # nobody was drawn; `step` adds noise all the same
         with torch.enable_grad():
-            norms, losses, weighted = self.gradients(self.model, self.layers, loss_fn, batch)
+            norms, losses, weighted = self.method(self.model, self.layers, loss_fn, batch)
         with exact(losses.device):
-            factors = usable(self.clip(norms, self.clip_norm), norms, losses)  # (L, N); 0 if not finite
+            factors = bounded(self.clipping(norms, self.clip_norm), norms, self.clip_norm)  # (L, N)
+            factors = usable(factors, norms, losses)  # 0 if not finite
             sums = weighted(factors)  # of N gradients, each of length C at most
             metrics = measure(norms, losses, factors)
             torch._foreach_add_(self.sums, sums)  # nothing changes before this line, nothing fails after it
@@ -384,7 +400,7 @@ class DPSGD:
     def step(self, optimizer, *others):
         """Noise once, division by B, then the optimizers. An empty batch (no `accumulate`) is a step too."""
         # What goes in depends on single examples and is secret. What comes out is covered by epsilon.
-        grads = privatise(self.sums, self.clip_norm,
+        grads = privatise(self.sums, self.clip_norm * (1 + ROUNDING),
                           self.noise_multiplier, self.expected_batch_size, self.generator)
         self.last = summary(self.metrics)
         # Before the update: if that fails, the same sums cannot be released a second time.
@@ -405,18 +421,19 @@ def check_against_loop(engine, loss_fn, *batch):
     whose rows are not examples; then the results differ. A layer whose gradient is still 0, as the first
     matrix of a new LoRA pair, is not checked.
     """
-    def found(method):  # -> the N norms, then the sums, in one vector
+    def norms_and_sums(method):  # the N norms, then the sums, in one vector
         norms, _, weighted = method(engine.model, engine.layers, loss_fn, batch)
         with exact(norms.device):
             sums = weighted(torch.ones_like(norms))  # not clipped
         return torch.cat([norms.square().sum(0).sqrt(), *(s.flatten().double() for s in sums)])
 
     with torch.enable_grad():
-        expected, got = found(loop), found(engine.gradients)
+        expected, got = norms_and_sums(loop), norms_and_sums(engine.method)
     size = expected[:rows(batch)].norm()
     # 2 %: above rounding, below most missed gradients. 1e-12: book-keeping's norm of a zero gradient is > 0.
     if not (got - expected).norm() <= 0.02 * size + 1e-12:  # so that nan is refused
-        raise ValueError(f"{engine.gradients.__name__} and the loop disagree about the gradients of random "
+        name = getattr(engine.method, "__name__", engine.method)
+        raise ValueError(f"{name} and the loop disagree about the gradients of random "
                          "examples, or these are not finite. If finite, the model uses a trained layer in "
                          "a way that hooks do not see: choose --method loop or vmap")
 

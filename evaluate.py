@@ -12,7 +12,7 @@ and every metric is reported with its protocol:
             epochs of batch 128, Adam 1e-3 annealed; for a GPU. DPImageBench compares at delta = 1 / (n ln n),
             so train with that --delta (n: private images)
 
-The classifier after the LAST epoch counts. Held-out images never reach the training loop, so they cannot
+The classifier is scored after its LAST epoch. Held-out images never reach the training loop, so they cannot
 choose an epoch (cf. docs/pitfalls.md, row 15, on the model). The authors use a validation set. They also
 enlarge MNIST to 32 pixels; this program scores 28. Images of more than 64 pixels are reduced to 64. A real
 photograph goes from the file to 64 pixels in one step. A sample goes from the model's size to 64. So real
@@ -60,13 +60,13 @@ PROTOCOLS = {  # number of samples, steps and eta of DDIM, and the recipe of eac
 
 
 def on_real_images(args, release, run, private, recipe, images, labels, real_sets):
-    """Scores of a classifier trained on the private TRAINING images, to compare all others with: a dict.
+    """Scores of a classifier trained on the private TRAINING images, the ceiling of the others: a dict.
 
     accuracy: on each held-out set. samples: for each class, the share of its samples that the classifier
     assigns to it. The classifier knows private images, so its scores are private. They go to the terminal
     and to internal/ (or where --out says).
     """
-    settings = run / "internal" / "settings.json"  # were all private images used?
+    settings = run / "internal" / "settings.json"  # how many private images did the run use? None: all
     n = files.read_json(settings).get("private_n") if settings.exists() else None
     train = scored.load_private(release, private, "train", args.data_root, n, scored.cache_of(run))
     model = metrics.train_classifier(
@@ -85,11 +85,12 @@ def report(result):
     lines = [f"protocol {result['protocol']}: {result['n']:,} samples, {result['sampler']}", ""]
     if result["accuracy"]:
         lines.append(f"{'trained on samples only, last epoch':36}" + "".join(f"{name:>28}" for name in sets))
-    for word, scores in result["accuracy"].items():
+    for classifier, scores in result["accuracy"].items():
         # Binomial standard errors: the spread of test sets, not of seeds.
         errors = {k: math.sqrt(p * (1 - p) / sets[k]) for k, p in scores.items()}
         cells = [f"{100 * p:.2f} +- {100 * errors[k]:.2f} %" for k, p in scores.items()]
-        name = f"{word} ({result['recipes'][word]['kind']}, {result['recipes'][word]['epochs']} epochs)"
+        recipe = result["recipes"][classifier]
+        name = f"{classifier} ({recipe['kind']}, {recipe['epochs']} epochs)"
         lines.append(f"{name:36}" + "".join(f"{cell:>28}" for cell in cells))
     if real := result.get("real"):
         name = f"{next(iter(result['recipes']))}, trained on {real['n']:,} real images"
@@ -133,8 +134,9 @@ def distance_of(args, release, folder, public, images, split, real, lap):
     folder: public/ of the run, or None. images: samples. split, real: name and ImageSet of the held-out set.
     lap: notes the seconds since its last call under a name.
     """
-    size = images.shape[-1]
+    size, digests = images.shape[-1], None if folder is None else folder.parent / "internal" / "digests.pt"
     try:
+        seen = files.load(digests)["digests"] if digests and digests.exists() else None  # private images
         if args.features:  # another set than the run's own, so the network is not kept
             folder, public = None, args.features
         elif folder is None and public in datasets.REGISTRY and datasets.REGISTRY[public].own:
@@ -142,7 +144,7 @@ def distance_of(args, release, folder, public, images, split, real, lap):
                              "--features")
         judge, name = metrics.public_features(
             folder, public, images.shape[1], size, args.data_root, args.device,
-            frame=(release.vae.config.resolution, release.crop))
+            frame=(release.vae.config.resolution, release.crop), seen=seen)
     except ValueError as error:  # the accuracies stand without it
         print(f"Frechet distance skipped: {error}")
         return None
@@ -183,8 +185,8 @@ def parse(argv):
     if args.features and datasets.REGISTRY[datasets.kind_of(args.features)].role == "private":
         raise ValueError(f"--features: {args.features!r} is none of {', '.join(datasets.names('public'))}")
     known = PROTOCOLS[args.protocol]["recipes"]
-    args.classifiers = [word.strip() for word in (args.classifiers or ",".join(known)).split(",")]
-    if unknown := [word for word in args.classifiers if word not in known]:
+    args.classifiers = [name.strip() for name in (args.classifiers or ",".join(known)).split(",")]
+    if unknown := [name for name in args.classifiers if name not in known]:
         raise ValueError(f"--classifiers: {unknown[0]!r} is none of {', '.join(known)}")
     if args.samples and (args.steps, args.eta, args.guidance) != (None, None, None):
         raise ValueError("--samples takes finished images: leave out --steps, --eta and --guidance")
@@ -223,42 +225,44 @@ def main(argv=None):
         seconds[name], clock = time.monotonic() - clock, time.monotonic()
 
     # The samples of an unconditional model, or of one class, have no labels to learn from.
-    words = args.classifiers if release.model.embedder is not None and len(release.classes) > 1 else []
-    if not words:
+    names = args.classifiers if release.model.embedder is not None and len(release.classes) > 1 else []
+    if not names:
         print("note: samples without labels, or of one class, train no classifier; --classifiers and --real "
               "have no use")
-    for word in words:  # refuses a size for which there is no such network, before the long work
+    for name in names:  # refuses a size for which there is no such network, before the long work
         with torch.device("meta"):
-            network(protocol["recipes"][word]["kind"], release.vae.config.out_ch,
+            network(protocol["recipes"][name]["kind"], release.vae.config.out_ch,
                     min(scored.LARGEST, release.crop), len(release.classes))
     images, labels, sampler = samples_of(args, release, args.n or protocol["n"])
     lap("sampling")
-    recipes, scores = {word: dict(protocol["recipes"][word]) for word in words}, {}
+    recipes, scores = {name: dict(protocol["recipes"][name]) for name in names}, {}
     if not datasets.REGISTRY[datasets.kind_of(private)].augmented:  # fashion: all are centred and upright
         for recipe in recipes.values():
             recipe.pop("augment", None)
-    for word, recipe in recipes.items():
+    for name, recipe in recipes.items():
         model = metrics.train_classifier(
             images=images, labels=labels, num_classes=len(release.classes), device=args.device,
             generator=torch.Generator().manual_seed(args.seed), bf16=release.bf16, **recipe)
-        scores[word] = {name: metrics.accuracy(model, held.images, held.labels)
-                        for name, held in real_sets.items()}
-        lap(word)
+        scores[name] = {held_out: metrics.accuracy(model, real.images, real.labels)
+                        for held_out, real in real_sets.items()}
+        lap(name)
     ceiling, distance = None, None
-    if args.real and words:
-        ceiling = on_real_images(args, release, run, private, recipes[words[0]], images, labels, real_sets)
+    if args.real and names:
+        ceiling = on_real_images(args, release, run, private, recipes[names[0]], images, labels, real_sets)
         lap("classifier of real images")
-    if min(len(real), len(images)) < 4:  # a covariance needs two images in each half
+    if args.no_distance:
+        pass
+    elif min(len(real), len(images)) < 4:  # a covariance needs two images in each half
         print(f"note: {len(images)} samples and {len(real)} held-out images are too few for a Frechet "
               "distance, which is left out")
-    elif not args.no_distance:
+    else:
         folder = run / "public" if whole else None
         distance = distance_of(args, release, folder, public, images, split, real, lap)
     note = "scores on real held-out images, not covered by epsilon"
     publish = "to be published only if the held-out images are public"
     if ceiling:
         note += "; also those of a classifier that knows private training images"
-        publish = "nor to be published, since the scores of a classifier of private images are in it"
+        publish = "nor to be published, since the scores of a classifier trained on private images are in it"
     result = {"note": note, "protocol": args.protocol,
               "privacy": {key: release.privacy.get(key) for key in ("epsilon", "delta", "statement")},
               "n": len(images), "sampler": sampler, "seed": args.seed,

@@ -1,10 +1,10 @@
-"""The metrics of samples: classifiers that learn from them, Frechet distance, precision and recall.
+"""Metrics of generated samples: classifiers that learn from them, Frechet distance, precision and recall.
 
 The evaluation of DP-LDM (Liu et al. 2024, experiments) trains a classifier on generated images only and tests
 it on real ones. `evaluate.py` is the program that does so; this file has its metrics and reads no release.
 
     classifiers    train_classifier, accuracy
-    distances      features of a small CNN trained on PUBLIC images; frechet, covered, compare
+    distances      features of a small CNN trained on PUBLIC images; frechet, share_covered, compare
 
 The Frechet distance is no "FID", whose features come from Inception. Only distances in the features of the
 same network can be compared.
@@ -36,9 +36,9 @@ def train_classifier(kind, images, labels, num_classes, epochs, lr, batch=128, a
     """A network trained on the given images and nothing else, after the LAST step, in eval mode.
 
     kind: see `network`. images (N,C,S,S) uint8, labels (N,) int64. Adam with learning rate lr; with anneal it
-    falls to 0 as a cosine. augment: see `random_affine`. smoothing: of the labels. A number from generator
-    (on the CPU) seeds everything, and torch's global state stays as it is; None takes the number from that
-    state. ValueError if labels or sizes do not fit.
+    falls to 0 as a cosine. augment: see `random_affine`. smoothing: of the labels. One number from generator
+    (on the CPU; None: from torch's global generator) seeds everything. Otherwise torch's global state stays
+    as it is. ValueError if labels or sizes do not fit.
     """
     if not len(images) == len(labels) > 0 or not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise ValueError(f"a classifier needs images, each with one label in 0..{num_classes - 1}")
@@ -68,7 +68,7 @@ def train_classifier(kind, images, labels, num_classes, epochs, lr, batch=128, a
 
 
 def random_affine(x, shift=2.0, degrees=10.0):
-    """Images (N,C,S,S), each shifted by up to +-shift pixels along both axes and rotated by +-degrees."""
+    """Images (N,C,S,S), each shifted by up to +-shift pixels along both axes, rotated by up to +-degrees."""
     angle = (2 * torch.rand(len(x), device=x.device) - 1) * math.radians(degrees)
     # affine_grid counts positions from -1 to 1, so a pixel is 2 / S wide.
     move = (2 * torch.rand(len(x), 2, 1, device=x.device) - 1) * shift * 2 / x.shape[-1]
@@ -80,7 +80,8 @@ def random_affine(x, shift=2.0, degrees=10.0):
 @torch.no_grad()
 def predict(model, images):
     """uint8 (N,C,S,S) -> the model's output (N,D), on the CPU, in batches."""
-    device = next(model.parameters(), images).device  # no parameters (logreg[:-1] is a Flatten): the images'
+    first = next(model.parameters(), None)  # None: logreg[:-1] is a Flatten
+    device = images.device if first is None else first.device
     return torch.cat([model(pixels.to_float(part.to(device))).cpu() for part in images.split(500)])
 
 
@@ -120,12 +121,12 @@ def frechet(a, b):
     return squared.clamp(min=0).item()
 
 
-def covered(points, centres, k=NEIGHBOURS):
+def share_covered(points, centres, k=NEIGHBOURS):
     """Share, 0..1, of points (N,D) in the union of balls around the centres (M,D).
 
-    The radius of a ball is the distance to the k-th nearest other centre. Precision is covered(generated,
-    real), recall is covered(real, generated) (Kynkaanniemi et al. 2019, Eqs. 1 and 2). ValueError for k
-    centres or fewer.
+    The radius of a ball is the distance to the k-th nearest other centre. Precision is
+    share_covered(generated, real), recall is share_covered(real, generated) (Kynkaanniemi et al. 2019, Eqs. 1
+    and 2). ValueError for k centres or fewer.
     """
     if len(centres) <= k:
         raise ValueError(f"precision and recall need more than {k} images of each kind, got {len(centres)}")
@@ -136,14 +137,15 @@ def covered(points, centres, k=NEIGHBOURS):
 
 
 def public_features(public_folder, public, channels, size, root=None, device="cpu", progress=True,
-                    frame=None):
+                    frame=None, seen=None):
     """(model, name) of the feature network: a small CNN, trained on the PUBLIC set and kept as features.pt.
 
     It is trained anew if the file is missing, damaged or made with other settings. With public_folder None it
     is not kept. Omniglot is read without labels, so its runs use the network of "strokes". Runs with a part
     of the strokes (--public-classes) use the network of all strokes, so that their distances compare. frame:
     the side of the networks' images, and the side to which grey samples are cut; the public images are cut
-    alike. ValueError if the set is absent, has one class only or does not fit.
+    alike. seen: digests of the private images. ValueError if the set is absent, has one class only, does not
+    fit or has a private image: since the run, somebody may have put one there.
     """
     public = "strokes" if public == "omniglot" else public
     kind = datasets.kind_of(public)
@@ -162,6 +164,9 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
         n = FEATURE_IMAGES if datasets.unlimited(public) else None
         whole, cut = frame or (size, size)
         found = datasets.load(public, "train", root, whole if channels == 1 else size, n=n, channels=channels)
+        if seen is not None and torch.isin(datasets.digests(found.images), seen).any():
+            raise datasets.DataError(f"the public set {public} has private images of this run by now, which "
+                                     "the feature network would learn; take them out") from None
         if channels == 1:  # grey images are padded, never resized
             found.images = scored.shrink(pixels.crop(found.images, cut))
         classes = len(found.classes)
@@ -184,15 +189,15 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
 
 
 def compare(model, samples, real, seed=0):
-    """A dict of the Frechet distance, that between two halves of the real images, precision and recall.
+    """A dict: Frechet distance, Frechet distance between two halves of the real images, precision, recall.
 
-    The second shows roughly what chance alone gives. Its sets are smaller than those of the first, and few
-    images bias a distance upwards.
+    The distance of the halves shows roughly what chance alone gives. They are smaller than the sets of the
+    first, and few images bias a distance upwards.
     """
     generator = torch.Generator().manual_seed(seed)
     a, b = (features(model, x[torch.randperm(len(x), generator=generator)]) for x in (samples, real))
-    half, few_a, few_b = len(b) // 2, a[:MANIFOLD], b[:MANIFOLD]
+    half, subset_a, subset_b = len(b) // 2, a[:MANIFOLD], b[:MANIFOLD]
     return {"frechet": frechet(a, b), "n": [len(a), len(b)],
             "halves": frechet(b[:half], b[half:]), "halves_n": half,
-            "precision": covered(few_a, few_b), "recall": covered(few_b, few_a), "k": NEIGHBOURS,
-            "manifold_n": [len(few_a), len(few_b)]}
+            "precision": share_covered(subset_a, subset_b), "recall": share_covered(subset_b, subset_a),
+            "k": NEIGHBOURS, "manifold_n": [len(subset_a), len(subset_b)]}

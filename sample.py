@@ -22,7 +22,7 @@ from extensions import text
 from support import arguments, checkpoints, command_line, files, hardware, scored
 from support.bars import tqdm
 
-FORMAT = 1  # of release/model.pt; raised when an older one would be misread
+FORMAT = 1  # of release/model.pt; incremented when an older one would be misread
 
 
 @dataclass
@@ -76,9 +76,9 @@ def generate(release, labels, steps=30, eta=0.0, guidance=1.0, seed=None, batch=
     generator.manual_seed(seed) if seed is not None else generator.seed()
     conditions = find_conditions(release, labels, generator.initial_seed())  # labels (N,) or tokens (N, L)
     config = release.vae.config
-    # Pixels at a time: few for a CPU's cache; on a GPU the decoder's last maps have 65 million numbers.
-    many = 65_536_000 // config.ch if device.type == "cuda" else 512_000
-    batch = batch or max(1, many // config.resolution ** 2)
+    # Few for a CPU's cache; on a GPU the decoder's last maps have 65 million numbers.
+    pixels_at_a_time = 65_536_000 // config.ch if device.type == "cuda" else 512_000
+    batch = batch or max(1, pixels_at_a_time // config.resolution ** 2)
     images = []
     with tqdm(total=len(labels), desc="sampling", unit="image", disable=not progress) as bar:
         for part in conditions.split(batch):

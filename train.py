@@ -13,7 +13,7 @@ and Algorithm 1. It puts the other files together:
     python train.py --epsilon 1 --lr 2e-3 --init runs/digits --out runs/digits-eps1     the private stage anew
     torchrun --nproc_per_node=4 train.py     four processes share every batch; the guarantee stays the same
 
-In all functions s is the settings (support/settings.py), and stop tells whether Ctrl-C was pressed. A run
+In all functions s is the settings (support/settings.py), and stop.asked tells of Ctrl-C. A run
 folder has public/, internal/ (never publish it) and release/. The ledger is a file in internal/ with one row
 for every private step. A private step is one Poisson batch, one ledger row, one noise addition, one update of
 the weights and of their exponential moving average (EMA), which is the result of a stage. Files outside
@@ -22,7 +22,6 @@ private images, their side in pixels, and the names of their classes and attribu
 """
 from support import threads  # noqa: F401, I001 (first: sets OpenMP variables, which torch reads when loaded)
 
-import math
 import time
 from dataclasses import asdict
 from functools import partial
@@ -31,10 +30,11 @@ import torch
 
 import diffusion
 import dp_sgd
+import optim
 import unet
 import vae
 from datasets import pixels
-from extensions import muon, perceptual
+from extensions import perceptual
 from support import (
     checkpoints, command_line, conditions, dry_run, guarantee, hardware, progress, run_folder, start, team,
     trainable)
@@ -42,61 +42,47 @@ from support.bars import tqdm
 from support.hardware import autocast, select
 from support.randomness import generators
 from support.release import write_release
-from support.settings import GRADIENTS
+from support.settings import METHODS
 from support.team import rank, share
 from support.watch import save_reconstructions, watcher
 
 # ------------------------------------------------------------------------------------------ the public stages
 
 
-def learning_rate(step, steps, peak):
-    """Public stages: linear warm-up over the first 5 %, then half a cosine down to zero."""
-    return peak * min((step + 1) / max(1, steps // 20), 0.5 * (1 + math.cos(math.pi * step / steps)))
-
-
-@torch.no_grad()
-def update_ema(average, parameters, decay, step):
-    """average <- d average + (1 - d) parameters, in place, once per step.
-
-    d = min(decay, (1 + step) / (10 + step)) begins at 1/10 and grows. So the initial weights soon fade.
-    """
-    torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(decay, (1 + step) / (10 + step)))
-
-
 def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, discriminator=None):
     """The loop of stages 1 and 2, on public data. On return the model holds the EMA of its weights.
 
     loss_fn(generator) -> (loss of one batch, {name: metric} for the bar). discriminator: a module that trains
-    itself within loss_fn, or None; its state is saved with the model's. Of several processes each draws its
-    share of the batch with its own seed, and all apply the mean gradient.
+    itself within loss_fn, or None; its state is saved with the model's. With several processes, each draws
+    its share of the batch with its own seed, and all apply the mean gradient.
     """
     parameters = list(model.parameters())
     average = [p.detach().clone() for p in parameters]
-    optimizers = muon.public_optimizers(s.public_optimizer, model, peak)  # AdamW; for matrices maybe Muon
+    optimizers = optim.PUBLIC[s.public_optimizer](model, peak)
     generator = torch.Generator(s.device).manual_seed(s.seed + 1 + 1_000_000 * rank())
     state = progress.Public(s, state_path, model, average, optimizers, generator, discriminator, stop)
 
-    def gradients():  # of the loss of one batch; returns its metrics
+    def backward():  # gradients of the loss of one batch; returns its metrics
         model.zero_grad()
         with autocast(s):
             loss, metrics = loss_fn(generator)
         loss.backward()
         return metrics
 
-    # On a GPU `gradients` becomes a CUDA graph; zero_grad is in it, so that replays do not add up. With a
+    # On a GPU `backward` becomes a CUDA graph; zero_grad is in it, so that replays do not add up. With a
     # discriminator that is not possible: it counts its steps and runs its own optimizer.
     if discriminator is None:
-        gradients = hardware.recorded(gradients, generator)
+        backward = hardware.recorded(backward, generator)
     for step in state.steps(title, steps):
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = learning_rate(step, steps, peak)
-        metrics = gradients()
+            group["lr"] = optim.learning_rate(step, steps, peak)
+        metrics = backward()
         team.mean_gradients(parameters, discriminator)  # over the processes
         # Clip the norm of the mean gradient to 1, for stability; losses begin at about 1. This is not DP.
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        update_ema(average, parameters, decay, step)
+        optim.update_ema(average, parameters, decay, step)
         state.show(step, metrics)
         state.keep(step + 1)  # for --resume, once a minute; leaves here after Ctrl-C
     torch._foreach_copy_([p.data for p in parameters], average)
@@ -107,7 +93,7 @@ def train_autoencoder(s, images, facts, stop):
     """Stage 1 (Rombach et al. 2022, section 3.1): images (N, C, H, W) uint8 -> content of public/vae.pt.
 
     facts: what the checkpoint says of the public set (`start.read_sets`). The perceptual and the adversarial
-    term of the paper are used where their weights are above 0 (extensions/perceptual.py).
+    term of Rombach et al. are used where their weights are above 0 (extensions/perceptual.py).
     """
     torch.manual_seed(s.seed)
     model = hardware.laid_out(vae.AutoencoderKL(s.vae), s.device)
@@ -122,7 +108,7 @@ def train_autoencoder(s, images, facts, stop):
         return loss / images[0].numel(), {"error": error, "kl": kl}
 
     state_path = s.out / "internal" / "vae_state.pt"
-    fit(s, "1/3 autoencoder", model, loss_fn, s.vae_steps, s.vae_lr, decay=0.99,  # a mean of about 100 steps
+    fit(s, "1/3 autoencoder", model, loss_fn, s.vae_steps, s.vae_lr, decay=0.99,  # EMA over about 100 steps
         state_path=state_path, stop=stop, discriminator=adversary)
     model.eval()
     shown = pixels.to_float(pixels.some(images).to(s.device))
@@ -146,13 +132,13 @@ def train_diffusion(s, latents, cond, embedder, facts, stop):
 
     def loss_fn(generator):
         index = torch.randint(len(latents), (share(s.ldm_batch),), generator=generator, device=s.device)
-        chosen = latents[index], select(cond, index)
-        batch = diffusion.draw(*chosen, 1, generator, s.schedule, null, s.cond_drop)  # K = 1
+        batch = diffusion.draw(latents[index], select(cond, index), K=1, generator=generator,
+                               schedule=s.schedule, null=null, drop=s.cond_drop)
         loss = diffusion.loss(model, *batch, schedule=s.schedule).mean()
         return loss, {"loss": loss.detach()}
 
     state_path = s.out / "internal" / "ldm_state.pt"
-    fit(s, "2/3 latent diffusion", model, loss_fn, s.ldm_steps, s.ldm_lr, decay=0.995,  # of about 200 steps
+    fit(s, "2/3 latent diffusion", model, loss_fn, s.ldm_steps, s.ldm_lr, decay=0.995,  # over about 200
         state_path=state_path, stop=stop)
     return {"unet": asdict(s.unet), "embedder": embedder, "schedule": asdict(s.schedule),
             "model": model.state_dict(), "steps": s.ldm_steps, **facts}
@@ -168,12 +154,16 @@ def encode(s, autoencoder, images, scale):
     """
     autoencoder = hardware.laid_out(autoencoder, s.device)
     latents = []
-    # As many images at a time as have 512,000 pixels: 500 of 32 x 32.
-    parts = images.split(max(1, 512_000 // s.vae.resolution ** 2))
-    for part in tqdm(parts, desc="    encoding", unit="batch", leave=False, disable=rank() > 0):
+    # As many images at a time as have 512,000 pixels: 500 of 32 x 32. The last part is filled up, because a
+    # batch of another size may be rounded otherwise. Then one image more would change latents of others.
+    at_a_time = max(1, 512_000 // s.vae.resolution ** 2)
+    for part in tqdm(images.split(at_a_time), desc="    encoding", unit="batch", leave=False,
+                     disable=rank() > 0):
         x = pixels.to_float(part.to(s.device))
+        x = torch.cat([x, x.new_zeros(at_a_time - len(part), *x.shape[1:])])
         views = [x, x.flip(-1)] if s.flips else [x]
-        latents.append(torch.stack([autoencoder.encode(view).mean * scale for view in views], 1))
+        z = torch.stack([autoencoder.encode(view).mean * scale for view in views], 1)
+        latents.append(z[:len(part)])
     return torch.cat(latents).contiguous()
 
 
@@ -187,10 +177,9 @@ def tune_privately(s, model, latents, cond, plan, stop, watch=None):
     gets its own part of both. On return the tuned parameters hold their EMA (with several, on rank 0).
     """
     rng = generators(s)  # seeds unknown and never saved, except with --insecure-seed
-    clip, gradients = dp_sgd.CLIPPING[s.clipping], GRADIENTS[s.method]
-    engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, clip, gradients, rng.noise)
-    # Adam; with --private-optimizer muon only for what is no matrix, and Muon for the rest
-    optimizers = muon.private_optimizers(s.private_optimizer, model, s.lr)
+    clipping, method = dp_sgd.CLIPPING[s.clipping], METHODS[s.method]
+    engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, clipping, method, rng.noise)
+    optimizers = optim.PRIVATE[s.private_optimizer](model, s.lr)
     average = [p.detach().clone() for p in engine.parameters]
     state = progress.Private(s, plan, engine, average, optimizers, stop)
     loss_fn, null = partial(diffusion.loss, schedule=s.schedule), conditions.null(s, model, cond)
@@ -205,8 +194,8 @@ def tune_privately(s, model, latents, cond, plan, stop, watch=None):
         batch = dp_sgd.poisson_sample(len(latents), plan["q"], rng.sampling)
         for part in batch.to(s.device).split(size):
             # K draws of timestep and noise for each image; its loss is their mean.
-            drawn = diffusion.draw(latents[part], select(cond, part), s.noise_multiplicity, rng.diffusion,
-                                   s.schedule, null, s.cond_drop)
+            drawn = diffusion.draw(latents[part], select(cond, part), K=s.noise_multiplicity,
+                                   generator=rng.diffusion, schedule=s.schedule, null=null, drop=s.cond_drop)
             # One gradient per image, clipped to length C, all summed. The size of the parts only decides
             # which draws an image gets: for given draws the sum is the same.
             with autocast(s):
@@ -214,15 +203,15 @@ def tune_privately(s, model, latents, cond, plan, stop, watch=None):
         team.reduce_sums(engine)
         # The step is spent BEFORE its result exists: a crash may lose a result, never a ledger row.
         state.spend(step)
-        # Noise N(0, sigma^2 C^2) once, division by the EXPECTED batch size, update, EMA. state.done
-        # counts the updates in the weights. It is below `step` if a crash lost the result of a spent step.
+        # Noise N(0, sigma^2 C^2) once, division by the EXPECTED batch size, update, EMA. state.done is the
+        # number of updates so far: fewer than `step` if a crash has lost the result of a spent step.
         if rank() == 0:
             engine.step(*optimizers)
-            update_ema(average, engine.parameters, s.ema, state.done)
+            optim.update_ema(average, engine.parameters, s.ema, state.done)
         team.broadcast(engine.parameters)
         # The weights are now covered by epsilon. The metrics that `keep` logs in internal/ are not.
         state.keep(step)
-        if watch:  # --watch: images drawn from the present weights, into release/progress.png
+        if watch:  # --watch: images drawn from the present weights, into internal/progress.png
             watch(step)
 
     torch._foreach_copy_([p.data for p in engine.parameters], average)
@@ -253,8 +242,12 @@ def main(argv=None):
     # ---- public stages: they cost no privacy
     vae_checkpoint = run.cached("vae.pt", lambda: train_autoencoder(s, public.images, facts, run.stop))
     autoencoder, scale = checkpoints.build_vae(vae_checkpoint), vae_checkpoint["scale"]
-    ldm_checkpoint = run.cached("ldm.pt", lambda: train_diffusion(
-        s, *inputs(s, autoencoder, scale, public, embedder), embedder, facts, run.stop))
+
+    def trained_on_public_latents():
+        latents, cond = inputs(s, autoencoder, scale, public, embedder)
+        return train_diffusion(s, latents, cond, embedder, facts, run.stop)
+
+    ldm_checkpoint = run.cached("ldm.pt", trained_on_public_latents)
 
     # ---- private stage: the only block that learns from private images
     ldm_checkpoint = conditions.for_private_classes(ldm_checkpoint, private.classes)  # embeddings by name
@@ -264,9 +257,9 @@ def main(argv=None):
     rows = []  # of the ledger; none if --steps 0
     if plan["steps"]:
         run.check_unchanged(plan, names, private)
-        seen = inputs(s, autoencoder, scale, private, ldm_checkpoint["embedder"])
+        latents, cond = inputs(s, autoencoder, scale, private, ldm_checkpoint["embedder"])
         watch = watcher(s, plan, model, autoencoder, scale, private, ldm_checkpoint["embedder"])
-        rows = tune_privately(s, model, *seen, plan, run.stop, watch)
+        rows = tune_privately(s, model, latents, cond, plan, run.stop, watch)
 
     # ---- release: post-processing costs no privacy. Of `private` only names of classes and attributes go in
     if team.dismissed():

@@ -1,7 +1,7 @@
 """The choice of what is tuned on private images: DP-LDM's central idea (Liu et al. 2024, section 3).
 
 On private images only the attention modules (with their norms and feed-forward) and the condition embedder
-change. The fewer weights change, the less noise there is: its norm grows with the root of their number.
+change. The fewer weights change, the smaller the norm of the noise: it grows with the root of their number.
 """
 import re
 
@@ -11,7 +11,13 @@ import unet
 
 
 def of_type(model, *types):
-    return [m for m in model.modules() if isinstance(m, types)]
+    """The modules of these types, in forward order. ValueError if there is none: they could not be tuned."""
+    modules = [m for m in model.modules() if isinstance(m, types)]
+    if not modules:
+        names = " or ".join(kind.__name__ for kind in types)
+        raise ValueError(f"the network has no {names}, which this choice tunes; choose another (--tune), or "
+                         "enter the network's own modules in tuning.py")
+    return modules
 
 
 def attention_modules(model, from_block=0):
@@ -19,11 +25,11 @@ def attention_modules(model, from_block=0):
 
     from_block is max(0, the authors' `ablation_blocks` - 1). ValueError if it leaves out all, or is negative.
     """
-    found = of_type(model, unet.SpatialTransformer, unet.AttentionBlock)
-    if not 0 <= from_block < max(len(found), 1):
-        raise ValueError(f"from_block must lie in 0..{len(found) - 1} (the network has {len(found)} "
+    modules = of_type(model, unet.SpatialTransformer, unet.AttentionBlock)
+    if not 0 <= from_block < len(modules):
+        raise ValueError(f"from_block must lie in 0..{len(modules) - 1} (the network has {len(modules)} "
                          f"attention modules), got {from_block}")
-    return found[from_block:]
+    return modules[from_block:]
 
 
 def embedder_of(model):
@@ -32,7 +38,7 @@ def embedder_of(model):
     return [] if embedder is None else [embedder]
 
 
-# What `--tune NAME` tunes: name -> function(model) -> modules, with all parameters that get a gradient.
+# What `--tune NAME` tunes: name -> function(model) -> modules, with all their parameters that get a gradient.
 # A new choice is a new line. `--tune lora:RANK` is not here: it inserts layers first (extensions/lora.py).
 TUNE = {
     # The paper's choice (section 3): the attention and the condition embedder.
@@ -52,14 +58,15 @@ def select_trainable(model, tune="attention", from_block=0):
     unknown name, an empty selection, or from_block > 0 where TUNE[tune] does not list the attention modules.
     """
     if tune not in TUNE:
-        raise ValueError(f"unknown tune={tune!r}; choose one of {', '.join(TUNE)}, lora:RANK or shift, or "
-                         "one of them and +shift")
+        raise ValueError(f"unknown tune={tune!r}; choose one of {', '.join(TUNE)}")
     modules = TUNE[tune](model)
-    attention_modules(model, from_block)  # ValueError if there are not as many
-    skipped = attention_modules(model)[:from_block]
-    if not all(m in modules for m in skipped):  # from_block would change nothing
-        raise ValueError(f"from_block only applies to attention and lora tuning, not to tune={tune!r}")
-    return train_only(model, [m for m in modules if m not in skipped])
+    if from_block != 0:
+        kept = attention_modules(model, from_block)  # ValueError if there are not as many
+        skipped = [m for m in attention_modules(model) if m not in kept]
+        if not all(m in modules for m in skipped):  # from_block would change nothing
+            raise ValueError(f"from_block only applies to attention and lora tuning, not to tune={tune!r}")
+        modules = [m for m in modules if m not in skipped]
+    return train_only(model, modules)
 
 
 def train_only(model, modules):

@@ -15,9 +15,9 @@ The paper's network for MNIST: 64 channels, multipliers 1 and 2, attention at ev
               |        |             |            v                   v
               +--------+-------------+-----> skip connections -> 2x[Res + ST], Res-up -> 2x[Res + ST] -> conv
 
-Each block on the way up takes one skip connection, the latest first. Res is a ResBlock: it knows the timestep
-and mixes neighbouring pixels. ST is a SpatialTransformer: self-attention, cross-attention to the condition
-(it enters nowhere else), feed-forward. ST and the embedder are tuned on private images (tuning.py).
+Each block on the way up takes one skip connection, the latest first. Res is a ResBlock: it is conditioned on
+the timestep and mixes neighbouring pixels. ST is a SpatialTransformer: self-attention, cross-attention to the
+condition (it enters nowhere else), feed-forward. ST and the embedder are tuned on private images (tuning.py).
 
 All weights live in Linear, Conv2d, GroupNorm, LayerNorm and Embedding layers, because for these
 extensions/bookkeeping.py knows the per-example gradient. So nn.MultiheadAttention is not used.
@@ -90,7 +90,7 @@ class Upsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + two 3x3 convolutions that know the timestep; resample "down" halves the size, "up" doubles it."""
+    """x + two 3x3 convolutions that see the timestep; resample "down" halves the size, "up" doubles it."""
 
     def __init__(self, channels, time_dim, out_channels, scale_shift, groups, resample=None):
         super().__init__()
@@ -237,7 +237,7 @@ class AttentionBlock(nn.Module):
 # ------------------------------------------------------------------------------------------------ the network
 
 class UNet(nn.Module):
-    """The denoiser. ValueError if the width of a level is not divisible by the groups and by the heads."""
+    """The denoiser. ValueError if a level's width is not divisible by num_groups and by the heads."""
 
     def __init__(self, config):
         super().__init__()

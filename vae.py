@@ -129,7 +129,7 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks at one resolution, with self-attention behind each if `attention` is true."""
+    """The residual blocks at one resolution, with self-attention after each if `attention` is true."""
 
     def __init__(self, in_channels, out_channels, num_blocks, attention, groups):
         super().__init__()
@@ -137,8 +137,8 @@ class Level(nn.Module):
             ResnetBlock(out_channels if i else in_channels, out_channels, groups) for i in range(num_blocks))
         attentions = num_blocks if attention else 0
         self.attn = nn.ModuleList(AttnBlock(out_channels, groups) for _ in range(attentions))
-        # The encoder replaces the former for all levels but the coarsest, the decoder the latter for all but
-        # the finest.
+        # `Encoder` sets `downsample` of all levels but the coarsest, `Decoder` `upsample` of all but the
+        # finest.
         self.downsample, self.upsample = nn.Identity(), nn.Identity()
 
     def forward(self, h):
@@ -218,8 +218,8 @@ class AutoencoderKL(nn.Module):
         # "quant": names from the original's vector-quantised variant. Nothing is quantised here.
         self.quant_conv = nn.Conv2d(2 * c.z_channels, 2 * c.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(c.embed_dim, c.z_channels, 1)
-        # Lower the initial log variance to about -6: deviation 0.05. At a deviation of 1 noise would hide the
-        # mean from the decoder for hundreds of steps. This is not in the original; it shortens training.
+        # Lower the initial log variance to about -6: standard deviation 0.05. At 1 noise would hide the mean
+        # from the decoder for hundreds of steps. This is not in the original; it shortens training.
         with torch.no_grad():
             self.quant_conv.bias[c.embed_dim:] -= 6.0
 
@@ -266,8 +266,8 @@ def latent_scale(model, x):
     The scale is published, so private images would leak through it. The diffusion model sees z * scale,
     because its noise schedule assumes unit variance.
     """
-    few = max(1, 262_144 // x[0, 0].numel())  # at a time: 256 of 32 x 32 pixels
+    at_a_time = max(1, 262_144 // x[0, 0].numel())  # 256 images of 32 x 32 pixels
     # One scale for all channels and pixels. A latent is the posterior's mean here. The original draws a
     # sample, but at a KL weight of 1e-6 that is almost the same, and the mean is computed once.
-    z = torch.cat([model.encode(part).mean for part in x.split(few)])
+    z = torch.cat([model.encode(part).mean for part in x.split(at_a_time)])
     return 1.0 / z.double().std().item()

@@ -29,11 +29,10 @@ import dp_sgd
 import tuning
 import unet
 from extensions import bookkeeping, text
-from support import hardware
+from support import hardware, settings
 from support.paper_networks import AUTOENCODERS, UNETS
-from support.settings import GRADIENTS
 
-METHODS = ("none", *GRADIENTS)
+METHODS = ("none", *settings.METHODS)
 LOOP_EXAMPLES = 16
 
 
@@ -90,7 +89,7 @@ def worker(args, size, tune, batch_size, method):
             for p in params:
                 p.grad = None
     else:
-        engine = dp_sgd.DPSGD(model, 1e-3, 1.0, n, gradients=GRADIENTS[method])
+        engine = dp_sgd.DPSGD(model, 1e-3, 1.0, n, method=settings.METHODS[method])
 
         def run():
             engine.accumulate(loss_fn, *batch)

@@ -43,7 +43,7 @@ import unet
 from bench import dp_step
 from bench.runs import commit
 from support import command_line, dry_run, files, hardware, progress, randomness
-from support.settings import GRADIENTS
+from support.settings import METHODS
 
 MARGIN = 15  # seconds kept back for leaving
 TINY = ["--preset", "smoke", "--public-n", "100", "--vae-steps", "2", "--vae-batch", "8", "--ldm-steps", "2",
@@ -123,7 +123,7 @@ def small(device, dtype, tune, n=4):
 
 def clipped_sum(method, clip_norm, model, loss_fn, batch):
     """(flat clipped sum on the CPU in float64, norms of the examples)."""
-    engine = dp_sgd.DPSGD(model, clip_norm, 0.0, len(batch[0]), gradients=GRADIENTS[method])
+    engine = dp_sgd.DPSGD(model, clip_norm, 0.0, len(batch[0]), method=METHODS[method])
     engine.accumulate(loss_fn, *batch)
     return torch.cat([a.flatten() for a in engine.sums]).double().cpu(), engine.metrics[0][0].cpu()
 
@@ -149,7 +149,7 @@ def methods(bench, tune):
                                ("TF32", torch.float32, True)):
         torch.backends.cudnn.allow_tf32 = allow
         try:
-            for method in GRADIENTS:
+            for method in METHODS:
                 facts[f"{method}, {name}"] = distance(total(method, bench.device, dtype))
         finally:
             torch.backends.cudnn.allow_tf32 = tf32
@@ -212,10 +212,16 @@ def sampling(bench):
             "expected_deviation": math.sqrt(n * q * (1 - q))}
 
 
+def move_away(folder):
+    """Rename a run folder that is in the way; a ledger is never deleted."""
+    if folder.exists():
+        folder.rename(f"{folder}.{time.time_ns()}")
+
+
 def smoke(bench, name, *flags):
     """A tiny run of three stages."""
     if "--resume" not in flags:  # a command that goes on with the same --work begins it anew
-        shutil.rmtree(bench.work / name, ignore_errors=True)
+        move_away(bench.work / name)
     train.main([*(TINY if bench.tiny else ["--preset", "smoke"]), "--device", bench.device, *flags,
                 "--out", str(bench.work / name)])
 
@@ -272,7 +278,7 @@ def replayed(bench):
              "--vae-steps", "8", "--ldm-steps", "8"]
     for name, how in (("graph", recording), ("eager", plain), ("again", plain), ("repeated", repeating)):
         out = bench.work / f"gpu-smoke-{name}"
-        shutil.rmtree(out, ignore_errors=True)
+        move_away(out)
         with mock.patch.object(hardware, "recorded", how):
             if name == "graph":
                 with mock.patch.object(progress.Public, "steps", stopping):

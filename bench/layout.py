@@ -43,7 +43,7 @@ def unet_steps(s, layout, n=256):
         return model
 
     public, private = make("all"), make("attention")
-    engine = dp_sgd.DPSGD(private, 0.1, 0.0, n, gradients=bookkeeping)
+    engine = dp_sgd.DPSGD(private, 0.1, 0.0, n, method=bookkeeping)
 
     @torch.no_grad()
     def evaluate():

@@ -17,9 +17,9 @@ from types import SimpleNamespace
 import torch
 
 import diffusion
+import optim
 import train
 from datasets import pixels
-from extensions import muon
 from support import checkpoints, command_line, conditions, hardware, settings, start
 
 HELD_OUT = 1000
@@ -45,7 +45,7 @@ def loss(checkpoint, latents, cond, schedule):
 def compare(preset, args, folder):
     """Print the lines of one preset."""
     runs = []  # (optimizer, learning rate, settings)
-    for optimizer, lr in itertools.product(muon.PUBLIC, args.lr.split(",")):
+    for optimizer, lr in itertools.product(optim.PUBLIC, args.lr.split(",")):
         words = (f"--preset {preset} --public-optimizer {optimizer} --vae-lr {lr} --ldm-lr {lr} --vae-steps "
                  f"{args.steps} --ldm-steps {args.steps} --public-n {args.n + HELD_OUT} --device cpu")
         s = settings.parse([*words.split(), "--out", str(folder)])

@@ -38,7 +38,7 @@ def worker(number, world, port, args, results):
     n, q = 4 * args.batch, 1 / 4
     latents, labels = team.shard(torch.randn(n, 1, config.in_channels, 4,
                                              4)), team.shard(torch.arange(n) % 10)
-    engine = dp_sgd.DPSGD(model, 0.1, 1.0, args.batch, gradients=bookkeeping)
+    engine = dp_sgd.DPSGD(model, 0.1, 1.0, args.batch, method=bookkeeping)
     optimizer = torch.optim.Adam(engine.parameters, 1e-3)
     schedule = presets.DIGITS["schedule"]
     loss_fn = partial(diffusion.loss, schedule=schedule)
@@ -68,7 +68,7 @@ def worker(number, world, port, args, results):
 
 
 def measure(world, args):
-    """(examples per second, share of rank 0's time that is no gradient: noise, optimiser, waiting)."""
+    """(examples per second, share of rank 0's time that is no gradient: noise, optimizer, waiting)."""
     context = multiprocessing.get_context("spawn")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 import datasets
+from bench.runs import commands
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -24,6 +25,7 @@ READING = {
     "vae.py": "the autoencoder and its latent scale",
     "unet.py": "the network that predicts the noise",
     "tuning.py": "which parameters are tuned on private images",
+    "optim.py": "learning rate, moving average, optimizers",
     "dp_sgd.py": "Poisson batches, clipping, noise; the per-example gradients",
     "accountant.py": "from q, sigma and the number of steps to epsilon",
     "train.py": "the three stages, one after the other",
@@ -34,16 +36,20 @@ READING = {
 LINES_PER_MINUTE = 25
 LETTERS = "abcdefgh"  # of feature networks
 
-# The table of the README: (table, row, what it is), and the row that scores this run again if there is one.
+# The table of the README: (table, row, what it is, what else to know).
+AFTER = "begins with `python train.py --preset garments --steps 0 --out runs/garments-all-stages`"
 FIRST_ROWS = [
-    ("digits", "eps10", "digits: tuned on 8,000 MNIST digits"),
-    ("digits", "letters", "the same; the public set has letters only, no digit"),
-    ("papers", "mnist-eps10", "digits, wider network: tuned on all of MNIST"),
-    ("papers", "mnist-eps1", "the same with a tenth of the budget (private stage only)"),
-    ("papers", "garments-private-eps10", "garments: tuned on Fashion-MNIST (private stage only)"),
-    ("papers", "garments-private-eps10-more", "the same with twice the private work"),
-    ("papers", "garments-shift-eps1", "garments with a shift of the latents (private stage only)"),
-    ("faces", "portraits-shift-whole", "faces in colour, 32 pixels: only a shift tuned"),
+    ("digits", "eps10", "digits: tuned on 8,000 MNIST digits", ""),
+    ("digits", "letters", "the same; the public set has letters only, no digit", ""),
+    ("papers", "mnist-eps10", "digits, wider network: tuned on all of MNIST", ""),
+    ("papers", "mnist-eps1", "the same with a tenth of the budget (private stage only)",
+     "older networks, [torch's noise](docs/results.md)"),
+    ("papers", "garments-private-eps10", "garments: tuned on Fashion-MNIST (private stage only)", AFTER),
+    ("papers", "garments-private-eps10-more", "the same with twice the private work", AFTER),
+    ("papers", "garments-shift-eps1", "garments with a shift of the latents (private stage only)",
+     "[shift](extensions/shift.py): not in the paper"),
+    ("faces", "portraits-shift-whole", "faces in colour, 32 pixels: only a shift tuned",
+     "[shift](extensions/shift.py); by guessing 54 %"),
 ]
 
 # The first table of docs/results.md: (what, goal in per cent, whose goal it is, table, row).
@@ -60,11 +66,15 @@ GOALS = [
 
 
 def load(table):
-    """Rows of a table in the order of `bench.TABLE`, each as last measured. Without rows no longer listed."""
+    """Rows of a table in the order of `bench.TABLE`, each as last measured. Without rows no longer listed.
+
+    Labels and commands are those of `bench.TABLE`: the commands repeat the row's recipe with today's flags.
+    """
     lines = map(json.loads, (HERE / "results.jsonl").read_text().splitlines())
     last = {line["row"]: line for line in lines if line["table"] == table}
     rows = import_module(f"bench.{table}").ROWS
-    return [{**last[name], "label": row.label} for name, row in rows.items() if name in last]
+    return [{**last[name], "label": row.label, "commands": commands(row)}
+            for name, row in rows.items() if name in last]
 
 
 def markdown(head, rows):
@@ -135,18 +145,18 @@ def frechet(row, rows):
 def overview():
     """The README's table: some runs, what they reach, how long they took."""
     head = ["what you get", "private images", "epsilon", "metric", "minutes: train + evaluate (threads)",
-            "command", "measured at"]
+            "commands", "measured at", "note"]
     cells = []
-    for table, name, what, *again in FIRST_ROWS:
+    for table, name, what, note in FIRST_ROWS:
         rows = {row["row"]: row for row in load(table)}
-        judged = (again or [name])[0]
-        row, scored = rows[name], rows[judged]
-        row["seconds"]["evaluate"] = scored["seconds"]["evaluate"]
-        held_out = list(scored["evaluation"]["accuracy"]["cnn"])[-1]
+        row, seeds = rows[name], len(with_seeds(rows, name))
+        held_out = list(row["evaluation"]["accuracy"]["cnn"])[-1]
         task = "Male: " if table == "faces" else ""
-        score = f"{task}CNN reaches {percent(over_seeds(rows, judged))} on {held_out}"
+        score = f"{task}CNN reaches {percent(over_seeds(rows, name))} on {held_out}"
+        notes = [f"mean of {seeds} sampling seeds"] * (seeds > 1) + [note] * bool(note)
         cells.append([what, f"{row['privacy']['n']:,}", epsilon(row["privacy"]), score, minutes(row),
-                      f"`{row['commands'][0]}`", ", ".join(dict.fromkeys([row["commit"], scored["commit"]]))])
+                      ", ".join(f"`{command}`" for command in row["commands"]), row["commit"],
+                      "; ".join(notes)])
     return markdown(head, cells)
 
 

@@ -95,7 +95,7 @@ LONGER = 10  # raw gradient of a canary, in units of C
 
 
 class Eavesdropper:
-    """Stands in the optimiser's place: what an optimiser may see is exactly what the mechanism releases."""
+    """Stands in the optimizer's place: what an optimizer may see is exactly what the mechanism releases."""
 
     def __init__(self, model):
         self.parameter = model.weight
@@ -134,8 +134,8 @@ def attack(schedule, m, clip_norm=1.0, clipping="flat", fast=False, rng=None):
     with tqdm(total=total, desc="attack", unit="step", leave=False, disable=total < 1000) as bar:
         for q, sigma, steps in schedule:
             B = max(1.0, q * m / 2)  # the expected batch size, as always from public numbers only
-            engine, rerun = (dp_sgd.DPSGD(model, clip_norm, sigma, B, clip=dp_sgd.CLIPPING[clipping],
-                                           gradients=bookkeeping, generator=g) for g in (noise, again))
+            engine, rerun = (dp_sgd.DPSGD(model, clip_norm, sigma, B, clipping=dp_sgd.CLIPPING[clipping],
+                                           method=bookkeeping, generator=g) for g in (noise, again))
             for _ in range(steps):
                 batch = dp_sgd.poisson_sample(len(present), q, sampler)
                 engine.accumulate(loss_fn, present[batch])
@@ -290,7 +290,7 @@ def main(argv=None):
     arguments.check_suffix("--out", args.out, ".png")
     privacy, out = {}, args.out
     if args.run:
-        counted, _ = read_run(args.run)
+        counted = read_run(args.run)[1]["spent"]
         places = [Path(args.run, *parts) for parts in (("release", "privacy.json"),
                                                        ("internal", "settings.json"))]  # of an unfinished run
         privacy = next((files.read_json(place) for place in places if place.exists()), {})

@@ -1,6 +1,6 @@
 """Book-keeping: all per-example gradient norms and the clipped sum from ONE forward and ONE backward pass.
 
-The fastest of the three methods for `dp_sgd.DPSGD(..., gradients=bookkeeping)`. Its result is that of
+The fastest of the three methods for `dp_sgd.DPSGD(..., method=bookkeeping)`. Its result is that of
 `dp_sgd.loop` up to rounding: tests/test_dp_sgd.py compares the clipped sums of every kind of layer with a
 loop of its own, in float64, to 1e-10. Not in the paper. First read dp_sgd.py.
 
@@ -73,7 +73,7 @@ def bookkeeping(model, layers, loss_fn, batch):
 
     One forward and one backward pass. As a layer's output gradients G arrive, its norms are computed and
     X and G kept, or its per-example gradients are formed and kept. n is N. A layer's input has n K rows, K
-    for each example. Call the function once: it frees what it has used.
+    for each example. Call the returned function once: it frees what it has used.
     """
     n, uses, stored, grams, views = rows(batch), Counter(), {}, {}, []  # stored: (x, g, version) or a dict
     params = [p for layer in layers for p in layer.params.values()]
@@ -177,8 +177,8 @@ def gram_squared_norm(layer, x, g, n, grams):
     """Squared norms (n,) float64 of the per-example gradients of weight (and bias) from two Gram matrices.
 
     grams keeps the Gram matrix of an input for the layers that share it, such as the queries, keys and values
-    of an attention; an input is known by its address, which nothing else takes while `bookkeeping` keeps the
-    input itself.
+    of an attention. Its key has the address of the input, which no other tensor gets while `bookkeeping`
+    keeps the input.
     """
     m, g = layer.module, wide(g)
     # one-hot inputs: the Gram matrix says which positions hold the same token

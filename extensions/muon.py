@@ -15,18 +15,15 @@ by `python -m bench.optimizers`.
 O is found without a singular value decomposition. The polynomial p(x) = a x + b x^3 + c x^5 of a matrix,
 p(X) = a X + b (X X^T) X + c (X X^T)^2 X, changes only the singular values: each x becomes p(x). Repeated, p
 does not converge to 1, but it soon brings every x that is not tiny between 0.68 and 1.21. Five times are
-usual. Three did as well in the UNet of the preset `garments`.
+usual. Three gave as low a loss in the UNet of the preset `garments`.
 
 In the private stage Muon sees the noisy gradient only, as Adam does, so the guarantee stays the same.
-Directions with nothing but noise get as long a step as the others. The EMA seems to average these moves out
+Directions that hold only noise get as long a step as the others. The EMA seems to average these moves out
 again, while moves along the gradient add up. On pretend-private garments at epsilon 10 Muon's loss after 40
 steps was that of Adam after 80. Digits gained nothing (docs/lab-notebook.md, "Muon in the private stage").
 """
 import torch
-from torch import nn
 
-PUBLIC = ("muon", "adamw")  # optimizers of stages 1 and 2
-PRIVATE = ("adam", "muon")  # of stage 3
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # a, b, c of Jordan et al.: steep at 0, to raise small values fast
 
 
@@ -49,8 +46,8 @@ class Muon(torch.optim.Optimizer):
     """W <- (1 - lr * weight_decay) W - lr * scale * sqrt(max(rows, columns)) O, for weights of >= 2 axes.
 
     Convolutions (out, in, h, w) count as matrices (out, in * h * w). The factor makes the root mean square of
-    a step's numbers at most about scale * lr. 0.2 is what AdamW's steps have, so a learning rate fits both
-    (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2).
+    a step's entries about scale * lr; single entries may be larger. 0.2 is what AdamW's steps have, so a
+    learning rate fits both (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2).
     """
 
     def __init__(self, parameters, lr, momentum=0.95, weight_decay=0.01, scale=0.2):
@@ -76,38 +73,7 @@ class Muon(torch.optim.Optimizer):
                 by_shape.setdefault(matrix.shape, []).append((p, matrix))
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             for shape, pairs in by_shape.items():
-                o = orthogonal(torch.stack([matrix for _, matrix in pairs]))
-                torch._foreach_add_([p for p, _ in pairs], [one.view_as(p) for (p, _), one in zip(
-                    pairs, -group["lr"] * group["scale"] * max(shape) ** 0.5 * o, strict=True)])
-
-
-def split(name, model):
-    """Trainable parameters of a model -> (those for Muon, all others).
-
-    If name is "muon", the first are the weights of linear layers and convolutions, those of the first and the
-    last layer included. Embeddings, biases and the scales of norm layers are others. For any other name all
-    are others.
-    """
-    kinds = (nn.Linear, nn.Conv2d) if name == "muon" else ()
-    matrices = {id(m.weight) for m in model.modules() if isinstance(m, kinds)}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return [p for p in trainable if id(p) in matrices], [p for p in trainable if id(p) not in matrices]
-
-
-def public_optimizers(name, model, lr):
-    """[AdamW] for "adamw", or for "muon" [AdamW, Muon], which get the two parts of `split`."""
-    matrices, others = split(name, model)
-    fused = next(model.parameters()).is_cuda
-    adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=fused)
-    return [adamw, Muon(matrices, lr)] if matrices else [adamw]
-
-
-def private_optimizers(name, model, lr):
-    """[Adam] for "adam", or for "muon" [Adam, Muon]; one of the two is missing if nothing is left for it.
-
-    There is no weight decay, which would pull the weights away from those of the public stages. scale=1: a
-    number then moves by at most about lr in each step, as with Adam in its first steps.
-    """
-    matrices, others = split(name, model)
-    adam = [torch.optim.Adam(others, lr)] if others else []
-    return adam + ([Muon(matrices, lr, momentum=0.9, weight_decay=0.0, scale=1.0)] if matrices else [])
+                step = group["lr"] * group["scale"] * max(shape) ** 0.5
+                directions = orthogonal(torch.stack([matrix for _, matrix in pairs]))
+                torch._foreach_add_([p for p, _ in pairs], [
+                    o.view_as(p) for (p, _), o in zip(pairs, directions, strict=True)], alpha=-step)

@@ -15,7 +15,7 @@ import numpy as np
 import accountant
 from accountant import check, count_steps, one_kind, renyi
 from extensions import pld
-from support import command_line, files
+from support import command_line, files, run_folder
 from support.rounding import round_up
 
 STATED = ("q", "sigma", "steps", "delta", "epsilon")  # numbers of a privacy.json
@@ -26,11 +26,12 @@ STATED = ("q", "sigma", "steps", "delta", "epsilon")  # numbers of a privacy.jso
 def read_run(path):
     """(steps {(q, sigma): T} that the run counts as, what its privacy.json states).
 
-    Ledger and statement are both believed: of each kind of step the larger number counts, so that neither a
-    truncated ledger nor a statement made before a later resume hides a step.  A run that is not private (no
-    noise, or a seed that is known) counts as steps without noise.  What it states: the numbers q, sigma,
-    steps, delta, epsilon as far as they are there, and "notes", a list of remarks for the reader.
-    ValueError, one line, names the run."""
+    Ledger, log, state and statement are all believed: of each kind of step the largest number counts, so that
+    neither a truncated ledger nor a statement made before a later resume hides a step. A run that is not
+    private (no noise, or noise that can be computed) counts as steps without noise. What it states: the
+    numbers q, sigma, steps, delta, epsilon as far as they are there; "notes", remarks for the reader;
+    "spent", the steps with the noise that they had. ValueError, one line, names the run.
+    """
     try:
         return _read_run(Path(path))
     except KeyError as error:
@@ -50,6 +51,14 @@ def _read_run(path):
     if ledger.exists():
         rows = files.ledger_rows(ledger.read_bytes().decode(errors="replace"), planned)
         counts = Counter(count_steps(rows))
+    done = run_folder.steps_done(internal)  # of the plan; never more than the ledger's if all is well
+    if done > sum(counts.values()):
+        notes.append(f"internal/ tells of {done} steps, the ledger of {sum(counts.values())}: the larger "
+                     "counts")
+        if planned:
+            counts |= Counter(one_kind(float(planned["q"]), float(planned["sigma"]), done))
+        else:
+            counts[1.0, 0.0] += 1  # nobody knows their noise
     if stated:
         check(privacy["q"], privacy["sigma"], privacy["steps"], privacy.get("delta", 0.5))
         if not privacy.get("epsilon", 0.0) >= 0:
@@ -60,14 +69,14 @@ def _read_run(path):
         counts |= by_statement  # the larger of each kind
     else:
         notes.append("a run without a statement yet: the steps of its ledger")
-    steps = dict(sorted(counts.items()))
+    spent = steps = dict(sorted(counts.items()))
     known_seed = stated.get("insecure_seed", False) is not False or chosen.get("insecure_seed") is not None
-    if known_seed or stated.get("private", True) is not True:
+    # Versions of before --fast-noise say secure_noise instead.
+    fast_noise = any(x.get("fast_noise", x.get("secure_noise") is False) for x in (stated, chosen))
+    if known_seed or fast_noise or stated.get("private", True) is not True:
         steps = count_steps([(q, 0.0, T) for (q, _), T in steps.items()]) or one_kind(1.0, 0.0, 1)
-        notes.append("NOT PRIVATE: counts as without noise")
-    elif stated.get("fast_noise") or chosen.get("fast_noise"):
-        notes.append("--fast-noise: holds against attackers who do not compute the noise")
-    return steps, {**privacy, "notes": notes}
+        notes.append("NOT PRIVATE: counts as without noise" + " (--fast-noise can be computed)" * fast_noise)
+    return steps, {**privacy, "notes": notes, "spent": spent}
 
 
 def _difference(counts, by_statement):

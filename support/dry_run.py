@@ -8,12 +8,12 @@ import torch
 import datasets
 import diffusion
 import dp_sgd
+import optim
 import unet
 import vae
-from extensions import muon
 from support import checkpoints, conditions, guarantee, hardware, trainable
 from support.hardware import count, select
-from support.settings import GRADIENTS
+from support.settings import METHODS
 
 
 def report(s, plan, embedder, public, private, known):
@@ -92,7 +92,7 @@ def estimate(s, plan, embedder, known=()):
     y = hardware.stand_in(model, len(z), s.device)
     loss_fn = partial(diffusion.loss, schedule=s.schedule)
     engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, dp_sgd.CLIPPING[s.clipping],
-                          GRADIENTS[s.method])
+                          METHODS[s.method])
 
     generator = torch.Generator(s.device)
 
@@ -111,7 +111,7 @@ def estimate(s, plan, embedder, known=()):
             for optimizer in optimizers:
                 optimizer.step()
 
-        optimizers = muon.public_optimizers(s.public_optimizer, network, lr=0.0)
+        optimizers = optim.PUBLIC[s.public_optimizer](network, 0.0)
         gradients = hardware.recorded(gradients, generator) if recorded else gradients
         return minutes(steps, step)
 

@@ -160,14 +160,16 @@ def privacy_statement(s, plan, rows, trained, stages=()):
     # Known before the first private step. A step that the plan did not foresee would make them larger here.
     numbers = settled(plan["numbers"], privacy_numbers(s, rows, s.delta))
     epsilon = numbers[f"epsilon_{s.accountant}"]
-    private = not rows or s.insecure_seed is None and math.isfinite(epsilon)
+    private = not rows or s.insecure_seed is None and not s.fast_noise and math.isfinite(epsilon)
     promise = f"({round_up(epsilon)}, {round_up(s.delta)})-differentially private with respect to one image"
-    if s.fast_noise:
-        promise += ", against attackers who do not compute the noise (--fast-noise)"
     if not rows:
         promise = "no private image was read"
+    elif s.fast_noise:
+        promise = f"NOT PRIVATE against an attacker who computes the noise (--fast-noise); else {promise}"
+    elif not private:
+        promise = "NOT PRIVATE: no noise, or a known noise seed"
     return plain({
-        "statement": promise if private else "NOT PRIVATE: no noise, or a known noise seed",
+        "statement": promise,
         "private": private, "epsilon": epsilon, "delta": s.delta, "accountant": s.accountant,
         **{f"epsilon_{name}": numbers[f"epsilon_{name}"] for name in accountant.ACCOUNTANTS},
         GROUP: numbers[GROUP],  # of one person
@@ -197,6 +199,8 @@ def privacy_statement(s, plan, rows, trained, stages=()):
             "other runs on the same private images: their epsilons add up, and so do their deltas",
             "internal/ (losses, gradient norms), and what the terminal shows: messages that name private "
             "files, and --show-private",
+            "that this release exists: its private files could all be read, and no private image was found "
+            "among the public ones",
             "several images of one person: the guarantee is for one image",
             "images that weights taken from elsewhere (public_weights) were trained on",
             *(["an attacker who computes the noise from the release: its generator is not a cryptographic "

@@ -8,7 +8,7 @@ import time
 import torch
 
 import accountant
-from extensions.muon import Muon
+import optim
 from support import files
 from support.bars import tqdm
 from support.files import plain
@@ -20,22 +20,11 @@ from support.team import agreed, rank
 QUIET_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
-def load_optimizer(optimizer, state):
-    """Moments from a checkpoint, their shapes checked; the learning rate is that of the settings."""
-    optimizer.load_state_dict({"state": state["state"],
-                               "param_groups": optimizer.state_dict()["param_groups"]})
-    for p in (p for group in optimizer.param_groups for p in group["params"]):
-        shapes = {key: value.shape for key, value in optimizer.state[p].items()}
-        adam, muon = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}, {"momentum_buffer": p.shape}
-        if shapes not in ({}, muon if isinstance(optimizer, Muon) else adam):
-            raise ValueError("the optimiser's state does not fit the parameters")
-
-
 def load_optimizers(optimizers, state):
     """Moments from a checkpoint with "optimizers", a list, or as in older versions "optimizer"."""
     stored = state["optimizers"] if "optimizers" in state else [state["optimizer"]]
     for optimizer, moments in zip(optimizers, stored, strict=True):
-        load_optimizer(optimizer, moments)
+        optim.load_state(optimizer, moments)
 
 
 class Public:
@@ -69,7 +58,7 @@ class Public:
                 self.generator.manual_seed(self.s.seed + 1 + 1_000_000 * rank() + self.first)
 
     def steps(self, title, total):
-        """The numbers of the steps to do, with a bar."""
+        """Indices of the steps to do, with a bar."""
         self.bar = tqdm(range(self.first, total), desc=title, unit="step", initial=self.first, total=total,
                         disable=rank() > 0)
         return self.bar
@@ -112,7 +101,7 @@ class Private:
         agreed(None)  # nobody writes before all have read
 
     def steps(self):
-        """The numbers of the steps left in the budget by the ledger's count, not the weights', with a bar."""
+        """Indices of the steps left, with a bar. A step in the ledger is spent even if its result is lost."""
         self.save()  # is there room? A full disk would spend a step at every restart, and lose its result
         first, total = len(self.rows), self.plan["steps"]
         self.bar = tqdm(range(first, total), desc="3/3 private tuning", unit="step", initial=first,
@@ -158,7 +147,8 @@ class Private:
         leaving = agreed(self.stop.asked) and spent < total
         self.save()
         every = max(1, total // 100)  # tight accounting takes a tenth of a second
-        if spent > self.covered:  # of the last step that the bar will show it for, so it is never too small
+        # Computed once in `every` steps, for the last of them. So what bar and log show is an upper bound.
+        if spent > self.covered:
             self.covered = min(spent + every - 1, total)
             self.epsilon = epsilon_after(self.s, self.plan, self.covered)
         row = {"step": step, "epsilon": plain(self.epsilon), **engine.last}

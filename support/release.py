@@ -4,6 +4,7 @@ The statement comes from guarantee.py. Nothing here reads a private image, a los
 """
 import math
 import re
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
 def write_release(s, vae_checkpoint, ldm_checkpoint, model, private, privacy, public):
-    """release/: model.pt, privacy.json, MODEL_CARD.md, samples.png, comparison.png.
+    """release/: model.pt, privacy.json, MODEL_CARD.md, samples.png, comparison.png; of --watch progress.png.
 
     comparison.png: real public images | before | after tuning. One row of images per class; of a text model
     per prompt: prompts.txt. At most MOST rows. private: only its schema is used.
@@ -41,6 +42,8 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, private, privacy, pu
     files.write_json(privacy, s.out / "release" / "privacy.json")
     with files.replacing(s.out / "release" / "MODEL_CARD.md") as file:
         file.write(model_card(privacy, classes, s.out.resolve().name).encode())
+    if (s.out / "internal" / "progress.png").exists():
+        shutil.copy(s.out / "internal" / "progress.png", s.out / "release")
     lines = max(1, (6 if s.crop < 128 else 2) // len(classes))  # of ten images, for each class
     # What each row shows: (label, the label itself or one of the prompts that mean it).
     shown = [(label, what) for label in range(len(classes))
@@ -79,7 +82,6 @@ def model_card(privacy, classes, name):
         "limits": "\n".join(f"- {item}" for item in p["does_not_cover"]),
         "enlarged": f"\nThe images cannot be sharper than this: the model was trained on {p['enlarged']}."
         if p["enlarged"] else "",
-        "against": ", does not compute the noise (--fast-noise)" if p["fast_noise"] else "",
     }
     parts = dict(re.findall(r"<!-- (\w+) -->\n(.*?)\n<!-- end -->\n", TEMPLATE.read_text(), flags=re.DOTALL))
     kind = "unread" if not p["steps"] else "promise" if p["private"] else "void"

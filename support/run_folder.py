@@ -24,7 +24,7 @@ from support.team import agreed, once, rank
 PARTS = ("public", "release", "internal")
 # What a scheduler may send before it takes the machine away is a wish to stop, as Ctrl-C is.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-# A resumed run keeps these settings, and may change them: where things lie, memory, speed, post-processing.
+# A resumed run inherits these settings, and flags may change them: places, memory, speed, post-processing.
 KEPT = {"data_root", "cache", "micro_batch", "method", "watch", "sample_steps", "sample_eta", "guidance"}
 ADD_UP = "a new run on the same images would add its epsilon to what this one has spent"
 
@@ -69,12 +69,12 @@ class RunFolder:
 
     def check_unchanged(self, plan, names, private):
         """Write down what the guarantee depends on; when the run is resumed, refuse if any of it differs."""
-        images = hashlib.sha256(private.images.numpy()).hexdigest()
-        if agreed(images) != images:  # each process takes a part of what it has read
+        images, labels = hashlib.sha256(private.images.numpy()).hexdigest(), conditions_digest(private)
+        if agreed((images, labels)) != (images, labels):  # each process takes a part of what it has read
             raise ValueError("this process has read other private images than the first one, so an image "
                              "could be in two parts; give all processes the same files")
         facts = {**plan, "clip_norm": self.s.clip_norm, "clipping": self.s.clipping, "tuned": names,
-                 "private_pictures": images}
+                 "private_pictures": images, "private_conditions": labels}
         once(check_unchanged, plain(facts), self.s.out / "internal" / "plan.json")
         # For evaluate.py: what was trained on is never called held out, whatever its file's name.
         files.save({"digests": datasets.digests(private.images)}, self.s.out / "internal" / "digests.pt")
@@ -164,6 +164,13 @@ def handlers_restored(main):
     return wrapped
 
 
+def conditions_digest(images):
+    """A hash of what goes with the images of an ImageSet: labels, captions, attributes."""
+    attributes = {name: column.tolist() for name, column in sorted((images.attributes or {}).items())}
+    text = repr((images.labels.tolist(), images.captions, attributes))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def check_unchanged(facts, path):
     """Write down what the guarantee depends on. If it is written already (resume), refuse any difference."""
     if not path.exists():
@@ -200,14 +207,7 @@ def check_spent(out, plan):
     """
     internal, release = out / "internal", out / "release"
     spent = len(files.ledger_rows(files.read_ledger(internal / "ledger.jsonl"), plan))
-    done = 0
-    if (internal / "state.pt").exists():
-        state = files.load(internal / "state.pt")
-        with files.understanding(internal / "state.pt"):
-            done = int(state["done"])
-    log = internal / "log.jsonl"  # a row of it is written after the ledger's
-    logged = log.read_bytes().count(b"\n") if log.exists() else 0
-    stated = 0
+    done, logged, stated = updates(internal), logged_steps(internal), 0
     if any((release / name).exists() for name in ("model.pt", "privacy.json")):  # written after the last step
         try:
             stated = int(files.read_json(release / "privacy.json")["steps"])
@@ -234,6 +234,26 @@ def check_spent(out, plan):
     if spent and spent >= plan["steps"] and not done:
         raise ValueError(f"cannot resume: all {spent} private steps are spent, and internal/state.pt, their "
                          f"result, is missing. Bring it back from a copy, or this run is lost; {ADD_UP}")
+
+
+def updates(internal):
+    """The number of private updates that internal/state.pt contains; 0 without it."""
+    if not (internal / "state.pt").exists():
+        return 0
+    state = files.load(internal / "state.pt")
+    with files.understanding(internal / "state.pt"):
+        return int(state["done"])
+
+
+def logged_steps(internal):
+    """The number of rows of internal/log.jsonl. One is written after the ledger's and after state.pt."""
+    log = internal / "log.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def steps_done(internal):
+    """At least so many private steps were made, whatever the ledger says."""
+    return max(updates(internal), logged_steps(internal))
 
 
 class Stop:

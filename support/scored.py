@@ -32,9 +32,9 @@ def check_place(args, run, whole):
         raise ValueError(f"{run} is no run folder (no internal/ or public/ beside release/), and epsilon "
                          "does not cover scores: say where they go with --out FILE")
     if args.out and any((place / name).exists() for place in Path(args.out).resolve().parents
-                        for name in ("model.pt", "privacy.json")):
-        raise ValueError(f"--out {args.out}: that is within a release, and epsilon does not cover scores; "
-                         "choose another")
+                        for name in ("model.pt", "privacy.json", "vae.pt", "ldm.pt")):
+        raise ValueError(f"--out {args.out}: that is within a release or beside public networks, and epsilon "
+                         "does not cover scores; choose another")
 
 
 def sources(release, run):

@@ -14,13 +14,13 @@ import torch
 import accountant
 import datasets
 import dp_sgd
+import optim
 import tuning
-from extensions import muon
 from extensions.bookkeeping import bookkeeping
 from support import checkpoints, command_line, files, hardware, presets, run_folder
 from support.files import plain
 
-GRADIENTS = {"bookkeeping": bookkeeping, "loop": dp_sgd.loop, "vmap": dp_sgd.vmap}  # --method
+METHODS = {"bookkeeping": bookkeeping, "loop": dp_sgd.loop, "vmap": dp_sgd.vmap}  # --method
 # Of this command alone. The guarantee does not depend on them, and the results only by rounding.
 FREE = {"given", "out", "init", "resume", "dry_run", "device", "precision", "show_private"}
 LARGEST_RANK = 1024  # of LoRA
@@ -90,7 +90,7 @@ def parse(argv):
                         "operating system's CSPRNG; whoever sees enough of the release can compute the "
                         "noise, and epsilon is then infinite [off]")
     g.add_argument("--watch", type=int, default=None, metavar="N",
-                   help="every N private steps, images of the same noise into release/progress.png; 0: never "
+                   help="every N private steps, images of one noise into internal/progress.png; 0: never "
                    "[ten times in a terminal, else never]")
     g.add_argument("--show-private", action="store_true", default=False,
                    help="for a course: loss, clipped share and examples/s of the private batches in the bar; "
@@ -118,7 +118,7 @@ def parse(argv):
           ("text_layers", int, "transformer blocks of the text encoder"),
           ("flips", yes_or_no, "mirror images at random, yes or no"),
           ("public_optimizer", str, "optimizer of stages 1 and 2; learning rates and steps stay as they are",
-           muon.PUBLIC))
+           [*optim.PUBLIC]))
     flags("stage 1, autoencoder (public)",
           ("factor", int, "f, side of an image over that of its latent; None: the preset's"),
           ("latent_channels", int, "channels of a latent; None: the preset's"),
@@ -150,10 +150,10 @@ def parse(argv):
            "a shift of the latents for each condition, or shift: this alone"),
           ("from_block", int, "leave out the first attention modules in forward order"),
           ("private_optimizer", str, "optimizer of stage 3; Muon wants another --lr: its steps are longer",
-           muon.PRIVATE),
+           [*optim.PRIVATE]),
           ("lr", float, "learning rate"),
           ("ema", float, "decay of the average of the tuned parameters, per step"),
-          ("method", str, "how per-example gradients are found, same result", [*GRADIENTS]),
+          ("method", str, "how per-example gradients are found, same result", [*METHODS]),
           ("micro_batch", int, "images at a time: memory and speed only; a GPU without it: up to 8,192"))
     flags("images at the end", ("sample_steps", int, "DDIM steps"), ("sample_eta", float, "DDIM eta, 0..1"),
           ("guidance", float, "guidance weight, 1: none"))
@@ -208,6 +208,8 @@ def adopt_settings(s, given):
     with files.understanding(path, "file"):
         stored.setdefault("public_optimizer", "adamw")  # older versions knew no others
         stored.setdefault("private_optimizer", "adam")
+        if stored.get("secure_noise") is False:  # their default was the noise of today's --fast-noise
+            stored.setdefault("fast_noise", True)
         for key in ("data_root", "cache"):  # older versions stored it as it was typed: nobody knows where
             stored[key] = stored.get(key) if Path(stored.get(key) or "").is_absolute() else None
         for key in {"public", "private"} & stored.keys():  # older versions stored a mix as it was typed
@@ -280,8 +282,8 @@ def check(s):
     demand("delta", lambda v: 0 < v < 1, "lie between 0 and 1")
     demand("size", lambda v: v in (32, 64, 128, 256), "be 32, 64, 128 or 256")
     demand("factor", lambda v: v in (2, 4, 8, 16), "be 2, 4, 8 or 16")
-    demand("public_optimizer", muon.PUBLIC.__contains__, f"be one of {', '.join(muon.PUBLIC)}")
-    demand("private_optimizer", muon.PRIVATE.__contains__, f"be one of {', '.join(muon.PRIVATE)}")
+    demand("public_optimizer", optim.PUBLIC.__contains__, f"be one of {', '.join(optim.PUBLIC)}")
+    demand("private_optimizer", optim.PRIVATE.__contains__, f"be one of {', '.join(optim.PRIVATE)}")
     demand("cond_drop ema", lambda v: 0 <= v < 1, "lie in [0, 1)")
     demand("guidance", lambda v: abs(v) <= 1000, "be a number, at most 1000")
     demand("sample_eta", lambda v: 0 <= v <= 1, "lie in [0, 1]")

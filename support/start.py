@@ -1,7 +1,7 @@
 """From the command line to a run that may begin: settings, existing public networks, the two image sets.
 
-Everything that can be refused is refused here, before the first long loop: nobody waits an hour to learn that
-a file is missing. The guarantee depends on one of these checks: no private image may be known to a public
+What can be checked is checked here, before the first long loop: nobody waits an hour to learn that a file is
+missing. The guarantee depends on one of these checks: no private image may be known to a public
 network (pitfall 29).
 """
 import sys
@@ -69,7 +69,8 @@ def adopt(s):
         if (made := checkpoints.condition_kind(ldm["embedder"])) == s.condition:
             known["ldm.pt"] = ldm
             s.unet, s.schedule = unet.UNetConfig(**ldm["unet"]), diffusion.Schedule(**ldm["schedule"])
-            s.cond_drop *= ldm["embedder"]["null_class"] if ldm["embedder"] else 0
+            if not (ldm["embedder"] and ldm["embedder"]["null_class"]):
+                s.cond_drop = 0.0  # this network has no null condition
         else:  # another condition needs another diffusion model, but not another autoencoder
             print(f"note: {s.init} was trained with --condition {made}; only its autoencoder is reused")
     else:
@@ -94,10 +95,9 @@ def read_sets(s, known):
     """(public, private, facts): two ImageSets of images (N, C, H, W) uint8, in the autoencoder's size.
 
     facts: what a public checkpoint says of its set: name, classes, digests of its images (None in a dry run).
-    Sets s.crop.
-
-    With --steps 0 no private image is read. Raises ValueError, one line, for sets that do not fit, and for
-    private images that a public network knows. known: the public networks that exist already.
+    known: the public networks that exist already. With --steps 0 no private image is read. Raises ValueError,
+    one line, for sets that do not fit, and for private images that a public network knows.
+    Side effect: s.crop becomes the side of a finished image.
     """
     origins = {s.public, *(str(c.get("trained_on")) for c in known.values())}
     # With --steps 0 too: the statement then says that no private image was read.
@@ -155,7 +155,7 @@ def public_set(s, known=()):
 
 
 def find_set(s, name, **kwargs):
-    """datasets.load as the settings ask. A dry run only lists photographs and assumes an absent set."""
+    """datasets.load as the settings ask. A dry run lists photographs, and an absent set is empty."""
     size, channels = s.vae.resolution, s.vae.in_channels
     try:
         return datasets.load(name, "train", s.data_root, size, channels=channels, cache=s.cache,
@@ -191,10 +191,9 @@ def refuse_known(s, private, digests, stages):
             raise ValueError(f"the public networks (trained on {origin}) were made before digests of their "
                              "images were recorded, so private images may be among them: train the public "
                              "stages again")
-    if shared := int(torch.isin(datasets.digests(private), torch.cat(known)).sum()):
-        raise ValueError(f"--private {s.private}: {shared} of its images are among the images that the "
-                         "public networks were trained on, so nothing would be private; choose another "
-                         "private or public set")
+    if torch.isin(datasets.digests(private), torch.cat(known)).any():
+        raise ValueError(f"--private {s.private}: images of it are among those that the public networks were "
+                         "trained on, so nothing would be private; choose another private or public set")
 
 
 def embedder(s, known, public, private):
@@ -209,7 +208,7 @@ def embedder(s, known, public, private):
     with torch.device("meta"):  # no memory, no time
         trainable.choose(unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(entry)), s)
     names = ", ".join(private.classes)
-    print(f"classes        {len(private.classes)}, public knowledge: "
+    print(f"classes        {len(private.classes)}, these names are published: "
           f"{names[:200]}{'...' * (len(names) > 200)}")
     if s.condition == "text" and rank() == 0:
         conditions.warn_of_unknown_words(s, public, private, entry)

@@ -25,6 +25,9 @@ def selected(model, name, from_block):
     """`tuning.select_trainable`; "lora:RANK" inserts pairs of matrices and trains them and the embedder."""
     kind, colon, rank = name.partition(":")
     if kind != "lora" or not colon:
+        if name not in tuning.TUNE:
+            raise ValueError(f"unknown tune={name!r}; choose one of {', '.join(tuning.TUNE)}, lora:RANK or "
+                             "shift, or one of them and +shift")
         return tuning.select_trainable(model, name, from_block)
     if not rank.isdecimal() or int(rank) < 1:
         raise ValueError(f"tune={name!r}: the rank after 'lora:' must be a whole number of at least 1")

@@ -1,6 +1,7 @@
-"""Images on the way: public/autoencoder.png, and private tuning as it happens, release/progress.png.
+"""Images on the way: public/autoencoder.png, and private tuning as it happens, internal/progress.png.
 
-The latter shows images of the same noise every few steps. Nothing is spent by it. Every update is a result
+The latter shows images of the same noise every few steps. The release gets a copy (release.py), together with
+the statement that covers it. Nothing is spent by it. Every update is a result
 of the DP mechanism, whose epsilon covers all of them together, and what is drawn from such weights is
 post-processing (Dwork and Roth 2014, proposition 2.1).
 """
@@ -44,7 +45,7 @@ def watcher(s, plan, model, autoencoder, scale, private, embedder):
         if (step + 1) % every == 0:
             rows.append(sample.generate(release, labels, s.sample_steps, s.sample_eta, s.guidance,
                                         seed=s.seed, progress=False))
-            pixels.save_grid(torch.cat(rows), s.out / "release" / "progress.png", len(labels))
+            pixels.save_grid(torch.cat(rows), s.out / "internal" / "progress.png", len(labels))
 
     draw(-1)
     return draw

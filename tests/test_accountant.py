@@ -527,10 +527,11 @@ def run_folder(place, statement=None, rows=0, settings=None):
 
 @pytest.mark.parametrize("statement, rows, settings", [
     ({"private": False}, None, None),
-    ({"insecure_seed": True}, 400, None),
+    ({"insecure_seed": True}, 400, None), ({"fast_noise": True}, 400, None),
+    ({"secure_noise": False}, 400, None),  # as older versions said it
     ({"private": False, "epsilon": "inf", "sigma": 0.0}, 400, None),
     ({"private": False, "steps": 0, "q": 0.0, "sigma": 0.0, "epsilon": 0.0}, 0, None),
-    (None, 7, {"insecure_seed": 0})])  # still under way
+    (None, 7, {"insecure_seed": 0}), (None, 7, {"fast_noise": True})])  # still under way
 def test_a_run_that_is_not_private_counts_as_infinite_alone_and_in_the_sum(
         statement, rows, settings, tmp_path, capsys):
     good, bad = (run_folder(tmp_path / "good", {}, 400),
@@ -541,6 +542,24 @@ def test_a_run_that_is_not_private_counts_as_infinite_alone_and_in_the_sum(
     assert lost.split()[3:6:2] == ["inf", "inf"] and "NOT PRIVATE" in lost
     assert both.split()[5:8:2] == ["inf", "inf"]
     assert calculator.main([str(good), str(good)]) == 0 and "inf" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rows, logged, done, counted", [
+    (0, 20, 0, 20), (7, 20, 0, 20), (7, 3, 9, 9), (20, 20, 20, 20), (20, 0, 0, 20)])
+@pytest.mark.parametrize("planned", [True, False])
+def test_a_run_without_statement_counts_the_steps_that_log_and_state_tell_of(rows, logged, done, counted,
+                                                                             planned, tmp_path, capsys):
+    """A ledger that was cut short hides nothing, as train.py --resume would refuse it."""
+    internal = run_folder(tmp_path / "x", None, rows) / "internal"
+    (internal / "log.jsonl").write_text("{}\n" * logged)
+    files.save({"done": done}, internal / "state.pt")
+    if planned:
+        files.write_json({"q": 0.02, "sigma": 1.1, "steps": 400}, internal / "plan.json")
+    assert calculator.main([str(tmp_path / "x"), "--delta", "1e-6"]) == 0
+    line = capsys.readouterr().out.splitlines()[2]
+    expected = accountant.epsilon(0.02, 1.1, counted, 1e-6) if planned or counted == rows else math.inf
+    assert line.split()[3] == rounding.round_up(expected, 6) or math.isinf(expected) and " inf " in line
+    assert ("larger counts" in line) == (counted > rows)
 
 
 @pytest.mark.parametrize("rows, stated, counted", [
@@ -781,7 +800,7 @@ def test_many_kinds_of_steps_are_merged_soundly():
     rng = np.random.default_rng(0)
     rows = [{"q": 0.02 * rng.uniform(1, 1.05), "sigma": rng.uniform(1.1, 1.2)} for _ in range(500)]
     kinds = accountant.count_steps(rows)
-    assert len(kinds) <= accountant.MOST_KINDS and sum(kinds.values()) == 500
+    assert len(kinds) <= accountant.MAX_KINDS and sum(kinds.values()) == 500
     every = {(row["q"], row["sigma"]): 1 for row in rows}
     exact = accountant.epsilon_by_moments(accountant.composed(every), 1e-5)[0]
     assert exact <= accountant.epsilon_of_ledger(rows, 1e-5) <= 1.1 * exact

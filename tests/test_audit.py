@@ -111,6 +111,7 @@ def break_noise_halved(monkeypatch):
 
 def break_clipping(monkeypatch):
     monkeypatch.setitem(dp_sgd.CLIPPING, "flat", lambda norms, clip_norm: torch.ones_like(norms))
+    monkeypatch.setattr(dp_sgd, "bounded", lambda factors, norms, clip_norm: factors)
 
 
 def break_sampling(monkeypatch):

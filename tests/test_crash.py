@@ -24,6 +24,7 @@ import torch
 
 import accountant
 import dp_sgd
+import optim
 import sample
 import train
 from datasets import pixels
@@ -189,7 +190,7 @@ POINTS = {
     "append_row": (files, "append_row", half_a_row, lambda row, path: path.name == "ledger.jsonl", 2, 1),
     "privatise": (dp_sgd, "privatise", None, lambda *a: True, 2, 1),
     "optimizer": (torch.optim.Adam, "step", None, lambda *a: True, 2, 1),
-    "update_ema": (train, "update_ema", None, lambda *a: True, 2, 1),
+    "update_ema": (optim, "update_ema", None, lambda *a: True, 2, 1),
     "save": (torch, "save", half_a_checkpoint, is_state, 2, 1),
     "log": (files, "append_row", half_a_row, lambda row, path: path.name == "log.jsonl", 2, 2),
     "sampling": (pixels, "save_grid", None, lambda images, path, *a: "release" in str(path), 3, 3),

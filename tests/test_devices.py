@@ -23,7 +23,7 @@ import vae
 from bench import gpu
 from extensions import text
 from support import command_line, conditions, dry_run, hardware, settings, trainable
-from support.settings import GRADIENTS
+from support.settings import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 aten = torch.ops.aten
@@ -108,7 +108,7 @@ def private(kind, tune, method, n=3, k=2):
     model = hardware.laid_out(unet.LatentModel(unet.UNet(CONFIG), embedder), "meta")
     schedule = diffusion.Schedule("cosine", "v")
     trainable.choose(model, SimpleNamespace(tune=tune, from_block=0, vae=vae.VAEConfig(), schedule=schedule))
-    engine = dp_sgd.DPSGD(model, 1e-3, 1.0, n, gradients=GRADIENTS[method])
+    engine = dp_sgd.DPSGD(model, 1e-3, 1.0, n, method=METHODS[method])
     z, y = torch.randn(n, 2, 4, 4, 4, device="meta"), hardware.stand_in(model, n, "meta")
     null = conditions.null(SimpleNamespace(cond_drop=0.1), model, y)
     batch = diffusion.draw(z, y, k, None, schedule, null, 0.1)
@@ -116,7 +116,7 @@ def private(kind, tune, method, n=3, k=2):
     return engine, partial(diffusion.loss, schedule=schedule), batch
 
 
-@pytest.mark.parametrize("kind,tune,method", [*(("class", "attention", method) for method in GRADIENTS),
+@pytest.mark.parametrize("kind,tune,method", [*(("class", "attention", method) for method in METHODS),
                                               ("text", "all", "bookkeeping"),
                                               ("class", "shift", "bookkeeping"),
                                               ("text", "attention+shift", "bookkeeping")])

@@ -18,8 +18,7 @@ import unet
 import vae
 from dp_sgd import CLIPPING
 from extensions import bookkeeping
-from support import randomness, trainable
-from support.settings import GRADIENTS
+from support import randomness, settings, trainable
 
 # vmap's fallback for fused attention
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -30,7 +29,7 @@ N = 4
 
 def DPSGD(*args, method="bookkeeping", clipping="flat",
           **kwargs):  # noqa: N802 (the engine, its functions by name)
-    return dp_sgd.DPSGD(*args, clip=CLIPPING[clipping], gradients=GRADIENTS[method], **kwargs)
+    return dp_sgd.DPSGD(*args, clipping=CLIPPING[clipping], method=settings.METHODS[method], **kwargs)
 
 
 def oracle(model, loss_fn, batch, clip_norm=float("inf")):
@@ -253,7 +252,7 @@ def test_bfloat16_autocast_keeps_norms_and_sums_in_float32():
     with torch.autocast("cpu", torch.bfloat16):  # around the engine: its own arithmetic must not notice
         around = clipped_sum(model, LOSS, batch, 1.0)
         alone = [clipped_sum(model, LOSS, [b[i:i + 1] for b in batch], 1.0) for i in range(N)]
-    assert inside.dtype == around.dtype == torch.float32
+    assert inside.dtype == around.dtype == torch.float64
     assert_close(around, inside, 1e-6)
     assert_close(inside, full, 0.05)
     for v in alone:
@@ -331,6 +330,33 @@ def test_one_more_example_moves_the_sum_by_at_most_the_sensitivity(method, clipp
             assert moved <= 1e-5 * C, kind  # contributes nothing, the others stay as they were
         if kind == "huge":
             assert moved > 0.5 * C  # the bound is not vacuous
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3], ids=["parallel", "nearly parallel"])
+def test_in_a_large_batch_rounding_moves_the_sum_by_less_than_the_noise_allows_for(noise):
+    """Gradients of nearly one direction, the worst case: the sum of 10,000 is 10,000 C long."""
+    generator, n, C, d = torch.Generator().manual_seed(0), 10_000, 0.1, 64
+    model = nn.Linear(d, d, bias=False)
+    x, v = (torch.randn(1, d, generator=generator) + noise * torch.randn(n + 1, d, generator=generator)
+            for _ in range(2))
+
+    def total(rows):
+        engine = DPSGD(model, C, 1.0, n)
+        for part in rows.split(256):
+            engine.accumulate(lambda model, x, v: (model(x) * v).sum(1), x[part], v[part])
+        return engine.sums[0]
+
+    rows = torch.arange(n + 1)
+    with_it, without, alone = total(rows), total(rows[1:]), total(rows[:1])
+    assert without.norm() > 0.7 * n * C and alone.norm() > 0.99 * C
+    assert (with_it - without - alone).norm() < 0.5 * dp_sgd.ROUNDING * C
+
+
+def test_a_clipping_rule_that_does_not_clip_cannot_break_the_sensitivity(monkeypatch):
+    monkeypatch.setitem(CLIPPING, "none", lambda norms, clip_norm: torch.ones_like(norms))
+    model, batch = latent_model(), examples()
+    assert_close(clipped_sum(model, LOSS, batch, 1e-3, clipping="none"),
+                 clipped_sum(model, LOSS, batch, 1e-3, clipping="flat"), 1e-12)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -46,15 +46,20 @@ def run_copy(copy, words):
     assert all(Path(sys.modules[x].__file__).is_relative_to(copy) for x in ("unet", "tuning", "datasets"))
 
 
-@pytest.mark.parametrize("command, patch", EDITS,
-                         ids=["modules", "clipping", "data", "denoiser", "accountant"])
-def test_an_edit_applies_and_runs(command, patch, tmp_path):
+NAMES = ["modules", "clipping", "data", "denoiser", "accountant"]
+
+
+@pytest.mark.parametrize("command, patch, plain", [
+    *(pytest.param(*edit, False, id=name) for edit, name in zip(EDITS, NAMES, strict=True)),
+    pytest.param(*EDITS[1], True, id="clipping, not used")])
+def test_an_edit_applies_and_runs(command, patch, plain, tmp_path):
+    """plain: the command without its flag, to see that the edit leaves everything else as it was."""
     ignored = shutil.ignore_patterns(
         ".git", ".venv", "runs", "tests", "docs", "bench", "__pycache__", ".*_cache"
     )
     copy = Path(shutil.copytree(ROOT, tmp_path / "copy", ignore=ignored))
     subprocess.run(["git", "apply", "-p0", "-"], input=patch, text=True, cwd=copy, check=True)
-    _, *words = command.split()
+    words = ["train.py", "--preset", "smoke"] if plain else command.split()[1:]
     accountant = [] if "--accountant" in words else ["--accountant", "rdp"]  # faster
     context = multiprocessing.get_context("forkserver")
     process = context.Process(target=run_copy, args=(copy, [*words, *TINY, *accountant]))
@@ -64,6 +69,7 @@ def test_an_edit_applies_and_runs(command, patch, tmp_path):
     privacy = json.loads((copy / "runs" / "edit" / "release" / "privacy.json").read_text())
     assert privacy["steps"] == 2 and 9 < privacy["epsilon"] <= 10
     assert privacy["public_set"] == ("stripes" if "stripes" in words else "strokes")
+    assert privacy["clipping"] == ("quantile" if "quantile" in words else "flat")
 
 
 def test_the_accountant_of_the_edit_never_states_less_than_the_tight_one(tmp_path):
@@ -90,7 +96,7 @@ def test_the_clipping_of_the_edit_keeps_the_sensitivity():
     namespace = {"math": math, "CLIPPING": {}}
     exec("\n".join(line for line in lines if not line.startswith("++")), namespace)
     clip = namespace["Quantile"]()
-    norms = torch.rand(3, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 4
+    norms = torch.rand(3, 20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 4
     for _ in range(60):
         lengths = (norms.square().sum(0).sqrt() * clip(norms, 0.7)[0])
         assert lengths.max() <= 0.7 * (1 + 1e-12)
@@ -98,6 +104,6 @@ def test_the_clipping_of_the_edit_keeps_the_sensitivity():
         clip(norms[:, :1], 0.7)
         assert abs(clip.count - before) == 0.5  # one example more moves the query by 1/2
         clip.count = before
-        clip.update(200, SecureGenerator())
+        clip.update(20_000, SecureGenerator())
     median = norms.square().sum(0).sqrt().median()
     assert 0.6 * median < clip.bound < 1.5 * median

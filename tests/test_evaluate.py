@@ -122,10 +122,10 @@ def test_precision_and_recall_on_a_line():
     """k = 1. Centres 0, 1, 3 have radii 1, 1, 2: together they cover [-1, 5]."""
     centres = torch.tensor([[0.0], [1.0], [3.0]])
     points = torch.tensor([[-1.5], [-0.5], [2.0], [5.0], [5.1]])
-    assert metrics.covered(points, centres, k=1) == pytest.approx(3 / 5)
-    assert metrics.covered(centres, centres, k=1) == 1.0
+    assert metrics.share_covered(points, centres, k=1) == pytest.approx(3 / 5)
+    assert metrics.share_covered(centres, centres, k=1) == 1.0
     with pytest.raises(ValueError, match="more than 3"):
-        metrics.covered(points, centres)
+        metrics.share_covered(points, centres)
 
 
 # ---- classifiers
@@ -282,6 +282,7 @@ def test_official_test_digits_are_used_when_present(run, tmp_path, capsys):
     ([], "is no run folder.*--out"), (["--memorisation"], "--memorisation writes private images"),
     (["--memorisation", "--out", "x.json"], "leave out --out"),
     (["--out", "INSIDE"], "within a release"), (["--out", "DEEPER"], "within a release"),
+    (["--out", "PUBLIC"], "beside public networks"),
     (["--out", "FOLDER"], "is a folder")])
 @pytest.mark.parametrize("form", ["folder", "release", "model.pt"])
 def test_nothing_uncovered_is_written_beside_a_copied_release(form, arguments, message, run, tmp_path,
@@ -293,8 +294,10 @@ def test_nothing_uncovered_is_written_beside_a_copied_release(form, arguments, m
             "model.pt": copied / "release" / "model.pt"}[form]
     monkeypatch.setattr(sample, "generate", None)  # would fail with a TypeError if the work began
     monkeypatch.setattr(scored, "held_out_sets", None)
+    (run / "public").mkdir(exist_ok=True)
+    (run / "public" / "ldm.pt").touch()
     places = {"INSIDE": copied / "release" / "x.json", "DEEPER": copied / "release" / "sub" / "x.json",
-              "FOLDER": tmp_path}
+              "FOLDER": tmp_path, "PUBLIC": run / "public" / "x.json"}
     arguments = [str(places.get(a, a)) for a in arguments]
     with pytest.raises(ValueError, match=message):
         evaluate.main([str(path), *arguments])
@@ -395,6 +398,20 @@ def test_missing_public_set_costs_only_the_distance(run, monkeypatch, capsys):
     evaluate.main([str(run), "--classifiers", "logreg"])
     assert "skipped: no emnist here" in capsys.readouterr().out
     assert read_result(run)["distance"] is None and read_result(run)["accuracy"]["logreg"]
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_feature_network_learns_no_private_image(private, run, monkeypatch, capsys):
+    """Since the run, somebody may have put private images into the public set."""
+    strokes = datasets.load("strokes", "train", None, sample.load_release(run).vae.config.resolution,
+                            n=metrics.FEATURE_IMAGES)
+    (run / "internal").mkdir(exist_ok=True)
+    seen = datasets.digests(strokes.images[-1:] if private else 255 - strokes.images[-1:])
+    files.save({"digests": seen}, run / "internal" / "digests.pt")
+    (run / "public" / "features.pt").unlink(missing_ok=True)
+    evaluate.main([str(run), "--classifiers", "logreg", "--n", "50"])
+    assert ("has private images of this run" in capsys.readouterr().out) == private
+    assert (run / "public" / "features.pt").exists() != private
 
 
 def test_a_public_set_of_another_size_is_cut_as_samples_are(run, monkeypatch, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import dp_sgd
+import optim
 import train
 import unet
 from extensions import muon, text
@@ -89,11 +90,11 @@ def test_torch_takes_the_same_steps():
 def test_every_parameter_has_one_optimizer():
     model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Conv2d(8, 2, 3))
     by_muon = [model[1].weight, model[3].weight]
-    adamw, found = muon.public_optimizers("muon", model, 1e-3)
+    adamw, found = optim.PUBLIC["muon"](model, 1e-3)
     sets = [{id(p) for group in o.param_groups for p in group["params"]} for o in (adamw, found)]
     assert isinstance(adamw, torch.optim.AdamW) and sets[1] == {id(p) for p in by_muon}
     assert not sets[0] & sets[1] and sets[0] | sets[1] == {id(p) for p in model.parameters()}
-    [only] = muon.public_optimizers("adamw", model, 1e-3)
+    [only] = optim.PUBLIC["adamw"](model, 1e-3)
     assert {id(p) for p in only.param_groups[0]["params"]} == {id(p) for p in model.parameters()}
 
 
@@ -134,14 +135,14 @@ def fitted(tmp_path, optimizer, steps=4, stop_after=None):
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_the_public_loop_moves_every_parameter_at_the_rate_of_the_schedule(name, tmp_path, monkeypatch):
-    make, used = muon.public_optimizers, []
-    monkeypatch.setattr(muon, "public_optimizers", lambda *args: used.extend(make(*args)) or used)
+    make, used = optim.PUBLIC[name], []
+    monkeypatch.setitem(optim.PUBLIC, name, lambda *args: used.extend(make(*args)) or used)
     after, before = fitted(tmp_path, name)
     assert len(used) == (2 if name == "muon" else 1)
     for now, then in zip(after, before, strict=True):
         assert (now - then).norm() > 0.003 * then.norm() + 1e-4  # weight decay alone moves 0.0004 of it
     rates = {group["lr"] for optimizer in used for group in optimizer.param_groups}
-    assert rates == {train.learning_rate(3, 4, 0.01)}
+    assert rates == {optim.learning_rate(3, 4, 0.01)}
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
@@ -185,15 +186,15 @@ def one_private_step(model, engine, optimizers, seed):
 
 def test_in_the_private_stage_each_tuned_parameter_has_one_optimizer():
     model, engine = tuned_network()
-    adam, found = muon.private_optimizers("muon", model, 0.01)
+    adam, found = optim.PRIVATE["muon"](model, 0.01)
     assert type(adam) is torch.optim.Adam and adam.defaults["lr"] == 0.01
     assert adam.param_groups[0]["params"] == [model[2].weight, model[2].bias, model[4].bias]
     assert found.param_groups[0]["params"] == [model[3].weight, model[4].weight]
     assert found.defaults == {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.0, "scale": 1.0}
-    [only] = muon.private_optimizers("adam", model, 0.01)
+    [only] = optim.PRIVATE["adam"](model, 0.01)
     assert only.param_groups[0]["params"] == engine.parameters
     model[2].requires_grad_(False), model[4].requires_grad_(False)
-    [only] = muon.private_optimizers("muon", model, 0.01)  # nothing is left for Adam
+    [only] = optim.PRIVATE["muon"](model, 0.01)  # nothing is left for Adam
     assert isinstance(only, muon.Muon)
 
 
@@ -204,18 +205,18 @@ def test_muon_sees_the_noisy_gradient_only(monkeypatch):
              for i, p in enumerate(engine.parameters)]
     monkeypatch.setattr(dp_sgd, "privatise", lambda *args: noisy)
     before = model[3].weight.detach().clone()
-    one_private_step(model, engine, muon.private_optimizers("muon", model, 0.01), seed=2)
+    one_private_step(model, engine, optim.PRIVATE["muon"](model, 0.01), seed=2)
     expected = -0.01 * 16 ** 0.5 * by_svd(noisy[engine.names.index("3.weight")])
     assert torch.allclose((model[3].weight - before).double(), expected, atol=1e-6)
     other, engine = tuned_network()
-    one_private_step(other, engine, muon.private_optimizers("muon", other, 0.01), seed=3)
+    one_private_step(other, engine, optim.PRIVATE["muon"](other, 0.01), seed=3)
     assert all(map(torch.equal, model.parameters(), other.parameters()))  # another batch, the same noise
 
 
 @pytest.mark.parametrize("name", ["muon", "adam"])
 def test_a_private_stage_goes_on_with_the_moments_that_it_had(name, tmp_path):
     (model, engine), (other, resumed) = tuned_network(), tuned_network()
-    optimizers, again = (muon.private_optimizers(name, network, 0.01) for network in (model, other))
+    optimizers, again = (optim.PRIVATE[name](network, 0.01) for network in (model, other))
     one_private_step(model, engine, optimizers, seed=2)
     average, kept = ([torch.full_like(p, x) for p in engine.parameters] for x in (7.0, 0.0))
     private = SimpleNamespace(engine=engine, average=average, optimizers=optimizers, done=1, folder=tmp_path)
@@ -248,7 +249,7 @@ def test_muon_takes_a_step_whatever_is_tuned(tune, condition):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():  # the frozen ones too: no optimizer may have them
         p.grad = torch.randn(p.shape)
-    for optimizer in muon.private_optimizers("muon", model, 0.01):
+    for optimizer in optim.PRIVATE["muon"](model, 0.01):
         optimizer.step()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == set(names)

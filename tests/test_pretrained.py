@@ -59,7 +59,7 @@ def test_one_image_more_changes_no_other_image_s_share_of_the_sum(name, bf16):
     batch = diffusion.draw(z0, torch.arange(n) % 10, 1, generator, schedule)
 
     def clipped_sum(rows):
-        engine = dp_sgd.DPSGD(model, clip_norm, 1.0, n, gradients=bookkeeping)
+        engine = dp_sgd.DPSGD(model, clip_norm, 1.0, n, method=bookkeeping)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             engine.accumulate(partial(diffusion.loss, schedule=schedule), *[item[rows] for item in batch])
         return torch.cat([total.double().flatten() for total in engine.sums])

@@ -20,7 +20,7 @@ import unet
 import vae
 from extensions import captions, text
 from support import checkpoints, command_line, conditions, files, presets, settings, trainable
-from support.settings import GRADIENTS
+from support.settings import METHODS
 
 CELEBA = [
     "5_o_Clock_Shadow", "Arched_Eyebrows", "Attractive", "Bags_Under_Eyes", "Bald", "Bangs", "Big_Lips",
@@ -200,11 +200,11 @@ def test_per_example_gradients_equal_the_loop(k, tune):
     norms = [float(g.norm()) for g in grads]
     clip_norm = sum(sorted(norms)[1:3]) / 2  # half of them are clipped
     expected = sum(g * min(1, clip_norm / n) for g, n in zip(grads, norms, strict=True))
-    for method, gradients in GRADIENTS.items():
-        engine = dp_sgd.DPSGD(model, clip_norm, 0.0, 4, gradients=gradients)
+    for name, method in METHODS.items():
+        engine = dp_sgd.DPSGD(model, clip_norm, 0.0, 4, method=method)
         engine.accumulate(LOSS, *batch)
         got = torch.cat([s.flatten() for s in engine.sums])
-        assert float((got - expected).norm() / expected.norm()) < 1e-10, method
+        assert float((got - expected).norm() / expected.norm()) < 1e-10, name
 
 
 def test_the_text_is_encoded_once_per_example_and_everything_in_it_learns():

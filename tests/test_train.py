@@ -12,6 +12,7 @@ from PIL import Image
 
 import accountant
 import datasets
+import optim
 import sample
 import train
 import tuning
@@ -243,10 +244,26 @@ def test_resume_refuses_what_would_change_the_guarantee(run, tmp_path):
     files.write_json(plan | {"private_pictures": "0"}, out / "internal" / "plan.json")
     with pytest.raises(ValueError, match="private_pictures"):
         train.main(["--resume", "--out", str(out)])
+    files.write_json(plan | {"private_conditions": "0"}, out / "internal" / "plan.json")
+    with pytest.raises(ValueError, match="private_conditions"):
+        train.main(["--resume", "--out", str(out)])
     files.write_json(plan, out / "internal" / "plan.json")
     (out / "internal" / "ledger.jsonl").write_text("")
     with pytest.raises(ValueError, match="rows are missing"):
         train.main(["--resume", "--out", str(out)])
+
+
+def test_noise_of_older_runs_that_can_be_computed_stays_stated(run, tmp_path):
+    """Before --fast-noise was asked for it was the default for some, and settings.json said secure_noise."""
+    out = tmp_path / "r"
+    shutil.copytree(run, out)
+    stored = files.read_json(out / "internal" / "settings.json")
+    for secure, private in ((True, True), (False, False)):
+        older = {key: value for key, value in stored.items() if key != "fast_noise"}
+        files.write_json(older | {"secure_noise": secure}, out / "internal" / "settings.json")
+        train.main(["--resume", "--out", str(out)])
+        privacy = files.read_json(out / "release" / "privacy.json")
+        assert privacy["private"] == private == ("NOT PRIVATE" not in privacy["statement"])
 
 
 def test_steps_zero_releases_the_public_model_without_reading_private_pictures(run, tmp_path, monkeypatch):
@@ -491,9 +508,9 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_ema_formula():
     average, values = [torch.zeros(2)], [torch.ones(2)]
-    train.update_ema(average, values, 0.9, 0)
+    optim.update_ema(average, values, 0.9, 0)
     assert torch.allclose(average[0], torch.full((2,), 0.9))  # first step: d = 1/10
-    train.update_ema(average, values, 0.5, 1000)
+    optim.update_ema(average, values, 0.5, 1000)
     assert torch.allclose(average[0], torch.full((2,), 0.95))
 
 

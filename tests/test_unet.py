@@ -113,6 +113,18 @@ def test_every_variant_keeps_the_shape_and_uses_every_parameter(changes):
     assert unused <= set(tuning.without_gradient(model))
 
 
+@pytest.mark.parametrize("tune", ["attention", "attention-only", "resblocks"])
+def test_a_network_without_the_modules_that_are_asked_for_is_refused(tune):
+    """Else a denoiser of one's own would tune its embedder only, and nobody would notice."""
+    network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+    network.config = SimpleNamespace(context_dim=8)
+    model = unet.LatentModel(network, unet.ClassEmbedder(10, 8))
+    with pytest.raises(ValueError, match="the network has no (SpatialTransformer|ResBlock)"):
+        tuning.select_trainable(model, tune)
+    assert tuning.select_trainable(model, "embedder") == ["embedder.embedding.weight"]
+    assert len(tuning.select_trainable(model, "all")) == 5
+
+
 def test_the_class_and_the_time_matter():
     model, x = tiny(), torch.randn(1, 2, 4, 4)
     one = model(x, torch.tensor([5]), torch.tensor([0]))

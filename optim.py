@@ -1,0 +1,94 @@
+"""How the weights move: learning rate, moving average (EMA), and the optimizers of the three stages.
+
+An optimizer of the private stage gets the noisy gradient as if it were any gradient. Whatever it does with it
+is post-processing, so the choice costs no privacy. The paper's code has AdamW in all stages. Here the private
+stage has Adam without weight decay, which would pull the weights away from those of the public stages.
+
+To add an optimizer, enter a function (model, learning rate) -> list of optimizers in PUBLIC or PRIVATE. Its
+name is then a value of `--public-optimizer` or `--private-optimizer`.
+"""
+import math
+
+import torch
+from torch import nn
+
+from extensions.muon import Muon
+
+
+def learning_rate(step, steps, peak):
+    """Public stages: linear warm-up over the first 5 %, then half a cosine down to zero.
+
+    In the private stage the learning rate is constant.
+    """
+    return peak * min((step + 1) / max(1, steps // 20), 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+@torch.no_grad()
+def update_ema(average, parameters, decay, step):
+    """average <- d average + (1 - d) parameters, in place, once per step.
+
+    d = min(decay, (1 + step) / (10 + step)) begins at 1/10 and grows. So the initial weights soon fade, and
+    in a short stage the decay is not reached: it takes 90 steps to d = 0.91, and 190 steps to 0.955.
+    """
+    torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(decay, (1 + step) / (10 + step)))
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def split_for_muon(model):
+    """Trainable parameters of a model -> (those for Muon, all others).
+
+    The first are the weights of linear layers and convolutions, those of the first and the last layer
+    included. The others are embeddings, biases and the scales of norm layers.
+    """
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    return ([p for p in trainable(model) if id(p) in matrices],
+            [p for p in trainable(model) if id(p) not in matrices])
+
+
+def adamw(parameters, lr):
+    fused = parameters[0].is_cuda
+    return torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=fused)
+
+
+def public_muon(model, lr):
+    matrices, others = split_for_muon(model)
+    return [adamw(others, lr), Muon(matrices, lr)]
+
+
+def private_muon(model, lr):
+    """[Adam, Muon]; one of the two is missing if nothing is left for it.
+
+    scale=1: the root mean square of a step's entries is then about lr, as with Adam in its first steps.
+    """
+    matrices, others = split_for_muon(model)
+    adam = [torch.optim.Adam(others, lr)] if others else []
+    return adam + ([Muon(matrices, lr, momentum=0.9, weight_decay=0.0, scale=1.0)] if matrices else [])
+
+
+# Name -> function (model, learning rate) -> optimizers, which together hold every trainable parameter once.
+PUBLIC = {"muon": public_muon, "adamw": lambda model, lr: [adamw(trainable(model), lr)]}
+PRIVATE = {"adam": lambda model, lr: [torch.optim.Adam(trainable(model), lr)], "muon": private_muon}
+
+
+# The tensors that an optimizer keeps for each parameter. Others than these are checked by shape only.
+STATE = {torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"},
+         torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}}
+
+
+def load_state(optimizer, state):
+    """Moments from a checkpoint; the learning rate stays that of the settings.
+
+    ValueError unless each tensor is a number or has the shape of its parameter: a state that does not fit
+    would fail only in the next step, when its epsilon is spent.
+    """
+    optimizer.load_state_dict({"state": state["state"],
+                               "param_groups": optimizer.state_dict()["param_groups"]})
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        moments = {key: value for key, value in optimizer.state[p].items() if torch.is_tensor(value)}
+        names = STATE.get(type(optimizer), set(moments))
+        if moments and set(moments) != names or any(
+                value.shape != (() if key == "step" else p.shape) for key, value in moments.items()):
+            raise ValueError("the optimizer's state does not fit the parameters")
