@@ -2,7 +2,7 @@
 
 Implements the first stage of *High-Resolution Image Synthesis with Latent Diffusion Models* (Rombach et al.
 2022, section 3.1 and appendix G). An encoder gives a Gaussian posterior q(z|x), and a decoder gives x back.
-The loss is the reconstruction error plus a very small KL term. In DP-LDM (Liu et al. 2024, section 3, step 1)
+The loss is the reconstruction error plus a very small KL term. In DP-LDM (Liu et al. 2024, section 3)
 the autoencoder is trained on PUBLIC images only and then frozen, so it costs no privacy. Attributes have the
 names of Rombach's code, so that weights made there can be loaded. The file imports nothing of the project.
 

@@ -39,7 +39,8 @@ SHAPES = tuple(f"shape {letter}" for letter in "ABCDEFGHIJ")
 # What tells the garments with shoulders apart. Lengths in body lengths from shoulder to hem, widths from the
 # middle, angles in radians from hanging straight down. neck: its width. reach: where long sleeves end; arm:
 # how thick they are. sleeves, necks, fronts, cloth: how often each of SLEEVES, NECKS, FRONTS and
-# drawing.PATTERNS comes; dark: how often dark cloth does, against 10. The rest are probabilities.
+# drawing.PATTERNS comes; dark: the weight of dark cloth, where the other kinds together have 10. The rest are
+# probabilities.
 SLEEVES, NECKS = "none short half long", "round vee collar roll hood"
 FRONTS = "closed buttons zip placket open"
 TOPS = {
@@ -198,6 +199,7 @@ def trouser(dice, _):
         (out, 1.0), (inner, 1.0), (spread * 0.8 + 0.2 * inner, knee), (spread * 0.4, crotch),
         (-0.1, crotch - 0.01))
     wide = half[..., 0].amax(1, keepdim=True)
+    # roll(0, 0) and roll(1, 1) are 0 and 1, (N,1); they take numbers from the dice, on which drawings depend.
     x, y, pixel = frame(dice, (-wide, roll(0, 0)), (wide, roll(1, 1)), turn=0.015, wave=0.015)
     side, x = x, (x + roll(-0.02, 0.02) * y).abs()
     distance = polygon(rounded(half), x, y)
@@ -416,7 +418,7 @@ KINDS |= dict.fromkeys(TOPS, top) | dict.fromkeys(SHAPES, shape)
 
 
 def draw(labels, generator=None, size=28):
-    """One garment per label: labels (N,) in 0..9, index into CLASSES -> (N,1,size,size) uint8, 0 around it.
+    """One garment per label: labels (N,) in 0..9, index into CLASSES -> (N,1,size,size) uint8 on 0.
 
     Deterministic for a given CPU generator. ValueError for labels out of range.
     """
@@ -424,12 +426,12 @@ def draw(labels, generator=None, size=28):
 
 
 def draw_shapes(labels, generator=None, size=28):
-    """As draw, for index into SHAPES."""
+    """Like `draw`, with labels that index SHAPES."""
     return draw_each(labels, generator, size, SHAPES)
 
 
 def draw_each(labels, generator, size, classes):
-    """One image per label, class by class: for index into `classes`."""
+    """One image per label, drawn class by class; labels index `classes`."""
     labels = checked(labels, classes)
     images = torch.empty(len(labels), 1, size, size, dtype=torch.uint8)
     for label, name in enumerate(classes):

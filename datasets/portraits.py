@@ -4,8 +4,8 @@ A head is an ellipsoid that turns a little, with bumps for nose, brows, cheeks, 
 the light and shade. On it lie skin, eyes, mouth and beard, around it hair, neck, clothes, head-wear and a
 blurred background, all with soft edges. Every image has attributes under CelebA's names (Liu et al. 2015;
 `Child`, `Senior` and `Grayscale` are other face sets'), so extensions/captions.py can describe it. People
-differ by construction: age, skin, hair, expression, head-wear and light are rolled independently of each
-other wherever they are independent, so no kind of face is the default one.
+differ by construction: age, skin, hair, expression, head-wear and light are independent of each other, unless
+one rules another out (a child has no beard). So no kind of face is the default one.
 
 The numbers below are judgement about faces, and none was computed from an image. While choosing them the
 author looked at some fifty images of the set `faces`, for how they are framed and lit. One number was read
@@ -90,8 +90,8 @@ def people(n, generator=None):
 def draw(attributes, generator=None, size=32):
     """Portraits of people with these attributes: {name: (N,) bool} -> (N,3,size,size) uint8.
 
-    All of ATTRIBUTES must be there. Small images are drawn half as large again, and reduced. Deterministic
-    for a given CPU generator. ValueError for attributes that are missing.
+    All of ATTRIBUTES must be there. Small images are drawn at 1.5 times their size, and reduced.
+    Deterministic for a given CPU generator. ValueError for attributes that are missing.
     """
     if lacking := [name for name in ATTRIBUTES if name not in attributes]:
         raise ValueError(f"attributes lack {', '.join(lacking)}")
@@ -250,7 +250,7 @@ class Portrait:
     # ------------------------------------------------------------------------------------------------- tools
 
     def cover(self, distance, soft=0.04):
-        """Share of each pixel inside a signed distance, over an edge `soft` or a pixel and a half wide."""
+        """Share of each pixel inside a signed distance, with an edge as wide as `soft` or 1.5 pixels."""
         return (0.5 - distance / torch.clamp(1.5 * self.pixel, min=soft)).clamp_(0, 1)
 
     def lit(self, nx, ny):

@@ -111,7 +111,11 @@ REGISTRY = Registry()
 
 
 def dataset(name, about, **facts):
-    """Decorator: enter a loader (Request -> ImageSet) under its name."""
+    """Decorator: enter a loader (Request -> ImageSet) under its name.
+
+    facts: fields of `DataSet`. A set with the role "private" or "either" must return other images for the
+    split "test" than for "train". A drawn set must use n and seed of the request as well.
+    """
     def enter(load):
         REGISTRY[name] = DataSet(name, load, about, **facts)
         return load

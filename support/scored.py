@@ -69,16 +69,19 @@ def cache_of(run):
 
 
 def check_held_out(run, release, private, root=None):
-    """ValueError if a set of one's own holds out images that this run, by its own records, trained on."""
-    path = run / "internal" / "digests.pt"
-    if not datasets.REGISTRY[datasets.kind_of(private)].own or not release.privacy.get("steps"):
+    """ValueError if a set of one's own, or a drawn one, holds out images that this run trained on.
+
+    What the run trained on is in its own records. A loader that draws images may forget `Request.split`.
+    """
+    path, entry = run / "internal" / "digests.pt", datasets.REGISTRY[datasets.kind_of(private)]
+    if not (entry.own or entry.drawn) or not release.privacy.get("steps"):
         return
     if not path.exists():
         raise ValueError(f"{run}: this run is older than {path.name}, and which images were held out was "
                          "decided by their names then; train again, or evaluate on images of their own")
     config = release.vae.config
     held = datasets.load(private, "test", root, config.resolution, channels=config.in_channels,
-                         classes=release.classes, cache=cache_of(run),
+                         classes=release.classes if entry.own else None, cache=cache_of(run),
                          label_attribute=release.data.get("label_attribute"))
     datasets.refuse_seen(files.load(path)["digests"], datasets.digests(held.images), private)
 

@@ -12,7 +12,7 @@ import metrics
 import sample
 import unet
 import vae
-from datasets import arrays
+from datasets import arrays, registry
 from support import files, scored
 
 RECIPE = {"kind": "small-cnn", "epochs": 1, "lr": 2e-3}
@@ -398,6 +398,23 @@ def test_missing_public_set_costs_only_the_distance(run, monkeypatch, capsys):
     evaluate.main([str(run), "--classifiers", "logreg"])
     assert "skipped: no emnist here" in capsys.readouterr().out
     assert read_result(run)["distance"] is None and read_result(run)["accuracy"]["logreg"]
+
+
+def test_a_drawn_private_set_that_forgets_the_split_is_refused(run, tmp_path, monkeypatch):
+    def dots(ask):  # the same images for "train" and "test"
+        generator = torch.Generator().manual_seed(0)
+        return datasets.ImageSet(torch.randint(256, (40, 1, 28, 28), dtype=torch.uint8, generator=generator),
+                                 torch.arange(40) % 2, ["a", "b"])
+
+    entry = registry.DataSet("dots", dots, "dots", role="private", classes=("a", "b"), n=40, drawn=True)
+    monkeypatch.setitem(datasets.REGISTRY, "dots", entry)
+    release = sample.load_release(run)
+    release.privacy["steps"] = 3
+    trained = datasets.load("dots", "train", None, release.vae.config.resolution)
+    (tmp_path / "internal").mkdir()
+    files.save({"digests": datasets.digests(trained.images)}, tmp_path / "internal" / "digests.pt")
+    with pytest.raises(ValueError, match="dots: 40 of the images that would be held out"):
+        scored.check_held_out(tmp_path, release, "dots")
 
 
 @pytest.mark.parametrize("private", [True, False])
