@@ -136,6 +136,20 @@ def share_covered(points, centres, k=NEIGHBOURS):
     return (torch.cdist(points, centres, **exact) <= radius).any(dim=1).double().mean().item()
 
 
+def kept_network(path, settings):
+    """The network in features.pt; None if the file is missing, damaged or made with other settings."""
+    try:
+        saved = files.load(path)
+        if saved["settings"] != settings:
+            return None
+        _, channels, size, *_ = settings
+        model = network(FEATURES["kind"], channels, size, saved["classes"])
+        model.load_state_dict(saved["state"])
+        return model
+    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError):
+        return None
+
+
 def public_features(public_folder, public, channels, size, root=None, device="cpu", progress=True,
                     frame=None, seen=None):
     """(model, name) of the feature network: a small CNN, trained on the PUBLIC set and kept as features.pt.
@@ -151,28 +165,20 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
     kind = datasets.kind_of(public)
     path = Path(public_folder or "") / "features.pt"
     settings = [kind, channels, size, FEATURE_IMAGES, FEATURES]
-    try:  # read the file; whatever is wrong with it leads to training
-        if public_folder is None:
-            raise ValueError("there is no run folder")
-        saved = files.load(path)
-        if saved["settings"] != settings:
-            raise ValueError("made with other settings")
-        model = network(FEATURES["kind"], channels, size, saved["classes"])
-        model.load_state_dict(saved["state"])
-    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError):
+    model = kept_network(path, settings) if public_folder else None
+    if model is None:
         # Sets drawn by a program: draw only as many images as are used. Other sets are read whole (None).
         n = FEATURE_IMAGES if datasets.unlimited(public) else None
         whole, cut = frame or (size, size)
         found = datasets.load(public, "train", root, whole if channels == 1 else size, n=n, channels=channels)
         if seen is not None and torch.isin(datasets.digests(found.images), seen).any():
             raise datasets.DataError(f"the public set {public} has private images of this run by now, which "
-                                     "the feature network would learn; take them out") from None
+                                     "the feature network would learn; take them out")
         if channels == 1:  # grey images are padded, never resized
             found.images = scored.shrink(pixels.crop(found.images, cut))
         classes = len(found.classes)
         if classes < 2:
-            raise datasets.DataError(f"the public set {kind} has one class only, a feature network needs "
-                                     "two") from None
+            raise datasets.DataError(f"the public set {kind} has one class only, a feature network needs two")
         generator = torch.Generator().manual_seed(0)
         chosen = torch.randperm(len(found), generator=generator)[:FEATURE_IMAGES]
         kept = f"kept in {path}" if public_folder else "not kept, there is no run folder"

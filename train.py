@@ -49,10 +49,10 @@ from support.watch import save_reconstructions, watcher
 # ------------------------------------------------------------------------------------------ the public stages
 
 
-def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, discriminator=None):
+def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, adversary=None):
     """The loop of stages 1 and 2, on public data. On return the model holds the EMA of its weights.
 
-    loss_fn(generator) -> (loss of one batch, {name: metric} for the bar). discriminator: a module that trains
+    loss_fn(generator) -> (loss of one batch, {name: metric} for the bar). adversary: a module that trains
     itself within loss_fn, or None; its state is saved with the model's. With several processes, each draws
     its share of the batch with its own seed, and all apply the mean gradient.
     """
@@ -60,7 +60,7 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, discrimi
     average = [p.detach().clone() for p in parameters]
     optimizers = optim.PUBLIC[s.public_optimizer](model, peak)
     generator = torch.Generator(s.device).manual_seed(s.seed + 1 + 1_000_000 * rank())
-    state = progress.Public(s, state_path, model, average, optimizers, generator, discriminator, stop)
+    state = progress.Public(s, state_path, model, average, optimizers, generator, adversary, stop)
 
     def backward():  # gradients of the loss of one batch; returns its metrics
         model.zero_grad()
@@ -69,15 +69,15 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, discrimi
         loss.backward()
         return metrics
 
-    # On a GPU `backward` becomes a CUDA graph; zero_grad is in it, so that replays do not add up. With a
-    # discriminator that is not possible: it counts its steps and runs its own optimizer.
-    if discriminator is None:
+    # On a GPU `backward` becomes a CUDA graph; zero_grad is in it, so that replays do not add up. With an
+    # adversary that is not possible: it counts its steps and runs its own optimizer.
+    if adversary is None:
         backward = hardware.recorded(backward, generator)
     for step in state.steps(title, steps):
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = optim.learning_rate(step, steps, peak)
         metrics = backward()
-        team.mean_gradients(parameters, discriminator)  # over the processes
+        team.mean_gradients(parameters, adversary)  # over the processes
         # Clip the norm of the mean gradient to 1, for stability; losses begin at about 1. This is not DP.
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:
@@ -109,7 +109,7 @@ def train_autoencoder(s, images, facts, stop):
 
     state_path = s.out / "internal" / "vae_state.pt"
     fit(s, "1/3 autoencoder", model, loss_fn, s.vae_steps, s.vae_lr, decay=0.99,  # EMA over about 100 steps
-        state_path=state_path, stop=stop, discriminator=adversary)
+        state_path=state_path, stop=stop, adversary=adversary)
     model.eval()
     shown = pixels.to_float(pixels.some(images).to(s.device))
     # The scale of PUBLIC images: that of private images would leak (docs/pitfalls.md, row 13).

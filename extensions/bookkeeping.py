@@ -75,12 +75,14 @@ def bookkeeping(model, layers, loss_fn, batch):
     X and G kept, or its per-example gradients are formed and kept. n is N. A layer's input has n K rows, K
     for each example. Call the returned function once: it frees what it has used.
     """
-    n, uses, stored, grams, views = rows(batch), Counter(), {}, {}, []  # stored: (x, g, version) or a dict
+    n, uses, grams, views = rows(batch), Counter(), {}, []
+    inputs = {}  # of layer i: (x, g, version of x)
+    grads = {}  # of other layers: {name: (n, *shape of the parameter)}
     params = [p for layer in layers for p in layer.params.values()]
     squared = torch.zeros(len(layers), n, dtype=torch.float64, device=params[0].device)
 
-    def seen(i, x, out):
-        """Forward hook of layer i."""
+    def forward_hook(i, x, out):
+        """Layer i maps x to out."""
         if not torch.is_grad_enabled():
             return  # under no_grad: this use of the layer has no gradient
         if x.dim() < FEWEST_DIMS[type(layers[i].module)] or len(x) % n:
@@ -93,10 +95,10 @@ def bookkeeping(model, layers, loss_fn, batch):
         x, version = x.detach(), x._version  # torch's count of changes in place, which x and x.detach() share
         if out._is_view():  # changing a view in place would silently take the hook away
             views.append((i, out, out._version))
-        out.register_hook(lambda g: received(i, x, g, version))
+        out.register_hook(lambda g: gradient_hook(i, x, g, version))
 
-    def received(i, x, g, version):
-        """Backward hook: the gradient of a layer's output is complete."""
+    def gradient_hook(i, x, g, version):
+        """The gradient g of layer i's output is complete."""
         layer = layers[i]
         unchanged("input", i, x, version)
         with exact(g.device):
@@ -104,10 +106,10 @@ def bookkeeping(model, layers, loss_fn, batch):
             if getattr(layer.module, "padding_idx", None) is not None:
                 g = g.masked_fill((x == layer.module.padding_idx)[..., None], 0.0)
             if uses[i] == 1 and grams_are_cheaper(layer, x, g, n):
-                squared[i], stored[i] = gram_squared_norm(layer, x, g, n, grams), (x, g, version)
+                squared[i], inputs[i] = gram_squared_norm(layer, x, g, n, grams), (x, g, version)
             else:  # gradients are formed; those of a layer used twice add up before the norm
-                grads = per_example(layer, x, g, n)
-                stored[i] = {k: v + stored[i][k] for k, v in grads.items()} if i in stored else grads
+                formed = per_example(layer, x, g, n)
+                grads[i] = {k: v + grads[i][k] for k, v in formed.items()} if i in grads else formed
 
     def unchanged(what, i, tensor, version):
         if tensor._version != version:
@@ -119,7 +121,8 @@ def bookkeeping(model, layers, loss_fn, batch):
             p.requires_grad_(False)
             undo.callback(p.requires_grad_, True)
         for i, layer in enumerate(layers):
-            handle = layer.module.register_forward_hook(lambda _, args, out, i=i: seen(i, args[0], out))
+            handle = layer.module.register_forward_hook(
+                lambda _, args, out, i=i: forward_hook(i, args[0], out))
             undo.callback(handle.remove)
         losses = checked(loss_fn(model, *batch), n)
         while views:
@@ -129,24 +132,22 @@ def bookkeeping(model, layers, loss_fn, batch):
 
     losses = losses.detach()
     with exact(losses.device):
-        for i, grads in stored.items():
-            if isinstance(grads, dict):
-                squared[i] = sum(squared_norm(g) for g in grads.values())
+        for i, formed in grads.items():
+            squared[i] = sum(squared_norm(g) for g in formed.values())
 
     def weighted(factors):
         keep, sums = kept(factors), []
         for i, layer in enumerate(layers):
-            found = stored.pop(i, None)  # popped: freed layer by layer
-            if found is None:  # not used by this loss: zero, but it will get its noise
-                sums += zeros(layer.params.values())
-            elif isinstance(found, dict):
-                sums += [weighted_sum(g, factors[i], keep) for g in found.values()]
-            else:
-                x, g, version = found
+            if i in grads:  # popped: freed layer by layer
+                sums += [weighted_sum(g, factors[i], keep) for g in grads.pop(i).values()]
+            elif i in inputs:
+                x, g, version = inputs.pop(i)
                 unchanged("input", i, x, version)
                 if keep is not None:
                     x, g = masked(x, keep), masked(g, keep)
                 sums += weighted_product(layer, x, g, factors[i]).values()
+            else:  # not used by this loss: zero, but it will get its noise
+                sums += zeros(layer.params.values())
         return sums
 
     return squared.sqrt(), losses, weighted
@@ -197,19 +198,19 @@ def gram_squared_norm(layer, x, g, n, grams):
             gram_x = patches_gram(m, gram_x.view(n, *k_h_w, *k_h_w), size_out)
         if "bias" in layer.params:
             gram_x = gram_x + 1  # the further input that is always 1
-    # gram_g (n, P, P); most: entries of x_s or of g_s, whichever has more
-    gram_g, limits, most = g @ g.mT, torch.finfo(g.dtype), max(m.weight[0].numel(), len(m.weight))
+    gram_g, limits = g @ g.mT, torch.finfo(g.dtype)  # (n, P, P)
+    entries = max(m.weight[0].numel(), len(m.weight))  # of x_s or of g_s, whichever has more
     # (n, P): |x_s|^2, |g_s|^2
     x_squared, g_squared = (a.diagonal(dim1=1, dim2=2).double() for a in (gram_x, gram_g))
     lengths = (x_squared * g_squared).sqrt().sum(-1)  # sum_s |x_s| |g_s|
-    lost = most * limits.tiny  # see "Underflow" above
+    lost = entries * limits.tiny  # see "Underflow" above
     longest = ((x_squared + lost) * (g_squared + lost)).sqrt().sum(-1)
-    bound = 8 * max(most / 256, 1) * limits.eps * lengths.square()  # see "Rounding" above
+    bound = 8 * max(entries / 256, 1) * limits.eps * lengths.square()  # see "Rounding" above
     bound += longest.square() - lengths.square()
     # These products may vanish too, but cost a norm less than 1e-19 P, far below any clip norm.
-    found = gram_g.mul_(gram_x).sum((1, 2), dtype=torch.float64)
+    squared = gram_g.mul_(gram_x).sum((1, 2), dtype=torch.float64)
     # Entries overflow to +inf or -inf; a norm clamped from -inf to 0 would let the example through unclipped.
-    return torch.where(found.isfinite(), found.clamp(min=0), torch.inf) + bound
+    return torch.where(squared.isfinite(), squared.clamp(min=0), torch.inf) + bound
 
 
 def patches_gram(conv, gram, size_out):

@@ -49,12 +49,12 @@ def print_memory(s, model, public, private):
     of_autoencoder = hardware.bytes_for_backward(
         autoencoder, lambda: autoencoder.decode(autoencoder.encode(x).mean))
     of_unet = hardware.bytes_of_one_latent(model, autoencoder.latent_shape)
-    many = len(public)  # a dry run draws few
+    public_n = len(public)  # a dry run draws few
     if datasets.unlimited(s.public):
-        many = s.public_n or datasets.REGISTRY[datasets.parts(s.public)[0]].n
+        public_n = s.public_n or datasets.REGISTRY[datasets.parts(s.public)[0]].n
         for part in datasets.parts(s.public)[1:]:  # of a mix; n 0: not known before it is read
-            many += min(many // 2, datasets.REGISTRY[datasets.kind_of(part)].n or many)
-    stored = many + len(private)
+            public_n += min(public_n // 2, datasets.REGISTRY[datasets.kind_of(part)].n or public_n)
+    stored = public_n + len(private)
     stored *= x.numel() + 4 * (1 + s.flips) * math.prod(autoencoder.latent_shape)
     # Weights, gradient, two moments, EMA; tuned ones: moments, EMA, clipped sum, a micro-batch's sum, noise.
     trained = count(p for p in model.parameters() if p.requires_grad)
@@ -87,8 +87,8 @@ def estimate(s, plan, embedder, known=()):
     autoencoder, model = hardware.laid_out(autoencoder, s.device), hardware.laid_out(model, s.device)
     trainable.choose(model, s)
     x = torch.rand(s.vae_batch, s.vae.in_channels, s.vae.resolution, s.vae.resolution, device=s.device)
-    few = min(s.batch_size, hardware.micro_batch(s, model, autoencoder.latent_shape))
-    z = torch.randn(max(few, s.ldm_batch), *autoencoder.latent_shape, device=s.device)
+    at_a_time = min(s.batch_size, hardware.micro_batch(s, model, autoencoder.latent_shape))
+    z = torch.randn(max(at_a_time, s.ldm_batch), *autoencoder.latent_shape, device=s.device)
     y = hardware.stand_in(model, len(z), s.device)
     loss_fn = partial(diffusion.loss, schedule=s.schedule)
     engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, dp_sgd.CLIPPING[s.clipping],
@@ -116,11 +116,11 @@ def estimate(s, plan, embedder, known=()):
         return minutes(steps, step)
 
     def private_step():
-        part = slice(0, few)
+        part = slice(0, at_a_time)
         drawn = diffusion.draw(z[part], select(y, part), s.noise_multiplicity, generator, s.schedule)
         engine.accumulate(loss_fn, *drawn)
 
-    private = minutes(plan["steps"] * math.ceil(s.batch_size / few), private_step) + minutes(
+    private = minutes(plan["steps"] * math.ceil(s.batch_size / at_a_time), private_step) + minutes(
         plan["steps"], lambda: dp_sgd.privatise(engine.sums, s.clip_norm, plan["sigma"], s.batch_size, None))
     model.requires_grad_(True)
     several = z[:s.ldm_batch], select(y, slice(0, s.ldm_batch))

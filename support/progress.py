@@ -32,12 +32,12 @@ class Public:
 
     It is removed when the stage's result is written (`RunFolder.cached`).
 
-    discriminator: a module that trains itself within the loss, or None; its state is saved as well.
+    adversary: a module that trains itself within the loss, or None; its state is saved as well.
     """
 
-    def __init__(self, s, path, model, average, optimizers, generator, discriminator, stop):
+    def __init__(self, s, path, model, average, optimizers, generator, adversary, stop):
         self.s, self.path, self.model, self.average, self.stop = s, path, model, average, stop
-        self.optimizers, self.generator, self.discriminator = optimizers, generator, discriminator
+        self.optimizers, self.generator, self.adversary = optimizers, generator, adversary
         self.first, self.saved = 0, time.monotonic()
         if path.exists():
             self.read()
@@ -49,8 +49,8 @@ class Public:
             self.model.load_state_dict(state["model"])
             torch._foreach_copy_(self.average, [a.to(self.s.device) for a in state["average"]])
             load_optimizers(self.optimizers, state)
-            if self.discriminator is not None:
-                self.discriminator.load_state_dict(state["also"])
+            if self.adversary is not None:
+                self.adversary.load_state_dict(state["also"])
             self.first = int(state["step"])
             if rank() == 0:
                 self.generator.set_state(state["generator"])
@@ -72,7 +72,7 @@ class Public:
         """After each step: save once a minute; if Ctrl-C was pressed, save and leave."""
         leaving = agreed(self.stop.asked)
         if leaving or time.monotonic() - self.saved > 60:
-            also = None if self.discriminator is None else self.discriminator.state_dict()
+            also = None if self.adversary is None else self.adversary.state_dict()
             files.save({"model": self.model.state_dict(), "average": self.average, "step": done,
                         "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                         "generator": self.generator.get_state(), "also": also}, self.path)

@@ -104,11 +104,11 @@ def collective(operation, tensors):
             a.copy_(part.view_as(a))
 
 
-def mean_gradients(parameters, discriminator=None):
+def mean_gradients(parameters, adversary=None):
     """Mean over the processes, in place, of gradients, and of the weights of a module that trains itself."""
     if world() > 1:
         together = [p.grad for p in parameters if p.grad is not None]
-        together += [] if discriminator is None else discriminator.parameters()
+        together += [] if adversary is None else adversary.parameters()
         collective(lambda flat: dist.all_reduce(flat.div_(world())), together)
 
 

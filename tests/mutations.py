@@ -247,7 +247,7 @@ MUTATIONS = [Mutation(*m) for m in (
      (("        if agreed((images, labels)) != (images, labels):", "        if False:"),),
      "tests/test_processes.py::test_processes_that_read_other_private_images_are_refused"),
     (9, "a norm that overflows counts as zero", "extensions/bookkeeping.py",
-     (("torch.where(found.isfinite(), found.clamp(min=0), torch.inf)", "found.clamp(min=0)"),),
+     (("torch.where(squared.isfinite(), squared.clamp(min=0), torch.inf)", "squared.clamp(min=0)"),),
      f"{ENGINE}::test_products_that_overflow_make_no_norm_smaller"),
     # Row 0: not of the table; the audit's theorem and the secure generator.
     (0, "original weights in a network with another number of groups", "extensions/original_weights.py",
