@@ -78,6 +78,11 @@ def with_numbers(s, plan):
                          f"than the noise is normal, {limit:g} standard deviations; "
                          "choose a smaller --epsilon or a larger --sigma")
     epsilon = float(accountant.epsilon(q, sigma, steps, delta, s.accountant))
+    if s.accountant not in ("rdp", "pld"):  # an accountant of one's own: at least not below what is certain
+        least, _ = pld.pld_epsilon(q, sigma, steps, delta)
+        if epsilon < least * (1 - SAME):
+            raise ValueError(f"--accountant {s.accountant} gives epsilon {epsilon:.4g} for this plan, which "
+                             f"is certainly at least {least:.4g}: it is wrong")
     return {**plan, "epsilon": epsilon, "numbers": privacy_numbers(s, [(q, sigma, steps)], delta)}
 
 
@@ -178,6 +183,7 @@ def privacy_statement(s, plan, rows, trained, stages=()):
         "n": plan["n"], "q": plan["q"],
         "expected_batch_size": s.batch_size, "steps": len(rows), "sigma": plan["sigma"],
         "clip_norm": s.clip_norm, "clipping": s.clipping, "noise_multiplicity": s.noise_multiplicity,
+        "optimizer": s.private_optimizer, "learning_rate": s.lr,
         "tune": s.tune, "from_block": s.from_block, "condition": s.condition, "trained_parameters": trained,
         "public_set": " and ".join(trained_on), "private_set": datasets.kind_of(s.private),
         "enlarged": datasets.enlarged(s.private, s.vae.resolution),

@@ -190,7 +190,7 @@ def test_resume_after_ctrl_c_ends_like_an_uninterrupted_run(optimizer, run, tmp_
     train.main(["--resume", "--out", str(out)])
     assert [r["step"] for r in read_rows(out)] == [0, 1, 2, 3]
     whole, resumed = (files.read_json(x / "release" / "privacy.json") for x in (run, out))
-    assert whole == resumed
+    assert whole | {"optimizer": optimizer} == resumed
 
 
 def test_a_run_from_before_muon_goes_on_with_adam(run, tmp_path):
@@ -251,6 +251,14 @@ def test_resume_refuses_what_would_change_the_guarantee(run, tmp_path):
     (out / "internal" / "ledger.jsonl").write_text("")
     with pytest.raises(ValueError, match="rows are missing"):
         train.main(["--resume", "--out", str(out)])
+
+
+def test_an_accountant_that_states_too_little_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(accountant.ACCOUNTANTS, "half", lambda *plan: accountant.by_rdp(*plan) / 2)
+    with pytest.raises(ValueError, match="half gives epsilon .* it is wrong"):
+        train.main(["--preset", "smoke", "--out", str(tmp_path / "r"), "--init", str(run),
+                    "--accountant", "half"])
+    assert not (tmp_path / "r" / "internal").exists()
 
 
 def test_noise_of_older_runs_that_can_be_computed_stays_stated(run, tmp_path):
