@@ -43,6 +43,11 @@ ROWS = {
     "portraits-shift-whole": Row("class, epsilon 10, public drawn faces, only a shift is tuned, all stages",
                                  "--preset portraits --tune shift --lr 2e-3 --out runs/portraits-whole",
                                  "runs/portraits-whole", DRAWN),
+    # the same with two threads and nothing beside it
+    "portraits-shift-whole-again": Row(
+        "class, epsilon 10, public drawn faces, only a shift is tuned, all stages, again",
+        "--preset portraits --tune shift --lr 2e-3 --out runs/portraits-whole-again",
+        "runs/portraits-whole-again", DRAWN),
     "portraits-eps1": again("class, epsilon 1, public drawn faces", "eps1", "--epsilon 1", "runs/portraits",
                             "portraits", DRAWN),
     # a CPU's share of the H200's run in docs/results.md: a narrower UNet, fewer steps, only a shift
