@@ -32,7 +32,7 @@ class Schedule:
     it "scaled_linear"). With "cosine" abar_t falls as a squared cosine, so that fewer timesteps are pure
     noise (Nichol and Dhariwal 2021). prediction: "eps" is the noise, as in the paper. To get z_0 from it,
     `ddim` divides by sqrt(abar). Where sampling begins that is 0.026 on the paper's schedule and 0.003 on
-    "cosine", so an error of the prediction is multiplied by 38 or 316. "v" is
+    "cosine", so an error of the prediction is multiplied by 39 or 316. "v" is
     sqrt(abar) eps - sqrt(1 - abar) z_0. It gives z_0 without that division, so fewer sampling steps are
     needed (Salimans and Ho 2022). ValueError for other words.
     """

@@ -36,8 +36,9 @@ from torch import nn
 # For sigma from 1e-3 to 1e6 and B up to 10^6 the sums, and their squares in Adam, then stay finite and above
 # 0 in float32 (support/settings.py checks sigma).
 SMALLEST_CLIP_NORM, LARGEST_CLIP_NORM = 1e-10, 1e10
-# One example may move the float32 sum of a micro-batch by slightly more than C, by rounding. So the noise is
-# that of a sensitivity of C * (1 + ROUNDING).
+# One example may move a float32 sum of clipped gradients by slightly more than C, by rounding. So at most
+# AT_ONCE are added in float32, their sums in float64. The noise is that of a sensitivity C * (1 + ROUNDING).
+AT_ONCE = 1024
 ROUNDING = 1e-3
 CHUNK = 16_384  # normals drawn at a time, so that their uniforms fit into a CPU's cache; 256 times on a GPU
 
@@ -136,7 +137,8 @@ def privatise(sums, clip_norm, noise_multiplier, expected_batch_size, generator)
 # ------------------------------------------------------------------------------------------------ clipping
 # A clipping rule maps the norms of the per-example gradients, layer by layer (L, N), to factors (L, N).
 # Whatever the norms are, the clipped gradient of one example, all layers together, has length C at most.
-# `bounded` makes sure of it, whatever the rule returns.
+# `bounded` makes sure of it. What it cannot see: an example's factors may depend on its own norms only. If
+# they depend on the others' (their maximum, their mean), one example moves the shares of all.
 
 def flat(norms, clip_norm):
     """min(1, C/|g|) with |g| over all layers: no clipped gradient is longer than C (Abadi et al. 2016)."""
@@ -244,7 +246,14 @@ def squared_norm(a):
 def weighted_sum(a, factor, keep):
     """sum_n factor[n] * a[n], (N, d, ...) -> (d, ...), over the examples kept (`kept`; None: all)."""
     a = a if keep is None else masked(a, keep)
-    return (factor.to(a.dtype) @ a.flatten(1)).view(a.shape[1:])
+    parts = zip(factor.to(a.dtype).split(AT_ONCE), a.flatten(1).split(AT_ONCE), strict=True)
+    return added(f @ x for f, x in parts).view(a.shape[1:])
+
+
+def added(parts):
+    """The sum of tensors; in float64 if there are several, see `zeros`."""
+    first, *others = parts
+    return sum((part.double() for part in others), first.double()) if others else first
 
 
 def kept(factors):
@@ -333,7 +342,7 @@ def zeros(params):
     """Empty sums, one float64 tensor per parameter.
 
     Float32 sums of 10,000 gradients would round the last ones away: one example more would move them by up
-    to 1.001 C, and sums of 60,000 by 1.02 C (tests/test_dp_sgd.py).
+    to 1.001 C, and sums of 60,000 by 1.02 C (`python -m bench.rounding`).
     """
     return [torch.zeros_like(p, dtype=torch.float64, requires_grad=False) for p in params]
 
@@ -346,7 +355,7 @@ class DPSGD:
     clip_norm            C, between 1e-10 and 1e10
     noise_multiplier     sigma >= 0, in units of C; 0 is not private
     expected_batch_size  B = q * n
-    clipping             clipping rule: `flat`, `automatic`, `per_layer`, or your own
+    clipping             clipping rule: `flat`, `automatic`, `per_layer`, or your own, example by example
     method               of per-example gradients: `loop`, `vmap` or extensions.bookkeeping.bookkeeping, equal
                          up to rounding
     generator            of the noise; None for `SecureGenerator`. A torch.Generator makes it predictable

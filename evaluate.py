@@ -134,9 +134,8 @@ def distance_of(args, release, folder, public, images, split, real, lap):
     folder: public/ of the run, or None. images: samples. split, real: name and ImageSet of the held-out set.
     lap: notes the seconds since its last call under a name.
     """
-    size, digests = images.shape[-1], None if folder is None else folder.parent / "internal" / "digests.pt"
+    size, run = images.shape[-1], None if folder is None else folder.parent
     try:
-        seen = files.load(digests)["digests"] if digests and digests.exists() else None  # private images
         if args.features:  # another set than the run's own, so the network is not kept
             folder, public = None, args.features
         elif folder is None and public in datasets.REGISTRY and datasets.REGISTRY[public].own:
@@ -144,7 +143,7 @@ def distance_of(args, release, folder, public, images, split, real, lap):
                              "--features")
         judge, name = metrics.public_features(
             folder, public, images.shape[1], size, args.data_root, args.device,
-            frame=(release.vae.config.resolution, release.crop), seen=seen)
+            frame=(release.vae.config.resolution, release.crop), run=run)
     except ValueError as error:  # the accuracies stand without it
         print(f"Frechet distance skipped: {error}")
         return None

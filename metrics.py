@@ -151,15 +151,15 @@ def kept_network(path, settings):
 
 
 def public_features(public_folder, public, channels, size, root=None, device="cpu", progress=True,
-                    frame=None, seen=None):
+                    frame=None, run=None):
     """(model, name) of the feature network: a small CNN, trained on the PUBLIC set and kept as features.pt.
 
     It is trained anew if the file is missing, damaged or made with other settings. With public_folder None it
     is not kept. Omniglot is read without labels, so its runs use the network of "strokes". Runs with a part
     of the strokes (--public-classes) use the network of all strokes, so that their distances compare. frame:
     the side of the networks' images, and the side to which grey samples are cut; the public images are cut
-    alike. seen: digests of the private images. ValueError if the set is absent, has one class only, does not
-    fit or has a private image: since the run, somebody may have put one there.
+    alike. run: its folder, which knows digests of the private images. ValueError if the set is absent, has
+    one class only, does not fit or has a private image: since the run, somebody may have put one there.
     """
     public = "strokes" if public == "omniglot" else public
     kind = datasets.kind_of(public)
@@ -170,12 +170,12 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
         # Sets drawn by a program: draw only as many images as are used. Other sets are read whole (None).
         n = FEATURE_IMAGES if datasets.unlimited(public) else None
         whole, cut = frame or (size, size)
-        found = datasets.load(public, "train", root, whole if channels == 1 else size, n=n, channels=channels)
+        found = datasets.load(public, "train", root, whole, n=n, channels=channels)
+        seen = scored.private_digests(run)
         if seen is not None and torch.isin(datasets.digests(found.images), seen).any():
             raise datasets.DataError(f"the public set {public} has private images of this run by now, which "
                                      "the feature network would learn; take them out")
-        if channels == 1:  # grey images are padded, never resized
-            found.images = scored.shrink(pixels.crop(found.images, cut))
+        found.images = scored.shrink(pixels.crop(found.images, cut))  # grey ones are padded
         classes = len(found.classes)
         if classes < 2:
             raise datasets.DataError(f"the public set {kind} has one class only, a feature network needs two")

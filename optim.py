@@ -1,8 +1,9 @@
 """How the weights move: learning rate, moving average (EMA), and the optimizers of the three stages.
 
 An optimizer of the private stage gets the noisy gradient as if it were any gradient. Whatever it does with it
-is post-processing, so the choice costs no privacy. The paper's code has AdamW in all stages. Here the private
-stage has Adam without weight decay, which would pull the weights away from those of the public stages.
+is post-processing, so the choice costs no privacy. The authors' code has AdamW for the diffusion model, in
+the private stage too. Here the private stage has Adam without weight decay, which would pull the weights away
+from those of the public stages.
 
 To add an optimizer, enter a function (model, learning rate) -> list of optimizers in PUBLIC or PRIVATE. Its
 name is then a value of `--public-optimizer` or `--private-optimizer`.
@@ -54,8 +55,9 @@ def adamw(parameters, lr):
 
 
 def public_muon(model, lr):
+    """[AdamW, Muon]; one of the two is missing if nothing is left for it."""
     matrices, others = split_for_muon(model)
-    return [adamw(others, lr), Muon(matrices, lr)]
+    return ([adamw(others, lr)] if others else []) + ([Muon(matrices, lr)] if matrices else [])
 
 
 def private_muon(model, lr):
@@ -73,7 +75,7 @@ PUBLIC = {"muon": public_muon, "adamw": lambda model, lr: [adamw(trainable(model
 PRIVATE = {"adam": lambda model, lr: [torch.optim.Adam(trainable(model), lr)], "muon": private_muon}
 
 
-# The tensors that an optimizer keeps for each parameter. Others than these are checked by shape only.
+# Tensors that an optimizer keeps for each parameter, and without which its next step would fail.
 STATE = {torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"},
          torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}}
 
@@ -81,14 +83,13 @@ STATE = {torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_b
 def load_state(optimizer, state):
     """Moments from a checkpoint; the learning rate stays that of the settings.
 
-    ValueError unless each tensor is a number or has the shape of its parameter: a state that does not fit
-    would fail only in the next step, when its epsilon is spent.
+    ValueError if those of an optimizer in STATE are missing, or have other shapes than their parameter: such
+    a state would fail only in the next step, when its epsilon is spent. Other optimizers are not checked.
     """
     optimizer.load_state_dict({"state": state["state"],
                                "param_groups": optimizer.state_dict()["param_groups"]})
     for p in (p for group in optimizer.param_groups for p in group["params"]):
-        moments = {key: value for key, value in optimizer.state[p].items() if torch.is_tensor(value)}
-        names = STATE.get(type(optimizer), set(moments))
-        if moments and set(moments) != names or any(
-                value.shape != (() if key == "step" else p.shape) for key, value in moments.items()):
+        found, needed = optimizer.state[p], STATE.get(type(optimizer), set())
+        if found and not all(torch.is_tensor(found.get(name))
+                             and found[name].shape == (() if name == "step" else p.shape) for name in needed):
             raise ValueError("the optimizer's state does not fit the parameters")

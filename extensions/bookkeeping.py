@@ -62,7 +62,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dp_sgd import checked, exact, kept, masked, rows, squared_norm, weighted_sum, zeros
+from dp_sgd import AT_ONCE, added, checked, exact, kept, masked, rows, squared_norm, weighted_sum, zeros
 
 # Layers with a rule for the per-example gradient, and the fewest dimensions that a batch of inputs has.
 FEWEST_DIMS = {nn.Linear: 2, nn.Conv2d: 4, nn.GroupNorm: 2, nn.LayerNorm: 2, nn.Embedding: 1}
@@ -253,6 +253,11 @@ def per_example(layer, x, g, n):
 def weighted_product(layer, x, g, factor):
     """Clipped sum {weight, bias} of a layer from inputs x, output gradients g, and factors (n,)."""
     m, x, g, n = layer.module, wide(x), wide(g), len(factor)
+    if n > AT_ONCE:
+        k = len(x) // n * AT_ONCE  # rows of so many examples
+        parts = [weighted_product(layer, *part)
+                 for part in zip(x.split(k), g.split(k), factor.split(AT_ONCE), strict=True)]
+        return {name: added(part[name] for part in parts) for name in parts[0]}
     factor = factor.to(g.dtype)
     if isinstance(m, nn.Embedding):
         g = positions(g, n) * factor[:, None, None]

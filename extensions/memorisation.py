@@ -61,7 +61,7 @@ def report(args, release, run, public, private, held_out, draw):
         folder = None if args.features else run / "public"
         judge, space = metrics.public_features(folder, args.features or public, samples.shape[1],
                                                samples.shape[-1], args.data_root, args.device,
-                                               frame=(release.vae.config.resolution, release.crop))
+                                               frame=(release.vae.config.resolution, release.crop), run=run)
         points = [metrics.features(judge, x) for x in three]
     except ValueError as error:
         print(f"no feature network ({error}): distances of pixels instead")

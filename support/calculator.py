@@ -51,7 +51,11 @@ def _read_run(path):
     if ledger.exists():
         rows = files.ledger_rows(ledger.read_bytes().decode(errors="replace"), planned)
         counts = Counter(count_steps(rows))
-    done = run_folder.steps_done(internal)  # of the plan; never more than the ledger's if all is well
+    try:
+        done = run_folder.steps_done(internal)  # of the plan; never more than the ledger's if all is well
+    except ValueError:
+        done = run_folder.logged_steps(internal)
+        notes.append("internal/state.pt cannot be read")
     if done > sum(counts.values()):
         notes.append(f"internal/ tells of {done} steps, the ledger of {sum(counts.values())}: the larger "
                      "counts")
@@ -68,12 +72,13 @@ def _read_run(path):
             notes.append(_difference(counts, by_statement))
         counts |= by_statement  # the larger of each kind
     else:
-        notes.append("a run without a statement yet: the steps of its ledger")
+        notes.append("a run without a statement yet")
     spent = steps = dict(sorted(counts.items()))
     known_seed = stated.get("insecure_seed", False) is not False or chosen.get("insecure_seed") is not None
     # Versions of before --fast-noise say secure_noise instead.
     fast_noise = any(x.get("fast_noise", x.get("secure_noise") is False) for x in (stated, chosen))
-    if known_seed or fast_noise or stated.get("private", True) is not True:
+    void = known_seed or fast_noise
+    if spent and void or stated.get("private", True) is not True:
         steps = count_steps([(q, 0.0, T) for (q, _), T in steps.items()]) or one_kind(1.0, 0.0, 1)
         notes.append("NOT PRIVATE: counts as without noise" + " (--fast-noise can be computed)" * fast_noise)
     return steps, {**privacy, "notes": notes, "spent": spent}

@@ -56,20 +56,20 @@ def print_memory(s, model, public, private):
             public_n += min(public_n // 2, datasets.REGISTRY[datasets.kind_of(part)].n or public_n)
     stored = public_n + len(private)
     stored *= x.numel() + 4 * (1 + s.flips) * math.prod(autoencoder.latent_shape)
-    # Weights, gradient, two moments, EMA; tuned ones: moments, EMA, clipped sum, a micro-batch's sum, noise.
+    # Public stages: weights, gradient, two moments, EMA.
     trained = count(p for p in model.parameters() if p.requires_grad)
     total, gb = count(model.parameters()), 1e9
     if s.perceptual_weight or s.adversarial_weight:
         print("               not counted below: the perceptual and the adversarial term of stage 1")
     print(f"memory, GB     autoencoder {20 * count(autoencoder.parameters()) / gb:.2f} + "
           f"{of_autoencoder / gb:.3f} an image, latent diffusion {20 * total / gb:.2f} + {of_unet / gb:.3f}, "
-          f"private tuning {(4 * total + 24 * trained) / gb:.2f} + {of_unet / gb:.3f}; images and latents "
-          f"{stored / gb:.2f} in all")
+          f"private tuning {(4 * total + hardware.TUNED * trained) / gb:.2f} + {of_unet / gb:.3f}; images "
+          f"and latents {stored / gb:.2f} in all")
     if "cuda" in s.device:
         per_image = hardware.bytes_of_one_image(s, of_unet, trained)
         free = hardware.free_memory(s.device)
         taken = hardware.micro_batch(s, model, autoencoder.latent_shape)
-        n = hardware.largest_batch(free, 4 * total + 24 * trained + stored, per_image)
+        n = hardware.largest_batch(free, 4 * total + hardware.TUNED * trained + stored, per_image)
         said = f"--micro-batch at most {n}" if n else "too little for one image of private tuning"
         print(f"               {free / gb:.1f} free on {s.device}, about {taken} private images at a time; "
               f"{said}")

@@ -79,7 +79,7 @@ def with_numbers(s, plan):
                          "choose a smaller --epsilon or a larger --sigma")
     epsilon = float(accountant.epsilon(q, sigma, steps, delta, s.accountant))
     if s.accountant not in ("rdp", "pld"):  # an accountant of one's own: at least not below what is certain
-        least, _ = pld.pld_epsilon(q, sigma, steps, delta)
+        least, _ = pld.bounds(accountant.one_kind(q, sigma, steps), delta)
         if epsilon < least * (1 - SAME):
             raise ValueError(f"--accountant {s.accountant} gives epsilon {epsilon:.4g} for this plan, which "
                              f"is certainly at least {least:.4g}: it is wrong")
@@ -169,10 +169,10 @@ def privacy_statement(s, plan, rows, trained, stages=()):
     promise = f"({round_up(epsilon)}, {round_up(s.delta)})-differentially private with respect to one image"
     if not rows:
         promise = "no private image was read"
+    elif s.insecure_seed is not None or not math.isfinite(epsilon):
+        promise = "NOT PRIVATE: no noise, or a known noise seed"
     elif s.fast_noise:
         promise = f"NOT PRIVATE against an attacker who computes the noise (--fast-noise); else {promise}"
-    elif not private:
-        promise = "NOT PRIVATE: no noise, or a known noise seed"
     return plain({
         "statement": promise,
         "private": private, "epsilon": epsilon, "delta": s.delta, "accountant": s.accountant,

@@ -4,7 +4,6 @@ The statement comes from guarantee.py. Nothing here reads a private image, a los
 """
 import math
 import re
-import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,7 +42,8 @@ def write_release(s, vae_checkpoint, ldm_checkpoint, model, private, privacy, pu
     with files.replacing(s.out / "release" / "MODEL_CARD.md") as file:
         file.write(model_card(privacy, classes, s.out.resolve().name).encode())
     if (s.out / "internal" / "progress.png").exists():
-        shutil.copy(s.out / "internal" / "progress.png", s.out / "release")
+        with files.replacing(s.out / "release" / "progress.png") as file:
+            file.write((s.out / "internal" / "progress.png").read_bytes())
     lines = max(1, (6 if s.crop < 128 else 2) // len(classes))  # of ten images, for each class
     # What each row shows: (label, the label itself or one of the prompts that mean it).
     shown = [(label, what) for label in range(len(classes))

@@ -175,9 +175,12 @@ def check_unchanged(facts, path):
     """Write down what the guarantee depends on. If it is written already (resume), refuse any difference."""
     if not path.exists():
         return files.write_json(facts, path)
-    for key, value in files.read_json(path).items():
+    stored = files.read_json(path)
+    for key, value in stored.items():
         if facts.get(key) != value:
             raise ValueError(f"cannot resume: '{key}' is not what this run began with; {ADD_UP}")
+    if facts.keys() - stored.keys():  # an older version did not write them down
+        files.write_json(facts, path)
 
 
 def check_public(s, digests):

@@ -68,6 +68,12 @@ def cache_of(run):
     return cache if cache and Path(cache).is_absolute() else None
 
 
+def private_digests(run):
+    """Digests of the images that a run trained on, from its records; None without a run or records."""
+    path = None if run is None else run / "internal" / "digests.pt"
+    return files.load(path)["digests"] if path and path.exists() else None
+
+
 def check_held_out(run, release, private, root=None):
     """ValueError if a set of one's own, or a drawn one, holds out images that this run trained on.
 
@@ -77,8 +83,8 @@ def check_held_out(run, release, private, root=None):
     if not (entry.own or entry.drawn) or not release.privacy.get("steps"):
         return
     if not path.exists():
-        raise ValueError(f"{run}: this run is older than {path.name}, and which images were held out was "
-                         "decided by their names then; train again, or evaluate on images of their own")
+        raise ValueError(f"{run}: this run has no {path.name}, so nobody knows which images it trained on "
+                         "and which were held out; train again, or evaluate on images of their own")
     config = release.vae.config
     held = datasets.load(private, "test", root, config.resolution, channels=config.in_channels,
                          classes=release.classes if entry.own else None, cache=cache_of(run),

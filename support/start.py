@@ -1,8 +1,8 @@
 """From the command line to a run that may begin: settings, existing public networks, the two image sets.
 
 What can be checked is checked here, before the first long loop: nobody waits an hour to learn that a file is
-missing. The guarantee depends on one of these checks: no private image may be known to a public
-network (pitfall 29).
+missing. The guarantee depends on one of these checks: no private image may be known to a public network
+(pitfall 29).
 """
 import sys
 from functools import partial

@@ -1,9 +1,9 @@
 """Images on the way: public/autoencoder.png, and private tuning as it happens, internal/progress.png.
 
 The latter shows images of the same noise every few steps. The release gets a copy (release.py), together with
-the statement that covers it. Nothing is spent by it. Every update is a result
-of the DP mechanism, whose epsilon covers all of them together, and what is drawn from such weights is
-post-processing (Dwork and Roth 2014, proposition 2.1).
+the statement that covers it. Nothing is spent by it. Every update is a result of the DP mechanism, whose
+epsilon covers all of them together, and what is drawn from such weights is post-processing (Dwork and Roth
+2014, proposition 2.1).
 """
 import sys
 

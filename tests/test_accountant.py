@@ -544,6 +544,22 @@ def test_a_run_that_is_not_private_counts_as_infinite_alone_and_in_the_sum(
     assert calculator.main([str(good), str(good)]) == 0 and "inf" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("settings", [{"fast_noise": True}, {"insecure_seed": 0}])
+def test_a_run_that_read_no_private_image_costs_nothing(settings, tmp_path, capsys):
+    nothing = {"steps": 0, "q": 0.0, "sigma": 0.0, "epsilon": 0.0, "secure_noise": False}
+    run = run_folder(tmp_path / "x", nothing, None, settings)
+    assert calculator.main([str(run)]) == 0
+    assert "inf" not in capsys.readouterr().out.splitlines()[2]
+
+
+def test_a_state_that_cannot_be_read_does_not_hide_the_ledger(tmp_path, capsys):
+    run = run_folder(tmp_path / "x", {}, 400)
+    (run / "internal" / "state.pt").write_bytes(b"garbage")
+    assert calculator.main([str(run)]) == 0
+    line = capsys.readouterr().out.splitlines()[2]
+    assert " 400 " in line and "state.pt cannot be read" in line
+
+
 @pytest.mark.parametrize("rows, logged, done, counted", [
     (0, 20, 0, 20), (7, 20, 0, 20), (7, 3, 9, 9), (20, 20, 20, 20), (20, 0, 0, 20)])
 @pytest.mark.parametrize("planned", [True, False])

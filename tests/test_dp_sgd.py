@@ -332,8 +332,9 @@ def test_one_more_example_moves_the_sum_by_at_most_the_sensitivity(method, clipp
             assert moved > 0.5 * C  # the bound is not vacuous
 
 
+@pytest.mark.parametrize("size", [256, 8192])  # the usual one on a CPU, and the largest on a GPU
 @pytest.mark.parametrize("noise", [0.0, 0.3], ids=["parallel", "nearly parallel"])
-def test_in_a_large_batch_rounding_moves_the_sum_by_less_than_the_noise_allows_for(noise):
+def test_in_a_large_batch_rounding_moves_the_sum_by_less_than_the_noise_allows_for(noise, size):
     """Gradients of nearly one direction, the worst case: the sum of 10,000 is 10,000 C long."""
     generator, n, C, d = torch.Generator().manual_seed(0), 10_000, 0.1, 64
     model = nn.Linear(d, d, bias=False)
@@ -342,7 +343,7 @@ def test_in_a_large_batch_rounding_moves_the_sum_by_less_than_the_noise_allows_f
 
     def total(rows):
         engine = DPSGD(model, C, 1.0, n)
-        for part in rows.split(256):
+        for part in rows.split(size):
             engine.accumulate(lambda model, x, v: (model(x) * v).sum(1), x[part], v[part])
         return engine.sums[0]
 

@@ -1,6 +1,7 @@
 """evaluate.py: distances against closed forms, honest classifiers, the program on a tiny release."""
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import sample
 import unet
 import vae
 from datasets import arrays, registry
+from extensions import memorisation
 from support import files, scored
 
 RECIPE = {"kind": "small-cnn", "epochs": 1, "lr": 2e-3}
@@ -426,9 +428,21 @@ def test_a_feature_network_learns_no_private_image(private, run, monkeypatch, ca
     seen = datasets.digests(strokes.images[-1:] if private else 255 - strokes.images[-1:])
     files.save({"digests": seen}, run / "internal" / "digests.pt")
     (run / "public" / "features.pt").unlink(missing_ok=True)
-    evaluate.main([str(run), "--classifiers", "logreg", "--n", "50"])
-    assert ("has private images of this run" in capsys.readouterr().out) == private
-    assert (run / "public" / "features.pt").exists() != private
+    for name in ("evaluate", "memorisation"):
+        if name == "evaluate":
+            evaluate.main([str(run), "--classifiers", "logreg", "--n", "50"])
+        else:  # the other way to the same network
+            monkeypatch.setattr(memorisation, "save_neighbours", lambda *args: None)
+            release = sample.load_release(run)
+            release.privacy["steps"] = 1
+            files.write_json({"private_n": None}, run / "internal" / "settings.json")
+            args = SimpleNamespace(data_root=None, features=None, device="cpu", seed=0)
+            real = scored.load_private(release, "mnist10k", "test")[:20]
+            memorisation.report(args, release, run, "strokes", "mnist10k", real,
+                                lambda real=real: real.images)
+        assert ("has private images of this run" in capsys.readouterr().out) == private, name
+        assert (run / "public" / "features.pt").exists() != private
+        (run / "public" / "features.pt").unlink(missing_ok=True)
 
 
 def test_a_public_set_of_another_size_is_cut_as_samples_are(run, monkeypatch, tmp_path):

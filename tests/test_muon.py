@@ -2,6 +2,7 @@
 
 And the loop of the public stages with either optimizer, and what the private stage gives to it.
 """
+import copy
 import dataclasses
 from types import SimpleNamespace
 
@@ -98,6 +99,13 @@ def test_every_parameter_has_one_optimizer():
     assert {id(p) for p in only.param_groups[0]["params"]} == {id(p) for p in model.parameters()}
 
 
+def test_a_network_of_matrices_only_or_without_any_has_one_optimizer():
+    [only] = optim.PUBLIC["muon"](nn.Linear(3, 3, bias=False), 1e-3)
+    assert isinstance(only, muon.Muon)
+    [only] = optim.PUBLIC["muon"](nn.LayerNorm(3), 1e-3)
+    assert isinstance(only, torch.optim.AdamW)
+
+
 def test_a_weight_without_gradient_stays_as_it_is():
     used, unused = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3, 4))
     optimizer = muon.Muon([used, unused], 0.1)
@@ -167,6 +175,45 @@ def test_a_state_of_the_other_optimizer_is_refused(tmp_path):
     files.save({**state, "optimizers": [adamw, found]}, tmp_path / "state.pt")
     with pytest.raises(ValueError, match="state.pt.*does not fit"):
         fitted(tmp_path, "muon")
+
+
+def small_pair(make, steps=1):
+    """A weight and its optimizer after some steps."""
+    p = nn.Parameter(torch.ones(3, 4))
+    optimizer = make([p])
+    for _ in range(steps):
+        p.grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(5))
+        optimizer.step()
+    return p, optimizer
+
+
+@pytest.mark.parametrize("make", [
+    lambda ps: torch.optim.Adam(ps, 0.1), lambda ps: torch.optim.AdamW(ps, 0.1, amsgrad=True),
+    lambda ps: torch.optim.NAdam(ps, 0.1), lambda ps: torch.optim.SGD(ps, 0.1, momentum=0.9),
+    lambda ps: torch.optim.Adafactor(ps, 0.1), lambda ps: muon.Muon(ps, 0.1)])
+def test_an_optimizer_s_own_state_is_taken_and_its_next_step_is_the_same(make):
+    (p, optimizer), (other, again) = small_pair(make), small_pair(make, steps=0)
+    other.data.copy_(p.data)
+    optim.load_state(again, copy.deepcopy(optimizer.state_dict()))
+    for weight, one in ((p, optimizer), (other, again)):
+        weight.grad = torch.full((3, 4), 0.3)
+        one.step()
+    assert torch.equal(p, other)
+
+
+@pytest.mark.parametrize("make, name", [(lambda ps: torch.optim.Adam(ps, 0.1), "exp_avg"),
+                                        (lambda ps: torch.optim.AdamW(ps, 0.1), "exp_avg_sq"),
+                                        (lambda ps: muon.Muon(ps, 0.1), "momentum_buffer")])
+@pytest.mark.parametrize("value", [None, torch.zeros(2, 2), "missing"])
+def test_a_state_with_which_the_next_step_would_fail_is_refused(make, name, value):
+    _, optimizer = small_pair(make)
+    state = optimizer.state_dict()
+    state["state"] = {0: {**state["state"][0], name: value}}
+    if isinstance(value, str):
+        del state["state"][0][name]
+        state["state"][0]["other"] = torch.zeros(())
+    with pytest.raises(ValueError, match="does not fit"):
+        optim.load_state(small_pair(make, steps=0)[1], state)
 
 
 def tuned_network():

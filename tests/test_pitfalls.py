@@ -150,6 +150,7 @@ def test_the_latent_of_a_picture_depends_on_no_other_picture():  # 13
     # Not even by rounding: batches of one size, also where one image more makes another last batch.
     assert torch.equal(together[:1], alone)
     assert torch.equal(together[:36], train.encode(s, autoencoder, images[:36], 2.0))
+    assert torch.equal(together[1:], train.encode(s, autoencoder, images[1:], 2.0))
     with torch.no_grad():
         expected = 2.0 * autoencoder.encode(pixels.to_float(images[:1])).mean
     assert torch.allclose(alone[:, 0], expected, atol=1e-5)
