@@ -274,7 +274,7 @@ def test_paths_of_sets_are_stored_whole(tmp_path, monkeypatch, run):
 def test_the_plan_names_the_classes_and_counts_what_is_tuned(run, capsys):
     train.main([*TINY, "--init", str(run), "--dry-run"])
     told = capsys.readouterr().out
-    assert "classes        10, public knowledge: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in told
+    assert "classes        10, these names are published: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in told
     tuned = json.loads((run / "release" / "privacy.json").read_text())["trained_parameters"]
     assert f"attention: {tuned:,} of" in told  # the embedder has fewer rows than in the public stages
 

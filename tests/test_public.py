@@ -70,7 +70,7 @@ def test_the_digests_of_public_images_travel_with_the_networks(place, tmp_path):
         path = out / "public" / name
         checkpoint = files.load(path)
         files.save({**checkpoint, "digests": datasets.digests(datasets.load(second).images[:1])}, path)
-        with pytest.raises(ValueError, match=f"1 of its images .* {NOTHING}"):
+        with pytest.raises(ValueError, match=f"images of it .* {NOTHING}"):
             train.main(["--resume", "--out", str(out)])
         files.save(checkpoint, path)
     train.main(["--resume", "--out", str(out)])
@@ -113,7 +113,7 @@ def test_init_does_not_hide_what_the_networks_know(kind, place, tmp_path):
     with pytest.raises(ValueError, match=NOTHING) as caught:
         run_tiny(tmp_path / "r", f"folder:{tmp_path / 'third'}", private, "--init", place / "run",
                  "--data-root", tmp_path)
-    assert "\n" not in str(caught.value) and ("1 of its" in str(caught.value)) == (kind == "one of them")
+    assert "\n" not in str(caught.value) and "images of it are" in str(caught.value)  # not how many
     assert not (tmp_path / "r").exists()
 
 
@@ -121,7 +121,7 @@ def test_the_public_set_at_hand_is_checked_as_well(place, tmp_path):
     """Without --init it is what will be trained on, with it what the release shows beside the samples."""
     shutil.copytree(place / "second", tmp_path / "copied")
     for flags in ([], ["--init", place / "run"]):
-        with pytest.raises(ValueError, match=f"of its images .* {NOTHING}"):
+        with pytest.raises(ValueError, match=f"images of it .* {NOTHING}"):
             run_tiny(tmp_path / "r", f"folder:{tmp_path / 'copied'}", f"folder:{place / 'second'}", *flags)
         assert not (tmp_path / "r").exists()
 
