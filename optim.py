@@ -54,25 +54,19 @@ def adamw(parameters, lr):
     return torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=fused)
 
 
-def public_muon(model, lr):
-    """[AdamW, Muon]; one of the two is missing if nothing is left for it."""
+def with_muon(model, lr, adam, **options):
+    """[adam(...) of all others, Muon]; one of the two is missing if nothing is left for it."""
     matrices, others = split_for_muon(model)
-    return ([adamw(others, lr)] if others else []) + ([Muon(matrices, lr)] if matrices else [])
-
-
-def private_muon(model, lr):
-    """[Adam, Muon]; one of the two is missing if nothing is left for it.
-
-    scale=1: the root mean square of a step's entries is then about lr, as with Adam in its first steps.
-    """
-    matrices, others = split_for_muon(model)
-    adam = [torch.optim.Adam(others, lr)] if others else []
-    return adam + ([Muon(matrices, lr, momentum=0.9, weight_decay=0.0, scale=1.0)] if matrices else [])
+    return ([adam(others, lr)] if others else []) + ([Muon(matrices, lr, **options)] if matrices else [])
 
 
 # Name -> function (model, learning rate) -> optimizers, which together hold every trainable parameter once.
-PUBLIC = {"muon": public_muon, "adamw": lambda model, lr: [adamw(trainable(model), lr)]}
-PRIVATE = {"adam": lambda model, lr: [torch.optim.Adam(trainable(model), lr)], "muon": private_muon}
+PUBLIC = {"muon": lambda model, lr: with_muon(model, lr, adamw),
+          "adamw": lambda model, lr: [adamw(trainable(model), lr)]}
+PRIVATE = {"adam": lambda model, lr: [torch.optim.Adam(trainable(model), lr)],
+           # scale=1: the root mean square of a step's entries is about lr, as with Adam in its first steps.
+           "muon": lambda model, lr: with_muon(model, lr, torch.optim.Adam, momentum=0.9, weight_decay=0.0,
+                                               scale=1.0)}
 
 
 # Tensors that an optimizer keeps for each parameter, and without which its next step would fail.

@@ -41,7 +41,7 @@ import train
 import tuning
 import unet
 from bench import dp_step
-from bench.runs import commit
+from bench.runs import commit, move_away
 from support import command_line, dry_run, files, hardware, progress, randomness
 from support.settings import METHODS
 
@@ -210,12 +210,6 @@ def sampling(bench):
     demand(not torch.equal(*draws), "two fresh generators agree")
     return {"mean_batch_error": error, "deviation": float(sizes.std()),
             "expected_deviation": math.sqrt(n * q * (1 - q))}
-
-
-def move_away(folder):
-    """Rename a run folder that is in the way; a ledger is never deleted."""
-    if folder.exists():
-        folder.rename(f"{folder}.{time.time_ns()}")
 
 
 def smoke(bench, name, *flags):

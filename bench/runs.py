@@ -48,16 +48,22 @@ def commands(row):
     return [evaluate] if row.train is None else [train, evaluate]
 
 
+def move_away(folder):
+    """Rename a run folder that is in the way: its ledger may be somebody's only record of what was spent."""
+    if folder.exists():
+        old = next(p for p in (folder.with_name(f"{folder.name}.old{i}") for i in itertools.count(1))
+                   if not p.exists())
+        print(f"{folder} exists and is kept as {folder.rename(old)}", flush=True)
+
+
 def measure(table, name, row):
     """Run a row's commands from the beginning and append the line. CalledProcessError if a command fails."""
     out, seconds, begun = Path(row.out), {}, commit()  # now: files may change while it runs
     evaluation = Path(row.evaluate.partition("--out ")[2] or out / "internal" / "evaluation.json")
     for command in commands(row):
         training = command.startswith("python train.py")
-        if training and out.exists():  # its ledger may be somebody's only record of what was spent
-            old = next(p for p in (out.with_name(f"{out.name}.old{i}") for i in itertools.count(1))
-                       if not p.exists())
-            print(f"{out} exists and is kept as {out.rename(old)}", flush=True)
+        if training:
+            move_away(out)
         print(f"$ {command}", flush=True)
         begin = time.monotonic()
         subprocess.run([sys.executable, *command.split()[1:]], check=True)

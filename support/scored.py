@@ -79,17 +79,17 @@ def check_held_out(run, release, private, root=None):
 
     What the run trained on is in its own records. A loader that draws images may forget `Request.split`.
     """
-    path, entry = run / "internal" / "digests.pt", datasets.REGISTRY[datasets.kind_of(private)]
+    entry = datasets.REGISTRY[datasets.kind_of(private)]
     if not (entry.own or entry.drawn) or not release.privacy.get("steps"):
         return
-    if not path.exists():
-        raise ValueError(f"{run}: this run has no {path.name}, so nobody knows which images it trained on "
+    if (trained := private_digests(run)) is None:
+        raise ValueError(f"{run}: this run has no digests.pt, so nobody knows which images it trained on "
                          "and which were held out; train again, or evaluate on images of their own")
     config = release.vae.config
     held = datasets.load(private, "test", root, config.resolution, channels=config.in_channels,
                          classes=release.classes if entry.own else None, cache=cache_of(run),
                          label_attribute=release.data.get("label_attribute"))
-    datasets.refuse_seen(files.load(path)["digests"], datasets.digests(held.images), private)
+    datasets.refuse_seen(trained, datasets.digests(held.images), private)
 
 
 def shrink(images):
