@@ -52,6 +52,13 @@ RUNS = {  # name: (label, flags of train.py, run folder)
     "garments-private-eps10-long": again(
         "Fashion-MNIST, drawn garments, latents 8x8x4, private stage by Muon, 240 steps of 5,000",
         "--preset garments --batch-size 5000 --steps 240", "runs/garments-all-stages", "long"),
+    # The preset's three stages in one run. Then the private stage anew with all parameters, at the only rate
+    # of Muon that they had on pretend-private garments.
+    "garments-whole": ("Fashion-MNIST, drawn garments, latents 8x8x4, all stages of the preset",
+                       "--preset garments", "runs/garments-whole"),
+    "garments-whole-all": again(
+        "Fashion-MNIST, drawn garments, latents 8x8x4, private stage by Muon, all parameters",
+        "--preset garments --tune all --lr 4e-3", "runs/garments-whole", "all"),
     "photos8-all": again("Fashion-MNIST, public photographs in grey, latents 8x8x4, all parameters",
                          f"{PHOTOS8} --tune all",
                          "runs/photos-8x8", "all"),
