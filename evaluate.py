@@ -128,22 +128,20 @@ def samples_of(args, release, n):
     return scored.shrink(images), labels, sampler
 
 
-def distance_of(args, release, folder, public, images, split, real, lap):
+def distance_of(args, release, run, public, images, split, real, lap):
     """Result of `compare` and its circumstances, a dict; None if the public set cannot be used.
 
-    folder: public/ of the run, or None. images: samples. split, real: name and ImageSet of the held-out set.
-    lap: notes the seconds since its last call under a name.
+    run: its folder; None for a release that was copied. images: samples. split, real: name and ImageSet of
+    the held-out set. lap: notes the seconds since its last call under a name.
     """
-    size, run = images.shape[-1], None if folder is None else folder.parent
+    size, entry = images.shape[-1], datasets.REGISTRY.get(public)
     try:
-        if args.features:  # another set than the run's own, so the network is not kept
-            folder, public = None, args.features
-        elif folder is None and public in datasets.REGISTRY and datasets.REGISTRY[public].own:
+        if run is None and not args.features and entry and entry.own:
             raise ValueError("a release does not say where its own public images lie; name a set with "
                              "--features")
         judge, name = metrics.public_features(
-            folder, public, images.shape[1], size, args.data_root, args.device,
-            frame=(release.vae.config.resolution, release.crop), run=run)
+            run, args.features or public, images.shape[1], size, args.data_root, args.device,
+            frame=(release.vae.config.resolution, release.crop), keep=not args.features)
     except ValueError as error:  # the accuracies stand without it
         print(f"Frechet distance skipped: {error}")
         return None
@@ -255,8 +253,7 @@ def main(argv=None):
         print(f"note: {len(images)} samples and {len(real)} held-out images are too few for a Frechet "
               "distance, which is left out")
     else:
-        folder = run / "public" if whole else None
-        distance = distance_of(args, release, folder, public, images, split, real, lap)
+        distance = distance_of(args, release, run if whole else None, public, images, split, real, lap)
     note = "scores on real held-out images, not covered by epsilon"
     publish = "to be published only if the held-out images are public"
     if ceiling:

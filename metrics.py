@@ -11,7 +11,6 @@ same network can be compared.
 """
 import hashlib
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -150,22 +149,23 @@ def kept_network(path, settings):
         return None
 
 
-def public_features(public_folder, public, channels, size, root=None, device="cpu", progress=True,
-                    frame=None, run=None):
-    """(model, name) of the feature network: a small CNN, trained on the PUBLIC set and kept as features.pt.
+def public_features(run, public, channels, size, root=None, device="cpu", progress=True, frame=None,
+                    keep=True):
+    """(model, name) of the feature network: a small CNN, trained on the PUBLIC set.
 
-    It is trained anew if the file is missing, damaged or made with other settings. With public_folder None it
-    is not kept. Omniglot is read without labels, so its runs use the network of "strokes". Runs with a part
-    of the strokes (--public-classes) use the network of all strokes, so that their distances compare. frame:
-    the side of the networks' images, and the side to which grey samples are cut; the public images are cut
-    alike. run: its folder, which knows digests of the private images. ValueError if the set is absent, has
-    one class only, does not fit or has a private image: since the run, somebody may have put one there.
+    run: its folder, a Path, or None. It keeps the network as public/features.pt, unless keep is False, and it
+    knows digests of the private images. A network is trained anew if the file is missing, damaged or made
+    with other settings. public: name of the set. Omniglot is read without labels, so its runs use the network
+    of "strokes". Runs with a part of the strokes (--public-classes) use the network of all strokes, so that
+    their distances compare. frame: the side of the networks' images, and the side to which grey samples are
+    cut; the public images are cut alike. ValueError if the set is absent, has one class only, does not fit or
+    has a private image: since the run, somebody may have put one there.
     """
     public = "strokes" if public == "omniglot" else public
     kind = datasets.kind_of(public)
-    path = Path(public_folder or "") / "features.pt"
+    path = run / "public" / "features.pt" if run and keep else None
     settings = [kind, channels, size, FEATURE_IMAGES, FEATURES]
-    model = kept_network(path, settings) if public_folder else None
+    model = kept_network(path, settings) if path else None
     if model is None:
         # Sets drawn by a program: draw only as many images as are used. Other sets are read whole (None).
         n = FEATURE_IMAGES if datasets.unlimited(public) else None
@@ -181,12 +181,12 @@ def public_features(public_folder, public, channels, size, root=None, device="cp
             raise datasets.DataError(f"the public set {kind} has one class only, a feature network needs two")
         generator = torch.Generator().manual_seed(0)
         chosen = torch.randperm(len(found), generator=generator)[:FEATURE_IMAGES]
-        kept = f"kept in {path}" if public_folder else "not kept, there is no run folder"
+        kept = f"kept in {path}" if path else "not kept"
         print(f"feature network: a CNN learns {len(chosen):,} images of {kind}; {kept}")
         model = train_classifier(images=found.images[chosen], labels=found.labels[chosen],
                                  num_classes=classes, generator=generator, device=device,
                                  progress=progress, **FEATURES)
-        if public_folder:
+        if path:
             files.save({"settings": settings, "classes": classes, "state": model.cpu().state_dict()}, path)
     weights = b"".join(value.cpu().numpy().tobytes() for value in model.state_dict().values())
     digest = hashlib.sha256(weights).hexdigest()[:8]

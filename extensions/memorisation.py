@@ -58,10 +58,9 @@ def report(args, release, run, public, private, held_out, draw):
     samples = draw()
     three = (samples, train.images, held_out.images)
     try:
-        folder = None if args.features else run / "public"
-        judge, space = metrics.public_features(folder, args.features or public, samples.shape[1],
-                                               samples.shape[-1], args.data_root, args.device,
-                                               frame=(release.vae.config.resolution, release.crop), run=run)
+        judge, space = metrics.public_features(
+            run, args.features or public, samples.shape[1], samples.shape[-1], args.data_root, args.device,
+            frame=(release.vae.config.resolution, release.crop), keep=not args.features)
         points = [metrics.features(judge, x) for x in three]
     except ValueError as error:
         print(f"no feature network ({error}): distances of pixels instead")

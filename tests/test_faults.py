@@ -711,7 +711,7 @@ def test_the_limit_of_an_autoencoder_is_measured_on_own_sets(monkeypatch, capsys
     monkeypatch.setattr(autoencoder_limit.scored, "sources", lambda release, run: [name, name])
     asked = []
 
-    def stop(folder, public, *args, frame, run):
+    def stop(run, public, *args, frame):
         asked.append((public, frame))
         raise KeyboardInterrupt
 
