@@ -33,7 +33,7 @@ class Dice:
     def __init__(self, n, generator=None, size=28):
         self.n, self.generator, self.size = n, generator, size
 
-    def roll(self, low, high):
+    def uniform(self, low, high):
         """Uniform in low..high, which are numbers or (N,1) -> (N,1)."""
         return low + (high - low) * torch.rand(self.n, 1, generator=self.generator)
 
@@ -125,7 +125,7 @@ def union(first, *others):
     return first
 
 
-def common(first, *others):
+def intersection(first, *others):
     """The part that all have: the intersection of signed distances."""
     for other in others:
         first = torch.maximum(first, other)
@@ -145,7 +145,7 @@ def checked(labels, classes):
     return labels
 
 
-def over(tone, value, share):
+def blend(tone, value, share):
     """Linear interpolation: tone at share 0, value at share 1. As paint: value laid over tone."""
     return tone + share * (value - tone)
 
@@ -161,7 +161,7 @@ def frame(dice, low, high, turn=0.02, wave=0.012):
     x, y = axis.repeat(dice.size)[None], axis.repeat_interleave(dice.size)[None]
     for _ in range(2):
         across, shift = 5 * dice.normal(2, 1), wave * dice.normal(2, 1)
-        bend = (x * across[:, 0] + y * across[:, 1] + dice.roll(0, 2 * math.pi)).sin()
+        bend = (x * across[:, 0] + y * across[:, 1] + dice.uniform(0, 2 * math.pi)).sin()
         x, y = x + shift[:, 0] * bend, y + shift[:, 1] * bend
     angle = turn * dice.normal(1)
     x, y = x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()
@@ -175,25 +175,25 @@ def texture(dice, x, y, weights, dark=2.0):
     weights: how often each of PATTERNS comes, rows and columns being stripes; dark: how often the base is
     dark, against 4 of middle and 6 of bright tones. x, y (N,P): coordinates; a garment is about 1 long.
     """
-    roll, kind = dice.roll, dice.pick(PATTERNS, weights)
+    uniform, kind = dice.uniform, dice.pick(PATTERNS, weights)
     level = dice.pick("dark middle bright", (dark, 4, 6))
-    base = level["dark"] * roll(0.06, 0.3) + level["middle"] * roll(0.4, 0.72)
-    base = base + level["bright"] * roll(0.72, 0.98)
-    other = roll(0.0, 1.0)
+    base = level["dark"] * uniform(0.06, 0.3) + level["middle"] * uniform(0.4, 0.72)
+    base = base + level["bright"] * uniform(0.72, 0.98)
+    other = uniform(0.0, 1.0)
     other = other + 0.3 * (other - base).sign() * ((other - base).abs() < 0.2)  # a pattern that can be seen
 
     def stripes(along, least, most):
-        wave = (2 * math.pi * (along * roll(least, most) + roll(0, 1))).sin()
-        return ((wave - roll(-0.6, 0.7)) * 4).sigmoid()
+        wave = (2 * math.pi * (along * uniform(least, most) + uniform(0, 1))).sin()
+        return ((wave - uniform(-0.6, 0.7)) * 4).sigmoid()
 
-    rows, columns, coarse, pitch = stripes(y, 4, 13), stripes(x, 5, 13), dice.field(9, 9), roll(25, 45)
+    rows, columns, coarse, pitch = stripes(y, 4, 13), stripes(x, 5, 13), dice.field(9, 9), uniform(25, 45)
     pattern = (kind["rows"] * rows + kind["columns"] * columns + kind["checks"] * (rows + columns) / 2
                + kind["dots"] * (((x * pitch).sin() * (y * pitch).sin() - 0.3) * 6).sigmoid()
-               + kind["patches"] * ((coarse - roll(-0.3, 0.8)) * 5).sigmoid()
-               + kind["flowers"] * ((dice.field(16, 16) - roll(-0.5, 0.5)) * 3).sigmoid())
-    tone = over(base, other, pattern * roll(0.25, 1))
-    grain = 0.012 + 0.04 * kind["melange"] * roll(0.3, 1)
-    return tone + grain * dice.field(dice.size, dice.size) + 0.02 * roll(0, 1) * coarse
+               + kind["patches"] * ((coarse - uniform(-0.3, 0.8)) * 5).sigmoid()
+               + kind["flowers"] * ((dice.field(16, 16) - uniform(-0.5, 0.5)) * 3).sigmoid())
+    tone = blend(base, other, pattern * uniform(0.25, 1))
+    grain = 0.012 + 0.04 * kind["melange"] * uniform(0.3, 1)
+    return tone + grain * dice.field(dice.size, dice.size) + 0.02 * uniform(0, 1) * coarse
 
 
 class Canvas:
@@ -208,25 +208,25 @@ class Canvas:
 
     def paint(self, distance, value, share=1.0):
         """A tone inside, as a number, (N,1) or (N,P); share: how much it covers what was there."""
-        self.tone = over(self.tone, value, share * self.cover(distance))
+        self.tone = blend(self.tone, value, share * self.cover(distance))
 
     def shade(self, distance, low, high, share=1.0):
         """Tones inside times a factor in low..high."""
-        self.paint(distance, self.tone * self.dice.roll(low, high), share)
+        self.paint(distance, self.tone * self.dice.uniform(low, high), share)
 
     def seam(self, distance, share=1.0, low=-0.3, high=0.7):
         """A line of about a pixel where distance is 0, darker by low..high (negative: brighter)."""
         line = (-3 * (distance / self.pixel) ** 2).exp()
-        self.tone = self.tone * (1 - share * self.dice.roll(low, high) * line)
+        self.tone = self.tone * (1 - share * self.dice.uniform(low, high) * line)
 
     def light(self, distance, low, high, reach):
         """By low..high of the way to white at the edge (negative: darker), fading inwards over `reach`."""
         near = (distance / reach).clamp(max=0).exp()
-        self.tone = over(self.tone, 0.95, self.dice.roll(low, high) * near)
+        self.tone = blend(self.tone, 0.95, self.dice.uniform(low, high) * near)
 
     def finish(self, mask):
         """What mask (N,P) covers, sharpened as a photograph is when made small -> (N,1,S,S) uint8."""
         image = (self.tone.clamp(0.03, 1) * mask).view(-1, 1, self.dice.size, self.dice.size)
-        image = image + self.dice.roll(0.3, 1.0)[..., None, None] * (image - blurred(image))
+        image = image + self.dice.uniform(0.3, 1.0)[..., None, None] * (image - blurred(image))
         image = image * (mask > 0.02).view_as(image)  # sharpening leaves the background alone
         return (255 * image.clamp(0, 1)).round().to(torch.uint8)
