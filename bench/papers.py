@@ -31,8 +31,7 @@ def both(name, label, flags, out):
 RUNS = {  # name: (label, flags of train.py, run folder)
     **both("mnist", "MNIST, public strokes", "--preset mnist-strokes", "runs/mnist-strokes"),
     "mnist-public": again("MNIST, public strokes, before tuning", "--preset mnist-strokes --steps 0",
-                          "runs/mnist-strokes",
-                          "public"),
+                          "runs/mnist-strokes", "public"),
     **both("letters", "MNIST, public stroke letters", "--preset mnist-letters", "runs/mnist-letters"),
     **both("fashion", "Fashion-MNIST, public MNIST", "--preset fashion", "runs/fashion"),
     **both("photos", "Fashion-MNIST, public photographs in grey", PHOTOS, "runs/fashion-photos"),
@@ -59,6 +58,8 @@ RUNS = {  # name: (label, flags of train.py, run folder)
     "garments-whole-all": again(
         "Fashion-MNIST, drawn garments, latents 8x8x4, private stage by Muon, all parameters",
         "--preset garments --tune all --lr 4e-3", "runs/garments-whole", "all"),
+    "garments-whole-public": again("Fashion-MNIST, drawn garments, latents 8x8x4, before tuning",
+                                   "--preset garments --steps 0", "runs/garments-whole", "public"),
     # More steps, planned before any score of garments-whole was known.
     "garments-whole-400": again(
         "Fashion-MNIST, drawn garments, latents 8x8x4, private stage by Muon, 400 steps of 4,000",
