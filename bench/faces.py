@@ -11,6 +11,8 @@ DRAWN = f"{SCORE} --features public32 --real"
 LARGER = ("--public portraits --public-n 20000 --size 64 --factor 8 --latent-channels 16 --vae-steps 3000 "
           "--vae-batch 16 --ldm-steps 8000 --public-optimizer adamw --vae-lr 2e-3 --ldm-batch 32 "
           "--ldm-lr 1.2e-3")
+BOTH = "public drawn faces and photographs"
+PORTRAITS = ("runs/portraits", "portraits", DRAWN)
 FEW = "--n 5000 --steps 15 --classifiers cnn,logreg --no-distance"
 
 
@@ -21,7 +23,7 @@ def again(label, name, flags, base=BASE, preset="faces", score=SCORE):
 
 ROWS = {
     "eps10": Row("class, epsilon 10", "--preset faces", BASE, SCORE),
-    "public": again("class, public only", "public", "--steps 0"),
+    "public": again("class, before tuning", "public", "--steps 0"),
     "eps1": again("class, epsilon 1", "eps1", "--epsilon 1 --lr 2e-3"),
     "inf": again("class, no noise (not private)", "inf", "--epsilon inf"),
     "text": again("text, epsilon 10", "text", "--condition text --ldm-steps 1500"),
@@ -30,31 +32,28 @@ ROWS = {
     "64": Row("class, 64 x 64 pixels, epsilon 10",
               "--preset faces --size 64 --vae-batch 16 --vae-steps 1500 --ldm-batch 64 --ldm-steps 1500 "
               f"--out {BASE}-64", f"{BASE}-64", SCORE),
-    "portraits": Row("class, epsilon 10, public drawn faces", "--preset portraits", "runs/portraits", DRAWN),
-    "portraits-public": again("class, public drawn faces only", "public", "--steps 0", "runs/portraits",
-                              "portraits", DRAWN),
-    "portraits-private": again("class, epsilon 10, public drawn faces, private stage only", "private", "",
-                               "runs/portraits", "portraits", DRAWN),
-    "portraits-shift": again("class, epsilon 10, public drawn faces, only a shift is tuned", "shift",
-                             "--tune shift --lr 2e-3", "runs/portraits", "portraits", DRAWN),
-    "portraits-shift-eps1": again("class, epsilon 1, public drawn faces, only a shift is tuned", "shift-eps1",
-                                  "--tune shift --epsilon 1 --lr 2e-3", "runs/portraits", "portraits", DRAWN),
+    "portraits": Row(f"class, epsilon 10, {BOTH}", "--preset portraits", "runs/portraits", DRAWN),
+    "portraits-public": again(f"class, {BOTH}, before tuning", "public", "--steps 0", *PORTRAITS),
+    "portraits-private": again(f"class, epsilon 10, {BOTH}, private stage only", "private", "", *PORTRAITS),
+    "portraits-shift": again(f"class, epsilon 10, {BOTH}, only a shift is tuned", "shift",
+                             "--tune shift --lr 2e-3", *PORTRAITS),
+    "portraits-shift-eps1": again(f"class, epsilon 1, {BOTH}, only a shift is tuned", "shift-eps1",
+                                  "--tune shift --epsilon 1 --lr 2e-3", *PORTRAITS),
     # all stages of the row before last in one run: what a user waits for
-    "portraits-shift-whole": Row("class, epsilon 10, public drawn faces, only a shift is tuned, all stages",
+    "portraits-shift-whole": Row(f"class, epsilon 10, {BOTH}, only a shift is tuned, all stages",
                                  "--preset portraits --tune shift --lr 2e-3 --out runs/portraits-whole",
                                  "runs/portraits-whole", DRAWN),
     # the same with two threads and nothing beside it
     "portraits-shift-whole-again": Row(
-        "class, epsilon 10, public drawn faces, only a shift is tuned, all stages, again",
+        f"class, epsilon 10, {BOTH}, only a shift is tuned, all stages, again",
         "--preset portraits --tune shift --lr 2e-3 --out runs/portraits-whole-again",
         "runs/portraits-whole-again", DRAWN),
-    "portraits-eps1": again("class, epsilon 1, public drawn faces", "eps1", "--epsilon 1", "runs/portraits",
-                            "portraits", DRAWN),
+    "portraits-eps1": again(f"class, epsilon 1, {BOTH}", "eps1", "--epsilon 1", *PORTRAITS),
     # a CPU's share of the H200's run in docs/results.md: a narrower UNet, fewer steps, only a shift
     "portraits-64": Row("class, 64 x 64 pixels, epsilon 10, public drawn faces, only a shift is tuned",
                         f"--preset portraits {LARGER} --tune shift --lr 2e-3 --out runs/portraits-64",
                         "runs/portraits-64", FEW),
-    "portraits-64-public": again("class, 64 x 64 pixels, public drawn faces only", "64-public",
+    "portraits-64-public": again("class, 64 x 64 pixels, public drawn faces, before tuning", "64-public",
                                  f"{LARGER} --steps 0", "runs/portraits-64", "portraits", f"{FEW} --real"),
 }
 for name in ("portraits-public", "portraits-shift", "portraits-shift-eps1"):

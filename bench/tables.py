@@ -7,6 +7,7 @@ A page holds a table between `<!-- table: NAME -->` and `<!-- end -->`. If a row
 times, the last measurement counts. A metric that nobody measured cannot get in.
 """
 import json
+import math
 import re
 import sys
 import textwrap
@@ -36,33 +37,38 @@ READING = {
 }
 LINES_PER_MINUTE = 25
 LETTERS = "abcdefgh"  # of feature networks
+MARK = "†"  # at the epsilon of a run with noise of torch
+MARKED = ("† The noise came from torch's generator, which can be computed: by today's standard NOT PRIVATE "
+          "([noise](#which-rows-are-private-by-todays-standard)).")
 
-# The table of the README: (table, row, what it is, what else to know).
+# The table of the README: (table, row, row of the same public model before tuning, what it is, a note).
 AFTER = "begins with `python train.py --preset garments --steps 0 --out runs/garments-all-stages`"
 FIRST_ROWS = [
-    ("digits", "eps10", "digits: tuned on 8,000 MNIST digits", ""),
-    ("digits", "letters", "the same; the public set has letters only, no digit", ""),
-    ("papers", "mnist-eps10", "digits, wider network: tuned on all of MNIST", ""),
-    ("papers", "mnist-eps1", "the same with a tenth of the budget (private stage only)",
+    ("digits", "eps10", "public", "digits: tuned on 8,000 MNIST digits", ""),
+    ("digits", "letters", None, "the same; the public set has letters only, no digit", ""),
+    ("papers", "mnist-eps10", None, "digits, wider network: tuned on all of MNIST", ""),
+    ("papers", "mnist-eps1", None, "the same with a tenth of the budget (private stage only)",
      "older networks; [torch's noise, so by today's standard NOT PRIVATE](docs/results.md)"),
-    ("papers", "garments-private-eps10", "garments: tuned on Fashion-MNIST (private stage only)", AFTER),
-    ("papers", "garments-private-eps10-long", "the same with 240 steps of 5,000 images",
+    ("papers", "garments-private-eps10", None, "garments: tuned on Fashion-MNIST (private stage only)",
+     AFTER),
+    ("papers", "garments-private-eps10-long", None, "the same with 240 steps of 5,000 images",
      f"the third recipe tried; {AFTER}"),
-    ("papers", "garments-shift-eps1", "garments with a shift of the latents (private stage only)",
+    ("papers", "garments-shift-eps1", None, "garments with a shift of the latents (private stage only)",
      "[shift](extensions/shift.py): not in the paper"),
-    ("faces", "portraits-shift-whole-again", "faces in colour, 32 pixels: only a shift tuned",
-     "[shift](extensions/shift.py); by guessing 54 %"),
+    ("faces", "portraits-shift-whole-again", None, "faces in colour, 32 pixels: only a shift tuned",
+     "[shift](extensions/shift.py); by guessing 54 %; the two sets are [not distributed](docs/datasets.md)"),
 ]
 
 # The first table of docs/results.md: (what, goal in per cent, whose goal it is, table, row).
 GOALS = [
-    ("MNIST, drawn digits and letters public", 97.4, "the paper's", "papers", "mnist-eps10"),
+    ("MNIST, drawn digits and letters public (the paper's had letters only)", 97.4, "the paper's", "papers",
+     "mnist-eps10"),
     ("the same", 95.9, "the paper's", "papers", "mnist-eps1"),
     ("MNIST, only drawn letters public", 97.4, "the paper's", "papers", "letters-eps10"),
     ("the same", 95.9, "the paper's", "papers", "letters-eps1"),
     ("Fashion-MNIST, drawn garments public", 84.0, "ours", "papers", "garments-private-eps10-long"),
     ("the same, with a shift", 76.0, "ours", "papers", "garments-shift-eps1"),
-    ("Male of faces, drawn faces public, only a shift tuned", 64.0, "ours", "faces",
+    ("Male of faces, drawn faces and photographs public, only a shift tuned", 64.0, "ours", "faces",
      "portraits-shift-whole-again"),
 ]
 
@@ -132,9 +138,29 @@ def minutes(row, digits=0):
     return f"{train:.{digits}f} + {evaluate:.{digits}f} ({row.get('gpu') or row['threads']})"
 
 
+def torch_noise(privacy):
+    """Whether the noise came from torch's generator, so that it can be computed: NOT PRIVATE today."""
+    noisy = privacy["steps"] and privacy["epsilon"] != "inf"
+    return bool(noisy) and "CSPRNG" not in privacy.get("noise", "")
+
+
 def epsilon(privacy):
-    """Epsilon of a privacy statement as text; JSON has infinity as text already."""
-    return privacy["epsilon"] if isinstance(privacy["epsilon"], str) else f"{privacy['epsilon']:.3g}"
+    """Epsilon of a privacy statement as text, marked if the noise can be computed.
+
+    JSON has infinity as text already.
+    """
+    text = privacy["epsilon"] if isinstance(privacy["epsilon"], str) else f"{privacy['epsilon']:.3g}"
+    return f"{text} {MARK}" if torch_noise(privacy) else text
+
+
+def measured(rows):
+    """Commits and days of measurements, each once."""
+    return ", ".join(dict.fromkeys(f"{row['commit']}, {row['date'][:10]}" for row in rows))
+
+
+def error(rate, n):
+    """Standard error of an accuracy on n images, in per cent."""
+    return 100 * math.sqrt(rate * (1 - rate) / n)
 
 
 def trained(privacy):
@@ -160,19 +186,29 @@ def frechet(row, rows):
     return f"{distance['frechet']:.1f}{letter}"
 
 
+def accuracies(rows, name):
+    """The CNN's accuracy on each held-out set with its standard error, the mean of all sampling seeds."""
+    parts = []
+    for held_out, n in rows[name]["evaluation"]["held_out"].items():
+        found = [row["evaluation"]["accuracy"]["cnn"][held_out] for row in with_seeds(rows, name)]
+        rate = sum(found) / len(found)
+        parts.append(f"{percent(rate)[:-2]} ± {error(rate, n):.1f} % on {held_out}")
+    return "; ".join(parts)
+
+
 def overview():
     """The README's table: some runs, what they reach, how long they took."""
-    head = ["what you get", "private images", "epsilon", "metric", "minutes: train + evaluate (threads)",
-            "commands", "measured at", "note"]
+    head = ["what you get", "private images", "epsilon", "metric, standard error", "the same before tuning",
+            "minutes: train + evaluate (threads)", "commands", "measured at", "note"]
     cells = []
-    for table, name, what, note in FIRST_ROWS:
+    for table, name, before, what, note in FIRST_ROWS:
         rows = {row["row"]: row for row in load(table)}
         row, seeds = rows[name], len(with_seeds(rows, name))
-        held_out = list(row["evaluation"]["accuracy"]["cnn"])[-1]
         task = "Male: " if table == "faces" else ""
-        score = f"{task}CNN reaches {percent(over_seeds(rows, name))} on {held_out}"
+        score = f"{task}CNN reaches {accuracies(rows, name)}"
+        base = percent(over_seeds(rows, before)) if before else "not measured"
         notes = [f"mean of {seeds} sampling seeds"] * (seeds > 1) + [note] * bool(note)
-        cells.append([what, f"{row['privacy']['n']:,}", epsilon(row["privacy"]), score, minutes(row),
+        cells.append([what, f"{row['privacy']['n']:,}", epsilon(row["privacy"]), score, base, minutes(row),
                       ", ".join(f"`{command}`" for command in row["commands"]), row["commit"],
                       "; ".join(notes)])
     return markdown(head, cells)
@@ -180,17 +216,18 @@ def overview():
 
 def goals():
     """docs/results.md: what was aimed at, what was reached, and by which commands."""
-    head = ["a CNN learns from samples of", "epsilon", "goal", "reached", "train", "evaluate"]
+    head = ["a CNN learns from samples of", "epsilon", "goal", "reached", "train", "evaluate", "measured at"]
     cells = []
     for what, goal, whose, table, name in GOALS:
         rows = {row["row"]: row for row in load(table)}
         row = rows[name]
         reached = 100 * over_seeds(rows, name)
-        verdict = f"{reached:.1f} %" if reached >= goal else f"{reached:.1f} %: missed"
-        verdict += "" if "CSPRNG" in row["privacy"].get("noise", "") else " (noise of torch: see below)"
-        cells.append([what, epsilon(row["privacy"]), f"{goal:g} % ({whose})", verdict,
-                      f"`{row['commands'][0]}`", f"`{row['commands'][-1]}`"])
-    return markdown(head, cells)
+        spread = error(reached / 100, last(row["evaluation"]["held_out"]))
+        verdict = f"{reached:.1f} % ± {spread:.1f}" + ("" if reached >= goal else ": missed")
+        train, *_, evaluate = row["commands"]
+        cells.append([what, epsilon(row["privacy"]), f"{goal:g} % ({whose})", verdict, f"`{train}`",
+                      f"`{evaluate}`", measured(with_seeds(rows, name))])
+    return markdown(head, cells) + "\n\n" + textwrap.fill(MARKED, 110)
 
 
 def reading():
@@ -233,7 +270,7 @@ def digits():
         cnn = [percent(accuracy["cnn"][name]) if name in accuracy["cnn"] else "-" for name in held_out]
         cells.append([row["label"], epsilon(p), trained(p), *cnn,
                       percent(last(accuracy["mlp"])), percent(last(accuracy["logreg"])), frechet(row, rows),
-                      minutes(row, 1), f"`{row['commands'][0]}`", row["commit"]])
+                      minutes(row, 1), f"`{row['commands'][0]}`", measured([row])])
     return markdown(head, cells) + "\n\n" + origin(rows)
 
 
@@ -269,7 +306,7 @@ def ablations():
                       *scores(ten), *scores(one), source(ten), source(one)])
     head2 = ["change of the recipe (epsilon 10, attention)", *names, "command", "measured at"]
     recipe = [row for name, row in rows.items() if name not in tuned and not name.endswith("-eps1")]
-    changes = [[row["label"], *scores(row), f"`{row['commands'][0]}`", row["commit"]] for row in recipe]
+    changes = [[row["label"], *scores(row), f"`{row['commands'][0]}`", measured([row])] for row in recipe]
     return markdown(head, cells) + "\n\n" + markdown(head2, changes) + "\n\n" + origin(shown)
 
 
@@ -288,12 +325,11 @@ def papers(part):
             continue
         seeds = with_seeds(rows, name)
         p, e = row["privacy"], row["evaluation"]
-        commits = ", ".join(dict.fromkeys(r["commit"] for r in seeds))
         accuracies = [f"{100 * first(r['evaluation']['accuracy']['cnn']):.2f}" for r in seeds]
         label = row["label"].removeprefix("Fashion-").removeprefix("MNIST, ")  # the heading names the set
         cells.append([label, epsilon(p), ", ".join(accuracies) + " %",
                       f"{e['n']:,}", frechet(row, list(rows.values())), trained(p), minutes(row),
-                      f"`{row['commands'][0]}`", commits])
+                      f"`{row['commands'][0]}`", measured(seeds)])
     return markdown(head, cells) + "\n\n" + origin(list(rows.values()))
 
 
@@ -308,7 +344,7 @@ def recipes():
         cells.append([row["label"], epsilon(row["privacy"]), percent(first(accuracy["cnn"])),
                       percent(first(accuracy["logreg"])), frechet(row, rows),
                       f"{row['seconds']['train'] / 60:.0f} ({row['threads']})",
-                      f"`{row['commands'][0]}`", row["commit"]])
+                      f"`{row['commands'][0]}`", measured([row])])
     return markdown(head, cells) + "\n\n" + origin(rows)
 
 
@@ -324,7 +360,7 @@ def faces():
         shown = [f"{d['halves']:.1f}", f"{d['precision']:.2f}", f"{d['recall']:.2f}"] if d else ["-"] * 3
         cells.append([row["label"], epsilon(row["privacy"]), frechet(row, rows), *shown,
                       percent(first(accuracy["cnn"])), percent(first(accuracy["logreg"])),
-                      trained(row["privacy"]), minutes(row), f"`{row['commands'][0]}`", row["commit"]])
+                      trained(row["privacy"]), minutes(row), f"`{row['commands'][0]}`", measured([row])])
     return markdown(head, cells) + "\n\n" + origin(rows)
 
 
@@ -362,7 +398,9 @@ def origin(rows):
     letters = "; ".join(f"({letter}) {name}" for letter, name in zip(LETTERS, names, strict=False))
     if len(names) > 1:
         text += f" Distances compare only within one feature network: {letters}."
-    return textwrap.fill(text, 110)
+    marked = [MARKED] * any(torch_noise(row["privacy"]) for row in rows)
+    return "\n\n".join(textwrap.fill(part, 110, break_long_words=False, break_on_hyphens=False)
+                       for part in [text, *marked])
 
 
 TABLES = {"digits": digits, "ablations": ablations, "recipes": recipes, "faces": faces,
