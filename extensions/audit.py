@@ -29,16 +29,18 @@ delta) by a simulation.
   delta = 0   Given the output and the other coins, epsilon-DP bounds the odds of a coin by e^epsilon. So a
               guess is right with probability at most p = e^epsilon / (1 + e^epsilon), and W, the number of
               right guesses, is stochastically at most V ~ Binomial(r, p).
-  delta > 0   An (epsilon, delta)-DP mechanism does as an epsilon-DP one except with probability about delta
-              per coin and neighbour. Then a guess may be right for free. So W is at most V + F. F >= 0 comes
-              with the output, and E[F] <= 2 m delta. Given the output, V is Binomial(r, p) whatever the
-              output is. So V and F are independent, and
+  delta > 0   An (epsilon, delta)-DP mechanism does as an epsilon-DP one, but for a failure of probability
+              delta; their proof makes this precise. Each of m coins compares two neighbouring data sets, and
+              each of the two may fail. Then a guess may be right for free. So W is at most V + F. F >= 0
+              comes with the output, and E[F] <= 2 m delta. Given the output, V is Binomial(r, p) whatever the
+              output is. So V and F are independent. With v right guesses observed,
 
                   P[W >= v] <= sum_i P[F = i] P[V >= v - i]
                              = P[V >= v] + sum_(i > 0) P[F = i] P[v - i <= V < v]
                             <= P[V >= v] + 2 m delta max_(i = 1..m) P[v - i <= V < v] / i
 
-              The last step holds because P[F = i] = i P[F = i] / i and sum_i i P[F = i] = E[F].
+              The last step holds because P[F = i] = i P[F = i] / i and sum_i i P[F = i] = E[F]. From i = v
+              on the probability grows no more, but the divisor does. So i = 1..v is enough.
 
 The bound is the first epsilon, coming from 0, at which this is not below 5 %. Even r = m right guesses happen
 with probability p^m. So the bound never exceeds about ln(m / 3), which is 8.1 for m = 10,000. It is valid,
@@ -66,9 +68,10 @@ and would pass it again:
                       scores; it solves no equations. Its score "regenerated" only sees a program that starts
                       with the same seed.
   a tail that ends    float32 normals of torch end at 5.77 standard deviations, and what lies beyond is
-                      impossible without the example. That happens to about one canary in 10^8 per step. The
-                      scores sum over all steps and the bounds count thousands of guesses, so no sample of a
-                      feasible size holds such an event.
+                      impossible without the example. Where sigma = 1 and q = 1, that happens to about one
+                      canary in a million per step, and more rarely where sigma is larger or q smaller. The
+                      scores sum over all steps and the bounds count thousands of guesses, so a few such
+                      events do not show.
 
 Both are kept out by the generator (`dp_sgd.SecureGenerator`) and by tests of its own, not by this audit.
 """
@@ -154,9 +157,12 @@ def attack(schedule, m, clip_norm=1.0, clipping="flat", fast=False, rng=None):
 
 
 def p_value(correct, guesses, m, epsilon, delta):
-    """Bound on P[at least `correct` of `guesses` right] under (epsilon, delta)-DP; epsilon an array (E,)."""
+    """Bound on P[at least `correct` of `guesses` right] under (epsilon, delta)-DP; epsilon an array (E,).
+
+    `correct` is v of the text at the top, `guesses` is r.
+    """
     p = expit(np.asarray(epsilon, dtype=float))
-    # (E, v): P[v - i <= V < v]
+    # (E, v): P[v - i <= V < v] for i = 1..v
     missing = binom.pmf(np.arange(correct - 1, -1, -1), guesses, p[:, None]).cumsum(1)
     worst = (missing / np.arange(1, correct + 1)).max(1, initial=0.0)
     return np.minimum(1.0, binom.sf(correct - 1, guesses, p) + 2 * m * delta * worst)
@@ -187,6 +193,7 @@ def estimate(score, member, threshold, delta, confidence=CONFIDENCE):
     false_positive = at_most(int((score[~member] > threshold).sum()), int((~member).sum()))
     false_negative = at_most(int((score[member] <= threshold).sum()), int(member.sum()))
     mu = norm.isf(false_positive) - norm.ppf(false_negative)
+    # one full batch with sigma = 1 / mu is the Gaussian mechanism of that mu
     return accountant.epsilon(1.0, 1 / mu, 1, delta, "pld") if mu > 1e-3 else 0.0
 
 
@@ -210,7 +217,7 @@ def audit(schedule, delta, m=10_000, guesses=None, **how):
     upper_rdp, upper_pld   what the accountant claims
     member, scores         what `attack` returned
     lower                  {score: rigorous lower bound}
-    right                  {score: right guesses out of `guesses`}
+    right, guesses         {score: right guesses}, out of how many
     estimate, threshold    of the score "sum", and the threshold of that estimate
     """
     if m < 10:

@@ -24,7 +24,7 @@ The bias is the weight of a further input that is always 1.
     same on unfolded patches (Bu, Mao, Xu 2022).
 
 (2) The clipped sum needs no second backward pass. With one factor c_n per example it is a single matrix
-    product, that of (c G)^T (p, N P) and X (N P, d), both stacked over the N examples:
+    product.  c G (N P, p) stacks the rows of all G_n, each times its c_n, and X (N P, d) those of all X_n:
 
         sum_n c_n G_n^T X_n = (c G)^T X
 
@@ -42,18 +42,20 @@ Rounding
 --------
 Where the contributions of positions cancel, a small norm is the difference of large numbers. Rounding may
 make it too small, and that breaks the sensitivity. Let u be the format's machine epsilon (1.2e-7 in float32).
-The error is a few u times S^2, where S = sum_s |x_s| |g_s| follows from the diagonals of the Gram matrices.
-(Measured: up to 20 u S^2 where x_s has 1,280 entries, 79 u S^2 where it has 5,120.) So a bound is *added* to
-the squared norm: 8 u S^2 for every 256 entries of x_s or of g_s, whichever has more, and at least once. In
-all that was measured, rounding then only clips harder. Case (3) needs no such bound: norm and clipped sum are
-taken from the same rounded gradients.
+The error is u S^2 times a factor that grows with the length of the rows. S = sum_s |x_s| |g_s| follows from
+the diagonals of the Gram matrices. So a bound is *added* to the squared norm: 8 u S^2 max(1, E / 256), E
+being the number of entries of x_s or of g_s, whichever has more. The factor 8 E / 256 is 40 where x_s has
+1,280 entries and 160 where it has 5,120; up to 20 and 79 were measured there. In all that was measured,
+rounding then only clips harder (tests/test_dp_sgd.py,
+`test_rounding_in_wide_layers_never_exceeds_the_clip_norm`). Case (3) needs no such bound: norm and clipped
+sum are taken from the same rounded gradients.
 
 Underflow
 ---------
 Squares of entries below 1e-19 lose digits or vanish in float32, and a tiny input may meet a huge gradient. An
 entry of a Gram matrix may have lost at most (number of products in its sum) * 1e-38. So the squared norm is
-raised by what S^2 grows if every |x_s|^2 and |g_s|^2 grows by that much. Overflow makes the norm infinite or
-NaN. Such an example contributes zero, as all non-finite ones do.
+raised by the amount by which S^2 would grow if every |x_s|^2 and |g_s|^2 grew by that much. Overflow makes
+the norm infinite or NaN. Such an example contributes zero, as all non-finite ones do.
 """
 from collections import Counter
 from contextlib import ExitStack
@@ -71,9 +73,9 @@ FEWEST_DIMS = {nn.Linear: 2, nn.Conv2d: 4, nn.GroupNorm: 2, nn.LayerNorm: 2, nn.
 def bookkeeping(model, layers, loss_fn, batch):
     """norms (L, N), losses (N,), and a function from factors (L, N) to the weighted sum, as `dp_sgd.loop`.
 
-    One forward and one backward pass. As a layer's output gradients G arrive, its norms are computed and
-    X and G kept, or its per-example gradients are formed and kept. n is N. A layer's input has n K rows, K
-    for each example. Call the returned function once: it frees what it has used.
+    One forward and one backward pass. As a layer's output gradients G arrive, its norms are computed and X
+    and G kept, or its per-example gradients are formed and kept. n is N of the top. A layer's input has n K
+    rows, K for each example. Call the returned function once: it frees what it has used.
     """
     n, uses, grams, views = rows(batch), Counter(), {}, []
     inputs = {}  # of layer i: (x, g, version of x)
@@ -159,7 +161,7 @@ def joined(parts):
 
 
 def grams_are_cheaper(layer, x, g, n):
-    """Compares multiplications per example: P^2 (d + p), and P times the weights.
+    """Compares multiplications per example: P_in^2 d + P_out^2 p, and P_out times the weights.
 
     A convolution's inputs count as pixels with d channels: `patches_gram` only adds up their products. True
     for embeddings, False for norm layers and where only a bias is trained.
@@ -202,11 +204,11 @@ def gram_squared_norm(layer, x, g, n, grams):
     entries = max(m.weight[0].numel(), len(m.weight))  # of x_s or of g_s, whichever has more
     # (n, P): |x_s|^2, |g_s|^2
     x_squared, g_squared = (a.diagonal(dim1=1, dim2=2).double() for a in (gram_x, gram_g))
-    lengths = (x_squared * g_squared).sqrt().sum(-1)  # sum_s |x_s| |g_s|
+    S = (x_squared * g_squared).sqrt().sum(-1)  # sum_s |x_s| |g_s|
     lost = entries * limits.tiny  # see "Underflow" above
-    longest = ((x_squared + lost) * (g_squared + lost)).sqrt().sum(-1)
-    bound = 8 * max(entries / 256, 1) * limits.eps * lengths.square()  # see "Rounding" above
-    bound += longest.square() - lengths.square()
+    S_raised = ((x_squared + lost) * (g_squared + lost)).sqrt().sum(-1)
+    bound = 8 * max(entries / 256, 1) * limits.eps * S.square()  # see "Rounding" above
+    bound += S_raised.square() - S.square()
     # These products may vanish too, but cost a norm less than 1e-19 P, far below any clip norm.
     squared = gram_g.mul_(gram_x).sum((1, 2), dtype=torch.float64)
     # Entries overflow to +inf or -inf; a norm clamped from -inf to 0 would let the example through unclipped.

@@ -2,8 +2,10 @@
 
     y = W x + b + B A x        A (rank, d) random · B (p, rank) zero, so the network starts as it was
 
-Not in the paper; `train.py --tune lora:4` uses it. DP-SGD adds noise to every tuned parameter, so fewer of
-them could mean less noise. docs/results.md shows how far that carries.
+Not in the paper; `train.py --tune lora:4` uses it. Hu et al. scale B A x by alpha / rank, which is left out
+here, so a learning rate does not carry over between ranks. DP-SGD adds the same noise to every tuned number,
+so the fewer there are, the shorter the noise is as a whole. docs/results.md shows how far that carries. While
+B is zero, A has no gradient: the first private step gives A noise only.
 """
 import torch
 from torch import nn
@@ -15,9 +17,10 @@ PROJECTIONS = {unet.Attention: ("to_q", "to_k", "to_v", "to_out"), unet.Attentio
 
 
 class LoRALinear(nn.Module):
-    """y = W x + b + B A x, where only A (`down`) and B (`up`) are tuned: (..., d) -> (..., p).
+    """y = W x + b + B A x, where only A (`down`) and B (`up`) are to be tuned: (..., d) -> (..., p).
 
-    Both are Linear layers without bias, so the per-example gradients need no rule of their own for them.
+    `support/trainable.py` freezes the rest. Both are Linear layers without bias, so the per-example gradients
+    need no rule of their own for them.
     """
 
     def __init__(self, base, rank):
@@ -33,7 +36,7 @@ class LoRALinear(nn.Module):
 
 
 def insert(model, rank, from_block=0):
-    """Put a pair beside every attention projection, not in the first from_block modules -> the new layers.
+    """Put a pair beside each of PROJECTIONS, not in the first from_block attention modules -> the new layers.
 
     Raises ValueError if the model has pairs already, or for a from_block that leaves nothing.
     """

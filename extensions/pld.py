@@ -3,13 +3,13 @@
 Read accountant.py first.  For one step with and without the example, P and Q, the privacy loss of an output
 is L = log P/Q, and over T steps the losses add up to Y.  With the distribution of Y everything is known:
 
-    delta(eps) = E_P[(1 - e^{eps-Y})_+].
+    delta(eps) = E_P[(1 - e^{eps-Y})_+]     (the hockey-stick divergence; Sommer, Meiser, Mohammadi 2019).
 
-The loss of one step is rounded to multiples of h; T steps are a T-fold convolution, by FFT.  A Renyi order
-only chooses the exponential tilt ("rounding", below); no Renyi epsilon enters the result.  For plans like the
-presets' epsilon is 5 to 15 % smaller than by moments, sigma 4 to 8 %.  Where q is small and sigma below 1 the
-difference is larger: 38 % of epsilon at q = 0.001, sigma = 0.7, T = 10,000, delta = 1e-5.  Direction
-"removed" takes the loss log P/Q under P, "added" log Q/P under Q; the larger counts.
+The loss of one step is rounded to multiples of h; T steps are a T-fold convolution, by FFT (Koskela, Jalko,
+Honkela 2020).  A Renyi order only chooses the exponential tilt ("rounding", below); no Renyi epsilon enters
+the result.  For plans like the presets' epsilon is 5 to 15 % smaller than by moments, sigma 4 to 8 %.  Where
+q is small and sigma below 1 the difference is larger: 38 % of epsilon at q = 0.001, sigma = 0.7, T = 10,000,
+delta = 1e-5.  Direction "removed" takes the loss log P/Q under P, "added" log Q/P under Q; the larger counts.
 
 Every error is inside the bounds:
  grid, up    Connect the dots (Doroshenko et al. 2022): the mass of a cell moves to its two ends so that its
@@ -17,14 +17,17 @@ Every error is inside the bounds:
              every eps.  Pairs that dominate step by step also do so after composition (Zhu et al. 2022).  So
              the grid needs no correction that grows with T.
  grid, down  The same move rounds the loss of a step at random to one of two points h apart, on average up by
-             0 to h^2/8.  Over T steps Y becomes Y' = Y + D.  Given the losses, D is sub-Gaussian with
-             variance proxy tau^2 = T h^2/4 (Hoeffding), about a mean m in [0, tau^2/2].  Let V = Y + m,
-             Z = D - m and eps' = eps + tau^2/2.  Then delta(eps) >= E f(V) with f(y) = (1 - e^{eps'-y})_+.
-             f is (eps'-y)_+ plus a concave function, and Z has mean 0.  So (Jensen), given V, E f(V + Z) is
-             larger than f(V) by at most e(a) = E(s Z - a)_+, a = |V - eps'|, s = 1 if V < eps', else -1.
-             e(0) = E|Z|/2 <= tau/2.  The sub-Gaussian tail gives e(a) <= eta tau from a = R on, where
-             eta = 1e-6 delta, R = tau sqrt(2 log 1/eta).  e is convex, so on [0, R] it lies below the chord
-             of these two points, and so below the parabola tau/2 (1 - a^2/R^2) + eta tau.  In terms of
+             0 to h^2/8.  (Done loss by loss, the Q-mass stays if a step's rounding d has E e^{-d} = 1, given
+             its loss.  Then E d >= 0 by Jensen, and E d <= h^2/8 by Hoeffding's lemma.  Over a cell this adds
+             up to the same masses.)  Over T steps Y becomes Y' = Y + D.
+             Given the losses, D is sub-Gaussian with variance proxy tau^2 = T h^2/4 (Hoeffding), about a mean
+             m in [0, tau^2/2].  Let V = Y + m, Z = D - m and eps' = eps + tau^2/2.  Then delta(eps) >= E f(V)
+             with f(y) = (1 - e^{eps'-y})_+.  f is (eps'-y)_+ plus a concave function.  Z has mean 0, so by
+             Jensen the concave part only loses, and E f(V + Z), given V, is larger than f(V) by at most
+             gap(a) = E(s Z - a)_+, a = |V - eps'|, s = 1 if V < eps', else -1.  gap(0) = E|Z|/2 <= tau/2.
+             The sub-Gaussian tail gives gap(a) <= eta tau from a = R on, where eta = 1e-6 delta and
+             R = tau sqrt(2 log 1/eta).  gap is convex, so on [0, R] it lies below the chord of these two
+             points, and so below the parabola tau/2 (1 - a^2/R^2) + eta tau.  In terms of
              Y' = V + Z, the mean of (Y'-eps')^2 is at most tau^2 above a^2, so tau^2 is added to R^2:
                  B(y) = tau/(2 R^2) (R^2 + tau^2 - (y-eps')^2)_+,  and
                  delta(eps) >= E[(1 - e^{eps'-Y'})_+ - B(Y')] - eta tau.
@@ -36,6 +39,14 @@ Every error is inside the bounds:
              tail of interest into the middle, where FFT noise (Higham 2002, Theorem 24.2) is small beside
              delta.  Cell masses, and the parts of them that move up, are enlarged by their rounding
              errors.  The lower bound takes both back: fields `surplus` and `pushed` of Part.
+ pushes      A part that is enlarged takes some steps to the upper point that exact numbers would leave at the
+             lower one.  Let J of T steps be pushed so, h each.  Then the grid has Y'' = Y' + J h, which below
+             is called Y' again.  The argument of "grid, down" holds without the pushes.  Where J <= j, two
+             things follow.  The first term is at least (1 - e^{eps'+jh-Y''})_+, since Y' >= Y'' - j h.  And
+             Y' is as far from eps' as Y'' is from eps' + j h, or nearer by at most j h; so B is evaluated at
+             that smaller distance.  J is a sum of independent rare events.  Beyond its mean it exceeds j no
+             more often than a Poisson number of that mean (Hoeffding 1956; Anderson, Samuels 1967).  j is
+             such that this has a probability of at most eta.
 
 Beyond one epsilon for one image, the same distribution answers two questions that people ask: what k images
 of one person cost together (`group_epsilon`), and how often a membership attacker can be right
@@ -138,12 +149,12 @@ def _composed(mechanisms):
 
 
 class Part(NamedTuple):
-    """T steps of one kind on the grid, seen in one direction."""
+    """One step on the grid, seen in one direction; it is made `steps` times."""
 
     loss: np.ndarray  # (n,) points of the grid
     log_pmf: np.ndarray  # (n,) log of their masses
     surplus: np.ndarray  # (n,) by how much the masses may be too large
-    pushed: float  # bound on P[a loss moved up because of rounding]
+    pushed: float  # bound on P[a step's loss moved up because of rounding]
     infinite: float  # mass of infinite loss
     steps: int
 
@@ -172,14 +183,16 @@ def _masses(tails, errors, sign):
     tails (n+1,): the mass below the edge where sign is 1, above it where sign is -1; errors (n+1,): of tails.
     """
     left, right = tails[:-1], tails[1:]
-    # a cell above 0, or around it: there it is 1 minus both tails
+    # cells of outputs above 0; and the one around 0, which is 1 minus both tails
     not_below = np.where(sign[:-1] < 0, left - right, 1 - left - right)
     mass = np.where(sign[1:] > 0, right - left, not_below)
     return np.maximum(mass, 0.0), np.maximum(errors[:-1], errors[1:]), tails[0], tails[-1]
 
 
 def _cells(q, sigma, k, h, span):
-    """One step cut at grid losses (n+1,): (losses, masses of P, of Q, slack: how far cuts miss the grid)."""
+    """One step cut at grid losses (n+1,): (losses, `_masses` of P, those of Q, slack).
+
+    slack: how far the cuts miss the grid."""
     j, b = _weights(q, k)
     x_low, x_high, first, last = span
     loss = h * np.arange(math.floor(first / h), math.ceil(last / h) + 1)
@@ -206,15 +219,18 @@ def _cells(q, sigma, k, h, span):
 
 
 def _connect_dots(loss, p, p_error, q, q_error, before, infinite, slack, steps):
-    """Cell masses (n,), p of the first and q of the second distribution -> Part with n+1 points.
+    """Cell masses (n,) -> Part with n+1 points.
+
+    p: masses under the distribution of the outputs (P in direction "removed", Q in "added"); q: under the
+    other one.  before, infinite: the mass p below the first loss, and above the last.
 
     Of a cell between the losses l0 and l1 the part `up` of its mass p moves to l1, the rest to l0.  Its mass
     q stays as well if (p - up) e^-l0 + up e^-l1 = q.  Hence up = (p - e^l0 q) / (1 - e^{l0-l1}).  `safety` is
     for rounding, and for cuts off the grid by `slack`: 1 slack for l0 in e^l0 q, 2 for both ends in
     1 - e^{l0-l1}."""
-    cell, scale = -np.expm1(loss[0] - loss[1]), np.exp(loss[:-1])
-    safety = (p_error + scale * q_error) / cell + 3 * slack / cell * (p + p_error)
-    up = np.minimum(np.clip((p - scale * q) / cell, 0.0, p) + safety, p + p_error)
+    width, scale = -np.expm1(loss[0] - loss[1]), np.exp(loss[:-1])  # 1 - e^{l0-l1}, the same for all cells
+    safety = (p_error + scale * q_error) / width + 3 * slack / width * (p + p_error)
+    up = np.minimum(np.clip((p - scale * q) / width, 0.0, p) + safety, p + p_error)
     pmf, surplus = np.append(p + p_error - up, 0.0), np.append(2 * p_error, 0.0)
     pmf[1:] += up
     pmf[1] += before  # not pmf[0]: if the first cut misses inwards, some of it has losses above loss[0]
@@ -286,8 +302,9 @@ def _compose(parts, h, theta, eta, tail):
     size = len(grid)
     # FFT noise, 2-norm: the power T multiplies it by T (as |f| <= 1), the inverse FFT adds it once more
     noise = 1.1 * (steps + 1) * FFT_NOISE * (1 + math.log2(size)) * max(math.sqrt(p @ p) for p in tilted)
-    # 2-norm on the grid of e^{-theta z} (1 - e^-z), z = y - eps > 0; error of delta: markov * noise * width
-    width = math.sqrt(min(size, 1 + 1 / (h * theta * (2 * theta + 1) * (2 * theta + 2) + 1e-99)))
+    # 2-norm on the grid of e^{-theta z} (1 - e^-z), z = y - eps > 0, whose square has the integral
+    # 1 / (theta (2 theta + 1) (2 theta + 2)); 1e-99 as theta may be 0. Error of delta: markov * noise * norm
+    norm = math.sqrt(min(size, 1 + 1 / (h * theta * (2 * theta + 1) * (2 * theta + 2) + 1e-99)))
 
     log_scale = base - theta * middle  # P[Y' = grid] = weight * e^log_scale
     with np.errstate(over="ignore", invalid="ignore"):
@@ -300,7 +317,7 @@ def _compose(parts, h, theta, eta, tail):
         i = np.searchsorted(grid, eps, side="right")
         markov = np.exp(log_scale - theta * (eps - middle))
         value = math.exp(log_scale) * (tail0[i] - np.exp(np.minimum(eps - middle, 700.0)) * tail1[i])
-        error = markov * (2 * LEAK + noise * width) + 3e-16 * size * math.exp(log_scale) * tail0[i]
+        error = markov * (2 * LEAK + noise * norm) + 3e-16 * size * math.exp(log_scale) * tail0[i]
         return value, error, markov
 
     def upper(eps):
@@ -314,40 +331,44 @@ def _compose(parts, h, theta, eta, tail):
     tau = h * math.sqrt(steps) / 2
     R = tau * math.sqrt(-2 * math.log(eta))
     jumps, rate = 0, sum(part.steps * part.pushed for part in parts)
-    # Independent rare events: P[more than `jumps` steps are pushed] <= 2 P[Poisson(rate) > jumps].
+    # j of "pushes" at the top: more than `jumps` steps are pushed with a probability of at most eta
     while gammainc(jumps + 1, rate) > eta:
         jumps += 1 + jumps // 8
 
     def lower(eps):
-        eps, outer = eps + tau**2 / 2 + jumps * h, math.hypot(R, tau)  # eps' with pushed steps; edge of B
+        moved, edge = jumps * h, math.hypot(R, tau)  # of pushed steps; B is 0 from `edge` on
+        eps, outer = eps + tau**2 / 2 + moved, edge + moved  # eps' + j h
         i, j = np.searchsorted(grid, [eps - outer, eps + outer])
         if i == 0:
             return 0.0
         value, error, markov = sharp(eps)
-        kink = tau / (2 * R**2) * (outer**2 - (grid[i:j] - eps) ** 2)  # B
+        distance = np.maximum(np.abs(grid[i:j] - eps) - moved, 0.0)
+        kink = tau / (2 * R**2) * (edge**2 - distance**2)  # B
         cost = math.exp(log_scale) * weight[i:j] @ kink
         # `surplus` is what value has too much; then FFT noise in `cost`, as B < tau at each of j - i points.
         error += markov * (surplus + noise * math.exp(theta * outer) * tau * math.sqrt(j - i))
-        # eta (2 + tau): eta tau as at the top; more than `jumps` pushed steps have a probability < 2 eta
+        # eta (2 + tau): eta tau as at the top, eta for more than `jumps` pushed steps, and eta to spare
         return (value - error - cost) * math.exp(-1e-14 * steps) - eta * (2 + tau) - steps * tail
 
     return upper, lower, grid
 
 
 def _curves(mechanisms, theta, eps, small):
-    """[(upper, lower, grid)] for removed, added.  small: the least delta (or false-positive rate).
+    """[(upper, lower, grid)] for removed, added.
 
-    Upper and lower epsilon differ by 2e-4 to 1e-3 of max(eps, spread), and by more past 1e6 steps.  The lower
-    one may be worthless where sigma is so small that h must be raised."""
+    theta: the tilt; eps: about where the curves will be read; small: the least delta (or false-positive
+    rate).  eps and theta set h.  Upper and lower epsilon differ by 2e-4 to 1e-3 of max(eps, spread), and by
+    more past 1e6 steps.  The lower one may be worthless where sigma is so small that h must be raised."""
     steps = sum(t for _, t in mechanisms)
     if steps > PLD_STEPS or any(q < PLD_Q or sigma > PLD_SIGMA for (q, sigma, _), _ in mechanisms):
         raise OverflowError("outside what the certificate is tested for")
-    # standard deviation of Y, about: at alpha = 1.5 log A is near alpha (alpha - 1) / 2 = 0.375 variances
+    # standard deviation of Y, about: the log moment of order 1.5 is near 1.5 * 0.5 / 2 = 0.375 variances
     spread = math.sqrt(sum(t * _log_moment(q, sigma, 1.5, k) / 0.375 for (q, sigma, k), t in mechanisms))
     tail = 1e-6 * small / steps
     spans = [_span(*mechanism, tail) for mechanism, _ in mechanisms]
+    # so that tau R (1 + theta), about the gap of the bounds, is as the docstring says
     h = math.sqrt(1.5e-4 * max(1, steps / 1e6) * max(eps, spread) / ((1 + max(theta, 1 / spread)) * steps))
-    # so tau R (1 + theta), about the gap of the bounds, is as above; at most 2^21 numbers in a step's tables
+    # at most 2^21 numbers in a step's tables
     sizes = ((s[3] - s[2]) * (k + 1) for s, ((_, _, k), _) in zip(spans, mechanisms, strict=True))
     h = max(h, max(sizes) / 2**21)
     while True:  # h is doubled until the FFT fits into memory
@@ -477,7 +498,8 @@ def _pld_delta(mechanisms, eps):
 def bounds(kinds, delta, k=1):
     """(lower, upper) bound on epsilon of steps {(q, sigma): T}, for k images of one person together.
 
-    For any delta in (0, 1).  Uncertified: see `_pld_epsilon`.  Over 64 kinds (merged): only upper holds."""
+    For any delta in (0, 1).  If not certified: see `_pld_epsilon`.  More than 64 kinds are merged into dearer
+    ones; then the lower bound is not one of the steps given."""
     return _pld_epsilon(_mechanisms(count_steps(kinds), k), delta)
 
 
@@ -503,8 +525,9 @@ def group_epsilon(k, q, sigma, steps, delta):
     """epsilon of k images that are added or removed together (one person), certified upper bound.
 
     Not k times epsilon: recomputed with Binomial(k, q) of the images in a batch.  The mixture of Gaussians
-    P = sum_j Bin(j) N(j, sigma^2) dominates any k clipped gradients (Ganesh 2024).  Where this is not
-    certified: the epsilon of full batches, inf if that is above 700; for k = 1 the smaller of it and Renyi's.
+    P = sum_j Binomial(k, q)(j) N(j, sigma^2), against Q = N(0, sigma^2), dominates any k clipped gradients
+    (Ganesh 2024).  Where this is not certified: the epsilon of full batches, inf if that is above 700.  With
+    k = 1 it is then the smaller of that and Renyi's.
     """
     check(q, sigma, steps)
     _check_delta(delta)
@@ -516,9 +539,10 @@ def group_epsilon(k, q, sigma, steps, delta):
 def attacker_tpr(q, sigma, steps, fprs=(0.001, 0.01, 0.1)):
     """Bounds on the true-positive rate of ANY membership attacker: an array, one for each rate in fprs.
 
-    It is the minimum over all eps of e^eps FPR + delta(eps), with the certified upper delta of the direction
-    "example removed".  By Neyman and Pearson this is tight for the composed loss distribution.  A single
-    (eps, delta) would only give one of these lines, which is looser.
+    For every real eps, negative ones too, TPR <= e^eps FPR + delta(eps), which is what delta(eps) says of a
+    test.  The minimum over all eps is taken, with the certified upper delta of the direction "example
+    removed".  By Neyman and Pearson this is tight for the composed loss distribution.  A single (eps, delta)
+    would only give one of these lines, which is looser.
     """
     check(q, sigma, steps)
     return rates(one_kind(q, sigma, steps), fprs)

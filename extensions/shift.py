@@ -3,17 +3,20 @@
 The mean latent of a class differs between private and public images. The gradients of all images of the class
 point towards this difference, so it can be learned in spite of much noise. But cross-attention to a class is
 attention to one token: it adds one vector, the same at every pixel. A mean that differs from pixel to pixel
-has to be learned by other weights. Let z_0' be a latent of condition c as the public model knows it. A matrix
-S, zero at first, learns by how much the private latents z_0 are shifted:
+has to be learned by other weights. Let c (D,) be the vector that the embedder has for a condition, and z_0 a
+private latent of it. z_0' is that latent moved to where the public model expects such latents. A matrix
+S (C H W, 1 + D), zero at first, learns the difference:
 
     z_0 = z_0' + b(c),     b(c) = S [1; c]
 
-[1; c] is a 1, followed by the numbers of the condition vector c. The denoiser goes on seeing latents around
-the mean that it was trained on. `--tune NAME+shift` tunes S beside what NAME tunes: together they make up the
-gradient of an example, which is clipped and gets noise. `--tune shift` trains S alone.
+[1; c] is a 1, followed by the numbers of c. Where the embedder is tuned too, b passes it a gradient through
+c. The denoiser goes on seeing latents around the mean that it was trained on. `--tune NAME+shift` tunes S
+beside what NAME tunes: together they make up the gradient of an example, which is clipped and gets noise.
+`--tune shift` trains S alone.
 
-With a = sqrt(abar_t) and s = sqrt(1 - abar_t) (diffusion.py): z_t = a z_0 + s eps = z_t' + a b. The noise eps
-of z_0 and of z_0' is the same. Their velocities v = a eps - s z_0 differ: v = v' - s b.
+With signal = sqrt(abar_t) and spread = sqrt(1 - abar_t) of diffusion.py, and the same noise eps for both:
+
+    z_t = signal z_0 + spread eps = z_t' + signal b      v = signal eps - spread z_0 = v' - spread b
 """
 import math
 
@@ -29,7 +32,8 @@ class Shifted(nn.Module):
     shape: (C, H, W) of a latent. schedule: diffusion.Schedule. S is `matrix`, a Linear layer, whose gradients
     of each example extensions/bookkeeping.py can find. The c of a text is the mean of its context vectors,
     without padding. Without conditions [1; c] is the vector (1). The null condition has a c like any other,
-    so with guidance w samples are moved by about b(null) + w (b(c) - b(null)).
+    so with guidance w samples are moved by about b(null) + w (b(c) - b(null)), which is guidance applied to b
+    (about, because the UNet's inputs are moved too).
     """
 
     def __init__(self, unet, shape, schedule):
@@ -43,7 +47,7 @@ class Shifted(nn.Module):
         return self.unet.config
 
     def shift(self, n, context=None, mask=None):
-        """b (N, C, H, W) of contexts (N, L, D) and masks (N, L), each may be None."""
+        """b (N, C, H, W) of contexts (N, L, D), masks (N, L), each may be None. N rows: K an example."""
         inputs = torch.ones(n, 1, device=self.matrix.weight.device, dtype=self.matrix.weight.dtype)
         if context is not None:
             tokens = torch.ones_like(context[..., :1]) if mask is None else mask[..., None].to(context.dtype)

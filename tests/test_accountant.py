@@ -234,6 +234,26 @@ def exact_tail(z):
     return (-z**2 / 2).exp() / (2 * PI).sqrt() / ratio
 
 
+@np.errstate(all="ignore")
+def test_steps_that_were_rounded_up_too_often_are_taken_back():
+    """"pushes" of extensions/pld.py: here a tenth of all steps ends one point of the grid too high."""
+    q, sigma, steps, delta, eps = 0.5, 1.5, 30, 1e-5, 10.0
+    tail = eta = 1e-6 * delta
+    loss, (p, p_error, before, after), other, slack = pld._cells(
+        q, sigma, 1, 0.01, pld._span(q, sigma, 1, tail / steps))
+    part = pld._connect_dots(loss, p, p_error, *other[:2], before, after, slack, steps)
+    mass = np.exp(part.log_pmf)
+    moved = 0.1 * np.append(mass[:-1], 0.0)
+    pushed = part._replace(log_pmf=np.log(mass - moved + np.roll(moved, 1)))
+    exact = pld.pld_delta(q, sigma, steps, eps)
+
+    def lower(part):
+        return pld._compose([part], 0.01, 2.5, eta, tail / steps)[1](eps)
+
+    assert lower(part) < exact[1] < lower(pushed)  # so it matters that pushes are counted
+    assert 0.5 * exact[0] < lower(pushed._replace(pushed=part.pushed + 0.1)) < exact[0]
+
+
 def test_the_stated_errors_of_normal_tails_and_of_cells_cover_the_rounding():
     rng = np.random.default_rng(0)
     with localcontext() as context:
