@@ -8,8 +8,9 @@ is L = log P/Q, and over T steps the losses add up to Y.  With the distribution 
 The loss of one step is rounded to multiples of h; T steps are a T-fold convolution, by FFT (Koskela, Jalko,
 Honkela 2020).  A Renyi order only chooses the exponential tilt ("rounding", below); no Renyi epsilon enters
 the result.  For plans like the presets' epsilon is 5 to 15 % smaller than by moments, sigma 4 to 8 %.  Where
-q is small and sigma below 1 the difference is larger: 38 % of epsilon at q = 0.001, sigma = 0.7, T = 10,000,
-delta = 1e-5.  Direction "removed" takes the loss log P/Q under P, "added" log Q/P under Q; the larger counts.
+q is small and sigma below 1 the difference is larger: 38 % of epsilon for delta = 1e-5 and `python
+accountant.py --q 0.001 --sigma 0.7 --steps 10000`.  Direction "removed" takes the loss log P/Q under P,
+"added" log Q/P under Q; the larger counts.
 
 Every error is inside the bounds:
  grid, up    Connect the dots (Doroshenko et al. 2022): the mass of a cell moves to its two ends so that its
