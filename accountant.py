@@ -298,5 +298,5 @@ def noise_multiplier(epsilon, delta, q, steps, method="rdp"):
 
 
 if __name__ == "__main__":
-    from support import calculator  # the command line
-    raise SystemExit(calculator.main())
+    from support import calculator, command_line
+    command_line.run_cli(calculator.main)

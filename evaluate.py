@@ -15,8 +15,8 @@ and every metric is reported with its protocol:
 The classifier is scored after its LAST epoch. Held-out images never reach the training loop, so they cannot
 choose an epoch (cf. docs/pitfalls.md, row 15, on the model). The authors use a validation set. They also
 enlarge MNIST to 32 pixels; this program scores 28. Images of more than 64 pixels are reduced to 64. A real
-photograph goes from the file to 64 pixels in one step. A sample goes from the model's size to 64. So real
-images are a little sharper, and a part of the distance is due to that alone.
+colour photograph goes from the file to 64 pixels in one step. A sample goes from the model's size to 64. So
+real images are a little sharper, and a part of the distance is due to that alone.
 
     python evaluate.py runs/digits                       JSON goes to runs/digits/internal/evaluation.json
     python evaluate.py release --out scores.json         a release without its run folder

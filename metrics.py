@@ -170,7 +170,8 @@ def public_features(run, public, channels, size, root=None, device="cpu", progre
         # Sets drawn by a program: draw only as many images as are used. Other sets are read whole (None).
         n = FEATURE_IMAGES if datasets.unlimited(public) else None
         whole, cut = frame or (size, size)
-        found = datasets.load(public, "train", root, whole, n=n, channels=channels)
+        found = datasets.load(public, "train", root, whole, n=n, channels=channels,
+                              cache=scored.cache_of(run) if run else None)
         seen = scored.private_digests(run)
         if seen is not None and torch.isin(datasets.digests(found.images), seen).any():
             raise datasets.DataError(f"the public set {public} has private images of this run by now, which "

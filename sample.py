@@ -133,8 +133,8 @@ def main(argv=None):
         print(f"{args.npz}: {len(images)} images, {release.privacy['statement']}")
     if args.out or not args.npz:
         out = args.out or "samples.png"
-        pixels.save_grid(images[:1000], out, args.columns)
-        print(f"{out}: {min(len(images), 1000)} images, {release.privacy['statement']}")
+        pixels.save_grid(images[:arguments.LARGEST_GRID], out, args.columns)
+        print(f"{out}: {min(len(images), arguments.LARGEST_GRID)} images, {release.privacy['statement']}")
     return 0
 
 

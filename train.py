@@ -233,7 +233,7 @@ def main(argv=None):
     begin = time.monotonic()
     s, known = start.settings_of(argv)  # preset and flags; `known`: public networks that exist already
     public, private, facts = start.read_sets(s, known)  # ValueError if a private image is a public one too
-    plan = team.once(guarantee.privacy_plan, s, len(private) if s.steps else 0)  # q, sigma, T; delta < 1/n
+    plan = team.once(guarantee.privacy_plan, s, len(private))  # q, sigma, T; delta < 1/n
     embedder = start.embedder(s, known, public, private)  # from names and public captions, no private image
     if s.dry_run:
         return dry_run.report(s, plan, embedder, public, private, known)

@@ -173,9 +173,6 @@ def describe(name, root=None, size=32, channels=3, label_attribute="Male", class
     images do not fit the size.
     """
     entry, root = REGISTRY[kind_of(name)], data_root(root)
-    if len(both := parts(name)) == 2:
-        first = describe(both[0], root, size, channels, label_attribute, classes)
-        return replace(first, classes=[*first.classes, FURTHER], attributes=None, name=name)
     if entry.facts:
         ask = Request(entry.name, root, where=str(name).partition(":")[2], classes=classes, private=True,
                       label_attribute=label_attribute, download=False)

@@ -77,7 +77,8 @@ def load_cifar10(ask):
     place = ask.root / "cifar-10-batches-py"
     read, reason = fetched(ask, "CIFAR10", place.exists(), train=ask.split == "train")
     if read is None:
-        raise DataError(f"{place} not found, {reason}: {WAYS_OUT}")
+        state = "cannot be read" if place.exists() else "not found"
+        raise DataError(f"{place} {state}, {reason}: {WAYS_OUT}")
     return ImageSet(*check(read.data, np.array(read.targets), ask.root, 0, 9), CIFAR10)
 
 
@@ -278,7 +279,8 @@ def fetched(ask, name, present=False, **options):
         with contextlib.redirect_stdout(io.StringIO()):  # it prints each failed mirror
             return source(ask.root, download=ask.download, **options), "the download brought nothing"
     except Exception as error:  # of urllib, tarfile, zipfile and gdown, which raise what they like
-        return None, f"download failed ({' '.join(str(error).split())[:120] or type(error).__name__})"
+        what = "download failed" if ask.download else "and nothing is downloaded now"
+        return None, f"{what} ({' '.join(str(error).split())[:120] or type(error).__name__})"
     finally:
         socket.setdefaulttimeout(before)
 

@@ -246,14 +246,14 @@ def ask_about(base, top, found):
 def captions(base, paths, keys, others):
     """(one caption for each file, where from), or (None, "") if there are none.
 
-    It removes the files that it reads from the list `others`.
+    It removes the files with captions from the list `others`, those that it does not read as well.
 
     captions.txt: lines "filename TAB caption"; metadata.jsonl or .csv: file_name and text; else a .txt beside
     each image. Of several captions an image's own key, from its bytes, chooses.
     """
     lists = [Path(name) for name in LISTS if Path(name) in others]  # the first one counts
     if lists:
-        source, used = base / lists[0], lists[:1]
+        source, used = base / lists[0], lists
         rows = caption_rows(source)
     else:
         notes = {path.with_suffix(""): path for path in others if path.suffix.lower() == ".txt"}
@@ -262,7 +262,8 @@ def captions(base, paths, keys, others):
             return None, ""
         source, used = "a .txt beside each", notes.values()
         rows = [(path.as_posix(), " ".join(read_text(base / note).split())) for path, note in beside.items()]
-    others[:] = [path for path in others if path not in set(used)]
+    used = set(used)
+    others[:] = [path for path in others if path not in used]
     called = Counter(listed_name((path if lists else path.with_suffix("")).as_posix()) for path in paths)
     if shared := [name for name, times in called.items() if times > 1]:
         # A caption shared by two images would depend on both. So one image could change that of the other.

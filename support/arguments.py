@@ -8,6 +8,8 @@ import datasets
 from extensions import text
 from support import command_line, hardware
 
+LARGEST_GRID = 1000  # images in a PNG of samples
+
 
 def of_sample(argv):
     """The command line of sample.py, checked."""
@@ -32,6 +34,8 @@ def of_sample(argv):
     args = parser.parse_args(argv)
     check_numbers(args, n=(1, 10 ** 7), batch=(1, 10 ** 7), columns=(1, 1000), steps=(1, 100_000),
                   eta=(0, 1), guidance=(-1000, 1000), seed=(0, 2 ** 62))
+    if args.n > LARGEST_GRID and not args.npz:
+        raise ValueError(f"--n {args.n}: a PNG shows at most {LARGEST_GRID} images; --npz FILE writes all")
     check_suffix("--out", args.out, ".png")
     check_suffix("--npz", args.npz, ".npz")
     hardware.check_device(args.device)

@@ -59,7 +59,7 @@ def _read_run(path):
     if done > sum(counts.values()):
         notes.append(f"internal/ tells of {done} steps, the ledger of {sum(counts.values())}: the larger "
                      "counts")
-        if planned:
+        if "q" in planned and "sigma" in planned:
             counts |= Counter(one_kind(float(planned["q"]), float(planned["sigma"]), done))
         else:
             counts[1.0, 0.0] += 1  # nobody knows their noise
@@ -128,8 +128,8 @@ def compare(paths, delta):
         total.update(steps)
         notes, least, stated = privacy["notes"], 0.0, privacy.get("epsilon")
         at = privacy.get("delta", delta)
-        # A statement is rounded up to four digits.  What exceeds that was not computed from these steps.
-        if stated is not None and stated > 1.002 * renyi(steps, at)[0] + 1e-9:
+        # What exceeds the loosest accountant's epsilon was not computed from these steps.
+        if stated is not None and stated > (1 + 1e-6) * renyi(steps, at)[0] + 1e-9:
             least = stated if at <= delta else math.inf  # (epsilon, delta) says nothing at a smaller delta
             total[1.0, 0.0] += 1
             notes.append("it states more than its q, sigma and steps cost: that counts, and as inf in a sum")
@@ -217,10 +217,14 @@ def parse(argv):
     add("--delta", type=float, help="failure probability, below 1 / n (1e-5; of runs: the largest stated)")
     add("--sigma", type=float, help="noise multiplier: noise std / clip norm")
     add("--epsilon", type=float, help="target: computes the smallest sigma or, with --sigma, the most steps")
-    add("--group", type=int, default=20, help="images of one person, for the group line (default 20)")
+    add("--group", type=int, help="images of one person, for the group line (default 20)")
     args = parser.parse_args(argv)
     if args.runs:
+        if given := [key for key, value in vars(args).items() if value is not None
+                     and key not in ("runs", "delta")]:
+            raise ValueError(f"--{given[0]} is for a plan; with run directories give --delta only")
         return args
+    args.group = 20 if args.group is None else args.group
     if args.q is None and (args.n is None or args.batch is None):
         raise ValueError("give run directories, or --n and --batch, or --q")
     if args.n is not None and not 1 <= args.n <= 1e18:

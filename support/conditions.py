@@ -100,7 +100,7 @@ def for_private_classes(checkpoint, names):
             "model": {**checkpoint["model"], key: table}}
 
 
-def class_prompts(s, private, n=10):
+def class_prompts(s, private):
     """For each class a list of prompts that mean it, so that a text model can be sampled by label.
 
     They are made from names only. None unless the condition is text.
@@ -114,7 +114,7 @@ def class_prompts(s, private, n=10):
                   for value in (False, True)]
     else:
         makers = [partial(captions.class_caption, name, generator) for name in private.classes]
-    return [list(dict.fromkeys(make() for _ in range(n))) for make in makers]
+    return [list(dict.fromkeys(make() for _ in range(10))) for make in makers]
 
 
 def warn_of_unknown_words(s, public, private, embedder):

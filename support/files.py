@@ -156,6 +156,10 @@ def understanding(path, kind="checkpoint"):
         yield
     except FileNotFoundError:
         raise ValueError(f"there is no {path}; make it first: python train.py") from None
+    except torch.OutOfMemoryError:  # of a GPU: the file may be sound
+        raise
+    except PermissionError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except Exception as error:  # unpicklers, unzippers and the networks' constructors raise two dozen types
         reason = (str(error).splitlines() or [""])[0][:120] or type(error).__name__
         raise ValueError(f"{path} is damaged or not a {kind} of this program ({reason})") from None

@@ -119,11 +119,11 @@ def seconds(s, f):
     """Wall time of one call of f under the run's precision."""
     with autocast(s):
         if "cuda" in s.device:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(s.device)
         begin = time.perf_counter()
         f()
         if "cuda" in s.device:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(s.device)
     return time.perf_counter() - begin
 
 

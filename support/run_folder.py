@@ -50,7 +50,9 @@ class RunFolder:
             # evaluate.py's feature network, so that both runs are judged alike
             if rank() == 0 and s.init and (s.init / "public" / "features.pt").exists():
                 shutil.copy(s.init / "public" / "features.pt", s.out / "public")
-            files.write_json({key: plain(value) for key, value in vars(s).items()},
+            # A preset's sets with the whole path as well: a resumed run may begin elsewhere.
+            sets = {key: datasets.resolved(getattr(s, key), s.data_root) for key in ("public", "private")}
+            files.write_json({key: plain(value) for key, value in {**vars(s), **sets}.items()},
                              s.out / "internal" / "settings.json")
         else:
             remember(s)
@@ -58,13 +60,12 @@ class RunFolder:
 
     def cached(self, name, make):
         """The public checkpoint NAME: known already, or else made by make() and written to public/."""
-        checkpoint = self.known.get(name)
-        if checkpoint is None:
-            checkpoint = make()
+        checkpoint = self.known.get(name) or make()
+        checkpoints.check_finite({"vae.pt": "autoencoder", "ldm.pt": "diffusion model"}[name], checkpoint)
+        if name not in self.known:
             files.save(checkpoint, self.s.out / "public" / name)
         if rank() == 0:  # only now: after a crash the stage goes on from its last minute
             (self.s.out / "internal" / name.replace(".pt", "_state.pt")).unlink(missing_ok=True)
-        checkpoints.check_finite({"vae.pt": "autoencoder", "ldm.pt": "diffusion model"}[name], checkpoint)
         return checkpoint
 
     def check_unchanged(self, plan, names, private):
@@ -281,7 +282,7 @@ class Stop:
             return
         self.asked, self.since = True, time.monotonic()
         if rank() == 0:  # no print here: the signal may have come within another one
-            os.write(2, b"\nstopping after this step (once more: at once)\n")
+            os.write(2, b"\nstopping after this step, if there is another (once more: at once)\n")
 
     def leave(self, out):
         if rank() == 0:

@@ -14,7 +14,8 @@ def find_run(path):
     """(the folder around a release, whether it is a run folder: one with internal/ or public/ beside it)."""
     run = Path(path).resolve()
     run = run.parent if run.is_file() else run
-    run = run.parent if run.name == "release" else run
+    if run.name == "release" and not (run / "release").is_dir():  # a run folder may be called release
+        run = run.parent
     return run, (run / "release").is_dir() and any((run / part).is_dir() for part in ("internal", "public"))
 
 
@@ -97,16 +98,12 @@ def shrink(images):
     return pixels.resize(images, min(LARGEST, images.shape[-1]))
 
 
-def held_out_sets(release, root=None, private=None, cache=None):
+def held_out_sets(release, root, private, cache=None):
     """{name: ImageSet} of real images that no stage has seen, in the size of the samples.
 
-    First the private set's test split, then the official MNIST test digits if the data root has them. cache:
-    as of `load_private`. ValueError if they do not fit the release.
+    First the test split of the private set, then the official MNIST test digits if the data root has them.
+    cache: as of `load_private`. ValueError if they do not fit the release.
     """
-    private, split = private or release.data["private"], release.data.get("private_split", "train")
-    if split != "train":
-        raise ValueError(f"nothing is held out: this release was trained on split {split!r} of {private}, "
-                         "not 'train'")
     real = load_private(release, private, "test", root, cache=cache)
     sets = {f"{len(real):,} held out of {datasets.kind_of(private)}": real}
     if private == "mnist10k":

@@ -21,7 +21,8 @@ from support import checkpoints, command_line, files, hardware, presets, run_fol
 from support.files import plain
 
 METHODS = {"bookkeeping": bookkeeping, "loop": dp_sgd.loop, "vmap": dp_sgd.vmap}  # --method
-# Of this command alone. The guarantee does not depend on them, and the results only by rounding.
+# Of this command alone. The guarantee does not depend on them, and the results only by rounding; --resume
+# looks at `init` by itself.
 FREE = {"given", "out", "init", "resume", "dry_run", "device", "precision", "show_private"}
 LARGEST_RANK = 1024  # of LoRA
 VAE_FLAGS = {"vae_steps", "vae_batch", "vae_lr", "kl_weight", "perceptual_weight", "adversarial_weight",
@@ -208,14 +209,17 @@ def adopt_settings(s, given):
     with files.understanding(path, "file"):
         stored.setdefault("public_optimizer", "adamw")  # older versions knew no others
         stored.setdefault("private_optimizer", "adam")
-        if stored.get("secure_noise") is False:  # their default was the noise of today's --fast-noise
-            stored.setdefault("fast_noise", True)
+        # Their default was the noise of today's --fast-noise, and secure_noise the flag against it.
+        stored.setdefault("fast_noise", stored.get("secure_noise") is False)
         for key in ("data_root", "cache"):  # older versions stored it as it was typed: nobody knows where
             stored[key] = stored.get(key) if Path(stored.get(key) or "").is_absolute() else None
         for key in {"public", "private"} & stored.keys():  # older versions stored a mix as it was typed
             stored[key] = datasets.resolved(stored[key], given.get("data_root", stored.get("data_root")))
     no_null_class = stored.get("cond_drop") == 0.0 and (stored.get("condition") == "none"
                                                         or stored.get("init") is not None)
+    if s.resume == "yes" and "init" in given and plain(given["init"]) != stored.get("init"):
+        raise ValueError(f"--resume: this run has its own public networks (begun with --init "
+                         f"{stored.get('init')}); leave --init out")
     for key, value in stored.items():
         if key in FREE or key in run_folder.KEPT and (key in given or value is None):
             continue
@@ -226,6 +230,8 @@ def adopt_settings(s, given):
         with files.understanding(path, "file"):
             default = {"seed": 0, "data_root": "", "cache": "", **presets.DIGITS}.get(key)
             setattr(s, key, restored(default, value))
+    if unknown := sorted(given.keys() - stored.keys() - FREE - {*run_folder.KEPT}):
+        raise ValueError(f"--resume: the version that began this run had no {flag(unknown[0])}; leave it out")
     with files.understanding(path, "file"):
         if "micro_batch" not in [*given, *stored.get("given", ())]:
             s.micro_batch = usual_micro_batch(s)
@@ -282,8 +288,9 @@ def check(s):
     demand("delta", lambda v: 0 < v < 1, "lie between 0 and 1")
     demand("size", lambda v: v in (32, 64, 128, 256), "be 32, 64, 128 or 256")
     demand("factor", lambda v: v in (2, 4, 8, 16), "be 2, 4, 8 or 16")
-    demand("public_optimizer", optim.PUBLIC.__contains__, f"be one of {', '.join(optim.PUBLIC)}")
-    demand("private_optimizer", optim.PRIVATE.__contains__, f"be one of {', '.join(optim.PRIVATE)}")
+    for key, table in (("public_optimizer", optim.PUBLIC), ("private_optimizer", optim.PRIVATE),
+                       ("clipping", dp_sgd.CLIPPING), ("method", METHODS)):  # readers may add entries
+        demand(key, table.__contains__, f"be one of {', '.join(table)}")
     demand("cond_drop ema", lambda v: 0 <= v < 1, "lie in [0, 1)")
     demand("guidance", lambda v: abs(v) <= 1000, "be a number, at most 1000")
     demand("sample_eta", lambda v: 0 <= v <= 1, "lie in [0, 1]")

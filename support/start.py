@@ -70,7 +70,9 @@ def adopt(s):
             known["ldm.pt"] = ldm
             s.unet, s.schedule = unet.UNetConfig(**ldm["unet"]), diffusion.Schedule(**ldm["schedule"])
             if not (ldm["embedder"] and ldm["embedder"]["null_class"]):
-                s.cond_drop = 0.0  # this network has no null condition
+                if "cond_drop" in s.given and s.cond_drop:
+                    print(f"note: --cond-drop has no effect, the network of {s.init} has no null condition")
+                s.cond_drop = 0.0
         else:  # another condition needs another diffusion model, but not another autoencoder
             print(f"note: {s.init} was trained with --condition {made}; only its autoencoder is reused")
     else:

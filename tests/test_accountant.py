@@ -693,6 +693,11 @@ def test_command_line_errors_are_one_line(words, capsys):
     assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("accountant.py: ")
 
 
+def test_flags_of_a_plan_are_not_ignored_beside_runs(capsys):
+    assert command("runs/a --group 3") == 2 and command("runs/a --delta 1e-5 --sigma 1") == 2
+    assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ["--group", "--sigma"]
+
+
 @pytest.mark.parametrize("words", [
     "--q 0.1 --sigma 1e-200 --steps 3", "--q 0.1 --sigma 1e300 --steps 3", "--q 1e-320 --sigma 1 --steps 3",
     "--q 0.1 --steps 3 --epsilon 1e-300",  # as much noise as makes delta enough

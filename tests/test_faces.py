@@ -654,8 +654,8 @@ def test_own_sets_end_to_end_and_evaluated_from_the_run_folder(run, tmp_path, mo
         assert str(tmp_path).encode() not in path.read_bytes(), path
     assert scored.sources(release, out) == [f"folder:{tmp_path / 'public'}",
                                             f"npz:{tmp_path / 'private.npz'}"]
-    assert len(next(iter(scored.held_out_sets(release,
-                                              private=scored.sources(release, out)[1]).values()))) > 0
+    private = scored.sources(release, out)[1]
+    assert len(next(iter(scored.held_out_sets(release, None, private).values()))) > 0
     (out / "internal" / "settings.json").unlink()
     with pytest.raises(ValueError, match="settings.json"):
         scored.sources(release, out)
@@ -680,7 +680,8 @@ def test_256_pixels_end_to_end(tmp_path, monkeypatch):
     assert release.vae.latent_shape == (4, 32, 32) and release.crop == 256
     for wanted in ([1], ["a smiling woman with a hat"]):
         assert sample.generate(release, wanted, steps=1, progress=False).shape == (1, 3, 256, 256)
-    assert next(iter(scored.held_out_sets(release, tmp_path).values())).images.shape == (20, 3, 64, 64)
+    held_out = next(iter(scored.held_out_sets(release, tmp_path, release.data["private"]).values()))
+    assert held_out.images.shape == (20, 3, 64, 64)
 
 
 def test_size_makes_the_autoencoder_larger(run):

@@ -74,6 +74,11 @@ def test_a_written_file_is_what_its_name_says(run, tmp_path, main, flag, name, r
     sample.main([str(run), "--n", "2", "--steps", "1", "--out", "/dev/null"])
 
 
+def test_more_samples_than_a_grid_shows_want_an_npz(run):
+    with pytest.raises(ValueError, match="at most 1000 images; --npz"):
+        sample.main([str(run), "--n", "1001"])
+
+
 def test_signal_handlers_are_put_back(tmp_path):
     kinds = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
     before = [signal.getsignal(kind) for kind in kinds]

@@ -272,6 +272,24 @@ def test_noise_of_older_runs_that_can_be_computed_stays_stated(run, tmp_path):
         train.main(["--resume", "--out", str(out)])
         privacy = files.read_json(out / "release" / "privacy.json")
         assert privacy["private"] == private == ("NOT PRIVATE" not in privacy["statement"])
+        if secure:  # with the flag of today the noise of later steps would be another, unnoticed
+            with pytest.raises(ValueError, match="began with fast_noise = False"):
+                train.main(["--resume", "--out", str(out), "--fast-noise"])
+
+
+@pytest.mark.parametrize(("key", "flags", "message"), [
+    ("flips", ["--flips", "yes"], "had no --flips"),
+    ("init", ["--init", "elsewhere"], "leave --init out"),
+    ("clipping", [], "--clipping must be one of")])
+def test_a_resumed_run_says_which_flag_or_setting_does_not_fit(key, flags, message, run, tmp_path):
+    out = tmp_path / "r"
+    shutil.copytree(run, out)
+    stored = files.read_json(out / "internal" / "settings.json")
+    changed = {"flips": {}, "init": {"init": None}, "clipping": {"clipping": "of-mine"}}[key]
+    files.write_json({k: v for k, v in stored.items() if k != key} | changed,
+                     out / "internal" / "settings.json")
+    with pytest.raises(ValueError, match=message):
+        train.main(["--resume", "--out", str(out), *flags])
 
 
 def test_steps_zero_releases_the_public_model_without_reading_private_pictures(run, tmp_path, monkeypatch):
@@ -464,6 +482,23 @@ def test_diverged_public_networks_cost_no_private_step(run, tmp_path):
             train.main(["--preset", "smoke", "--out", str(tmp_path / f"r-{name}"), "--init",
                         str(tmp_path / name)])
         assert not (tmp_path / f"r-{name}" / "internal" / "ledger.jsonl").exists()
+
+
+def test_a_diffusion_model_that_diverged_is_not_kept(run, tmp_path, monkeypatch):
+    """Else --init with this run, the way to reuse its autoencoder, would take the broken network too."""
+    trained = train.train_diffusion
+
+    def diverged(*args):
+        checkpoint = trained(*args)
+        next(iter(checkpoint["model"].values())).view(-1)[0] = float("nan")
+        return checkpoint
+
+    monkeypatch.setattr(train, "train_diffusion", diverged)
+    (tmp_path / "begun" / "public").mkdir(parents=True)
+    shutil.copy(run / "public" / "vae.pt", tmp_path / "begun" / "public")
+    with pytest.raises(ValueError, match="not finite"):
+        train.main(["--preset", "smoke", "--out", str(tmp_path / "r"), "--init", str(tmp_path / "begun")])
+    assert [path.name for path in (tmp_path / "r" / "public").glob("*.pt")] == ["vae.pt"]
 
 
 def test_settings_of_sampling_may_change_on_resume_and_stay_otherwise(run, tmp_path, monkeypatch):
