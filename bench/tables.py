@@ -46,9 +46,9 @@ AFTER = "begins with `python train.py --preset garments --steps 0 --out runs/gar
 FIRST_ROWS = [
     ("digits", "eps10", "public", "digits: tuned on 8,000 MNIST digits", ""),
     ("digits", "letters", None, "the same; the public set has letters only, no digit", ""),
-    ("papers", "mnist-eps10", None, "digits, wider network: tuned on all of MNIST", ""),
-    ("papers", "mnist-eps1", None, "the same with a tenth of the budget (private stage only)",
-     "older networks; [torch's noise, so by today's standard NOT PRIVATE](docs/results.md)"),
+    ("papers", "mnist-eps10", "mnist-public", "digits, wider network: tuned on all of MNIST", ""),
+    ("papers", "mnist-eps1", "mnist-public", "the same with a tenth of the budget (private stage only)",
+     "begins with `python train.py --preset mnist-strokes --steps 0 --out runs/mnist-strokes`"),
     ("papers", "garments-whole", None, "garments: tuned on Fashion-MNIST", ""),
     ("papers", "garments-private-eps10-long", None, "the same with 240 steps of 5,000 images",
      f"the third recipe tried; {AFTER}"),
@@ -121,8 +121,12 @@ def last(scores):
 
 
 def with_seeds(rows, name):
-    """The row of this name and those that sample its run with further seeds."""
-    return [rows[name], *(row for key, row in rows.items() if key.startswith(f"{name}-seed"))]
+    """The row of this name and those that sample its run with further seeds.
+
+    Rows of an earlier day sampled an earlier run of that name.
+    """
+    return [rows[name], *(row for key, row in rows.items()
+                          if key.startswith(f"{name}-seed") and row["date"] >= rows[name]["date"])]
 
 
 def over_seeds(rows, name):

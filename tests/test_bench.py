@@ -83,8 +83,10 @@ def test_the_program_for_a_gpu_runs_on_a_cpu(tmp_path, monkeypatch):
 
 
 def test_a_row_with_more_sampling_seeds_is_told_by_their_mean():
-    rows = {name: {"row": name, "evaluation": {"accuracy": {"cnn": {"small": 0.1, "large": x}}}}
-            for name, x in (("a-eps1", 0.5), ("a-eps1-seed1", 0.6), ("a-eps10", 0.9), ("a-eps10-seed1", 0.9))}
+    rows = {name: {"row": name, "date": f"2026-11-{day}",
+                   "evaluation": {"accuracy": {"cnn": {"small": 0.1, "large": x}}}}
+            for name, day, x in (("a-eps1", 24, 0.5), ("a-eps1-seed1", 24, 0.6), ("a-eps10", 24, 0.9),
+                                 ("a-eps10-seed1", 24, 0.9), ("a-eps1-seed2", 23, 0.1))}  # of an earlier run
     assert tables.over_seeds(rows, "a-eps1") == pytest.approx(0.55)
 
 
