@@ -49,7 +49,7 @@ FIRST_ROWS = [
     ("papers", "mnist-eps10", "mnist-public", "digits, wider network: tuned on all of MNIST", ""),
     ("papers", "mnist-eps1", "mnist-public", "the same with a tenth of the budget (private stage only)",
      "begins with `python train.py --preset mnist-strokes --steps 0 --out runs/mnist-strokes`"),
-    ("papers", "garments-whole", None, "garments: tuned on Fashion-MNIST", ""),
+    ("papers", "garments-whole", "garments-whole-public", "garments: tuned on Fashion-MNIST", ""),
     ("papers", "garments-private-eps10-long", None, "the same with 240 steps of 5,000 images",
      f"the third recipe tried; {AFTER}"),
     ("papers", "garments-shift-eps1", None, "garments with a shift of the latents (private stage only)",
