@@ -51,7 +51,7 @@ FIRST_ROWS = [
      "begins with `python train.py --preset mnist-strokes --steps 0 --out runs/mnist-strokes`"),
     ("papers", "garments-whole", "garments-whole-public", "garments: tuned on Fashion-MNIST", ""),
     ("papers", "garments-private-eps10-long", None, "the same with 240 steps of 5,000 images",
-     f"the third recipe tried; {AFTER}"),
+     f"the best of four recipes by this score; {AFTER}"),
     ("papers", "garments-shift-eps1", None, "garments with a shift of the latents (private stage only)",
      "[shift](extensions/shift.py): not in the paper"),
     ("faces", "portraits-shift-whole-again", None, "faces in colour, 32 pixels: only a shift tuned",
