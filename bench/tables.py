@@ -46,7 +46,8 @@ AFTER = "begins with `python train.py --preset garments --steps 0 --out runs/gar
 FIRST_ROWS = [
     ("digits", "eps10", "public", "digits: tuned on 8,000 MNIST digits", ""),
     ("digits", "letters", None, "the same; the public set has letters only, no digit", ""),
-    ("papers", "mnist-eps10", "mnist-public", "digits, wider network: tuned on all of MNIST", ""),
+    ("papers", "mnist-eps10", "mnist-public", "digits, wider network: tuned on all of MNIST",
+     "before tuning: public networks of the next row"),
     ("papers", "mnist-eps1", "mnist-public", "the same with a tenth of the budget (private stage only)",
      "begins with `python train.py --preset mnist-strokes --steps 0 --out runs/mnist-strokes`"),
     ("papers", "garments-whole", "garments-whole-public", "garments: tuned on Fashion-MNIST", ""),
