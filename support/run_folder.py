@@ -282,7 +282,7 @@ class Stop:
             return
         self.asked, self.since = True, time.monotonic()
         if rank() == 0:  # no print here: the signal may have come within another one
-            os.write(2, b"\nstopping after this step, if there is another (once more: at once)\n")
+            os.write(2, b"\nstopping after this step, or at the end (once more: at once)\n")
 
     def leave(self, out):
         if rank() == 0:
