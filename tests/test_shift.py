@@ -101,7 +101,8 @@ def test_an_empty_batch_is_a_step_of_noise_in_every_entry():
     choose(model, "shift")
     engine = dp_sgd.DPSGD(model, 1.0, 1.0, 4)
     engine.step(torch.optim.SGD(engine.parameters, 1.0))
-    assert model.unet.matrix.weight.abs().min() > 0
+    # Noise is rounded to a grid: an entry of 448 is 0 in about one step of 250, never are five.
+    assert (model.unet.matrix.weight == 0).sum() < 5
 
 
 def test_what_cannot_be_chosen_is_refused():
