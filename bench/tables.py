@@ -38,8 +38,8 @@ READING = {
 LINES_PER_MINUTE = 25
 LETTERS = "abcdefgh"  # of feature networks
 MARK = "†"  # at the epsilon of a run with noise of torch
-MARKED = ("† The noise came from torch's generator, which can be computed: by today's standard NOT PRIVATE "
-          "([noise](#which-rows-are-private-by-todays-standard)).")
+MARKED = f"""{MARK} The noise came from torch's generator, which can be computed: by today's standard NOT
+PRIVATE ([noise](#which-rows-are-private-by-todays-standard))."""
 
 # The table of the README: (table, row, row of the same public model before tuning, what it is, a note).
 FIRST_ROWS = [
@@ -127,10 +127,10 @@ def with_seeds(rows, name):
                           if key.startswith(f"{name}-seed") and row["date"] >= rows[name]["date"])]
 
 
-def over_seeds(rows, name):
-    """The CNN's accuracy on the largest held-out set, the mean of all sampling seeds of a row."""
-    found = [last(row["evaluation"]["accuracy"]["cnn"]) for row in with_seeds(rows, name)]
-    return sum(found) / len(found)
+def over_seeds(rows, name, held_out=None):
+    """The CNN's accuracy on a held-out set (None: the last), the mean of all sampling seeds of a row."""
+    scores = [row["evaluation"]["accuracy"]["cnn"] for row in with_seeds(rows, name)]
+    return sum(last(s) if held_out is None else s[held_out] for s in scores) / len(scores)
 
 
 def minutes(row, digits=0):
@@ -191,8 +191,7 @@ def accuracies(rows, name):
     """The CNN's accuracy on each held-out set with its standard error, the mean of all sampling seeds."""
     parts = []
     for held_out, n in rows[name]["evaluation"]["held_out"].items():
-        found = [row["evaluation"]["accuracy"]["cnn"][held_out] for row in with_seeds(rows, name)]
-        rate = sum(found) / len(found)
+        rate = over_seeds(rows, name, held_out)
         parts.append(f"{percent(rate)[:-2]} ± {error(rate, n):.1f} % on {held_out}")
     return "; ".join(parts)
 
@@ -228,7 +227,7 @@ def goals():
         train, *_, evaluate = row["commands"]
         cells.append([what, epsilon(row["privacy"]), f"{goal:g} % ({whose})", verdict, f"`{train}`",
                       f"`{evaluate}`", measured(with_seeds(rows, name))])
-    return markdown(head, cells) + "\n\n" + textwrap.fill(MARKED, 110)
+    return markdown(head, cells) + "\n\n" + MARKED
 
 
 def reading():
@@ -400,8 +399,7 @@ def origin(rows):
     if len(names) > 1:
         text += f" Distances compare only within one feature network: {letters}."
     marked = [MARKED] * any(torch_noise(row["privacy"]) for row in rows)
-    return "\n\n".join(textwrap.fill(part, 110, break_long_words=False, break_on_hyphens=False)
-                       for part in [text, *marked])
+    return "\n\n".join([textwrap.fill(text, 110), *marked])
 
 
 TABLES = {"digits": digits, "ablations": ablations, "recipes": recipes, "faces": faces,

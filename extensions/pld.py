@@ -20,15 +20,15 @@ Every error is inside the bounds:
  grid, down  The same move rounds the loss of a step at random to one of two points h apart, on average up by
              0 to h^2/8.  (Done loss by loss, the Q-mass stays if a step's rounding d has E e^{-d} = 1, given
              its loss.  Then E d >= 0 by Jensen, and E d <= h^2/8 by Hoeffding's lemma.  Over a cell this adds
-             up to the same masses.)  Over T steps Y becomes Y' = Y + D.
-             Given the losses, D is sub-Gaussian with variance proxy tau^2 = T h^2/4 (Hoeffding), about a mean
-             m in [0, tau^2/2].  Let V = Y + m, Z = D - m and eps' = eps + tau^2/2.  Then delta(eps) >= E f(V)
-             with f(y) = (1 - e^{eps'-y})_+.  f is (eps'-y)_+ plus a concave function.  Z has mean 0, so by
-             Jensen the concave part only loses, and E f(V + Z), given V, is larger than f(V) by at most
-             gap(a) = E(s Z - a)_+, a = |V - eps'|, s = 1 if V < eps', else -1.  gap(0) = E|Z|/2 <= tau/2.
-             The sub-Gaussian tail gives gap(a) <= eta tau from a = R on, where eta = 1e-6 delta and
-             R = tau sqrt(2 log 1/eta).  gap is convex, so on [0, R] it lies below the chord of these two
-             points, and so below the parabola tau/2 (1 - a^2/R^2) + eta tau.  In terms of
+             up to the same masses.)  Over T steps Y becomes Y' = Y + D.  Given the losses, D is sub-Gaussian
+             with variance proxy tau^2 = T h^2/4 (Hoeffding), about a mean m in [0, tau^2/2].  Let V = Y + m,
+             Z = D - m and eps' = eps + tau^2/2.  Then delta(eps) >= E f(V) with f(y) = (1 - e^{eps'-y})_+.
+             f is (eps'-y)_+ plus a concave function.  Z has mean 0, so by Jensen the concave part only
+             loses, and E f(V + Z), given V, is larger than f(V) by at most gap(a) = E(s Z - a)_+, a = |V -
+             eps'|, s = 1 if V < eps', else -1.  gap(0) = E|Z|/2 <= tau/2.  The sub-Gaussian tail gives
+             gap(a) <= eta tau from a = R on, where eta = 1e-6 delta and R = tau sqrt(2 log 1/eta).  gap is
+             convex, so on [0, R] it lies below the chord of these two points, and so below the parabola
+             tau/2 (1 - a^2/R^2) + eta tau.  In terms of
              Y' = V + Z, the mean of (Y'-eps')^2 is at most tau^2 above a^2, so tau^2 is added to R^2:
                  B(y) = tau/(2 R^2) (R^2 + tau^2 - (y-eps')^2)_+,  and
                  delta(eps) >= E[(1 - e^{eps'-Y'})_+ - B(Y')] - eta tau.

@@ -367,8 +367,7 @@ def test_samples_file_replaces_sampling(run, tmp_path):
 
 def test_feature_network_is_kept_and_replaced_if_damaged(run, monkeypatch, capsys):
     def get(**changes):
-        arguments = {"run": run, "public": "strokes", "channels": 1, "size": 28,
-                     **changes}
+        arguments = {"run": run, "public": "strokes", "channels": 1, "size": 28, **changes}
         _, name = metrics.public_features(**arguments, progress=False)
         return name, "learns" in capsys.readouterr().out
 

@@ -99,10 +99,10 @@ def test_the_mean_of_a_class_is_learned_where_the_denoiser_is_frozen():
 def test_an_empty_batch_is_a_step_of_noise_in_every_entry():
     model = tiny()[1].float()
     choose(model, "shift")
-    engine = dp_sgd.DPSGD(model, 1.0, 1.0, 4)
+    # A seed: noise is rounded to a grid, and once in about 250 steps one of the 448 entries is exactly 0.
+    engine = dp_sgd.DPSGD(model, 1.0, 1.0, 4, generator=torch.Generator().manual_seed(0))
     engine.step(torch.optim.SGD(engine.parameters, 1.0))
-    # Noise is rounded to a grid: an entry of 448 is 0 in about one step of 250, never are five.
-    assert (model.unet.matrix.weight == 0).sum() < 5
+    assert model.unet.matrix.weight.abs().min() > 0
 
 
 def test_what_cannot_be_chosen_is_refused():
