@@ -60,6 +60,9 @@ RUNS = {  # name: (label, flags of train.py, run folder)
         "--preset garments --tune all --lr 4e-3", "runs/garments-whole", "all"),
     "garments-whole-public": again("Fashion-MNIST, drawn garments, latents 8x8x4, before tuning",
                                    "--preset garments --steps 0", "runs/garments-whole", "public"),
+    # Photographs beside the drawings: in stage 1 as images, in stage 2 as an eleventh class.
+    "garments-mixed": ("Fashion-MNIST, drawn garments and photographs in grey, latents 8x8x4",
+                       "--preset garments --public garments+public32", "runs/garments-mixed"),
     # More steps, planned before any score of garments-whole was known.
     "garments-whole-400": again(
         "Fashion-MNIST, drawn garments, latents 8x8x4, private stage by Muon, 400 steps of 4,000",
