@@ -242,17 +242,13 @@ def parse(argv):
 
 
 def main(argv=None):
-    try:
-        args = parse(argv)
-        if args.runs:
-            lines = compare(args.runs, args.delta)
-        else:
-            lines = plan(args.q, args.steps, args.sigma, args.epsilon, args.delta, args.group)
-            if args.n is not None and args.delta >= 1 / args.n:
-                print(f"note: delta {round_up(args.delta)} is not below 1/n = {1 / args.n:.3g}: publishing "
-                      "one random example in the clear would satisfy it", file=sys.stderr)
-    except ValueError as error:
-        print(f"accountant.py: {error}", file=sys.stderr)
-        return 2
+    """Print the table of runs or of a plan.  ValueError, one line, for what cannot be."""
+    args = parse(argv)
+    if args.runs:
+        lines = compare(args.runs, args.delta)
+    else:
+        lines = plan(args.q, args.steps, args.sigma, args.epsilon, args.delta, args.group)
+        if args.n is not None and args.delta >= 1 / args.n:
+            print(f"note: delta {round_up(args.delta)} is not below 1/n = {1 / args.n:.3g}: publishing "
+                  "one random example in the clear would satisfy it", file=sys.stderr)
     print("\n".join(lines))
-    return 0

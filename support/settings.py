@@ -162,7 +162,9 @@ def parse(argv):
         if action.dest in RARE and "--help-all" not in argv:
             action.help = argparse.SUPPRESS
     defaults = {a.dest: a.default for a in p._actions if a.default is not argparse.SUPPRESS}
-    given = {k: v for k, v in vars(p.parse_args(argv)).items() if k not in defaults or v != defaults[k]}
+    for action in p._actions:  # given: what was typed, a default's value too
+        action.default = argparse.SUPPRESS
+    given = vars(p.parse_args(argv))
     for key in {"public", "private"} & given.keys():  # with the whole path: a resumed run may begin elsewhere
         given[key] = datasets.resolved(given[key], given.get("data_root"))
     for key in {"cache", "data_root"} & given.keys():

@@ -13,7 +13,7 @@ from scipy.stats import binom, norm
 
 import accountant
 from extensions import pld
-from support import calculator, files, rounding
+from support import calculator, command_line, files, rounding
 
 # T-fold Poisson-subsampled Gaussian: q, sigma, steps, delta, exact epsilon (two PLD programs agreeing to
 # 5e-6, or a closed form), epsilon of a perfect RDP accountant, its order.
@@ -487,7 +487,10 @@ def test_bad_input(call, word):
 
 
 def command(words):
-    return calculator.main(words.split())
+    """The exit code of `python accountant.py WORDS`."""
+    with pytest.raises(SystemExit) as end:
+        command_line.run_cli(lambda: calculator.main(words.split()))
+    return end.value.code or 0
 
 
 def numbers(line):
@@ -520,7 +523,7 @@ def test_command_line_runs(tmp_path, capsys):
     row = json.dumps({"step": 0, "q": 0.05, "sigma": 2.0, "clip_norm": 1.0, "batch_size": 50})
     # torn by a crash: the 300th step; the statement is older
     (tmp_path / "b" / "internal" / "ledger.jsonl").write_text(f"{row}\n" * 299 + row[:20])
-    assert calculator.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    calculator.main([str(tmp_path / "a"), str(tmp_path / "b")])
     a, b, both = capsys.readouterr().out.splitlines()[2:5]
     rows = [{"q": 0.02, "sigma": 1.1}] * 400 + [{"q": 0.05, "sigma": 2.0}] * 300
     for line, part in ((a, rows[:400]), (b, rows[400:]), (both, rows)):
@@ -556,26 +559,27 @@ def test_a_run_that_is_not_private_counts_as_infinite_alone_and_in_the_sum(
         statement, rows, settings, tmp_path, capsys):
     good, bad = (run_folder(tmp_path / "good", {}, 400),
                  run_folder(tmp_path / "bad", statement, rows, settings))
-    assert calculator.main([str(good), str(bad)]) == 0
+    calculator.main([str(good), str(bad)])
     _, _, kept, lost, both, _ = capsys.readouterr().out.splitlines()
     assert "inf" not in kept and "NOT PRIVATE" not in kept
     assert lost.split()[3:6:2] == ["inf", "inf"] and "NOT PRIVATE" in lost
     assert both.split()[5:8:2] == ["inf", "inf"]
-    assert calculator.main([str(good), str(good)]) == 0 and "inf" not in capsys.readouterr().out
+    calculator.main([str(good), str(good)])
+    assert "inf" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("settings", [{"fast_noise": True}, {"insecure_seed": 0}])
 def test_a_run_that_read_no_private_image_costs_nothing(settings, tmp_path, capsys):
     nothing = {"steps": 0, "q": 0.0, "sigma": 0.0, "epsilon": 0.0, "secure_noise": False}
     run = run_folder(tmp_path / "x", nothing, None, settings)
-    assert calculator.main([str(run)]) == 0
+    calculator.main([str(run)])
     assert "inf" not in capsys.readouterr().out.splitlines()[2]
 
 
 def test_a_state_that_cannot_be_read_does_not_hide_the_ledger(tmp_path, capsys):
     run = run_folder(tmp_path / "x", {}, 400)
     (run / "internal" / "state.pt").write_bytes(b"garbage")
-    assert calculator.main([str(run)]) == 0
+    calculator.main([str(run)])
     line = capsys.readouterr().out.splitlines()[2]
     assert " 400 " in line and "state.pt cannot be read" in line
 
@@ -591,7 +595,7 @@ def test_a_run_without_statement_counts_the_steps_that_log_and_state_tell_of(row
     files.save({"done": done}, internal / "state.pt")
     if planned:
         files.write_json({"q": 0.02, "sigma": 1.1, "steps": 400}, internal / "plan.json")
-    assert calculator.main([str(tmp_path / "x"), "--delta", "1e-6"]) == 0
+    calculator.main([str(tmp_path / "x"), "--delta", "1e-6"])
     line = capsys.readouterr().out.splitlines()[2]
     expected = accountant.epsilon(0.02, 1.1, counted, 1e-6) if planned or counted == rows else math.inf
     assert line.split()[3] == rounding.round_up(expected, 6) or math.isinf(expected) and " inf " in line
@@ -605,7 +609,7 @@ def test_the_larger_of_ledger_and_statement_counts(rows, stated, counted, tmp_pa
     place = run_folder(tmp_path / "x", None if stated is None else {"steps": stated}, rows)
     other = run_folder(tmp_path / "y", {"q": 0.1, "sigma": 3.0, "steps": 50, "epsilon": 1.2, "delta": 1e-7},
                        None)
-    assert calculator.main([str(place), str(other)]) == 0
+    calculator.main([str(place), str(other)])
     head, _, line, _, both, _ = capsys.readouterr().out.splitlines()
     assert head.endswith(" 1e-06" if stated else " 1e-07")
     delta = 1e-6 if stated else 1e-7
@@ -625,7 +629,7 @@ def test_ledger_and_statement_of_different_steps_both_count(tmp_path, capsys):
 def test_a_statement_above_its_own_steps_counts_as_it_stands(tmp_path, capsys):
     place, other = run_folder(tmp_path / "x", {"epsilon": 9.5}, 400), run_folder(tmp_path / "y", {}, 400)
     for words, alone in (([], "9.5"), (["--delta", "1e-5"], "9.5"), (["--delta", "1e-7"], "inf")):
-        assert calculator.main([str(place), str(other), *words]) == 0
+        calculator.main([str(place), str(other), *words])
         *_, line, _, both, _ = capsys.readouterr().out.splitlines()
         assert (line.split()[3:6:2] == [alone, alone] and "states more than" in line
                 and both.split()[5:8:2] == ["inf", "inf"])
@@ -634,7 +638,7 @@ def test_a_statement_above_its_own_steps_counts_as_it_stands(tmp_path, capsys):
 @pytest.mark.parametrize("statement", [{"epsilon": math.nan}, {"sigma": -1.0}, {"steps": 1.5}, {"delta": 0.0},
                                        {"q": "x"}])
 def test_a_statement_that_means_nothing_is_refused_in_one_line(statement, tmp_path, capsys):
-    assert calculator.main([str(run_folder(tmp_path / "x", statement, 400))]) == 2
+    assert command(str(run_folder(tmp_path / "x", statement, 400))) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -690,7 +694,7 @@ def test_a_damaged_ledger_is_read_alike_by_resume_and_calculator(text, known, ex
 def test_command_line_errors_are_one_line(words, capsys):
     assert command(words) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("accountant.py: ")
+    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("error: ")
 
 
 def test_flags_of_a_plan_are_not_ignored_beside_runs(capsys):

@@ -207,6 +207,13 @@ def test_a_run_begun_on_a_cpu_takes_many_images_at_a_time_on_a_gpu(tmp_path, mon
     assert settings.parse(["--resume", "--device", "cpu", "--out", str(tmp_path)]).micro_batch == 64
 
 
+def test_a_resumed_run_refuses_another_seed_the_default_too(tmp_path):
+    begun(settings.parse(["--seed", "1", "--device", "cpu", "--out", str(tmp_path)]))
+    assert settings.parse(["--resume", "--seed", "1", "--out", str(tmp_path)]).seed == 1
+    with pytest.raises(ValueError, match="this run began with seed = 1, not 0"):
+        settings.parse(["--resume", "--seed", "0", "--out", str(tmp_path)])
+
+
 def test_an_empty_data_root_is_the_default(monkeypatch):
     assert settings.parse(["--data-root", "", "--cache", ""]).data_root is None
 
