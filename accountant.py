@@ -1,12 +1,12 @@
-"""Privacy accountant of DP-SGD: what do T noisy steps cost? It never understates epsilon.
+"""Privacy accountant of DP-SGD: what do T noisy steps cost? It does not understate epsilon.
 
 Symbols: q sampling probability, sigma noise multiplier, T number of noisy steps, alpha Renyi order. The clip
 norm C is 1, so sigma is the standard deviation of the noise.
 
 One step sums the clipped gradients of a Poisson batch and adds Gaussian noise. Neighbouring data sets differ
-by one example, added or removed. At worst its gradient has length 1. Suppose that an attacker even knows the
-gradients of all others in the batch: one who knows less learns no more. They subtract these and project on
-the gradient of that one example. What they see is distributed as
+by one example, added or removed. At worst its gradient has length 1. The worst attacker knows the gradients
+of all other examples in the batch. This attacker subtracts them from the noisy sum and keeps only the
+component along the one unknown gradient (Mironov, Talwar, Zhang 2019). What is left is distributed as
 
     Q = N(0, sigma^2) without it,     P = (1-q) N(0, sigma^2) + q N(1, sigma^2) with it.
 
@@ -14,9 +14,11 @@ An accountant is one function of (kinds, delta) that returns epsilon. kinds is {
 of each kind were made.
   rdp   Renyi moments, in this file (Mironov, Talwar, Zhang 2019). They are exact for one step and add up over
         steps. Turning them into epsilon (Canonne, Kamath, Steinke 2020) mostly loses 5 to 15 % against "pld",
-        and more where q is small and sigma below 1.
-  pld   The distribution of the privacy loss log P/Q, in extensions/pld.py. Tight, with certified bounds.
-The argument `method` takes one of these names, or a function of your own.
+        and more where q is small and sigma below 1. Its sums are float64, exact to about 1e-9.
+  pld   The distribution of the privacy loss log P/Q, in extensions/pld.py. Tight, with bounds on every error.
+        Where float64 ends (sigma far below 0.1, say), it is the bound of "rdp" or one as loose.
+The argument `method` takes one of these names, or a function of your own. Here its default is "rdp", which
+needs this file only. Runs state "pld", the default of `train.py --accountant`.
 
     python accountant.py --n 60000 --batch 2000 --epochs 200 --delta 1e-5 --sigma 1.47   # or --epsilon 10
     python accountant.py runs/a runs/b                        # what runs have spent, alone and together
@@ -127,10 +129,12 @@ def moment_by_integral(q, sigma, alpha, likelihood_ratio, k=1):
     likelihood_ratio: function (x, q, sigma) -> (u, log P/Q), as `ratio`. k: how many examples come and go
     together. They shift the mean under P by k at most. It is above 1 in extensions/pld.py only.
     """
-    # Trapezoid sum over z = x / sigma with spacing h. The integrand is analytic up to |Im z| = pi sigma,
-    # where P = 0. On |Im z| = a the Gaussian has grown by e^(a^2/2), so a sum's relative error is about
-    # e^(a^2/2 - 2 pi a / h): about 1e-15 at most. (P/Q)^alpha moves the centre of the integrand to
-    # alpha k / sigma at most. The sum ends 10 standard deviations beyond it.
+    # Trapezoid sum over z = x / sigma with spacing h. With this h its relative error is about 1e-15 at most
+    # (Trefethen and Weideman 2014, section 5). The error is e^(a^2/2 - 2 pi a / h) for any a up to
+    # pi sigma: so far from the real axis the integrand is analytic (P = 0 at |Im z| = pi sigma), and there
+    # the Gaussian has grown by e^(a^2/2). Take the a that makes it smallest.
+    # The range: (P/Q)^alpha moves the centre of the integrand to alpha k / sigma at most. The sum ends 10
+    # standard deviations beyond it.
     h, top = min(0.5, sigma / (2 * k)), alpha * k / sigma + 10.0
     if top / h * k > 2e5:
         # Too many points, as there is little noise or a huge alpha. Use a bound instead. For k = 1, with
@@ -178,8 +182,8 @@ def rdp(q, sigma, alphas):
 def best_order(f):
     """(minimum, best order) of f over all real orders alpha > 1. Any order gives a valid bound.
 
-    log A and the terms that `log_delta` adds are convex in alpha. f is such a function divided by alpha - 1,
-    so it has one minimum. Walk downhill in t = log(alpha - 1), then refine by Brent's method.
+    log A and the terms that `log_delta` adds are convex in alpha. f is such a function, or one divided by
+    alpha - 1; either has one minimum. Walk downhill in t = log(alpha - 1), then refine by Brent's method.
     """
     g = lru_cache(maxsize=None)(lambda t: f(1 + math.exp(t)))
     t = math.log(7.0)  # begin at order 8
@@ -195,7 +199,8 @@ def best_order(f):
 def log_delta(moment, alpha, eps):
     """log of the delta that order alpha proves at eps; moment(alpha) is log A of all steps together.
 
-    It is Prop. 12 of Canonne, Kamath, Steinke 2020. The older conversion (Mironov 2017, Prop. 3) is weaker:
+    It is Prop. 12 of Canonne, Kamath, Steinke 2020, rearranged: their alpha log(1-1/alpha) - log(alpha-1) is
+    (alpha-1) log(1-1/alpha) - log(alpha). The older conversion (Mironov 2017, Prop. 3) is weaker:
     epsilon = R(alpha) + log(1/delta) / (alpha - 1).
     """
     return moment(alpha) - (alpha - 1) * eps + (alpha - 1) * math.log1p(-1 / alpha) - math.log(alpha)
@@ -230,7 +235,7 @@ def by_rdp(kinds, delta):
 
 
 def by_pld(kinds, delta):
-    """The accountant "pld": an upper bound on epsilon that is certified and tight."""
+    """The accountant "pld": an upper bound on epsilon, all errors included; tight but where float64 ends."""
     from extensions import pld  # here, because this file stands alone without it
     return pld.epsilon_of(kinds, delta)
 
@@ -255,7 +260,7 @@ def cost(kinds, delta, method):
 
 
 def epsilon(q, sigma, steps, delta, method="rdp"):
-    """epsilon of `steps` equal steps at delta, never understated, for one example added or removed.
+    """epsilon of `steps` equal steps at delta, for one example added or removed. See above for `method`.
 
     sigma = 0 gives inf; q = 0 or steps = 0 gives 0. ValueError as `check`; "pld" needs delta >= 1e-10.
     """
@@ -273,10 +278,10 @@ def epsilon_of_ledger(rows, delta, method="rdp"):
 
 
 def noise_multiplier(epsilon, delta, q, steps, method="rdp"):
-    """The smallest sigma in [1e-3, 1e6] whose epsilon does not exceed the target, or at most 1e-7 of it more.
+    """A sigma in [1e-3, 1e6] whose epsilon is at most the target. One smaller by 1 part in 10^7 is too small.
 
-    0 if q = 0 or steps = 0. ValueError if even sigma = 1e6 is not enough, for a target that is not positive
-    and finite, and as `check`.
+    1e-3 is taken to be too small without a trial. 0 if q = 0 or steps = 0. ValueError if even sigma = 1e6 is
+    not enough, for a target that is not positive and finite, and as `check`.
     """
     check(q, 1.0, steps, delta)
     if not 0 < epsilon <= 1e308:
@@ -287,7 +292,7 @@ def noise_multiplier(epsilon, delta, q, steps, method="rdp"):
     def enough(sigma):
         return cost(one_kind(q, sigma, steps), delta, method) <= epsilon
 
-    # Bisection on a log scale: sigma = low is too little noise, sigma = high is enough.
+    # Bisection on a log scale: sigma = low is taken to be too little noise, sigma = high is enough.
     low, high = 1e-3, 1e6
     if not enough(high):
         raise ValueError(f"epsilon = {epsilon}: out of reach with sigma up to {high:g}; take fewer steps")

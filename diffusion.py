@@ -31,10 +31,10 @@ class Schedule:
     kind: "linear" means that sqrt(beta) grows linearly, as in latent diffusion (the diffusers library calls
     it "scaled_linear"). With "cosine" abar_t falls as a squared cosine, so that fewer timesteps are pure
     noise (Nichol and Dhariwal 2021). prediction: "eps" is the noise, as in the paper. To get z_0 from it,
-    `ddim` divides by sqrt(abar). Where sampling begins that is 0.026 on the paper's schedule and 0.003 on
-    "cosine", so an error of the prediction is multiplied by 39 or 316. "v" is
+    `ddim` divides by sqrt(abar). At the first sampling step sqrt(abar) is 0.026 on the paper's schedule and
+    0.003 on "cosine", so an error of the prediction is multiplied by 39 or 316. "v" is
     sqrt(abar) eps - sqrt(1 - abar) z_0. It gives z_0 without that division, so fewer sampling steps are
-    needed (Salimans and Ho 2022). ValueError for other words.
+    needed (Salimans and Ho 2022). ValueError for any other kind or prediction.
     """
     kind: str = "linear"
     prediction: str = "eps"
@@ -60,8 +60,8 @@ def alphas_cumprod(schedule, device="cpu"):
     # f(t + 1) / f(0) with f(t) = cos^2((t/T + s) / (1 + s) pi/2): Nichol and Dhariwal 2021, Eq. 17.
     s = 0.008  # their offset: even the first timestep has some noise
     angle = (torch.arange(1, schedule.T + 1, dtype=torch.float64) / schedule.T + s) / (1 + s) * math.pi / 2
-    # Eq. 17 ends at 0, and `ddim` divides by sqrt(abar). So it is limited, which changes the last 3 of 1000
-    # timesteps. Nichol and Dhariwal limit beta to 0.999 instead.
+    # Eq. 17 ends at 0, and with prediction "eps" `ddim` divides by sqrt(abar). So it is limited, for both
+    # predictions: that changes the last 3 of 1000 timesteps. Nichol and Dhariwal limit beta to 0.999 instead.
     return (angle.cos() ** 2 / math.cos(s / (1 + s) * math.pi / 2) ** 2).clamp(min=1e-5).to(device)
 
 
@@ -125,14 +125,14 @@ def ddim(model, shape, cond, steps, eta, guidance, generator, schedule):
     if guided:
         cond = torch.cat([cond, model.embedder.null(cond)])  # one batch for both halves
     device = next(model.parameters()).device
-    abar = [1.0, *alphas_cumprod(schedule).tolist()]  # abar[t + 1] is abar_t; abar[0] = 1 is the clean latent
+    abar_from_clean = [1.0, *alphas_cumprod(schedule).tolist()]  # [t + 1] is abar_t; [0] the clean latent's
     # Equal steps from T - 1, almost pure noise, down to -1, the clean latent ("trailing": Lin et al. 2024).
     times = [round(schedule.T * (1 - i / steps)) - 1 for i in range(steps + 1)]
     z = torch.randn(shape, generator=generator, device=device)
     for t, t_next in zip(times[:-1], times[1:], strict=True):
-        a, a_next = abar[t + 1], abar[t_next + 1]
-        both = torch.cat([z, z]) if guided else z
-        out = model(both, torch.full((len(both),), t, device=device), cond).float()
+        a, a_next = abar_from_clean[t + 1], abar_from_clean[t_next + 1]
+        inputs = torch.cat([z, z]) if guided else z
+        out = model(inputs, torch.full((len(inputs),), t, device=device), cond).float()
         if guided:
             conditional, unconditional = out.chunk(2)
             # Eq. 6 of Ho and Salimans 2022, whose 1 + w is `guidance` here.

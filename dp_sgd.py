@@ -1,7 +1,8 @@
 """DP-SGD: Poisson batches, per-example gradients, clipping, noise. All of the private step is in this file.
 
 Implements DP-SGD (Abadi et al. 2016, Algorithm 1) as *Differentially Private Latent Diffusion Models* (Liu et
-al. 2024, Algorithm 1) uses it to tune the attention. The file imports nothing of the project. One step::
+al. 2024, Algorithm 1) uses it to tune the attention and the condition embedder. The file imports nothing of
+the project. One step::
 
     engine = DPSGD(model, clip_norm=C, noise_multiplier=sigma, expected_batch_size=q * n)
     batch = poisson_sample(n, q)                        # every example independently with probability q
@@ -10,20 +11,21 @@ al. 2024, Algorithm 1) uses it to tune the attention. The file imports nothing o
     engine.step(optimizer)                              # (sum + N(0, sigma^2 C^2 I)) / B, then the optimizer
 
 Symbols
+    n      number of private examples;  q  probability that an example enters a batch
     g_i    gradient of example i with respect to ALL trainable parameters together
     C      clip_norm, the sensitivity: one example more or less moves the sum by at most C (L2 norm), up to
-           rounding (docs/privacy.md)
+           rounding. For this the noise is that of C * (1 + ROUNDING), see below
     sigma  noise_multiplier: the standard deviation of the noise, in units of C
     B      expected_batch_size = q * n, fixed before training, because the actual size is private
     N      number of examples of a micro-batch;  L  number of trainable layers
+    K      draws of the loss for one example (diffusion.py)
 
 The paper's C = 1e-3 for MNIST looks tiny. But where nearly all examples are clipped, gradients and noise are
 both proportional to C, and Adam's step does not change if all gradients are multiplied by one factor. So a
 smaller C does not make smaller steps. This holds while the noise on a coordinate, sigma * C / B, is well
 above Adam's constant eps (1e-8). Below it (the paper's C = 1e-6 for CIFAR-10) Adam takes smaller steps.
 
-The guarantee does not cover timing: the duration of a step tells the size of its batch. A loss_fn that calls
-autograd itself is not supported.
+The guarantee does not cover timing: the duration of a step tells the size of its batch.
 """
 import math
 import os
@@ -33,14 +35,16 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-# For sigma from 1e-3 to 1e6 and B up to 10^6 the sums, and their squares in Adam, then stay finite and above
-# 0 in float32 (support/settings.py checks sigma).
+# For sigma from 1e-3 to 1e6 and B up to 10^6 the noisy mean, and its square in Adam, then stay finite and
+# above 0 in float32 (support/settings.py checks sigma).
 SMALLEST_CLIP_NORM, LARGEST_CLIP_NORM = 1e-10, 1e10
 # One example may move a float32 sum of clipped gradients by slightly more than C, by rounding. So at most
 # AT_ONCE are added in float32, their sums in float64. The noise is that of a sensitivity C * (1 + ROUNDING).
+# This margin was measured on CPUs (`python -m bench.rounding`). It is no proof, and on a GPU it was not
+# measured.
 AT_ONCE = 1024
 ROUNDING = 1e-3
-CHUNK = 16_384  # normals drawn at a time, so that their uniforms fit into a CPU's cache; 256 times on a GPU
+CHUNK = 16_384  # normals drawn at a time: their uniforms fit into a CPU's cache. On a GPU 256 times as many
 
 
 # ------------------------------------------------------------------------- randomness: noise and sampling
@@ -52,17 +56,19 @@ class SecureGenerator:
     1. Prediction. The bits of torch's CPU generator are linear in its state. Whoever sees enough of them can
        compute all others, and released weights show some (tests/test_noise_attack.py). Here the process
        has no seed and no state. No attack is known that predicts the system's cryptographic generator.
-    2. Tails. A float32 normal is at most sqrt(2 * 24 ln 2) = 5.77. If an output lies further than that from
-       the sum without an example, this example was in the batch. Here the density is a normal's up to 64
-       standard deviations (`reach`).
+    2. Tails. A float32 normal is at most sqrt(2 * 24 ln 2) = 5.77 standard deviations. An output further
+       than that from the sum of the other examples is possible only if this example was in the batch. Here
+       the density is a normal's up to 64 standard deviations (`reach`).
     3. Rounding (Mironov 2012). Floating-point normals lie on a lattice, so the low bits of a noisy sum tell
-       which sum it was. Here four Box-Muller draws, from eight uniforms, are added and divided by 2 (Holohan
-       and Braghin 2021). Then `privatise` rounds to a grid that is far coarser than that lattice, and the
+       which sum it was. Here a normal is the sum of four Box-Muller draws, divided by 2 (Holohan and
+       Braghin 2021). Then `privatise` rounds to a grid that is far coarser than that lattice, and the
        same for all data.
     """
 
     device = torch.device("cpu")  # where the uniforms are made, as torch.Generator.device
-    reach = 64.0  # standard deviations, read by support/randomness.py. Beyond, the density falls to 0 at 74.9
+    # In standard deviations, read by support/randomness.py. Beyond it the density is below a normal's, and
+    # from 74.9 on it is 0.
+    reach = 64.0
 
     def uniforms(self, n):
         """(n,) float64, multiples of 2^-53 in [0, 1)."""
@@ -137,8 +143,8 @@ def privatise(sums, clip_norm, noise_multiplier, expected_batch_size, generator)
 # ------------------------------------------------------------------------------------------------ clipping
 # A clipping rule maps the norms of the per-example gradients, layer by layer (L, N), to factors (L, N).
 # Whatever the norms are, the clipped gradient of one example, all layers together, has length C at most.
-# `bounded` makes sure of it. What it cannot see: an example's factors may depend on its own norms only. If
-# they depend on the others' (their maximum, their mean), one example moves the shares of all.
+# `bounded` makes sure of it. Not checked: the factors of an example must not depend on other examples' norms.
+# If they did (on a maximum, a mean), one example would change the shares of all.
 
 def flat(norms, clip_norm):
     """min(1, C/|g|) with |g| over all layers: no clipped gradient is longer than C (Abadi et al. 2016)."""
@@ -156,7 +162,10 @@ def automatic(norms, clip_norm):
 
 
 def per_layer(norms, clip_norm):
-    """min(1, (C/sqrt(L))/|g_l|) in each of L layers: the squared lengths sum to at most L * C^2/L = C^2."""
+    """min(1, (C/sqrt(L))/|g_l|) in each of L layers (McMahan et al. 2018).
+
+    The squared lengths sum to at most L * C^2/L = C^2.
+    """
     return (clip_norm / len(norms) ** 0.5 / norms).clamp(max=1)  # len(norms) is L
 
 
@@ -206,7 +215,7 @@ def loop(model, layers, loss_fn, batch):
 
 def vmap(model, layers, loss_fn, batch):
     """The gradient function of one example, vectorised by torch.func. Needs memory for N gradients."""
-    # functional_call runs a module's forward with other parameters. So the loss must be a module's forward.
+    # functional_call runs a module's forward with other parameters. So the loss is made one: that of `root`.
     root = nn.Module()
     root.model, root.forward = model, lambda *example: loss_fn(root.model, *example)
     # The name of a parameter is model.LAYER.weight; the layer's name is "" if the model itself is the layer.
@@ -239,14 +248,14 @@ def from_gradients(layers, grads, losses):
 
 
 def squared_norm(a):
-    """|a_n|^2 of each row, (N, ..., d) -> (N,) float64; only the dimension d is summed in a's precision."""
-    return torch.linalg.vector_norm(a.reshape(len(a), -1, a.shape[-1]), dim=-1).double().square().sum(-1)
+    """|a_n|^2 of each row, (N, ...) -> (N,) float64. In float32 the square of 1e-23 would be 0."""
+    return torch.linalg.vector_norm(a.reshape(len(a), -1), dim=-1, dtype=torch.float64).square()
 
 
 def weighted_sum(a, factor, keep):
     """sum_n factor[n] * a[n], (N, d, ...) -> (d, ...), over the examples kept (`kept`; None: all)."""
     a = a if keep is None else masked(a, keep)
-    parts = zip(factor.to(a.dtype).split(AT_ONCE), a.flatten(1).split(AT_ONCE), strict=True)
+    parts = zip(factor.to(a.dtype).split(AT_ONCE), a.reshape(len(a), -1).split(AT_ONCE), strict=True)
     return added(f @ x for f, x in parts).view(a.shape[1:])
 
 
@@ -388,9 +397,10 @@ class DPSGD:
     def accumulate(self, loss_fn, *batch):
         """Add the clipped per-example gradients of a micro-batch to `sums`. An error leaves `sums` unchanged.
 
-        loss_fn(model, *batch) -> (N,) losses, where loss n depends on rows n of the batch only. Batch items
-        have N rows (0 is fine) or are None. Examples with NaN or infinity contribute exactly zero. ValueError
-        for losses or rows that do not fit, or if other parameters require grad than at first.
+        loss_fn(model, *batch) -> (N,) losses, where loss n depends on rows n of the batch only. It must not
+        call autograd itself. Batch items have N rows (0 is fine) or are None. Examples with NaN or infinity
+        contribute exactly zero. ValueError for losses or rows that do not fit, or if other parameters require
+        grad than at first.
         """
         if {p for p in self.model.parameters() if p.requires_grad} != set(self.parameters):
             raise ValueError("the set of trainable parameters changed; make a new DPSGD for it")

@@ -181,6 +181,10 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.features and datasets.REGISTRY[datasets.kind_of(args.features)].role == "private":
         raise ValueError(f"--features: {args.features!r} is none of {', '.join(datasets.names('public'))}")
+    if args.features and args.no_distance:
+        raise ValueError("--features is for the distance: leave out --no-distance")
+    if args.memorisation and (args.real or args.no_distance or args.classifiers):
+        raise ValueError("--memorisation scores nothing: leave out --real, --classifiers and --no-distance")
     known = PROTOCOLS[args.protocol]["recipes"]
     args.classifiers = [name.strip() for name in (args.classifiers or ",".join(known)).split(",")]
     if unknown := [name for name in args.classifiers if name not in known]:

@@ -73,10 +73,14 @@ def generate(release, labels, steps=30, eta=0.0, guidance=1.0, seed=None, batch=
     """
     device = next(release.model.parameters()).device
     generator = torch.Generator(device)
-    generator.manual_seed(seed) if seed is not None else generator.seed()
+    if seed is None:
+        generator.seed()  # a fresh one
+    else:
+        generator.manual_seed(seed)
     conditions = find_conditions(release, labels, generator.initial_seed())  # labels (N,) or tokens (N, L)
     config = release.vae.config
-    # Few for a CPU's cache; on a GPU the decoder's last maps have 65 million numbers.
+    # On a CPU few images, so that they fit into its cache. On a GPU so many that a map of the decoder's last
+    # level (config.ch channels) has 65 million numbers.
     pixels_at_a_time = 65_536_000 // config.ch if device.type == "cuda" else 512_000
     batch = batch or max(1, pixels_at_a_time // config.resolution ** 2)
     images = []
@@ -110,11 +114,9 @@ def find_conditions(release, labels, seed):
     if release.tokenizer is None:
         return labels
     generator = torch.Generator().manual_seed(seed)
-    prompts = []
-    for label in labels.tolist():
-        options = release.prompts[label]  # one of them, each with the same probability
-        prompts.append(options[torch.randint(len(options), (), generator=generator)])
-    return release.tokenizer.encode(prompts)
+    options = [release.prompts[label] for label in labels.tolist()]  # one each, with equal probabilities
+    return release.tokenizer.encode([some[torch.randint(len(some), (), generator=generator)]
+                                     for some in options])
 
 
 def uniform_labels(n, num_classes):

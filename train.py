@@ -78,7 +78,8 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, adversar
             group["lr"] = optim.learning_rate(step, steps, peak)
         metrics = backward()
         team.mean_gradients(parameters, adversary)  # over the processes
-        # Clip the norm of the mean gradient to 1, for stability; losses begin at about 1. This is not DP.
+        # Clip the norm of the mean gradient, for stability. Both losses are scaled to begin at about 1, so 1
+        # is a sensible limit. This is not DP.
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -178,7 +179,9 @@ def tune_privately(s, model, latents, cond, plan, stop, watch=None):
     """
     rng = generators(s)  # seeds unknown and never saved, except with --insecure-seed
     clipping, method = dp_sgd.CLIPPING[s.clipping], METHODS[s.method]
-    engine = dp_sgd.DPSGD(model, s.clip_norm, plan["sigma"], s.batch_size, clipping, method, rng.noise)
+    engine = dp_sgd.DPSGD(model, s.clip_norm, noise_multiplier=plan["sigma"],
+                          expected_batch_size=s.batch_size, clipping=clipping, method=method,
+                          generator=rng.noise)
     optimizers = optim.PRIVATE[s.private_optimizer](model, s.lr)
     average = [p.detach().clone() for p in engine.parameters]
     state = progress.Private(s, plan, engine, average, optimizers, stop)
@@ -196,17 +199,17 @@ def tune_privately(s, model, latents, cond, plan, stop, watch=None):
             # K draws of timestep and noise for each image; its loss is their mean.
             drawn = diffusion.draw(latents[part], select(cond, part), K=s.noise_multiplicity,
                                    generator=rng.diffusion, schedule=s.schedule, null=null, drop=s.cond_drop)
-            # One gradient per image, clipped to length C, all summed. The size of the parts only decides
-            # which draws an image gets: for given draws the sum is the same.
+            # One gradient per image, clipped to length C, all summed. The size of the parts decides which
+            # draws an image gets. For given draws the sum is the same up to rounding, for which the noise
+            # allows (dp_sgd.ROUNDING).
             with autocast(s):
                 engine.accumulate(loss_fn, *drawn)
         team.reduce_sums(engine)
         # The step is spent BEFORE its result exists: a crash may lose a result, never a ledger row.
         state.spend(step)
-        # Noise N(0, sigma^2 C^2) once, division by the EXPECTED batch size, update, EMA. state.done is the
-        # number of updates so far: fewer than `step` if a crash has lost the result of a spent step.
         if rank() == 0:
-            engine.step(*optimizers)
+            engine.step(*optimizers)  # noise once, division by the EXPECTED batch size, update
+            # state.done updates so far: fewer than `step` if a crash has lost the result of a spent step.
             optim.update_ema(average, engine.parameters, s.ema, state.done)
         team.broadcast(engine.parameters)
         # The weights are now covered by epsilon. The metrics that `keep` logs in internal/ are not.
@@ -261,7 +264,7 @@ def main(argv=None):
         watch = watcher(s, plan, model, autoencoder, scale, private, ldm_checkpoint["embedder"])
         rows = tune_privately(s, model, latents, cond, plan, run.stop, watch)
 
-    # ---- release: post-processing costs no privacy. Of `private` only names of classes and attributes go in
+    # ---- release: post-processing costs no privacy. Of `private` only the three facts named above go in
     if team.dismissed():
         return
     privacy = guarantee.privacy_statement(s, plan, rows, trained, (vae_checkpoint, ldm_checkpoint))

@@ -32,14 +32,17 @@ from torch import nn
 
 @dataclass
 class UNetConfig:
-    """Shape of a UNet, with the field names of the original code. Defaults: the paper's for MNIST."""
+    """Shape of a UNet. Field names of the original code and num_groups. Defaults: the paper's for MNIST."""
     in_channels: int = 3
     out_channels: int = 3
     model_channels: int = 64
     channel_mult: tuple = (1, 2)  # width of each level in units of model_channels
     num_res_blocks: int = 1  # per level on the way down; one more on the way up
-    attention_resolutions: tuple = (1, 2)  # *downsampling factors* at which blocks have attention
-    num_heads: int = 2  # authors: trained with 2, then tuned with 4 (same shapes); here both stages use this
+    # *Downsampling factors* at which blocks have attention; the middle block always has it.
+    attention_resolutions: tuple = (1, 2)
+    # The authors pre-train with 2 heads and tune with 4; weights have the same shapes. Here both stages have
+    # this number.
+    num_heads: int = 2
     num_head_channels: int | None = None  # if given: width of a head, and num_heads is not used
     use_spatial_transformer: bool = True  # False: `AttentionBlock`, for networks without condition
     transformer_depth: int = 1
@@ -249,7 +252,7 @@ class UNet(nn.Module):
                              f"({c.num_head_channels or c.num_heads})")
         time_dim = 4 * width
         self.time_embed = nn.Sequential(nn.Linear(width, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
-        w = width  # where the next block is built
+        w = width  # channels of x at the point that is reached
 
         def res(in_width, out_width, resample=None):
             return ResBlock(in_width, time_dim, out_width, c.use_scale_shift_norm, c.num_groups, resample)
@@ -326,7 +329,7 @@ class ClassEmbedder(nn.Module):
 
     def __init__(self, num_classes, dim, null_class=False):
         super().__init__()
-        self.num_classes, self.dim, self.null_class = num_classes, dim, null_class
+        self.num_classes, self.null_class = num_classes, null_class
         self.embedding = nn.Embedding(num_classes + null_class, dim)  # a bool: one row more if True
 
     def forward(self, labels):
@@ -354,9 +357,12 @@ class LatentModel(nn.Module):
         """z_t (N*K, C, H, W), t (N*K,), cond N conditions or None -> (N*K, C, H, W).
 
         Rows n*K to n*K + K-1 belong to example n. Its condition is embedded once and repeated K times.
+        ValueError if the model has an embedder and cond is None.
         """
         context = mask = None
-        if self.embedder is not None and cond is not None:
+        if self.embedder is not None:
+            if cond is None:
+                raise ValueError("this model needs a condition for each example: give cond")
             context = self.embedder(cond)  # (N, L, D)
             mask = self.embedder.mask(cond) if hasattr(self.embedder, "mask") else None  # (N, L)
             k = len(z_t) // len(context)

@@ -9,6 +9,7 @@ names of Rombach's code, so that weights made there can be loaded. The file impo
 Symbols: x image (N, C, H, W) in [-1, 1]. z latent (N, embed_dim, H/f, W/f) with f = 2^(levels-1). mu and
 sigma^2 mean and variance of q(z|x).
 """
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +19,14 @@ from torch import nn
 
 @dataclass
 class VAEConfig:
-    """Shape of an autoencoder, field names as in the original code. Defaults: a small one for digits."""
+    """Shape of an autoencoder; field names of the original code, num_groups added. Defaults: for digits."""
     in_channels: int = 1
     out_ch: int = 1
     ch: int = 16  # width: number of channels before the first level
     ch_mult: tuple = (1, 2, 4, 4)  # width of each level in units of ch; between two levels the size is halved
     num_res_blocks: int = 1  # per level of the encoder
-    attn_resolutions: tuple = ()  # sizes, in pixels, of the levels with self-attention
+    # Sizes in pixels (UNetConfig has factors) of the levels with self-attention. The middle always has it.
+    attn_resolutions: tuple = ()
     resolution: int = 32  # height and width of an image
     z_channels: int = 4  # width of the decoder's input; the encoder's output has twice as many
     embed_dim: int = 4  # channels of a latent
@@ -52,7 +54,7 @@ class Posterior:
 
     def kl(self):
         """KL(q(z|x) || N(0, I)) per example, in nats, summed over the latent: (N,)."""
-        # Of each number of the latent: (mu^2 + sigma^2 - 1 - ln sigma^2) / 2.
+        # Each number of the latent: (mu^2 + sigma^2 - 1 - ln sigma^2) / 2 (Kingma and Welling 2014, app. B).
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
 
 
@@ -158,7 +160,7 @@ class Encoder(nn.Module):
         widths, size = [c.ch * mult for mult in (1, *c.ch_mult)], c.resolution
         self.conv_in = nn.Conv2d(c.in_channels, c.ch, 3, padding=1)
         self.down = nn.ModuleList()
-        for level, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+        for level, (a, b) in enumerate(itertools.pairwise(widths)):
             self.down.append(Level(a, b, c.num_res_blocks, size in c.attn_resolutions, c.num_groups))
             if level < len(c.ch_mult) - 1:
                 self.down[-1].downsample = Downsample(b)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import datasets
 from bench.runs import commands
+from support import randomness
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -142,7 +143,7 @@ def minutes(row, digits=0):
 def torch_noise(privacy):
     """Whether the noise came from torch's generator, so that it can be computed: NOT PRIVATE today."""
     noisy = privacy["steps"] and privacy["epsilon"] != "inf"
-    return bool(noisy) and "CSPRNG" not in privacy.get("noise", "")
+    return bool(noisy) and randomness.can_be_computed(privacy)
 
 
 def epsilon(privacy):

@@ -312,8 +312,7 @@ def main(argv=None):
             raise ValueError(f"--steps must be at least 1, got {args.steps}")
         schedule = [(args.q, args.sigma, args.steps)]
     delta = privacy.get("delta", 1e-5) if args.delta is None else args.delta
-    # Statements of before --fast-noise say secure_noise instead.
-    fast = args.fast_noise or bool(privacy.get("fast_noise", not privacy.get("secure_noise", True)))
+    fast = args.fast_noise or bool(privacy) and randomness.can_be_computed(privacy)
     result = audit(schedule, delta, args.canaries, fast=fast,
                    clip_norm=privacy.get("clip_norm", 1.0), clipping=privacy.get("clipping", "flat"))
     plan = "; ".join(f"q {q:.4g}, sigma {sigma:.4g}, {steps} steps" for q, sigma, steps in schedule[:3])

@@ -109,7 +109,7 @@ class TextEncoder(nn.Module):
         if width % (2 * heads):
             raise ValueError(f"the text encoder's width {width} must be even and divisible by its {heads} "
                              "heads")
-        self.dim, self.length, self.null_class = dim, length, null_class
+        self.length, self.null_class = length, null_class
         self.embedding = nn.Embedding(vocabulary_size, width)
         frequencies = torch.exp(-math.log(10000) * torch.arange(0, width, 2) / width)
         angles = torch.arange(length)[:, None] * frequencies  # (length, width / 2)

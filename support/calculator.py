@@ -15,7 +15,7 @@ import numpy as np
 import accountant
 from accountant import check, count_steps, one_kind, renyi
 from extensions import pld
-from support import command_line, files, run_folder
+from support import command_line, files, randomness, run_folder
 from support.rounding import round_up
 
 STATED = ("q", "sigma", "steps", "delta", "epsilon")  # numbers of a privacy.json
@@ -75,12 +75,11 @@ def _read_run(path):
         notes.append("a run without a statement yet")
     spent = steps = dict(sorted(counts.items()))
     known_seed = stated.get("insecure_seed", False) is not False or chosen.get("insecure_seed") is not None
-    # Versions of before --fast-noise say secure_noise instead.
-    fast_noise = any(x.get("fast_noise", x.get("secure_noise") is False) for x in (stated, chosen))
+    fast_noise = any(randomness.can_be_computed(x) for x in (stated, chosen) if x)
     void = known_seed or fast_noise
     if spent and void or stated.get("private", True) is not True:
         steps = count_steps([(q, 0.0, T) for (q, _), T in steps.items()]) or one_kind(1.0, 0.0, 1)
-        notes.append("NOT PRIVATE: counts as without noise" + " (--fast-noise can be computed)" * fast_noise)
+        notes.append("NOT PRIVATE: counts as without noise" + " (the noise can be computed)" * fast_noise)
     return steps, {**privacy, "notes": notes, "spent": spent}
 
 

@@ -162,6 +162,7 @@ def privacy_statement(s, plan, rows, trained, stages=()):
     """
     trained_on = sorted({stage["trained_on"] for stage in stages})
     weights = sorted({name for stage in stages for name in stage.get("public_weights", ())})
+    computed = sorted({row["computed"] for row in rows if "computed" in row})  # older rows do not say it
     # Known before the first private step. A step that the plan did not foresee would make them larger here.
     numbers = settled(plan["numbers"], privacy_numbers(s, rows, s.delta))
     epsilon = numbers[f"epsilon_{s.accountant}"]
@@ -195,6 +196,7 @@ def privacy_statement(s, plan, rows, trained, stages=()):
                  if s.fast_noise or s.insecure_seed is not None else
                  "float64 from the operating system's CSPRNG, four Box-Muller draws each "
                  "(dp_sgd.SecureGenerator)",
+        "computed": computed,
         "covers": "everything in release/ and whatever is made from it",
         "does_not_cover": [
             "the number n of private images, their side in pixels, and the names of their classes and "
@@ -208,6 +210,10 @@ def privacy_statement(s, plan, rows, trained, stages=()):
             "that this release exists: its private files could all be read, and no private image was found "
             "among the public ones",
             "several images of one person: the guarantee is for one image",
+            "copies of the run folder: one that is resumed beside it spends the budget once more",
+            "an attacker who learns the timesteps and the noise that the loss of the private images drew",
+            *(["rounding of the sum of clipped gradients on a GPU, which was not bounded"]
+              if any(place.startswith("cuda") for place in computed) else []),
             "images that weights taken from elsewhere (public_weights) were trained on",
             *(["an attacker who computes the noise from the release: its generator is not a cryptographic "
                "one (--fast-noise), and epsilon is then infinite"] if s.fast_noise else []), "timing"],

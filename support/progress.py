@@ -113,7 +113,7 @@ class Private:
     def spend(self, step):
         """Write the step's ledger row, and return only when it is on the disk."""
         self.check_alone()
-        row = {"step": step, "q": self.plan["q"], "sigma": self.plan["sigma"]}
+        row = {"step": step, "q": self.plan["q"], "sigma": self.plan["sigma"], "computed": computed(self.s)}
         self.rows.append({**row, "clip_norm": self.s.clip_norm, "batch_size": self.s.batch_size})
         files.append_row(self.rows[-1], self.folder / "ledger.jsonl")
         self.lines += 1
@@ -161,6 +161,11 @@ class Private:
         self.bar.set_postfix(shown)
         if leaving:
             self.stop.leave(self.s.out)
+
+
+def computed(s):
+    """Where and how exactly a step was computed: "cpu, bf16"."""
+    return f"{torch.device(s.device).type}, {'bf16' if s.bf16 else 'float32'}"
 
 
 def count_lines(path):

@@ -41,6 +41,15 @@ def generators(s):
     return Randomness(sampling, noise, draws)
 
 
+def can_be_computed(facts):
+    """Whether the noise of a run can be computed, by its privacy.json or settings.json, a dict.
+
+    Older versions said secure_noise where today's say fast_noise. The oldest said neither, and had torch's
+    generator.
+    """
+    return bool(facts["fast_noise"]) if "fast_noise" in facts else facts.get("secure_noise") is not True
+
+
 def fresh_generator(device="cpu"):
     """A torch.Generator with an unknown seed, for the draws of the loss, or for --fast-noise."""
     generator = torch.Generator(device).manual_seed(int.from_bytes(os.urandom(8), "little"))

@@ -17,7 +17,7 @@ import dp_sgd
 import optim
 import tuning
 from extensions.bookkeeping import bookkeeping
-from support import checkpoints, command_line, files, hardware, presets, run_folder
+from support import checkpoints, command_line, files, hardware, presets, randomness, run_folder
 from support.files import plain
 
 METHODS = {"bookkeeping": bookkeeping, "loop": dp_sgd.loop, "vmap": dp_sgd.vmap}  # --method
@@ -211,8 +211,7 @@ def adopt_settings(s, given):
     with files.understanding(path, "file"):
         stored.setdefault("public_optimizer", "adamw")  # older versions knew no others
         stored.setdefault("private_optimizer", "adam")
-        # Their default was the noise of today's --fast-noise, and secure_noise the flag against it.
-        stored.setdefault("fast_noise", stored.get("secure_noise") is False)
+        stored.setdefault("fast_noise", randomness.can_be_computed(stored))
         for key in ("data_root", "cache"):  # older versions stored it as it was typed: nobody knows where
             stored[key] = stored.get(key) if Path(stored.get(key) or "").is_absolute() else None
         for key in {"public", "private"} & stored.keys():  # older versions stored a mix as it was typed

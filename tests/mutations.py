@@ -270,7 +270,7 @@ MUTATIONS = [Mutation(*m) for m in (
       ("        value = (np.maximum(value, 0.0) + error)", "        value = (value + error)")),
      "tests/test_accountant.py::test_simple_attacks_stay_below_the_tight_numbers"),
     (0, "an older run goes on with --fast-noise, unnoticed", "support/settings.py",
-     (('        stored.setdefault("fast_noise", stored.get("secure_noise") is False)\n', ""),
+     (('        stored.setdefault("fast_noise", randomness.can_be_computed(stored))\n', ""),
       ("- FREE - {*run_folder.KEPT}", "- FREE - given.keys()")),
      "tests/test_train.py::test_noise_of_older_runs_that_can_be_computed_stays_stated"),
     (0, "a diffusion model that diverged is kept for --init", "support/run_folder.py",

@@ -517,7 +517,7 @@ def test_command_line_runs(tmp_path, capsys):
     for name, steps in (("a", {"q": 0.02, "steps": 400, "sigma": 1.1}),
                         ("b", {"q": 0.05, "steps": 200, "sigma": 2.0})):
         (tmp_path / name / "release").mkdir(parents=True)
-        statement = {"epsilon": 1.5, "delta": 1e-6, "n": 1000, **steps}
+        statement = {"epsilon": 1.5, "delta": 1e-6, "n": 1000, "fast_noise": False, **steps}
         (tmp_path / name / "release" / "privacy.json").write_text(json.dumps(statement))
     (tmp_path / "b" / "internal").mkdir()
     row = json.dumps({"step": 0, "q": 0.05, "sigma": 2.0, "clip_norm": 1.0, "batch_size": 50})
@@ -534,13 +534,17 @@ def test_command_line_runs(tmp_path, capsys):
 
 
 def run_folder(place, statement=None, rows=0, settings=None):
-    """A run of 400 steps as `statement` (a dict of changes) says, with `rows` ledger rows (None: no file)."""
+    """A run of 400 steps as `statement` says, with `rows` ledger rows (None: no file).
+
+    statement: a dict of changes; None as a value: not stated.
+    """
     for part in ("release", "internal"):
         (place / part).mkdir(parents=True)
     if statement is not None:
         whole = {"private": True, "epsilon": 1.9, "delta": 1e-6, "q": 0.02, "steps": 400, "sigma": 1.1,
-                 "insecure_seed": False}
-        (place / "release" / "privacy.json").write_text(json.dumps(whole | statement))
+                 "insecure_seed": False, "fast_noise": False}
+        stated = {key: value for key, value in (whole | statement).items() if value is not None}
+        (place / "release" / "privacy.json").write_text(json.dumps(stated))
     if rows is not None:
         (place / "internal" / "ledger.jsonl").write_text('{"q": 0.02, "sigma": 1.1}\n' * rows)
     if settings:
@@ -551,7 +555,8 @@ def run_folder(place, statement=None, rows=0, settings=None):
 @pytest.mark.parametrize("statement, rows, settings", [
     ({"private": False}, None, None),
     ({"insecure_seed": True}, 400, None), ({"fast_noise": True}, 400, None),
-    ({"secure_noise": False}, 400, None),  # as older versions said it
+    ({"fast_noise": None, "secure_noise": False}, 400, None),  # as older versions said it
+    ({"fast_noise": None}, 400, None),  # the oldest did not say it: they had torch's generator
     ({"private": False, "epsilon": "inf", "sigma": 0.0}, 400, None),
     ({"private": False, "steps": 0, "q": 0.0, "sigma": 0.0, "epsilon": 0.0}, 0, None),
     (None, 7, {"insecure_seed": 0}), (None, 7, {"fast_noise": True})])  # still under way
@@ -570,7 +575,7 @@ def test_a_run_that_is_not_private_counts_as_infinite_alone_and_in_the_sum(
 
 @pytest.mark.parametrize("settings", [{"fast_noise": True}, {"insecure_seed": 0}])
 def test_a_run_that_read_no_private_image_costs_nothing(settings, tmp_path, capsys):
-    nothing = {"steps": 0, "q": 0.0, "sigma": 0.0, "epsilon": 0.0, "secure_noise": False}
+    nothing = {"steps": 0, "q": 0.0, "sigma": 0.0, "epsilon": 0.0, "fast_noise": True}
     run = run_folder(tmp_path / "x", nothing, None, settings)
     calculator.main([str(run)])
     assert "inf" not in capsys.readouterr().out.splitlines()[2]

@@ -183,9 +183,9 @@ def test_program_audits_a_run(run, capsys):
     ({}, [], False), ({"fast_noise": True}, [], True), ({"fast_noise": False}, ["--fast-noise"], True),
     ({"fast_noise": None, "secure_noise": True}, [], False),
     ({"fast_noise": None, "secure_noise": False}, [], True),
-    ({"fast_noise": None}, [], False)])
+    ({"fast_noise": None}, [], True)])
 def test_program_audits_the_generator_of_the_run(stated, words, fast, run, monkeypatch):
-    """Statements of before --fast-noise have secure_noise instead; None here: not in the statement."""
+    """Older statements have secure_noise instead, the oldest neither; None here: not in the statement."""
     path = run / "release" / "privacy.json"
     statement = files.read_json(path) | stated
     files.write_json({key: value for key, value in statement.items() if value is not None}, path)

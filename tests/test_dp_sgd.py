@@ -353,6 +353,34 @@ def test_in_a_large_batch_rounding_moves_the_sum_by_less_than_the_noise_allows_f
     assert (with_it - without - alone).norm() < 0.5 * dp_sgd.ROUNDING * C
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("entry", [1e-23, 3e-22, 1e-30])
+def test_a_rule_that_lengthens_tiny_gradients_cannot_break_the_sensitivity(entry, method):
+    """The squares of such entries are 0 in float32."""
+    def normalised(norms, clip_norm):
+        return (clip_norm / (norms.square().sum(0).sqrt() + 1e-40)).expand_as(norms)
+
+    engine = dp_sgd.DPSGD(nn.Linear(64, 1, bias=False), 0.1, 1.0, 1, normalised, settings.METHODS[method])
+    engine.accumulate(lambda model, x: model(x).sum(1), torch.full((1, 64), entry))
+    assert 0.099 < engine.sums[0].norm() < 0.1 * (1 + 1e-5)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return self.scale * x
+
+
+@pytest.mark.parametrize("method", ["loop", "vmap"])
+def test_a_parameter_may_be_a_single_number(method):
+    engine = DPSGD(Scaled(), 1.0, 1.0, 3, method=method)
+    engine.accumulate(lambda model, x: model(x).sum(1), torch.tensor([[0.25], [0.5], [7.0]]))
+    assert engine.sums[0].shape == () and float(engine.sums[0]) == pytest.approx(1.75)  # 0.25 + 0.5 + 1
+
+
 def test_a_clipping_rule_that_does_not_clip_cannot_break_the_sensitivity(monkeypatch):
     monkeypatch.setitem(CLIPPING, "none", lambda norms, clip_norm: torch.ones_like(norms))
     model, batch = latent_model(), examples()

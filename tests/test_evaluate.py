@@ -280,6 +280,14 @@ def test_official_test_digits_are_used_when_present(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
+    ("--memorisation --real", "leave out --real"), ("--memorisation --classifiers cnn", "leave out --real"),
+    ("--features strokes --no-distance", "leave out --no-distance")])
+def test_flags_that_would_have_no_effect_are_refused(arguments, message, run):
+    with pytest.raises(ValueError, match=message):
+        evaluate.main([str(run), *arguments.split()])
+
+
+@pytest.mark.parametrize("arguments, message", [
     ([], "is no run folder.*--out"), (["--memorisation"], "--memorisation writes private images"),
     (["--memorisation", "--out", "x.json"], "leave out --out"),
     (["--out", "INSIDE"], "within a release"), (["--out", "DEEPER"], "within a release"),

@@ -590,8 +590,7 @@ def test_faces_are_evaluated(run, monkeypatch, capsys):
         and 0 <= result["accuracy"]["cnn"]["20 held out of faces"] <= 1
     )
     assert result["distance"]["frechet"] > 0 and "public32" in result["distance"]["features"]
-    assert evaluate.main([str(out), "--data-root", str(root), "--memorisation", "--n", "30", "--classifiers",
-                          "cnn"]) == 0
+    assert evaluate.main([str(out), "--data-root", str(root), "--memorisation", "--n", "30"]) == 0
     found = json.loads((out / "internal" / "memorisation.json").read_text())
     assert found["n"] == 30 and found["of_each"] == 20 and 0 <= found["closer_to_training"] <= 1
     assert (

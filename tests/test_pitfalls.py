@@ -191,7 +191,7 @@ def test_the_statement_carries_what_a_guarantee_needs(tmp_path):  # 20, 24, 25
     with pytest.raises(ValueError, match="below 1/n"):
         guarantee.privacy_plan(s, 100_000)
     plan, stages = guarantee.privacy_plan(s, 1000), [{"trained_on": "strokes"}]
-    rows = [{"q": plan["q"], "sigma": plan["sigma"]}] * 4
+    rows = [{"q": plan["q"], "sigma": plan["sigma"], "computed": "cpu, float32"}] * 4
     privacy = guarantee.privacy_statement(s, plan, rows, 7, stages)
     assert "(2, 1e-05)" in privacy["statement"] and privacy["delta"] == 1e-5 < 1 / privacy["n"]
     assert privacy["adjacency"] == "add or remove one image" and privacy["sampling"] == "Poisson"
@@ -201,6 +201,13 @@ def test_the_statement_carries_what_a_guarantee_needs(tmp_path):  # 20, 24, 25
     assert any("other runs" in text and "add up" in text for text in privacy["does_not_cover"])
     assert privacy["public_set"] == "strokes" and any("from a larger set" in text
                                                       for text in privacy["does_not_cover"])
+    assert privacy["computed"] == ["cpu, float32"] and not any("on a GPU" in text
+                                                               for text in privacy["does_not_cover"])
+    # A run that was stopped on one device and went on with another.
+    moved = [*rows[1:], rows[0] | {"computed": "cuda, bf16"}]
+    elsewhere = guarantee.privacy_statement(s, plan, moved, 7, stages)
+    assert elsewhere["computed"] == ["cpu, float32", "cuda, bf16"]
+    assert any("on a GPU, which was not bounded" in text for text in elsewhere["does_not_cover"])
     s.private_n = None  # all of them: nothing was chosen
     assert not any("from a larger set" in t
                    for t in guarantee.privacy_statement(s, plan, rows, 7, stages)["does_not_cover"])

@@ -66,6 +66,11 @@ def test_the_digests_of_public_images_travel_with_the_networks(place, tmp_path):
     assert files.read_json(out / "release" / "privacy.json")["steps"] == 1  # no image in common
     assert torch.equal(files.load(out / "public" / "ldm.pt")["digests"], expected)
     assert b"digests" not in (out / "release" / "model.pt").read_bytes()
+    # A feature network that learned another folder is not taken for one of this folder.
+    (place / "run" / "public" / "features.pt").write_bytes(b"of other images")
+    again = run_tiny(tmp_path / "q", f"folder:{place / 'first'}", second, "--init", place / "run")
+    (place / "run" / "public" / "features.pt").unlink()
+    assert not (again / "public" / "features.pt").exists()
     for name in ("vae.pt", "ldm.pt"):  # the same holds when a run goes on
         path = out / "public" / name
         checkpoint = files.load(path)

@@ -262,17 +262,17 @@ def test_an_accountant_that_states_too_little_is_refused(run, tmp_path, monkeypa
 
 
 def test_noise_of_older_runs_that_can_be_computed_stays_stated(run, tmp_path):
-    """Before --fast-noise was asked for it was the default for some, and settings.json said secure_noise."""
+    """Older settings.json say secure_noise; the oldest do not, and had noise that can be computed."""
     out = tmp_path / "r"
     shutil.copytree(run, out)
     stored = files.read_json(out / "internal" / "settings.json")
-    for secure, private in ((True, True), (False, False)):
+    for secure, private in (({"secure_noise": True}, True), ({"secure_noise": False}, False), ({}, False)):
         older = {key: value for key, value in stored.items() if key != "fast_noise"}
-        files.write_json(older | {"secure_noise": secure}, out / "internal" / "settings.json")
+        files.write_json(older | secure, out / "internal" / "settings.json")
         train.main(["--resume", "--out", str(out)])
         privacy = files.read_json(out / "release" / "privacy.json")
         assert privacy["private"] == private == ("NOT PRIVATE" not in privacy["statement"])
-        if secure:  # with the flag of today the noise of later steps would be another, unnoticed
+        if private:  # with the flag of today the noise of later steps would be another, unnoticed
             with pytest.raises(ValueError, match="began with fast_noise = False"):
                 train.main(["--resume", "--out", str(out), "--fast-noise"])
 
@@ -355,6 +355,10 @@ def test_flags_that_reused_networks_contradict_are_refused_or_named(run, tmp_pat
     train.main([*reuse, "--ldm-steps", "9", "--vae-steps", "9"])
     out = capsys.readouterr().out
     assert "note: --ldm-steps has no effect" in out and "note: --vae-steps has no effect" in out
+    assert "were trained on" not in out
+    train.main([*reuse, "--public", "garments", "--public-n", "9"])
+    out = capsys.readouterr().out
+    assert "were trained on strokes; images of --public garments only" in out and "--public-n has no" in out
     train.main(reuse)
     assert "autoencoder 0.0, latent diffusion 0.0, private" in capsys.readouterr().out
 

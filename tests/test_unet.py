@@ -125,6 +125,11 @@ def test_a_network_without_the_modules_that_are_asked_for_is_refused(tune):
     assert len(tuning.select_trainable(model, "all")) == 5
 
 
+def test_a_forgotten_condition_is_refused_in_one_line():
+    with pytest.raises(ValueError, match="needs a condition for each example"):
+        tiny()(torch.randn(1, 2, 4, 4), torch.tensor([5]))
+
+
 def test_the_class_and_the_time_matter():
     model, x = tiny(), torch.randn(1, 2, 4, 4)
     one = model(x, torch.tensor([5]), torch.tensor([0]))
