@@ -22,6 +22,7 @@ real images are a little sharper, and a part of the distance is due to that alon
     python evaluate.py release --out scores.json         a release without its run folder
     python evaluate.py runs/digits --protocol table --data-root DIR
     python evaluate.py runs/digits --samples synthetic.npz --classifiers cnn
+    python evaluate.py runs/digits --public --out runs/digits/internal/public.json   public images instead
     python evaluate.py runs/digits --memorisation        are samples copies of private images?
 
 Metrics on held-out images are NOT covered by epsilon, hence internal/. Publish them only if those images are
@@ -108,11 +109,16 @@ def report(result):
     return "\n".join([*lines, "", f"seconds: {seconds}"])
 
 
-def samples_of(args, release, n):
+def samples_of(args, release, run, public, n):
     """Samples (N, C, S, S) uint8, their labels (N,), and one line that says where they come from.
 
-    Read from --samples, or n drawn with the protocol's sampler, in which flags replace single settings.
+    Read from --samples, or n drawn with the protocol's sampler, in which flags replace single settings. With
+    --public n public images take their place.
     """
+    if args.public:
+        images, labels = scored.public_images(release, public, n, args.seed, args.data_root,
+                                              scored.cache_of(run))
+        return images, labels, f"public images of {public} in place of samples, seed {args.seed}"
     if args.samples:
         images, labels = scored.read_samples(args.samples, release, args.n)
         return scored.shrink(images), labels, f"read from {args.samples}"
@@ -166,6 +172,8 @@ def parse(argv):
     add("--guidance", type=float, help="classifier-free guidance weight [1 = none]")
     add("--seed", type=int, default=0, help="of sampling and classifiers [0]")
     add("--samples", help="NPZ of sample.py to score instead of sampling")
+    add("--public", action="store_true", help="score public images of the private classes instead of "
+        "samples: what is learned without a private image")
     add("--classifiers", help="which to train, with commas [all of the protocol]")
     add("--features", help="set whose classes the feature network learns [the run's public set]")
     add("--real", action="store_true", help="also train the first classifier on the private training images: "
@@ -189,8 +197,11 @@ def parse(argv):
     args.classifiers = [name.strip() for name in (args.classifiers or ",".join(known)).split(",")]
     if unknown := [name for name in args.classifiers if name not in known]:
         raise ValueError(f"--classifiers: {unknown[0]!r} is none of {', '.join(known)}")
-    if args.samples and (args.steps, args.eta, args.guidance) != (None, None, None):
-        raise ValueError("--samples takes finished images: leave out --steps, --eta and --guidance")
+    if (args.samples or args.public) and (args.steps, args.eta, args.guidance) != (None, None, None):
+        raise ValueError("--samples and --public take finished images: leave out --steps, --eta and "
+                         "--guidance")
+    if args.public and (args.samples or args.memorisation):
+        raise ValueError("--public takes the place of samples: leave out --samples and --memorisation")
     arguments.check_numbers(args, n=(1, 10 ** 7), steps=(1, 100_000), eta=(0, 1), guidance=(-1000, 1000),
                             seed=(0, 2 ** 62))
     arguments.check_suffix("--out", args.out, ".json")
@@ -216,7 +227,7 @@ def main(argv=None):
     split, real = next(iter(real_sets.items()))  # the first one is for the distance; accuracy uses all
     if args.memorisation:
         return memorisation.report(args, release, run, public, private, real,
-                                   lambda: samples_of(args, release, args.n or 1000)[0])
+                                   lambda: samples_of(args, release, run, public, args.n or 1000)[0])
     print(release.privacy["statement"])
 
     clock, seconds = time.monotonic(), {}
@@ -234,7 +245,7 @@ def main(argv=None):
         with torch.device("meta"):
             network(protocol["recipes"][name]["kind"], release.vae.config.out_ch,
                     min(scored.LARGEST, release.crop), len(release.classes))
-    images, labels, sampler = samples_of(args, release, args.n or protocol["n"])
+    images, labels, sampler = samples_of(args, release, run, public, args.n or protocol["n"])
     lap("sampling")
     recipes, scores = {name: dict(protocol["recipes"][name]) for name in names}, {}
     if not datasets.REGISTRY[datasets.kind_of(private)].augmented:  # fashion: all are centred and upright

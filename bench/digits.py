@@ -16,6 +16,8 @@ def again(label, name, flags):
 ROWS = {
     "eps10": Row("attention, epsilon 10 (the default)", "", BASE),
     "public": again("public only, before tuning", "public", "--steps 0"),
+    "drawings": Row("the public drawings themselves, no model", None, f"{BASE}-public",
+                    f"--public --out {BASE}-public/internal/drawings.json"),
     "eps1": again("attention, epsilon 1", "eps1", "--epsilon 1 --lr 2e-3"),
     "eps3": again("attention, epsilon 3", "eps3", "--epsilon 3"),
     "inf": again("attention, no noise (not private)", "inf", "--epsilon inf"),

@@ -79,6 +79,12 @@ ROWS |= {f"{name}-seed{seed}": Row(row.label, None, row.out,
                                    f"{SCORE} --seed {seed} --no-distance --out "
                                    f"{row.out}/internal/seed{seed}.json")
          for name, row in list(ROWS.items()) for seed in (1, 2)}
+# What a CNN learns from the public drawings themselves, without a model.
+for name, what, out in (("mnist", "MNIST, public strokes", "runs/mnist-strokes-public"),
+                        ("garments", "Fashion-MNIST, drawn garments", "runs/garments-whole-public")):
+    ROWS[f"{name}-drawings"] = Row(f"{what}: the drawings themselves, no model", None, out,
+                                   "--protocol table --public --classifiers cnn --out "
+                                   f"{out}/internal/drawings.json")
 # A first run, scored on a fifth of the samples.
 ROWS["garments10k-eps10"] = Row("Fashion-MNIST, drawn garments, latents 4x4x16",
                                 "--preset fashion-8x8 --public garments --public-n 60000 --factor 8 "

@@ -2,6 +2,7 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import datasets
 from datasets import arrays, pixels
@@ -131,6 +132,35 @@ def load_private(release, private, split, root=None, n=None, cache=None):
                          label_attribute=release.data.get("label_attribute"))
     real.images = shrink(real.images)
     return real
+
+
+def public_images(release, public, n, seed=0, root=None, cache=None):
+    """Up to n PUBLIC images of the private classes, as samples look: (n,C,S,S) uint8, labels (n,).
+
+    A public class counts if it has the name of a private one. Drawn ones are drawn with the seed, in the
+    style of the run's. ValueError if no class has such a name.
+    """
+    config, first = release.vae.config, datasets.parts(public)[0]  # the other part of a mix is a class apart
+    asked = {"label_attribute": release.data.get("label_attribute")}
+    if first == "strokes":
+        asked["public_classes"] = release.data.get("public_classes")
+
+    def load(n):
+        return datasets.load(first, "train", root, config.resolution, n=n, seed=seed,
+                             channels=config.in_channels, cache=cache, **asked)
+
+    drawn = datasets.is_drawn(first)
+    whole = load(1 if drawn else None)  # one drawing tells the classes
+    shared = [name for name in whole.classes if name in release.classes]
+    if not shared:
+        raise ValueError(f"--public: no class of {public} has the name of a private one "
+                         f"({', '.join(release.classes)[:200]})")
+    if drawn:  # labels come in turn, so this is enough
+        whole = load((n // len(shared) + 1) * len(whole.classes))
+    rows = torch.tensor([release.classes.index(name) if name in shared else -1 for name in whole.classes])
+    labels = rows[whole.labels]
+    chosen = (labels >= 0).nonzero()[:n, 0]
+    return shrink(pixels.crop(whole.images[chosen], release.crop)), labels[chosen]
 
 
 def write_samples(path, release, images, asked):

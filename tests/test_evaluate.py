@@ -279,7 +279,32 @@ def test_official_test_digits_are_used_when_present(run, tmp_path, capsys):
     assert not (run / "public" / "features.pt").exists()
 
 
+def test_public_images_of_the_private_classes_take_the_place_of_samples(run, tmp_path, monkeypatch):
+    """Labels count in the release's order, whatever their order in the public set is."""
+    release = sample.load_release(run)
+    drawn = datasets.load("strokes", n=400, public_classes="digits", channels=1)
+    release.data["public_classes"] = "digits"
+    images, labels = scored.public_images(release, "strokes", 30)
+    assert images.shape == (30, 1, 28, 28) and images.dtype == torch.uint8 and len(labels) == 30
+    release.classes = release.classes[::-1]
+    again, reversed_labels = scored.public_images(release, "strokes", 30)
+    assert torch.equal(again, images) and torch.equal(9 - labels, reversed_labels)
+    assert not torch.equal(scored.public_images(release, "strokes", 30, seed=1)[0], images)
+    # Like the drawings of this class, and unlike those of others.
+    means = torch.stack([drawn.images[drawn.labels == c, :, 2:30, 2:30].double().mean(0) for c in range(10)])
+    near = torch.cdist(images.double().flatten(1), means.flatten(1)).argmin(1)
+    assert (near == labels).double().mean() > 0.6
+    release.data["public_classes"] = "all"  # 26 of 36 classes are no private ones
+    assert scored.public_images(release, "strokes", 300)[1].unique().tolist() == list(range(10))
+    release.data["public_classes"] = "letters"
+    with pytest.raises(ValueError, match="no class of strokes has the name of a private one"):
+        scored.public_images(release, "strokes", 30)
+    evaluate.main([str(run), "--public", "--n", "40", "--classifiers", "logreg", "--no-distance"])
+    assert "public images of strokes in place of samples" in read_result(run)["sampler"]
+
+
 @pytest.mark.parametrize("arguments, message", [
+    ("--public --steps 3", "leave out --steps"), ("--public --samples x.npz", "leave out --samples"),
     ("--memorisation --real", "leave out --real"), ("--memorisation --classifiers cnn", "leave out --real"),
     ("--features strokes --no-distance", "leave out --no-distance")])
 def test_flags_that_would_have_no_effect_are_refused(arguments, message, run):
