@@ -153,7 +153,8 @@ def parse(argv):
           ("private_optimizer", str, "optimizer of stage 3; Muon wants another --lr: its steps are longer",
            [*optim.PRIVATE]),
           ("lr", float, "learning rate"),
-          ("ema", float, "decay of the average of the tuned parameters, per step"),
+          ("ema", float, "largest decay of the average of the tuned parameters; that of step t is at most "
+           "(1 + t) / (10 + t)"),
           ("method", str, "how per-example gradients are found, same result", [*METHODS]),
           ("micro_batch", int, "images at a time: memory and speed only; a GPU without it: up to 8,192"))
     flags("images at the end", ("sample_steps", int, "DDIM steps"), ("sample_eta", float, "DDIM eta, 0..1"),
