@@ -273,7 +273,7 @@ def main(argv=None):
     publish = "to be published only if the held-out images are public"
     if ceiling:
         note += "; also those of a classifier that knows private training images"
-        publish = "nor to be published, since the scores of a classifier trained on private images are in it"
+        publish = "to be published only if the private images, those of training included, are public"
     result = {"note": note, "protocol": args.protocol,
               "privacy": {key: release.privacy.get(key) for key in ("epsilon", "delta", "statement")},
               "n": len(images), "sampler": sampler, "seed": args.seed,

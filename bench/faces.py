@@ -48,7 +48,6 @@ ROWS = {
         f"class, epsilon 10, {BOTH}, only a shift is tuned, all stages, again",
         "--preset portraits --tune shift --lr 2e-3 --out runs/portraits-whole-again",
         "runs/portraits-whole-again", DRAWN),
-    "portraits-eps1": again(f"class, epsilon 1, {BOTH}", "eps1", "--epsilon 1", *PORTRAITS),
     # a CPU's share of the H200's run in docs/results.md: a narrower UNet, fewer steps, only a shift
     "portraits-64": Row("class, 64 x 64 pixels, epsilon 10, public drawn faces, only a shift is tuned",
                         f"--preset portraits {LARGER} --tune shift --lr 2e-3 --out runs/portraits-64",

@@ -1,7 +1,7 @@
 """Rows on the full data sets, to stand beside the paper's: `python -m bench.papers`, see `bench.runs`.
 
 Need the data root (--data-root or DPLDM_DATA); rows NAME-eps1 reuse the public stages of NAME-eps10, the rows
-garments-public, -gpu and -shift those of pretrained/garments. Rows seed1 and seed2 score a run with two more
+garments-public, -gpu and -shift those of pretrained/garments. Rows seed1 and seed2 score a run with further
 sampling seeds.
 """
 from bench.runs import Row, main
@@ -40,8 +40,8 @@ RUNS = {  # name: (label, flags of train.py, run folder)
     **both("fashion8", "Fashion-MNIST, public MNIST, latents 8x8x4", "--preset fashion-8x8",
            "runs/fashion-8x8"),
     **both("photos8", "Fashion-MNIST, public photographs in grey, latents 8x8x4", PHOTOS8, "runs/photos-8x8"),
-    **both("garments", "Fashion-MNIST, drawn garments, latents 8x8x4",
-           f"--preset garments {GARMENTS['10'].strip()}", "runs/garments-all-stages"),
+    "garments-eps10": ("Fashion-MNIST, drawn garments, latents 8x8x4",
+                       f"--preset garments {GARMENTS['10'].strip()}", "runs/garments-all-stages"),
     # The preset's own private stage, with Muon. The public stages of garments-eps10 are the preset's.
     "garments-private-eps10": again("Fashion-MNIST, drawn garments, latents 8x8x4, private stage by Muon",
                                     "--preset garments", "runs/garments-all-stages", "again"),
@@ -67,18 +67,19 @@ RUNS = {  # name: (label, flags of train.py, run folder)
     "garments-whole-400": again(
         "Fashion-MNIST, drawn garments, latents 8x8x4, private stage by Muon, 400 steps of 4,000",
         "--preset garments --batch-size 4000 --steps 400", "runs/garments-whole", "400"),
-    "photos8-all": again("Fashion-MNIST, public photographs in grey, latents 8x8x4, all parameters",
-                         f"{PHOTOS8} --tune all",
-                         "runs/photos-8x8", "all"),
 }
 # 200 steps with eta 1 would take thirteen times as long. 15 do as well as 30: see the rows steps15 and
 # steps30 of bench.ablations.
 SCORE = "--protocol table --steps 15 --eta 0 --classifiers cnn"
 ROWS = {name: Row(label, f"{flags} --out {out}", out, SCORE) for name, (label, flags, out) in RUNS.items()}
-ROWS |= {f"{name}-seed{seed}": Row(row.label, None, row.out,
+SEEDS = {"mnist-eps1": (1, 2), **dict.fromkeys([
+    "mnist-eps10", "letters-eps10", "letters-eps1", "garments-private-eps10-more",
+    "garments-private-eps10-long", "garments-whole", "garments-whole-all", "garments-whole-400",
+    "garments-mixed"], (1,))}
+ROWS |= {f"{name}-seed{seed}": Row(ROWS[name].label, None, ROWS[name].out,
                                    f"{SCORE} --seed {seed} --no-distance --out "
-                                   f"{row.out}/internal/seed{seed}.json")
-         for name, row in list(ROWS.items()) for seed in (1, 2)}
+                                   f"{ROWS[name].out}/internal/seed{seed}.json")
+         for name, seeds in SEEDS.items() for seed in seeds}
 # What a CNN learns from the public drawings themselves, without a model.
 for name, what, out in (("mnist", "MNIST, public strokes", "runs/mnist-strokes-public"),
                         ("garments", "Fashion-MNIST, drawn garments", "runs/garments-whole-public")):
@@ -97,9 +98,9 @@ for epsilon, flags in GARMENTS.items():
         "Fashion-MNIST, drawn garments, latents 8x8x4",
         f"--preset garments --init pretrained/garments {flags}--out {out}", out,
         "--protocol table --n 10000 --steps 15 --eta 0")
-    ROWS[f"garments-public-eps{epsilon}-50000"] = Row(
-        "the same run, scored with 50,000 samples", None, out,
-        f"{SCORE} --out {out}/internal/samples50000.json")
+    if epsilon == "10":
+        ROWS["garments-public-eps10-50000"] = Row("the same run, scored with 50,000 samples", None, out,
+                                                  f"{SCORE} --out {out}/internal/samples50000.json")
 # The paper's claim, that tuning the attention suffices, with a public set that fits: the private stage of
 # garments-public-eps10, but all parameters are tuned.
 ROWS["garments-public-eps10-all"] = Row(
@@ -111,7 +112,6 @@ ROWS["garments-public-eps10-all"] = Row(
 SHAPES = "runs/garments-shapes"
 for name, what, flags, out in (
         ("shapes-eps10", "", GARMENTS["10"], SHAPES),
-        ("shapes-muon-eps10", ", private stage by Muon", f"--init {SHAPES} ", f"{SHAPES}-muon"),
         ("shapes-eps1", "", f"--init {SHAPES} {GARMENTS['1']}", f"{SHAPES}-eps1"),
         ("shapes-shift-eps1", ", attention and a shift",
          f"--init {SHAPES} {GARMENTS['1']}--tune attention+shift ", f"{SHAPES}-shift-eps1"),
@@ -133,17 +133,18 @@ for epsilon, flags in GPU.items():
 # on the public networks of pretrained/garments, and on those of garments-eps10, which Muon has trained. The
 # numbers are how many samples score a run at first, and how many again.
 MUON = "runs/garments-all-stages"
-for name, by, init, base, *numbers in (
-        ("garments-shift", "", "pretrained/garments", "runs/garments", 50_000, 10_000),
-        ("garments-muon-shift", " (by Muon)", MUON, MUON, 10_000, 50_000)):
+for name, by, epsilon, init, out, *numbers in (
+        ("garments-shift-eps10", "", "10", "pretrained/garments", "runs/garments-shift-eps10", 50_000),
+        ("garments-shift-eps1", "", "1", "pretrained/garments", "runs/garments-shift-eps1", 50_000, 10_000),
+        ("garments-muon-shift-eps1", " (by Muon)", "1", MUON, f"{MUON}-shift-eps1", 10_000, 50_000)):
     scores = [f"{SCORE} {'' if n == 50_000 else f'--n {n} '}--no-distance" for n in numbers]
-    for epsilon, flags in GARMENTS.items():
-        row, out, again = f"{name}-eps{epsilon}", f"{base}-shift-eps{epsilon}", numbers[1]
-        ROWS[row] = Row(
-            f"Fashion-MNIST, drawn garments{by}, latents 8x8x4, attention and a shift of the latents",
-            f"--preset garments --init {init} {flags}--tune attention+shift --out {out}", out, scores[0])
-        ROWS[f"{row}-{again}"] = Row(f"the same run, scored with {again:,} samples", None, out,
-                                     f"{scores[1]} --out {out}/internal/samples{again}.json")
+    ROWS[name] = Row(
+        f"Fashion-MNIST, drawn garments{by}, latents 8x8x4, attention and a shift of the latents",
+        f"--preset garments --init {init} {GARMENTS[epsilon]}--tune attention+shift --out {out}", out,
+        scores[0])
+    for n, score in zip(numbers[1:], scores[1:], strict=True):
+        ROWS[f"{name}-{n}"] = Row(f"the same run, scored with {n:,} samples", None, out,
+                                  f"{score} --out {out}/internal/samples{n}.json")
 ROWS["garments-shift-eps1-more"] = Row(
     "Fashion-MNIST, drawn garments, latents 8x8x4, attention and a shift, three times the private work",
     f"--preset garments --init pretrained/garments {ADAM} --epsilon 1 --batch-size 12000 --steps 30 "

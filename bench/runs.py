@@ -11,6 +11,7 @@ typed.
 
 A run folder that is in the way is renamed, never deleted.
 """
+import hashlib
 import itertools
 import json
 import platform
@@ -58,17 +59,19 @@ def move_away(folder):
 
 def measure(table, name, row):
     """Run a row's commands from the beginning and append the line. CalledProcessError if a command fails."""
-    out, seconds, begun = Path(row.out), {}, commit()  # now: files may change while it runs
+    out, seconds, commits = Path(row.out), {}, []
     evaluation = Path(row.evaluate.partition("--out ")[2] or out / "internal" / "evaluation.json")
     for command in commands(row):
         training = command.startswith("python train.py")
         if training:
             move_away(out)
         print(f"$ {command}", flush=True)
+        commits.append(commit())  # before each: files may change while it runs
         begin = time.monotonic()
         subprocess.run([sys.executable, *command.split()[1:]], check=True)
         seconds["train" if training else "evaluate"] = time.monotonic() - begin
-    result = {"table": table, "row": name, "label": row.label, "commands": commands(row), "commit": begun,
+    result = {"table": table, "row": name, "label": row.label, "commands": commands(row),
+              "commit": ", ".join(dict.fromkeys(commits)), "run": digest(out / "release" / "model.pt"),
               "date": date.today().isoformat(), "seconds": seconds, "threads": torch.get_num_threads(),
               # The largest of all commands of this call so far, earlier rows included.
               "peak_mib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
@@ -79,6 +82,11 @@ def measure(table, name, row):
               "evaluation": json.loads(evaluation.read_text())}
     with open(RESULTS, "a") as file:
         file.write(json.dumps(result) + "\n")
+
+
+def digest(path):
+    """The beginning of a file's SHA-256: it tells whether two rows are about one run."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:8]
 
 
 def cpu():

@@ -126,10 +126,15 @@ def last(scores):
 def with_seeds(rows, name):
     """The row of this name and those that sample its run with further seeds.
 
-    Rows of an earlier day sampled an earlier run of that name.
+    An earlier run of that name has another digest. Older rows have none; there an earlier day tells.
     """
+    def same_run(row):
+        if "run" in row and "run" in rows[name]:
+            return row["run"] == rows[name]["run"]
+        return row["date"] >= rows[name]["date"]
+
     return [rows[name], *(row for key, row in rows.items()
-                          if key.startswith(f"{name}-seed") and row["date"] >= rows[name]["date"])]
+                          if key.startswith(f"{name}-seed") and same_run(row))]
 
 
 def over_seeds(rows, name, held_out=None):

@@ -47,7 +47,7 @@ def test_a_run_folder_in_the_way_is_kept(tmp_path, monkeypatch):
 
     def made(command):  # stands for train.py and evaluate.py; meanwhile the programs change
         monkeypatch.setattr(runs, "commit", lambda: "later")
-        for name in ("release/privacy.json", "internal/evaluation.json"):
+        for name in ("release/privacy.json", "internal/evaluation.json", "release/model.pt"):
             (tmp_path / "r" / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "r" / name).write_text("{}")
 
@@ -61,7 +61,19 @@ def test_a_run_folder_in_the_way_is_kept(tmp_path, monkeypatch):
     assert (tmp_path / "r.old1" / "internal" / "ledger.jsonl").read_text() == "r.old1"
     assert not (tmp_path / "r" / "internal" / "ledger.jsonl").exists()
     line = json.loads((tmp_path / "results.jsonl").read_text())
-    assert line["row"] == "row" and line["commit"] == "abc"
+    assert line["row"] == "row" and line["commit"] == "abc, later"
+    assert line["run"] == runs.digest(tmp_path / "r" / "release" / "model.pt") == "44136fa3"  # of "{}"
+
+
+def test_only_seeds_of_the_same_run_are_averaged():
+    rows = {"a": {"run": "1", "date": "2026-01-02"}, "a-seed1": {"run": "1", "date": "2026-01-02"},
+            "a-seed2": {"run": "0", "date": "2026-01-02"}, "b": {"run": "1", "date": "2026-01-02"}}
+    assert tables.with_seeds(rows, "a") == [rows["a"], rows["a-seed1"]]
+    for row in rows.values():
+        del row["run"]  # as older ones
+    assert len(tables.with_seeds(rows, "a")) == 3
+    rows["a-seed2"]["date"] = "2026-01-01"
+    assert tables.with_seeds(rows, "a") == [rows["a"], rows["a-seed1"]]
 
 
 def test_the_program_for_a_gpu_runs_on_a_cpu(tmp_path, monkeypatch):
