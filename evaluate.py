@@ -67,8 +67,7 @@ def on_real_images(args, release, run, private, recipe, images, labels, real_set
     assigns to it. The classifier knows private images, so its scores are private. They go to the terminal
     and to internal/ (or where --out says).
     """
-    settings = run / "internal" / "settings.json"  # how many private images did the run use? None: all
-    n = files.read_json(settings).get("private_n") if settings.exists() else None
+    n = scored.settings_of(run).get("private_n")  # how many private images did the run use? None: all
     train = scored.load_private(release, private, "train", args.data_root, n, scored.cache_of(run))
     model = metrics.train_classifier(
         images=train.images, labels=train.labels, num_classes=len(release.classes), device=args.device,

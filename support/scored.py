@@ -39,6 +39,12 @@ def check_place(args, run, whole):
                          "does not cover scores; choose another")
 
 
+def settings_of(run):
+    """The settings in a run folder, a dict; {} if there are none, as beside a release that was copied."""
+    path = run / "internal" / "settings.json"
+    return files.read_json(path) if path.exists() else {}
+
+
 def sources(release, run):
     """[name of the public set, name of the private set], for datasets.load.
 
@@ -46,16 +52,15 @@ def sources(release, run):
     ValueError if the private set is one's own and there are none.
     """
     names = [release.data.get(role) for role in ("public", "private")]
-    path = run / "internal" / "settings.json"
+    settings = settings_of(run)
     if not all(isinstance(name, str) for name in names):
         raise ValueError("this release does not say which data sets it was made from")
     if unknown := [part for name in names for part in datasets.parts(name) if part not in datasets.REGISTRY]:
         raise ValueError(f"this release names the data set {unknown[0]!r}, which this program does not have")
-    if datasets.REGISTRY[names[1]].own and not path.exists():
+    if datasets.REGISTRY[names[1]].own and not settings:
         raise ValueError(f"{run}: a release does not say where own images lie, the run folder's "
                          "internal/settings.json does; evaluate that folder")
-    if any(datasets.REGISTRY[name].own for name in names) and path.exists():
-        settings = files.read_json(path)
+    if any(datasets.REGISTRY[name].own for name in names) and settings:
         names = [settings["public"], settings["private"]]
     return names  # the public one may lack its place: then there is no feature network
 
@@ -65,8 +70,7 @@ def cache_of(run):
 
     Older versions stored a relative one as it was typed: nobody knows where that was.
     """
-    path = run / "internal" / "settings.json"
-    cache = files.read_json(path).get("cache") if path.exists() else None
+    cache = settings_of(run).get("cache")
     return cache if cache and Path(cache).is_absolute() else None
 
 
