@@ -202,7 +202,7 @@ def loop(model, layers, loss_fn, batch):
     """One backward pass per example: slow and obvious. The other methods are tested against it."""
     params = [p for layer in layers for p in layer.params.values()]
     grads, losses = [], []
-    for i in range(rows(batch)):
+    for i in range(number_of_examples(batch)):
         # Example i as a batch of one: i:i+1 keeps the first dimension.
         loss = checked(loss_fn(model, *(b if b is None else b[i:i + 1] for b in batch)), 1)
         gradient = torch.autograd.grad(loss.sum(), params, allow_unused=True)  # None: not used by example i
@@ -235,13 +235,13 @@ def vmap(model, layers, loss_fn, batch):
 def from_gradients(layers, grads, losses):
     """Per-example gradients (N, *parameter.shape), in the layers' order -> what a method returns."""
     owner = [i for i, layer in enumerate(layers) for _ in layer.params]  # index of each gradient's layer
-    with exact(losses.device):
+    with full_precision(losses.device):
         squared = torch.zeros(len(layers), len(losses), dtype=torch.float64, device=losses.device)
         for i, g in zip(owner, grads, strict=True):
             squared[i] += squared_norm(g)  # weight and bias of a layer count together
 
     def weighted(factors):  # (L, N): each layer may have its own factors
-        keep = kept(factors)
+        keep = contributing(factors)
         return [weighted_sum(g, factors[i], keep) for i, g in zip(owner, grads, strict=True)]
 
     return squared.sqrt(), losses, weighted
@@ -253,19 +253,19 @@ def squared_norm(a):
 
 
 def weighted_sum(a, factor, keep):
-    """sum_n factor[n] * a[n], (N, d, ...) -> (d, ...), over the examples kept (`kept`; None: all)."""
+    """sum_n factor[n] * a[n], (N, d, ...) -> (d, ...), over the examples kept (`contributing`; None: all)."""
     a = a if keep is None else masked(a, keep)
     parts = zip(factor.to(a.dtype).split(AT_ONCE), a.reshape(len(a), -1).split(AT_ONCE), strict=True)
-    return added(f @ x for f, x in parts).view(a.shape[1:])
+    return sum_of_parts(f @ x for f, x in parts).view(a.shape[1:])
 
 
-def added(parts):
+def sum_of_parts(parts):
     """The sum of tensors; in float64 if there are several, see `zeros`."""
     first, *others = parts
     return sum((part.double() for part in others), first.double()) if others else first
 
 
-def kept(factors):
+def contributing(factors):
     """Factors (L, N) -> (N,) bool: which examples contribute. None if all do, on a CPU: no mask then."""
     keep = factors.any(0)
     # On a GPU this question would wait for the device, so it is not asked.
@@ -279,7 +279,7 @@ def masked(a, keep):
 
 
 @contextmanager
-def exact(device):
+def full_precision(device):
     """Within it norms and sums have full precision, and no graph is recorded."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # no TF32, which keeps 10 bits of a product's factors
@@ -328,7 +328,7 @@ def trainable_layers(model):
     return layers
 
 
-def rows(batch):
+def number_of_examples(batch):
     """Number of examples N of a micro-batch, on which all its items (tensors or None) must agree."""
     sizes = {len(b) for b in batch if b is not None}
     if len(sizes) != 1:
@@ -404,11 +404,11 @@ class DPSGD:
         """
         if {p for p in self.model.parameters() if p.requires_grad} != set(self.parameters):
             raise ValueError("the set of trainable parameters changed; make a new DPSGD for it")
-        if rows(batch) == 0:
+        if number_of_examples(batch) == 0:
             return  # nobody was drawn; `step` adds noise all the same
         with torch.enable_grad():
             norms, losses, weighted = self.method(self.model, self.layers, loss_fn, batch)
-        with exact(losses.device):
+        with full_precision(losses.device):
             factors = bounded(self.clipping(norms, self.clip_norm), norms, self.clip_norm)  # (L, N)
             factors = usable(factors, norms, losses)  # 0 if not finite
             sums = weighted(factors)  # of N gradients, each of length C at most
@@ -442,13 +442,13 @@ def check_against_loop(engine, loss_fn, *batch):
     """
     def norms_and_sums(method):  # the N norms, then the sums, in one vector
         norms, _, weighted = method(engine.model, engine.layers, loss_fn, batch)
-        with exact(norms.device):
+        with full_precision(norms.device):
             sums = weighted(torch.ones_like(norms))  # not clipped
         return torch.cat([norms.square().sum(0).sqrt(), *(s.flatten().double() for s in sums)])
 
     with torch.enable_grad():
         expected, got = norms_and_sums(loop), norms_and_sums(engine.method)
-    size = expected[:rows(batch)].norm()
+    size = expected[:number_of_examples(batch)].norm()
     # 2 %: above rounding, below most missed gradients. 1e-12: book-keeping's norm of a zero gradient is > 0.
     if not (got - expected).norm() <= 0.02 * size + 1e-12:  # so that nan is refused
         name = getattr(engine.method, "__name__", engine.method)

@@ -64,7 +64,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dp_sgd import AT_ONCE, added, checked, exact, kept, masked, rows, squared_norm, weighted_sum, zeros
+from dp_sgd import (
+    AT_ONCE,
+    checked,
+    contributing,
+    full_precision,
+    masked,
+    number_of_examples,
+    squared_norm,
+    sum_of_parts,
+    weighted_sum,
+    zeros,
+)
 
 # Layers with a rule for the per-example gradient, and the fewest dimensions that a batch of inputs has.
 FEWEST_DIMS = {nn.Linear: 2, nn.Conv2d: 4, nn.GroupNorm: 2, nn.LayerNorm: 2, nn.Embedding: 1}
@@ -77,7 +88,7 @@ def bookkeeping(model, layers, loss_fn, batch):
     and G kept, or its per-example gradients are formed and kept. n is N of the top. A layer's input has n K
     rows, K for each example. Call the returned function once: it frees what it has used.
     """
-    n, uses, grams, views = rows(batch), Counter(), {}, []
+    n, uses, grams, views = number_of_examples(batch), Counter(), {}, []
     inputs = {}  # of layer i: (x, g, version of x)
     grads = {}  # of other layers: {name: (n, *shape of the parameter)}
     params = [p for layer in layers for p in layer.params.values()]
@@ -103,7 +114,7 @@ def bookkeeping(model, layers, loss_fn, batch):
         """The gradient g of layer i's output is complete."""
         layer = layers[i]
         unchanged("input", i, x, version)
-        with exact(g.device):
+        with full_precision(g.device):
             # an embedding's padding row gets no gradient
             if getattr(layer.module, "padding_idx", None) is not None:
                 g = g.masked_fill((x == layer.module.padding_idx)[..., None], 0.0)
@@ -133,12 +144,12 @@ def bookkeeping(model, layers, loss_fn, batch):
         losses.sum().backward()
 
     losses = losses.detach()
-    with exact(losses.device):
+    with full_precision(losses.device):
         for i, formed in grads.items():
             squared[i] = sum(squared_norm(g) for g in formed.values())
 
     def weighted(factors):
-        keep, sums = kept(factors), []
+        keep, sums = contributing(factors), []
         for i, layer in enumerate(layers):
             if i in grads:  # popped: freed layer by layer
                 sums += [weighted_sum(g, factors[i], keep) for g in grads.pop(i).values()]
@@ -259,7 +270,7 @@ def weighted_product(layer, x, g, factor):
         k = len(x) // n * AT_ONCE  # rows of so many examples
         parts = [weighted_product(layer, *part)
                  for part in zip(x.split(k), g.split(k), factor.split(AT_ONCE), strict=True)]
-        return {name: added(part[name] for part in parts) for name in parts[0]}
+        return {name: sum_of_parts(part[name] for part in parts) for name in parts[0]}
     factor = factor.to(g.dtype)
     if isinstance(m, nn.Embedding):
         g = positions(g, n) * factor[:, None, None]
