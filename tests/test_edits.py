@@ -1,4 +1,4 @@
-"""The five edits of docs/exercises.md, each applied in a copy of the program and run."""
+"""The six edits of docs/exercises.md, each applied in a copy of the program and run."""
 import json
 import multiprocessing
 import os
@@ -22,8 +22,8 @@ TINY = [
 ]
 
 
-def test_there_are_five_of_at_most_fifteen_lines():
-    assert len(EDITS) == 5
+def test_there_are_six_of_at_most_fifteen_lines():
+    assert len(EDITS) == 6
     for command, patch in EDITS:
         added = [line for line in patch.splitlines() if line.startswith("+") and not line.startswith("+++")]
         assert 1 <= len(added) <= 15, command
@@ -46,7 +46,7 @@ def run_copy(copy, words):
     assert all(Path(sys.modules[x].__file__).is_relative_to(copy) for x in ("unet", "tuning", "datasets"))
 
 
-NAMES = ["modules", "clipping", "data", "denoiser", "accountant"]
+NAMES = ["modules", "clipping", "data", "denoiser", "optimizer", "accountant"]
 
 
 @pytest.mark.parametrize("command, patch, plain", [
@@ -70,6 +70,7 @@ def test_an_edit_applies_and_runs(command, patch, plain, tmp_path):
     assert privacy["steps"] == 2 and 9 < privacy["epsilon"] <= 10
     assert privacy["public_set"] == ("stripes" if "stripes" in words else "strokes")
     assert privacy["clipping"] == ("quantile" if "quantile" in words else "flat")
+    assert privacy["optimizer"] == ("sgd" if "sgd" in words else "adam")
 
 
 def test_the_accountant_of_the_edit_never_states_less_than_the_tight_one(tmp_path):
