@@ -80,6 +80,12 @@ ROWS |= {f"{name}-seed{seed}": Row(ROWS[name].label, None, ROWS[name].out,
                                    f"{SCORE} --seed {seed} --no-distance --out "
                                    f"{ROWS[name].out}/internal/seed{seed}.json")
          for name, seeds in SEEDS.items() for seed in seeds}
+# Twice as many DDIM steps, planned after a score of other samples (docs/lab-notebook.md).
+for seed, name in ((0, "steps30"), (1, "steps30-seed1")):
+    ROWS[f"garments-whole-{name}"] = Row(
+        "the same run, sampled in 30 steps of DDIM", None, "runs/garments-whole",
+        f"--protocol table --steps 30 --eta 0 --classifiers cnn --seed {seed} --no-distance --out "
+        f"runs/garments-whole/internal/{name}.json")
 # What a CNN learns from the public drawings themselves, without a model.
 for name, what, out in (("mnist", "MNIST, public strokes", "runs/mnist-strokes-public"),
                         ("garments", "Fashion-MNIST, drawn garments", "runs/garments-whole-public")):
