@@ -46,12 +46,13 @@ PRIVATE ([noise](#which-rows-are-private-by-todays-standard))."""
 # in place of samples, what it is, a note).
 FIRST_ROWS = [
     ("digits", "eps10", "public", "drawings", "digits: tuned on 8,000 MNIST digits", ""),
-    ("digits", "letters", None, None, "the same; the public set has letters only, no digit", ""),
     ("papers", "mnist-eps10", "mnist-public", "mnist-drawings",
      "digits, wider network: tuned on all of MNIST", "before tuning: public networks of the next row"),
     ("papers", "mnist-eps1", "mnist-public", "mnist-drawings",
      "the same with a tenth of the budget (private stage only)",
      "begins with `python train.py --preset mnist-strokes --steps 0 --out runs/mnist-strokes`"),
+    ("papers", "letters-eps10", None, None, "the same at epsilon 10, public letters only, no digit",
+     "nearest to the paper's pair of sets"),
     ("papers", "garments-whole", "garments-whole-public", "garments-drawings",
      "garments: tuned on Fashion-MNIST", ""),
     ("papers", "garments-shift-eps1", None, "garments-drawings",
