@@ -242,7 +242,8 @@ def goals():
         train, *_, evaluate = row["commands"]
         cells.append([what, epsilon(row["privacy"]), f"{goal:g} % ({whose})", verdict, f"`{train}`",
                       f"`{evaluate}`", measured(with_seeds(rows, name))])
-    return markdown(head, cells) + "\n\n" + MARKED
+    marked = [MARKED] * any(MARK in cell for _, cell, *_ in cells)
+    return "\n\n".join([markdown(head, cells), *marked])
 
 
 def reading():
