@@ -334,7 +334,8 @@ def test_one_more_example_moves_the_sum_by_at_most_the_sensitivity(method, clipp
 
 @pytest.mark.parametrize("size", [256, 8192])  # the usual one on a CPU, and the largest on a GPU
 @pytest.mark.parametrize("noise", [0.0, 0.3], ids=["parallel", "nearly parallel"])
-def test_in_a_large_batch_rounding_moves_the_sum_by_less_than_the_noise_allows_for(noise, size):
+@pytest.mark.parametrize("method", ["bookkeeping", "vmap"])  # two ways to a sum
+def test_in_a_large_batch_rounding_moves_the_sum_by_less_than_the_noise_allows_for(noise, size, method):
     """Gradients of nearly one direction, the worst case: the sum of 10,000 is 10,000 C long."""
     generator, n, C, d = torch.Generator().manual_seed(0), 10_000, 0.1, 64
     model = nn.Linear(d, d, bias=False)
@@ -342,7 +343,7 @@ def test_in_a_large_batch_rounding_moves_the_sum_by_less_than_the_noise_allows_f
             for _ in range(2))
 
     def total(rows):
-        engine = DPSGD(model, C, 1.0, n)
+        engine = DPSGD(model, C, 1.0, n, method=method)
         for part in rows.split(size):
             engine.accumulate(lambda model, x, v: (model(x) * v).sum(1), x[part], v[part])
         return engine.sums[0]
@@ -471,9 +472,24 @@ def test_the_sum_is_divided_by_the_expected_batch_size_and_cleared():
                                   for p in model.parameters()])) and engine.last["examples"] == 0
 
 
-def test_unused_layers_get_noise_too():
+def test_a_failed_update_cannot_release_the_same_sums_twice():
+    class Fails(torch.optim.SGD):
+        def step(self):
+            raise RuntimeError("no update")
+
     model = two_layers()
     engine = DPSGD(model, 1.0, 1.0, 1.0)
+    engine.accumulate(lambda m, x: m(x).sum(1), torch.randn(3, 10))
+    assert any(s.any() for s in engine.sums)
+    with pytest.raises(RuntimeError, match="no update"):
+        engine.step(Fails(model.parameters(), lr=1.0))
+    assert not any(s.any() for s in engine.sums)
+
+
+def test_unused_layers_get_noise_too():
+    model = two_layers()
+    # A seed: one in a thousand times the noise of one of 100 weights is rounded to exactly 0.
+    engine = DPSGD(model, 1.0, 1.0, 1.0, generator=torch.Generator().manual_seed(0))
     engine.accumulate(lambda m, x: m[0](x).sum(1), torch.randn(3, 10))
     before = model[2].weight.detach().clone()
     engine.step(torch.optim.SGD(model.parameters(), lr=1.0))

@@ -5,6 +5,7 @@ goes red.
 """
 import ast
 import json
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import torch
 
 import accountant
 import datasets
+import diffusion
 import dp_sgd
 import evaluate
 import optim
@@ -64,7 +66,8 @@ def test_empty_batches_are_steps_of_noise_and_count(tmp_path, monkeypatch):  # 3
                         generator=None: torch.empty(0, dtype=torch.int64))
     model = tiny_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    _, plan, model, rows = private_stage(tmp_path, model=model)
+    # A seed: one in some thousand runs would end with a weight exactly where it began.
+    _, plan, model, rows = private_stage(tmp_path, "--insecure-seed", "1", model=model)
     assert len(rows) == plan["steps"] == 4
     for name, p in model.named_parameters():
         assert (p != before[name]).all() == p.requires_grad, name
@@ -92,6 +95,54 @@ def test_the_ledger_has_one_row_per_step_with_the_rate_that_drew_the_batch(tmp_p
     assert len(rows) == s.steps == 4 and drawn == [(N, 6 / N)] * 4  # about three micro-batches each
     assert all(row["q"] == 6 / N and row["sigma"] == plan["sigma"] for row in rows)
     assert 9.9 < accountant.epsilon_of_ledger(rows, s.delta, s.accountant) <= 10
+
+
+def test_the_drawn_examples_enter_the_gradient_once_with_the_noise_of_the_plan(tmp_path, monkeypatch):
+    """Not the first ones of the set, say: all amplification by sampling would be lost (1)."""
+    drawn, entered, noise, sizes = [], [], [], []
+    sampled, accumulate, privatise = dp_sgd.poisson_sample, dp_sgd.DPSGD.accumulate, dp_sgd.privatise
+
+    def draw(*args):
+        batch = sampled(*args)
+        drawn.extend(batch.tolist())
+        sizes.append(len(batch))
+        return batch
+
+    def add(engine, loss_fn, z0, *rest):
+        entered.extend(z0[:, 0, 0, 0].long().tolist())
+        return accumulate(engine, loss_fn, z0, *rest)
+
+    monkeypatch.setattr(dp_sgd, "poisson_sample", draw)
+    monkeypatch.setattr(dp_sgd.DPSGD, "accumulate", add)
+    monkeypatch.setattr(dp_sgd, "privatise",
+                        lambda sums, *rest: noise.append(rest[:3]) or privatise(sums, *rest))
+    numbered = torch.arange(N).float().view(N, 1, 1, 1, 1).expand(N, 1, 4, 4, 4).contiguous()
+    s, plan, *_ = private_stage(tmp_path, latents=numbered)
+    assert entered == drawn
+    assert noise == [(s.clip_norm * (1 + dp_sgd.ROUNDING), plan["sigma"], s.batch_size)] * 4
+    log = [json.loads(line) for line in (tmp_path / "internal" / "log.jsonl").read_text().splitlines()]
+    assert [row["examples"] for row in log] == sizes
+
+
+def test_the_draws_of_the_loss_are_unknown(tmp_path, monkeypatch):  # 12
+    """Whoever knew them could tell an example that is there from its shift of all later draws."""
+    seen, honest = [], diffusion.draw
+
+    def draw(z0, cond, K, generator, schedule, **more):
+        found = honest(z0, cond, K, generator, schedule, **more)
+        seen.append((generator, found[2].flatten().tolist()))
+        return found
+
+    monkeypatch.setattr(diffusion, "draw", draw)
+    monkeypatch.setattr(dp_sgd, "poisson_sample", lambda *args: torch.arange(6))
+    timesteps = {}
+    for name in ("a", "b", "c", "d"):
+        seen.clear()
+        private_stage(tmp_path / name, *(["--insecure-seed", "1"] if name in "cd" else []))  # same torch seed
+        _, *private = seen  # the first ones are of the check against the loop
+        assert all(generator is not None for generator, _ in private)
+        timesteps[name] = [t for _, t in private]
+    assert timesteps["a"] != timesteps["b"] and timesteps["c"] == timesteps["d"]
 
 
 def test_two_private_runs_never_share_noise_or_batches(tmp_path, monkeypatch):  # 12
@@ -130,14 +181,27 @@ def test_public_stages_see_public_pictures_only(tmp_path, monkeypatch):  # 13
                                 torch.zeros(1000, dtype=torch.int64), arrays.DIGITS, name=name)
             for name, grey in (("strokes", 50), ("mnist10k", 200))}
 
+    honest, seen = train.train_autoencoder, []
+
     def first_stage(s, images, facts, stop):
         assert images is sets["strokes"].images
+        return honest(s, images, facts, stop)
+
+    def encode(s, autoencoder, images, scale):
+        seen.append(images)
+        return torch.zeros(len(images), 1, *autoencoder.latent_shape)
+
+    def second_stage(*args):
         raise Enough
 
     monkeypatch.setattr(datasets, "load", lambda name, *args, **kwargs: sets[name])
     monkeypatch.setattr(train, "train_autoencoder", first_stage)
+    monkeypatch.setattr(train, "encode", encode)
+    monkeypatch.setattr(train, "train_diffusion", second_stage)
     with pytest.raises(Enough):
-        train.main(["--preset", "smoke", "--out", str(tmp_path), "--precision", "float32"])
+        train.main(["--preset", "smoke", "--out", str(tmp_path), "--precision", "float32", "--vae-steps",
+                    "1"])
+    assert len(seen) == 1 and torch.equal(seen[0], sets["strokes"].images)
 
 
 def test_the_latent_of_a_picture_depends_on_no_other_picture():  # 13
@@ -186,7 +250,7 @@ def test_the_average_holds_tuned_parameters_only_and_moves_once_per_step(tmp_pat
     assert calls == [len(tuned(model))] * 4 and calls[0] < len(list(model.parameters()))
 
 
-def test_the_statement_carries_what_a_guarantee_needs(tmp_path):  # 20, 24, 25
+def test_the_statement_carries_what_a_guarantee_needs(tmp_path, monkeypatch):  # 20, 24, 25
     s = settings.parse(["--preset", "smoke", "--out", str(tmp_path), "--epsilon", "2"])
     with pytest.raises(ValueError, match="below 1/n"):
         guarantee.privacy_plan(s, 100_000)
@@ -203,6 +267,16 @@ def test_the_statement_carries_what_a_guarantee_needs(tmp_path):  # 20, 24, 25
                                                       for text in privacy["does_not_cover"])
     assert privacy["computed"] == ["cpu, float32"] and not any("on a GPU" in text
                                                                for text in privacy["does_not_cover"])
+    # Steps that the plan did not foresee count: the ledger rules.
+    longer = guarantee.privacy_statement(s, plan, [*rows, *rows[:2]], 7, stages)
+    assert longer["steps"] == 6 and longer["epsilon"] >= accountant.epsilon(plan["q"], plan["sigma"], 6, 1e-5,
+                                                                            s.accountant) > plan["epsilon"]
+    assert longer["epsilon_for_20_pictures_of_one_person"] > group
+    # Where 20 images together reach beyond the noise, no epsilon holds for them.
+    monkeypatch.setattr(guarantee.randomness, "beyond_the_noise",
+                        lambda limit, q, sigma, steps, k=1: float(k == 20))
+    beyond = guarantee.privacy_numbers(s, rows, 1e-5)
+    assert beyond["epsilon_for_20_pictures_of_one_person"] == math.inf > beyond["epsilon_pld"]
     # A run that was stopped on one device and went on with another.
     moved = [*rows[1:], rows[0] | {"computed": "cuda, bf16"}]
     elsewhere = guarantee.privacy_statement(s, plan, moved, 7, stages)

@@ -20,8 +20,8 @@ TINY = ["--preset", "smoke", "--public-n", "40", "--private-n", "100", "--vae-st
         "--vae-batch",
         "8", "--ldm-batch", "8", "--batch-size", "10", "--steps", "2", "--accountant", "rdp",
         "--sample-steps", "1",
-        "--precision", "float32", "--micro-batch", "32"]
-FILES = {"model.pt", "privacy.json", "samples.png", "comparison.png", "MODEL_CARD.md"}
+        "--precision", "float32", "--micro-batch", "32", "--watch", "1"]
+FILES = {"model.pt", "privacy.json", "samples.png", "comparison.png", "progress.png", "MODEL_CARD.md"}
 MODEL_KEYS = {"format", "vae", "scale", "unet", "shift", "embedder", "schedule", "classes", "crop", "prompts",
               "data", "privacy", "model"}
 MARKER = "marker-of-a-private-path"
@@ -79,9 +79,9 @@ def test_nothing_but_the_documented_files(run):
 
 def test_no_private_picture_in_the_pictures(run):
     private = marked_pictures()[:, 0].float()
-    for name, columns in (("samples.png", 10), ("comparison.png", 18)):
+    for name, columns, n in (("samples.png", 10, 100), ("comparison.png", 18, 100), ("progress.png", 10, 30)):
         shown = tiles(run / "release" / name, columns).float()
-        assert len(shown) >= 100 and shown.std() > 0
+        assert len(shown) >= n and shown.std() > 0
         distance = (shown.flatten(1)[:, None] - private.flatten(1)).abs().mean(2)  # (tiles, private pictures)
         assert distance.min() > 20, name
     found = tiles(run / "release" / "samples.png", 10)  # the ruler itself: it finds a picture that is there

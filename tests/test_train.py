@@ -322,6 +322,9 @@ def test_ablations_are_flags(run, tmp_path, flags):
                            progress=False).shape == (1, 1, 28, 28)
     privacy = files.read_json(tmp_path / "r" / "release" / "privacy.json")
     assert privacy["private"] == ("--insecure-seed" not in flags) and privacy["epsilon"] <= 10
+    card = (tmp_path / "r" / "release" / "MODEL_CARD.md").read_text()
+    for text in (privacy["statement"], card):
+        assert ("NOT PRIVATE" in text) == ("--insecure-seed" in flags)
 
 
 def test_flags_of_the_networks_change_them_or_are_refused(run, tmp_path):
