@@ -68,7 +68,7 @@ GOALS = [
      "the paper's", "papers", "mnist-eps10"),
     ("the same", 95.9, "the paper's", "papers", "mnist-eps1"),
     ("MNIST, only drawn letters public", 97.4, "the paper's", "papers", "letters-eps10"),
-    ("the same", 95.9, "the paper's", "papers", "letters-eps1"),
+    ("the same", 95.9, "the paper's", "papers", "letters-eps1-muon"),
     ("Fashion-MNIST, drawn garments public", 84.0, "ours", "papers", "garments-whole"),
     ("the same, with a shift", 76.0, "ours", "papers", "garments-shift-eps1"),
     ("Male of faces, drawn faces and photographs public, only a shift tuned", 64.0, "ours", "faces",
