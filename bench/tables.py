@@ -335,18 +335,19 @@ def papers(part):
     head = ["public set, private stage", "epsilon", "CNN on real test images, per sampling seed", "samples",
             "Frechet distance", "trained parameters", "minutes: train + evaluate (threads)", "command",
             "measured at"]
-    cells = []
+    cells, shown = [], []
     for name, row in rows.items():
         if "-seed" in name:
             continue
         seeds = with_seeds(rows, name)
+        shown += seeds
         p, e = row["privacy"], row["evaluation"]
         accuracies = [f"{100 * first(r['evaluation']['accuracy']['cnn']):.2f}" for r in seeds]
         label = row["label"].removeprefix("Fashion-").removeprefix("MNIST, ")  # the heading names the set
         cells.append([label, epsilon(p), ", ".join(accuracies) + " %",
                       f"{e['n']:,}", frechet(row, list(rows.values())), trained(p), minutes(row),
                       f"`{row['commands'][0]}`", measured(seeds)])
-    return markdown(head, cells) + "\n\n" + origin(list(rows.values()))
+    return markdown(head, cells) + "\n\n" + origin(shown)
 
 
 def recipes():
