@@ -86,7 +86,8 @@ ROWS |= {f"{name}-seed{seed}": Row(ROWS[name].label, None, ROWS[name].out,
 # Twice as many DDIM steps, planned after a score of other samples (docs/lab-notebook.md).
 for seed, name in ((0, "steps30"), (1, "steps30-seed1")):
     ROWS[f"garments-whole-{name}"] = Row(
-        "the same run, sampled in 30 steps of DDIM", None, "runs/garments-whole",
+        "Fashion-MNIST, drawn garments, latents 8x8x4, all stages of the preset, sampled in 30 steps", None,
+        "runs/garments-whole",
         f"--protocol table --steps 30 --eta 0 --classifiers cnn --seed {seed} --no-distance --out "
         f"runs/garments-whole/internal/{name}.json")
 # What a CNN learns from the public drawings themselves, without a model.
