@@ -266,7 +266,8 @@ def a_run_folder(place):
     chosen = vars(settings.parse(["--preset", "smoke", "--out", str(place)]))
     files.write_json(settings.plain(chosen), place / "internal" / "settings.json")
     files.write_json(PLAN, place / "internal" / "plan.json")
-    files.write_json({**PLAN, "statement": "x", "epsilon": 3.0}, place / "release" / "privacy.json")
+    stated = {**PLAN, "statement": "x", "epsilon": 3.0, "fast_noise": False}
+    files.write_json(stated, place / "release" / "privacy.json")
     (place / "internal" / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in LEDGER))
     return place
 

@@ -9,6 +9,7 @@ import torchvision
 
 import accountant
 import datasets
+import sample
 import train
 import vae
 from datasets import arrays, pixels
@@ -25,6 +26,7 @@ FILES = {"model.pt", "privacy.json", "samples.png", "comparison.png", "progress.
 MODEL_KEYS = {"format", "vae", "scale", "unet", "shift", "embedder", "schedule", "classes", "crop", "prompts",
               "data", "privacy", "model"}
 MARKER = "marker-of-a-private-path"
+ASKED = []  # the labels of all images that the run drew
 
 
 def marked_pictures():
@@ -41,7 +43,15 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("USER", "LOGNAME", "HOSTNAME", "DPLDM_DATA"):
             patch.setenv(name, MARKER)
-        marked = datasets.ImageSet(marked_pictures(), torch.arange(100) % 10, arrays.DIGITS)
+        labels = torch.where(torch.arange(100) < 60, 3, torch.arange(100) % 10)  # most are threes
+        marked = datasets.ImageSet(marked_pictures(), labels, arrays.DIGITS)
+        honest = sample.generate
+
+        def generate(release, labels, *args, **named):
+            ASKED.append([int(label) for label in labels])
+            return honest(release, labels, *args, **named)
+
+        patch.setattr(sample, "generate", generate)
         patch.setattr(datasets.REGISTRY["mnist10k"], "load", lambda ask: marked)
         train.main([*TINY, "--data-root", str(place / MARKER), "--out", str(place)])
     return place
@@ -75,6 +85,11 @@ def test_nothing_but_the_documented_files(run):
     )
     assert (model["model"].keys(), model["vae"]["state"].keys()) == tuple(network.keys()
                                                                           for network in networks)
+
+
+def test_the_pictures_show_each_class_equally_often_whatever_the_private_labels(run):
+    assert len(ASKED) == 5  # --watch three times, after and before tuning
+    assert all(labels.count(c) == len(labels) / 10 for labels in ASKED for c in range(10))
 
 
 def test_no_private_picture_in_the_pictures(run):
