@@ -162,7 +162,7 @@ def privacy_statement(s, plan, rows, trained, stages=()):
     """
     trained_on = sorted({stage["trained_on"] for stage in stages})
     weights = sorted({name for stage in stages for name in stage.get("public_weights", ())})
-    computed = sorted({row["computed"] for row in rows if "computed" in row})  # older rows do not say it
+    computed = sorted({str(row["computed"]) for row in rows if "computed" in row})  # older rows lack it
     # Known before the first private step. A step that the plan did not foresee would make them larger here.
     numbers = settled(plan["numbers"], privacy_numbers(s, rows, s.delta))
     epsilon = numbers[f"epsilon_{s.accountant}"]

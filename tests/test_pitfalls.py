@@ -277,10 +277,10 @@ def test_the_statement_carries_what_a_guarantee_needs(tmp_path, monkeypatch):  #
                         lambda limit, q, sigma, steps, k=1: float(k == 20))
     beyond = guarantee.privacy_numbers(s, rows, 1e-5)
     assert beyond["epsilon_for_20_pictures_of_one_person"] == math.inf > beyond["epsilon_pld"]
-    # A run that was stopped on one device and went on with another.
-    moved = [*rows[1:], rows[0] | {"computed": "cuda, bf16"}]
+    # A run that was stopped on one device and went on with another; a damaged ledger stops no statement.
+    moved = [*rows[2:], rows[0] | {"computed": "cuda, bf16"}, rows[1] | {"computed": 7}]
     elsewhere = guarantee.privacy_statement(s, plan, moved, 7, stages)
-    assert elsewhere["computed"] == ["cpu, float32", "cuda, bf16"]
+    assert elsewhere["computed"] == ["7", "cpu, float32", "cuda, bf16"]
     assert any("on a GPU, which was not bounded" in text for text in elsewhere["does_not_cover"])
     s.private_n = None  # all of them: nothing was chosen
     assert not any("from a larger set" in t
