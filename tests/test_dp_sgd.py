@@ -354,6 +354,23 @@ def test_in_a_large_batch_rounding_moves_the_sum_by_less_than_the_noise_allows_f
     assert (with_it - without - alone).norm() < 0.5 * dp_sgd.ROUNDING * C
 
 
+def test_norms_and_sums_are_not_rounded_to_tf32():
+    """Whatever the caller has set for the networks; afterwards it is as before."""
+    seen, before = [], torch.get_float32_matmul_precision()
+
+    def rule(norms, clip_norm):
+        seen.append(torch.get_float32_matmul_precision())
+        return dp_sgd.flat(norms, clip_norm)
+
+    torch.set_float32_matmul_precision("medium")
+    try:
+        engine = dp_sgd.DPSGD(nn.Linear(4, 1), 1.0, 1.0, 1, rule)
+        engine.accumulate(lambda model, x: model(x).sum(1), torch.ones(2, 4))
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("entry", [1e-23, 3e-22, 1e-30])
 def test_a_rule_that_lengthens_tiny_gradients_cannot_break_the_sensitivity(entry, method):
