@@ -82,7 +82,8 @@ def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, ca
     decode    False: photographs are only listed (the files of a folder are read for their checksums), images
               is an empty shape on the meta device; nothing is downloaded
     request   further fields of `registry.Request`; None stands for its default
-    Returns ImageSet. Raises DataError if files are missing or damaged, ValueError for arguments out of range.
+    Returns ImageSet. Raises DataError if a file is missing or an array file is damaged, ValueError for all
+    else: arguments, lists, captions, photographs.
     """
     entry = REGISTRY[kind_of(name)]
     if split not in ("train", "test"):

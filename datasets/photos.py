@@ -335,7 +335,7 @@ def read_text(path):
 def read_lines(path):
     """[(number from 1, words)] of a text file's lines that are not empty; blanks or commas part words."""
     lines = enumerate(read_text(path).splitlines(), 1)
-    return [(number, line.replace(",", " ").split()) for number, line in lines if line.strip(" ,\t")]
+    return [(number, words) for number, line in lines if (words := line.replace(",", " ").split())]
 
 
 # ---- pixels ------------------------------------------------------------------------------------------------

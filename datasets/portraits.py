@@ -4,8 +4,9 @@ A head is an ellipsoid that turns a little, with bumps for nose, brows, cheeks, 
 the light and shade. On it lie skin, eyes, mouth and beard, around it hair, neck, clothes, head-wear and a
 blurred background, all with soft edges. Every image has attributes under CelebA's names (Liu et al. 2015;
 `Child`, `Senior` and `Grayscale` are other face sets'), so extensions/captions.py can describe it. People
-differ by construction: age, skin, hair, expression, head-wear and light are independent of each other, unless
-one rules another out (a child has no beard). So no kind of face is the default one.
+differ by construction: skin and expression do not depend on age or sex. Gray hair, baldness, beards, length
+of hair, glasses and head-wear depend on age or sex as the numbers in `people` say. The light is a little
+brighter on dark skin. So no kind of face is the default one.
 
 The numbers below are judgement about faces, and none was computed from an image. While choosing them the
 author looked at some fifty images of the set `faces`, for how they are framed and lit. One number was read

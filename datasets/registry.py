@@ -24,8 +24,8 @@ class ImageSet:
     """Images in memory: images (N,C,H,W) uint8, labels (N,) int64 in 0..len(classes)-1.
 
     Grey images are light on dark. captions: one sentence per image; attributes: {name: (N,) bool}; both None
-    where the set has none. side: of the images before padding, to which a finished sample is cropped. A
-    loader may return paths instead of a tensor of images.
+    where the set has none. side: of the images before padding, to which a finished sample is cropped;
+    `load` sets it and name. A loader may return paths instead of a tensor of images.
     """
 
     images: torch.Tensor | list[Path]
@@ -56,7 +56,8 @@ class ImageSet:
 class Request:
     """What a loader is asked for.
 
-    Own sets use where, classes and private. Drawn sets use public_classes, n and seed.
+    Own sets use where, classes and private. Drawn sets use n and seed; strokes also public_classes, portraits
+    also label_attribute and size.
     """
 
     name: str  # of the data set, a key of REGISTRY

@@ -137,7 +137,7 @@ def parse(text):
 
 
 def segment_matrix(points, curves, strokes_of_curves):
-    """The linear map from K control points to segments, a tensor.
+    """The linear map from K control points to segments, a numpy array.
 
     Its shape is (sharp or smoothed corners, start or end, SEGMENTS, K).
     """
@@ -168,7 +168,7 @@ def compiled():
     """All V skeletons as padded tensors, made at the first use.
 
     Points (V,K,2), the number of each point's stroke (V,K), `segment_matrix` (V,2,2,SEGMENTS,K), and the
-    chance of each skeleton in each class (36,V).
+    weight of each skeleton in each class (36,V), with which it is chosen.
     """
     parsed = [parse(text) for name in CLASSES for text in SKELETONS[name]]
     most = max(len(p[1]) for p in parsed)

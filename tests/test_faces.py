@@ -804,3 +804,8 @@ def test_a_set_is_looked_at_from_the_shell(tmp_path, monkeypatch, capsys):
     runpy.run_module("datasets", run_name="__main__")
     assert ", 3, 32, 32)" in (out := capsys.readouterr().out) and "['picture']" in out
     assert (tmp_path / "folder.png").stat().st_size > 100
+
+
+def test_a_line_of_a_no_break_space_is_an_empty_line(tmp_path):
+    (tmp_path / "list.txt").write_text("3\n\u00a0\na, b\n", encoding="utf-8")
+    assert photos.read_lines(tmp_path / "list.txt") == [(1, ["3"]), (3, ["a", "b"])]
