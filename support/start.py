@@ -77,9 +77,10 @@ def adopt(s):
             print(f"note: {s.init} was trained with --condition {made}; only its autoencoder is reused")
     else:
         print(f"note: {s.init} has no diffusion model; only its autoencoder is reused")
-    made = str(known.get("ldm.pt", {}).get("trained_on", datasets.kind_of(s.public)))
-    if made != datasets.kind_of(s.public) and not made.startswith("weights of "):  # those are of elsewhere
-        print(f"note: the networks of {s.init} were trained on {made}; images of --public {s.public} only "
+    public = datasets.kind_of(s.public)
+    origin = str(known.get("ldm.pt", {}).get("trained_on", public))
+    if origin != public and not origin.startswith("weights of "):  # those are of elsewhere
+        print(f"note: the networks of {s.init} were trained on {origin}; images of --public {s.public} only "
               "stand beside the samples, and the feature network of evaluate.py learns them")
     for key in s.given:
         if key in settings.VAE_FLAGS or "ldm.pt" in known and key in settings.LDM_FLAGS | {"public_n"}:
