@@ -70,6 +70,17 @@ RUNS = {  # name: (label, flags of train.py, run folder)
     "garments-whole-400": again(
         "Fashion-MNIST, drawn garments, latents 8x8x4, private stage by Muon, 400 steps of 4,000",
         "--preset garments --batch-size 4000 --steps 400", "runs/garments-whole", "400"),
+    # What the noise costs: the preset's private stage without it.
+    "garments-whole-inf": again("Fashion-MNIST, drawn garments, latents 8x8x4, no noise (not private)",
+                                "--preset garments --epsilon inf", "runs/garments-whole", "inf"),
+    # Stage 2 three times as long: its model teaches a CNN less than the drawings that it learned from.
+    "garments-stage2": ("Fashion-MNIST, drawn garments, latents 8x8x4, stage 2 three times as long",
+                        "--preset garments --ldm-steps 12000", "runs/garments-stage2"),
+    # Muon has the preset's learning rate here, the only one that was tried.
+    "garments-whole-shift-eps1": again(
+        "Fashion-MNIST, drawn garments, latents 8x8x4, attention and a shift, private stage by Muon",
+        "--preset garments --epsilon 1 --batch-size 6000 --steps 20 --tune attention+shift",
+        "runs/garments-whole", "shift-eps1"),
 }
 # 200 steps with eta 1 would take thirteen times as long. 15 do as well as 30: see the rows steps15 and
 # steps30 of bench.ablations.
@@ -83,12 +94,13 @@ ROWS |= {f"{name}-seed{seed}": Row(ROWS[name].label, None, ROWS[name].out,
                                    f"{SCORE} --seed {seed} --no-distance --out "
                                    f"{ROWS[name].out}/internal/seed{seed}.json")
          for name, seeds in SEEDS.items() for seed in seeds}
-# Twice as many DDIM steps, planned after a score of other samples (docs/lab-notebook.md).
-for seed, name in ((0, "steps30"), (1, "steps30-seed1")):
+# More DDIM steps. 30 were planned after a score of other samples (docs/lab-notebook.md), 50 after that of 30.
+for steps, seed in ((30, 0), (30, 1), (50, 0), (50, 1)):
+    name = f"steps{steps}" + f"-seed{seed}" * (seed > 0)
     ROWS[f"garments-whole-{name}"] = Row(
-        "Fashion-MNIST, drawn garments, latents 8x8x4, all stages of the preset, sampled in 30 steps", None,
-        "runs/garments-whole",
-        f"--protocol table --steps 30 --eta 0 --classifiers cnn --seed {seed} --no-distance --out "
+        f"Fashion-MNIST, drawn garments, latents 8x8x4, all stages of the preset, sampled in {steps} steps",
+        None, "runs/garments-whole",
+        f"--protocol table --steps {steps} --eta 0 --classifiers cnn --seed {seed} --no-distance --out "
         f"runs/garments-whole/internal/{name}.json")
 # What a CNN learns from the public drawings themselves, without a model.
 for name, what, out in (("mnist", "MNIST, public strokes", "runs/mnist-strokes-public"),
