@@ -37,7 +37,7 @@ from support import files
 
 # Their loaders enter the registry.
 from . import arrays, garments, photos, pixels, portraits, strokes  # noqa: F401
-from .registry import REGISTRY, DataError, ImageSet, Request, kind_of, numbered, parts
+from .registry import REGISTRY, DataError, ImageSet, Request, checked, kind_of, numbered, parts
 
 __all__ = ["REGISTRY", "DataError", "ImageSet", "kind_of", "load", "describe", "digests", "same_images",
            "enlarged", "class_list", "data_root", "names", "numbered", "parts", "resolved", "refuse_seen",
@@ -99,8 +99,9 @@ def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, ca
         raise ValueError(f"channels must be 1 or 3, not {channels}")
     root, classes = data_root(root), request.get("classes")
     given = {key: value for key, value in {**request, "n": n}.items() if value is not None}
-    whole = entry.load(Request(entry.name, root, split, name.partition(":")[2], seed=seed, size=size,
-                               download=decode, **given))
+    ask = Request(entry.name, root, split, name.partition(":")[2], seed=seed, size=size, download=decode,
+                  **given)
+    whole = checked(entry.load(ask), entry, ask.n if entry.drawn else None)
     if classes and list(classes) != list(whole.classes):
         raise ValueError(f"{name} has the classes {', '.join(whole.classes)}; others were asked for, leave "
                          "out --classes")

@@ -115,12 +115,45 @@ def dataset(name, about, **facts):
     """Decorator: enter a loader (Request -> ImageSet) under its name.
 
     facts: fields of `DataSet`. A set with the role "private" or "either" must return other images for the
-    split "test" than for "train". A drawn set must use n and seed of the request as well.
+    split "test" than for "train". A drawn set must use n and seed of the request as well. ValueError if the
+    name is taken by another loader.
     """
     def enter(load):
+        there = REGISTRY.get(name)
+        if there and (there.load.__module__, there.load.__qualname__) != (load.__module__, load.__qualname__):
+            raise ValueError(f"there is a data set {name!r} already, loaded by {there.load.__module__}."
+                             f"{there.load.__qualname__}; give the new one another name")
         REGISTRY[name] = DataSet(name, load, about, **facts)
         return load
     return enter
+
+
+def checked(found, entry, n):
+    """What a loader returned, if it has the form that `ImageSet` promises. ValueError, one line, if not.
+
+    n: how many images were asked for, which a drawn set must make; None for other sets.
+    """
+    def column(values, dtype):
+        return isinstance(values, torch.Tensor) and values.dtype == dtype and values.shape == (count,)
+
+    images, labels, count = found.images, found.labels, len(found.images)
+    pictures = isinstance(images, torch.Tensor) and images.dtype == torch.uint8 and images.ndim == 4
+    if not (pictures and images.shape[1] in (1, 3) or isinstance(images, list)):
+        expected = "images (N, 1 or 3, H, W) uint8, or a list of paths"
+    elif n not in (None, count):
+        expected = f"{n} images, as many as were asked for"
+    elif not column(labels, torch.int64):
+        expected = f"labels ({count},) int64"
+    elif count and not 0 <= labels.min() <= labels.max() < len(found.classes):
+        expected = f"labels from 0 to {len(found.classes) - 1}, for its {len(found.classes)} classes"
+    elif found.captions is not None and len(found.captions) != count:
+        expected = f"{count} captions, or None"
+    elif not all(column(values, torch.bool) for values in (found.attributes or {}).values()):
+        expected = f"attributes ({count},) bool, or None"
+    else:
+        return found
+    raise ValueError(f"the loader of the data set {entry.name!r} must return {expected}: see ImageSet in "
+                     "datasets/registry.py")
 
 
 def parts(name):

@@ -369,3 +369,55 @@ def test_command_line_prints_one_line_and_exits_2(monkeypatch, capsys):
         runpy.run_module("datasets", run_name="__main__")
     error = capsys.readouterr().err
     assert caught.value.code == 2 and error.count("\n") == 1 and "unknown data set" in error
+
+
+# ---- a loader of one's own ----
+
+
+GOOD = {"images": torch.zeros(6, 1, 28, 28, dtype=torch.uint8), "labels": torch.arange(6) % 2,
+        "classes": ["a", "b"], "captions": ["x"] * 6, "attributes": {"Male": torch.ones(6).bool()}}
+WRONG = {  # what the message says that it must return -> what it returns instead
+    r"images \(N, 1 or 3, H, W\) uint8": {"images": torch.rand(6, 1, 28, 28)},
+    r"images \(N, 1 or 3,": {"images": torch.zeros(6, 28, 28, dtype=torch.uint8)},
+    r"images \(N, 1 or 3, H": {"images": torch.zeros(6, 28, 28, 3, dtype=torch.uint8)},
+    "6 images, as many as were asked for": {"images": GOOD["images"][:5], "labels": GOOD["labels"][:5]},
+    r"labels \(6,\) int64": {"labels": torch.zeros(6)},
+    r"labels \(6,\)": {"labels": torch.zeros(5, dtype=torch.int64)},
+    "labels from 0 to 1, for its 2 classes": {"labels": torch.arange(6) % 3},
+    "labels from 0 to 1,": {"labels": torch.arange(6) % 2 - 1},
+    "6 captions": {"captions": ["x"] * 5},
+    r"attributes \(6,\) bool": {"attributes": {"Male": torch.ones(6)}},
+}
+
+
+@pytest.fixture
+def enter(monkeypatch):
+    """Enter a drawn set "own" that returns what it is given; afterwards the registry is as it was."""
+    entries = datasets.registry.Registry(datasets.REGISTRY)
+    monkeypatch.setattr(datasets.registry, "REGISTRY", entries)
+    monkeypatch.setattr(datasets, "REGISTRY", entries)
+
+    def enter(**fields):
+        @datasets.registry.dataset("own", "for this test", classes=("a", "b"), drawn=True, n=6)
+        def load(ask):
+            return datasets.ImageSet(**GOOD | fields)
+
+    return enter
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_a_loader_returns_is_checked(enter, wrong):
+    enter()
+    assert datasets.load("own", n=6).images.shape == (6, 1, 32, 32)
+    enter(**WRONG[wrong])
+    with pytest.raises(ValueError, match=f"data set 'own' must return {wrong}") as caught:
+        datasets.load("own", n=6)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_loader_does_not_take_the_name_of_another(enter):
+    enter()
+    enter()  # the same one anew, as a notebook does it
+    with pytest.raises(ValueError, match="'mnist' already"):
+        datasets.registry.dataset("mnist", "another MNIST")(lambda ask: None)
+    assert datasets.REGISTRY["mnist"].load is arrays.load_mnist

@@ -27,6 +27,7 @@ import vae
 from datasets import arrays, pixels
 from extensions import pld
 from support import files, guarantee, settings
+from tests import mutations
 
 ROOT = Path(__file__).parent.parent
 N = 60  # private examples
@@ -343,3 +344,11 @@ def test_the_table_has_all_pitfalls_and_every_function_and_test_it_names_exists(
             for name in names.split(", "):
                 found = re.search(rf"(def|class) {name}\b", (ROOT / file).read_text())
                 assert found, f"row {number}: {file} has no {name}"
+
+
+def test_every_mutation_finds_its_line_and_its_test_stands_in_the_table():
+    tests = {int(number): named for number, _, _, named in table()}
+    for m in mutations.MUTATIONS:
+        mutations.changed(m, (ROOT / m.file).read_text())  # ValueError if the line is not there once
+        if m.row:  # row 0 is not in the table
+            assert f"`{m.test.partition('[')[0]}`" in tests[m.row], f"row {m.row}: {m.mistake}"
