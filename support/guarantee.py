@@ -212,6 +212,8 @@ def privacy_statement(s, plan, rows, trained, stages=()):
             "several images of one person: the guarantee is for one image",
             "copies of the run folder: one that is resumed beside it spends the budget once more",
             "an attacker who learns the timesteps and the noise that the loss of the private images drew",
+            "rounding of the sum of clipped gradients by more than a thousandth of the clip norm: on CPUs it was "
+            "measured to be less, which is no proof",
             *(["rounding of the sum of clipped gradients on a GPU, which was not bounded"]
               if any(place.startswith("cuda") for place in computed) else []),
             "images that weights taken from elsewhere (public_weights) were trained on",
