@@ -1,4 +1,4 @@
-"""Privacy accountant of DP-SGD: what do T noisy steps cost? It does not understate epsilon.
+"""Privacy accountant of DP-SGD: what do T noisy steps cost? Only pld bounds every error.
 
 Symbols: q sampling probability, sigma noise multiplier, T number of noisy steps, alpha Renyi order. The clip
 norm C is 1, so sigma is the standard deviation of the noise.
@@ -31,7 +31,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 
-MAX_KINDS = 64  # of more different (q, sigma) than this, similar ones are merged, to save time
+MAX_KINDS = 64  # if there are more pairs (q, sigma), similar ones are merged, to save time
 
 
 # ----------------------------------------------------------------------------------- steps: what is counted
@@ -43,7 +43,7 @@ def check(q=0.0, sigma=1.0, steps=0, delta=0.5):
     if not sigma >= 0:
         raise ValueError(f"sigma = {sigma}: the noise multiplier must be >= 0; it is noise std / clip norm")
     if not 0 <= steps < math.inf or steps != int(steps):
-        raise ValueError(f"steps = {steps}: give a whole number >= 0 of logical steps")
+        raise ValueError(f"steps = {steps}: give a whole number >= 0 of noisy steps")
     if not 0 < delta < 1:
         raise ValueError(f"delta = {delta}: must lie strictly between 0 and 1, usually below 1 / n")
 
@@ -113,10 +113,10 @@ def log_moment(q, sigma, alpha):
     """
     if q == 1:  # every example is in every batch: the plain Gaussian mechanism
         return alpha * (alpha - 1) * (1 / sigma) ** 2 / 2
-    return moment_by_integral(q, sigma, alpha, ratio)
+    return moment_by_integral(q, sigma, alpha, excess_and_loss)
 
 
-def ratio(x, q, sigma):
+def excess_and_loss(x, q, sigma):
     """(u, log P/Q) at outputs x (n,), where u = P/Q - 1 is computed without cancellation."""
     w = (x - 0.5) / sigma**2  # log N(1, sigma^2) / N(0, sigma^2) at x
     u = q * np.expm1(np.minimum(w, 600.0))  # 600: e^w must not overflow
@@ -126,17 +126,17 @@ def ratio(x, q, sigma):
 def moment_by_integral(q, sigma, alpha, likelihood_ratio, k=1):
     """log A by the integral of `log_moment`, or an upper bound where the sum would have too many points.
 
-    likelihood_ratio: function (x, q, sigma) -> (u, log P/Q), as `ratio`. k: how many examples come and go
-    together. They shift the mean under P by k at most. It is above 1 in extensions/pld.py only.
+    likelihood_ratio: function (x, q, sigma) -> (u, log P/Q), as `excess_and_loss`. k: how many examples
+    come and go together. They shift the mean under P by k at most. It is above 1 in extensions/pld.py only.
     """
     # Trapezoid sum over z = x / sigma with spacing h. With this h its relative error is about 1e-15 at most
-    # (Trefethen and Weideman 2014, section 5). The error is e^(a^2/2 - 2 pi a / h) for any a up to
+    # (Trefethen and Weideman 2014, section 5). The error is e^(c^2/2 - 2 pi c / h) for any c up to
     # pi sigma: so far from the real axis the integrand is analytic (P = 0 at |Im z| = pi sigma), and there
-    # the Gaussian has grown by e^(a^2/2). Take the a that makes it smallest.
+    # the Gaussian has grown by e^(c^2/2). Take the c that makes it smallest.
     # The range: (P/Q)^alpha moves the centre of the integrand to alpha k / sigma at most. The sum ends 10
     # standard deviations beyond it.
     h, top = min(0.5, sigma / (2 * k)), alpha * k / sigma + 10.0
-    if top / h * k > 2e5:
+    if top / h * k > 2e5:  # for k examples each of the top / h points takes k times as long
         # Too many points, as there is little noise or a huge alpha. Use a bound instead. For k = 1, with
         # r = N(1, .)/N(0, .): (1-q+qr)^alpha <= 1-q + q r^alpha, by convexity. For larger k: if any of them
         # is in the batch, count all of them.
@@ -167,13 +167,13 @@ def rdp(q, sigma, alphas):
     alphas = np.asarray(alphas, dtype=float)
     if not ((alphas > 1) & (alphas < np.inf)).all():
         raise ValueError("alphas: Renyi orders must be above 1 and finite; use 1.01 or more")
-    kinds = one_kind(q, sigma, 1)
-    if not kinds:  # free
+    if not (kind := one_kind(q, sigma, 1)):  # free
         return np.zeros(alphas.shape)
-    if min(noise for _, noise in kinds) == 0:
+    [(q, sigma)] = kind
+    if sigma == 0:
         return np.full(alphas.shape, math.inf)
-    moment = composed(kinds)
-    return np.array([moment(a) / (a - 1) for a in alphas.ravel().tolist()]).reshape(alphas.shape)
+    orders = alphas.ravel().tolist()
+    return np.array([log_moment(q, sigma, a) / (a - 1) for a in orders]).reshape(alphas.shape)
 
 
 # ------------------------------------------------------------------------------- from moments to epsilon

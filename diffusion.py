@@ -75,8 +75,8 @@ def draw(z0, cond, K, generator, schedule, null=None, drop=0.0):
     """
     n, device = len(z0), z0.device
     if z0.dim() == 5:  # one orientation per example
-        flip = torch.randint(z0.shape[1], (n,), generator=generator, device=device)
-        z0 = z0[torch.arange(n, device=device), flip]
+        orientation = torch.randint(z0.shape[1], (n,), generator=generator, device=device)
+        z0 = z0[torch.arange(n, device=device), orientation]
     if cond is not None and drop > 0:
         coin = torch.rand(n, generator=generator, device=device) < drop
         cond = torch.where(coin.view(-1, *[1] * (cond.dim() - 1)), null, cond)  # coin (N, 1, ..., 1)

@@ -1,4 +1,4 @@
-"""DP-SGD: Poisson batches, per-example gradients, clipping, noise. All of the private step is in this file.
+"""DP-SGD: Poisson batches, per-example gradients, clipping, noise. Only the fast gradients are elsewhere.
 
 Implements DP-SGD (Abadi et al. 2016, Algorithm 1) as *Differentially Private Latent Diffusion Models* (Liu et
 al. 2024, Algorithm 1) uses it to tune the attention and the condition embedder. The file imports nothing of
@@ -57,15 +57,14 @@ class SecureGenerator:
        compute all others, and released weights show some (tests/test_noise_attack.py). Here the process
        has no seed and no state. No attack is known that predicts the system's cryptographic generator.
     2. Tails. A float32 normal is at most sqrt(2 * 24 ln 2) = 5.77 standard deviations. An output further
-       than that from the sum of the other examples is possible only if this example was in the batch. Here
-       the density is a normal's up to 64 standard deviations (`reach`).
+       than that from the sum without an example is possible only if that example was in the batch. Here the
+       density is a normal's up to 64 standard deviations (`reach`).
     3. Rounding (Mironov 2012). Floating-point normals lie on a lattice, so the low bits of a noisy sum tell
        which sum it was. Here a normal is the sum of four Box-Muller draws, divided by 2 (Holohan and
        Braghin 2021). Then `privatise` rounds to a grid that is far coarser than that lattice, and the
        same for all data.
     """
 
-    device = torch.device("cpu")  # where the uniforms are made, as torch.Generator.device
     # In standard deviations, read by support/randomness.py. Beyond it the density is below a normal's, and
     # from 74.9 on it is 0.
     reach = 64.0
@@ -118,22 +117,23 @@ def poisson_sample(n, q, generator=None):
     return (coins < q).nonzero()[:, 0]  # Binomial(n, q) many; an empty batch is a batch like any other
 
 
-def privatise(sums, clip_norm, noise_multiplier, expected_batch_size, generator):
-    """Clipped sums, a list of tensors -> new noisy mean gradients (sum + N(0, sigma^2 C^2 I)) / B.
+def privatise(sums, sensitivity, noise_multiplier, expected_batch_size, generator):
+    """Clipped sums, a list of tensors -> new noisy mean gradients (sum + N(0, sigma^2 S^2 I)) / B.
 
-    B is the expected batch size: the actual one is private. generator=None uses a new `SecureGenerator`.
+    S is the sensitivity: C and what the engine allows for rounding. B is the expected batch size: the actual
+    one is private. generator=None uses a new `SecureGenerator`.
     """
     generator = SecureGenerator() if generator is None else generator
-    std, noisy = noise_multiplier * clip_norm, []
+    std, noisy = noise_multiplier * sensitivity, []
     grid = 2.0 ** (math.frexp(std)[1] - 16)  # a power of two, from std / 2^16 to std / 2^15
     for s in sums:
         # Every coordinate gets noise, because it is private which ones the batch touched.
         if isinstance(generator, SecureGenerator):
-            noise = generator.normals(s.shape, s.device if s.device.type == "cuda" else "cpu").to(s.device)
+            noise = generator.normals(s.shape, s.device)
         else:
             noise = torch.randn(s.shape, dtype=torch.float64, device=s.device, generator=generator)
-        # Added in float64 and rounded to a fixed grid (see SecureGenerator). Float32 alone would keep all low
-        # bits near 0, and these tell which sum it was.
+        # Added in float64 and rounded to a fixed grid (see SecureGenerator): near 0, floats that are not
+        # rounded keep low bits that tell which sum it was.
         total = s.double() + std * noise
         total = (total / grid).round_() * grid if std else total
         noisy.append(total.to(s.dtype) / expected_batch_size)
@@ -155,7 +155,7 @@ def flat(norms, clip_norm):
 def automatic(norms, clip_norm):
     """C/(|g| + 0.01): the length is below C, and close to C unless |g| is small (Bu et al. 2022).
 
-    C scales the gradient and its noise alike, so it may as well be 1.
+    C scales the gradient and its noise alike: with Adam it may as well be 1.
     """
     total = norms.square().sum(0).sqrt()  # (N,)
     return (clip_norm / (total + 0.01)).expand_as(norms)  # times |g|: below C
@@ -353,7 +353,7 @@ def zeros(params):
     Float32 sums of 10,000 gradients would round the last ones away: one example more would move them by up
     to 1.001 C, and sums of 60,000 by 1.02 C (`python -m bench.rounding`).
     """
-    return [torch.zeros_like(p, dtype=torch.float64, requires_grad=False) for p in params]
+    return [torch.zeros_like(p, dtype=torch.float64) for p in params]
 
 
 # ---------------------------------------------------------------------------------------------- the engine
@@ -406,7 +406,7 @@ class DPSGD:
             raise ValueError("the set of trainable parameters changed; make a new DPSGD for it")
         if number_of_examples(batch) == 0:
             return  # nobody was drawn; `step` adds noise all the same
-        with torch.enable_grad():
+        with torch.enable_grad():  # whatever the caller has set
             norms, losses, weighted = self.method(self.model, self.layers, loss_fn, batch)
         with full_precision(losses.device):
             factors = bounded(self.clipping(norms, self.clip_norm), norms, self.clip_norm)  # (L, N)

@@ -13,7 +13,7 @@ and every metric is reported with its protocol:
             so train with that --delta (n: private images)
 
 The classifier is scored after its LAST epoch. Held-out images never reach the training loop, so they cannot
-choose an epoch (cf. docs/pitfalls.md, row 15, on the model). The authors use a validation set. They also
+choose an epoch (pitfall 15 is the same for the model). The authors use a validation set. They also
 enlarge MNIST to 32 pixels; this program scores 28. Images of more than 64 pixels are reduced to 64. A real
 colour photograph goes from the file to 64 pixels in one step. A sample goes from the model's size to 64. So
 real images are a little sharper, and a part of the distance is due to that alone.
@@ -67,7 +67,8 @@ def on_real_images(args, release, run, private, recipe, images, labels, real_set
     assigns to it. The classifier knows private images, so its scores are private. They go to the terminal
     and to internal/ (or where --out says).
     """
-    n = scored.settings_of(run).get("private_n")  # how many private images did the run use? None: all
+    settings = scored.settings_of(run)  # {} without the run folder
+    n = settings["private_n"] if "private_n" in settings else release.privacy.get("n")  # None: all
     train = scored.load_private(release, private, "train", args.data_root, n, scored.cache_of(run))
     model = metrics.train_classifier(
         images=train.images, labels=train.labels, num_classes=len(release.classes), device=args.device,
@@ -137,14 +138,15 @@ def distance_of(args, release, run, public, images, split, real, lap):
     """Result of `compare` and its circumstances, a dict; None if the public set cannot be used.
 
     run: its folder; None for a release that was copied. images: samples. split, real: name and ImageSet of
-    the held-out set. lap: notes the seconds since its last call under a name.
+    the held-out set. lap(name): files the seconds since its last call.
     """
-    size, entry = images.shape[-1], datasets.REGISTRY.get(public)
+    size = images.shape[-1]
+    own = any(datasets.REGISTRY[part].own for part in datasets.parts(public) if part in datasets.REGISTRY)
     try:
-        if run is None and not args.features and entry and entry.own:
+        if run is None and not args.features and own:
             raise ValueError("a release does not say where its own public images lie; name a set with "
                              "--features")
-        judge, name = metrics.public_features(
+        judge, name = metrics.feature_network(
             run, args.features or public, images.shape[1], size, args.data_root, args.device,
             frame=(release.vae.config.resolution, release.crop), keep=not args.features)
     except ValueError as error:  # the accuracies stand without it
@@ -214,13 +216,13 @@ def main(argv=None):
     release = sample.load_release(args.run, args.device, hardware.choose_bf16(args.precision, args.device))
     if args.n is not None and args.n < len(release.classes):
         raise ValueError(f"--n must be at least {len(release.classes)}, one sample of each class")
-    run, whole = scored.find_run(args.run)  # whole: a run folder, not a release that was copied
-    scored.check_place(args, run, whole)
+    run, is_folder = scored.find_run(args.run)  # a run folder, or a release that was copied?
+    scored.check_place(args, run, is_folder)
     public, private = scored.sources(release, run)
     if args.features and datasets.same_images(args.features, private, args.data_root):
         raise ValueError(f"--features {args.features}: the feature network would learn private images")
     # Read the held-out images before the long work, so that missing ones are reported at once.
-    if whole:
+    if is_folder:
         scored.check_held_out(run, release, private, args.data_root)
     real_sets = scored.held_out_sets(release, args.data_root, private, scored.cache_of(run))
     split, real = next(iter(real_sets.items()))  # the first one is for the distance; accuracy uses all
@@ -247,15 +249,15 @@ def main(argv=None):
     images, labels, sampler = samples_of(args, release, run, public, args.n or protocol["n"])
     lap("sampling")
     recipes, scores = {name: dict(protocol["recipes"][name]) for name in names}, {}
-    if not datasets.REGISTRY[datasets.kind_of(private)].augmented:  # fashion: all are centred and upright
+    if not datasets.REGISTRY[datasets.kind_of(private)].augmented:  # its images are centred and upright
         for recipe in recipes.values():
             recipe.pop("augment", None)
     for name, recipe in recipes.items():
         model = metrics.train_classifier(
             images=images, labels=labels, num_classes=len(release.classes), device=args.device,
             generator=torch.Generator().manual_seed(args.seed), bf16=release.bf16, **recipe)
-        scores[name] = {held_out: metrics.accuracy(model, real.images, real.labels)
-                        for held_out, real in real_sets.items()}
+        scores[name] = {title: metrics.accuracy(model, held.images, held.labels)
+                        for title, held in real_sets.items()}
         lap(name)
     ceiling, distance = None, None
     if args.real and names:
@@ -263,11 +265,11 @@ def main(argv=None):
         lap("classifier of real images")
     if args.no_distance:
         pass
-    elif min(len(real), len(images)) < 4:  # a covariance needs two images in each half
+    elif min(len(real), len(images)) < 4:  # each half of the real ones needs 2, recall more than k samples
         print(f"note: {len(images)} samples and {len(real)} held-out images are too few for a Frechet "
               "distance, which is left out")
     else:
-        distance = distance_of(args, release, run if whole else None, public, images, split, real, lap)
+        distance = distance_of(args, release, run if is_folder else None, public, images, split, real, lap)
     note = "scores on real held-out images, not covered by epsilon"
     publish = "to be published only if the held-out images are public"
     if ceiling:

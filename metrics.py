@@ -99,7 +99,7 @@ def features(model, images):
 def symmetric_root(matrix):
     """Square root of a positive semi-definite (D,D); eigenvalues that rounding made negative count as 0."""
     values, vectors = torch.linalg.eigh(matrix)
-    return vectors * values.clamp(min=0).sqrt() @ vectors.T
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 def frechet(a, b):
@@ -149,7 +149,7 @@ def kept_network(path, settings):
         return None
 
 
-def public_features(run, public, channels, size, root=None, device="cpu", progress=True, frame=None,
+def feature_network(run, public, channels, size, root=None, device="cpu", progress=True, frame=None,
                     keep=True):
     """(model, name) of the feature network: a small CNN, trained on the PUBLIC set.
 
@@ -198,9 +198,10 @@ def public_features(run, public, channels, size, root=None, device="cpu", progre
 def compare(model, samples, real, seed=0):
     """A dict: Frechet distance, Frechet distance between two halves of the real images, precision, recall.
 
-    The distance of the halves shows roughly what chance alone gives. They are smaller than the sets of the
-    first, and few images bias a distance upwards.
+    The distance of the halves shows roughly what chance alone gives. They have fewer images than the sets,
+    which biases it upwards.
     """
+    # In random order: samples come in turns of the classes, and the halves and parts should be alike.
     generator = torch.Generator().manual_seed(seed)
     a, b = (features(model, x[torch.randperm(len(x), generator=generator)]) for x in (samples, real))
     half, subset_a, subset_b = len(b) // 2, a[:MANIFOLD], b[:MANIFOLD]

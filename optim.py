@@ -28,7 +28,7 @@ def learning_rate(step, steps, peak):
 def update_ema(average, parameters, decay, step):
     """average <- d average + (1 - d) parameters, in place, once per step.
 
-    d = min(decay, (1 + step) / (10 + step)) begins at 1/10 and grows, as in Rombach's code. So the initial
+    d = min(decay, (1 + step) / (10 + step)) grows from 1/10 (in Rombach's code from 2/11). So the initial
     weights soon fade, and a short stage does not reach the decay: d is 0.77 after 30 steps, 0.95 after 160.
     """
     torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(decay, (1 + step) / (10 + step)))
@@ -38,25 +38,20 @@ def trainable(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def split_for_muon(model):
-    """Trainable parameters of a model -> (those for Muon, all others).
-
-    The first are the weights of linear layers and convolutions, those of the first and the last layer
-    included. The others are embeddings, biases and the scales of norm layers.
-    """
-    matrices = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-    return ([p for p in trainable(model) if id(p) in matrices],
-            [p for p in trainable(model) if id(p) not in matrices])
-
-
 def adamw(parameters, lr):
     fused = parameters[0].is_cuda
     return torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=fused)
 
 
 def with_muon(model, lr, adam, **options):
-    """[adam(...) of all others, Muon]; one of the two is missing if nothing is left for it."""
-    matrices, others = split_for_muon(model)
+    """[adam(...) of all others, Muon]; one of the two is missing if nothing is left for it.
+
+    Muon gets the weights of linear layers and convolutions, those of the first and the last layer included.
+    The others are embeddings, biases and the scales of norm layers.
+    """
+    weights = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    matrices = [p for p in trainable(model) if id(p) in weights]
+    others = [p for p in trainable(model) if id(p) not in weights]
     return ([adam(others, lr)] if others else []) + ([Muon(matrices, lr, **options)] if matrices else [])
 
 
@@ -77,7 +72,7 @@ STATE = {torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_b
 def load_state(optimizer, state):
     """Moments from a checkpoint; the learning rate stays that of the settings.
 
-    ValueError if those of an optimizer in STATE are missing, or have other shapes than their parameter: such
+    ValueError if those of an optimizer in STATE are there in part, or have other shapes: such
     a state would fail only in the next step, when its epsilon is spent. Other optimizers are not checked.
     """
     optimizer.load_state_dict({"state": state["state"],

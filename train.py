@@ -52,9 +52,10 @@ from support.watch import save_reconstructions, watcher
 def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, adversary=None):
     """The loop of stages 1 and 2, on public data. On return the model holds the EMA of its weights.
 
-    loss_fn(generator) -> (loss of one batch, {name: metric} for the bar). adversary: a module that trains
-    itself within loss_fn, or None; its state is saved with the model's. With several processes, each draws
-    its share of the batch with its own seed, and all apply the mean gradient.
+    loss_fn(generator) -> (loss of one batch, {name: metric} for the bar). peak: the largest learning rate.
+    decay: that of the EMA. adversary: a module that trains itself within loss_fn, or None; its state is saved
+    with the model's. With several processes, each draws its share of the batch with its own seed, and all
+    apply the mean gradient.
     """
     parameters = list(model.parameters())
     average = [p.detach().clone() for p in parameters]
@@ -78,8 +79,8 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, adversar
             group["lr"] = optim.learning_rate(step, steps, peak)
         metrics = backward()
         team.mean_gradients(parameters, adversary)  # over the processes
-        # Clip the norm of the mean gradient, for stability. Both losses are scaled to begin at about 1, so 1
-        # is a sensible limit. This is not DP.
+        # Clip the norm of the mean gradient, for stability. Both losses are scaled to begin at about 1, so
+        # one limit fits both. This is not DP.
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -98,7 +99,7 @@ def train_autoencoder(s, images, facts, stop):
     """
     torch.manual_seed(s.seed)
     model = hardware.laid_out(vae.AutoencoderKL(s.vae), s.device)
-    perceptual_name, distance, adversary = perceptual.terms(s)
+    distance, adversary, origin = perceptual.terms(s)
     images = hardware.kept_on(images, s.device)
 
     def loss_fn(generator):
@@ -114,10 +115,10 @@ def train_autoencoder(s, images, facts, stop):
     model.eval()
     shown = pixels.to_float(pixels.some(images).to(s.device))
     # The scale of PUBLIC images: that of private images would leak (docs/pitfalls.md, row 13).
-    scale = team.agreed(vae.latent_scale(model, shown))
+    scale = team.from_rank0(vae.latent_scale(model, shown))
     save_reconstructions(model, shown[:32], s.out / "public" / "autoencoder.png")
     return {"config": asdict(s.vae), "state": model.state_dict(), "scale": scale, "steps": s.vae_steps,
-            "perceptual": perceptual_name, **perceptual.origin(perceptual_name), **facts}
+            **origin, **facts}
 
 
 def train_diffusion(s, latents, cond, embedder, facts, stop):
@@ -139,7 +140,7 @@ def train_diffusion(s, latents, cond, embedder, facts, stop):
         return loss, {"loss": loss.detach()}
 
     state_path = s.out / "internal" / "ldm_state.pt"
-    fit(s, "2/3 latent diffusion", model, loss_fn, s.ldm_steps, s.ldm_lr, decay=0.995,  # over about 200
+    fit(s, "2/3 latent diffusion", model, loss_fn, s.ldm_steps, s.ldm_lr, decay=0.995,  # EMA over about 200
         state_path=state_path, stop=stop)
     return {"unet": asdict(s.unet), "embedder": embedder, "schedule": asdict(s.schedule),
             "model": model.state_dict(), "steps": s.ldm_steps, **facts}
@@ -156,7 +157,7 @@ def encode(s, autoencoder, images, scale):
     autoencoder = hardware.laid_out(autoencoder, s.device)
     latents = []
     # As many images at a time as have 512,000 pixels: 500 of 32 x 32. The last part is filled up, because a
-    # batch of another size may be rounded otherwise. Then one image more would change latents of others.
+    # batch of another size may round differently. Then one image more would change latents of others.
     at_a_time = max(1, 512_000 // s.vae.resolution ** 2)
     for part in tqdm(images.split(at_a_time), desc="    encoding", unit="batch", leave=False,
                      disable=rank() > 0):
@@ -186,7 +187,8 @@ def tune_privately(s, model, latents, cond, plan, stop, watch=None):
     average = [p.detach().clone() for p in engine.parameters]
     state = progress.Private(s, plan, engine, average, optimizers, stop)
     loss_fn, null = partial(diffusion.loss, schedule=s.schedule), conditions.null(s, model, cond)
-    # Does the fast method find this network's gradients? Tried on random latents, so nothing private is seen.
+    # Does the fast method find this network's gradients? Tried on three random latents: nothing private is
+    # seen, and examples that get mixed up would show.
     z, y = torch.randn(3, *latents.shape[2:], device=s.device), hardware.stand_in(model, 3, s.device)
     dp_sgd.check_against_loop(engine, loss_fn, *diffusion.draw(z, y, s.noise_multiplicity, None, s.schedule))
     team.broadcast(engine.parameters)  # all start from rank 0's: LoRA matrices are drawn at random
@@ -209,7 +211,7 @@ def tune_privately(s, model, latents, cond, plan, stop, watch=None):
         state.spend(step)
         if rank() == 0:
             engine.step(*optimizers)  # noise once, division by the EXPECTED batch size, update
-            # state.done updates so far: fewer than `step` if a crash has lost the result of a spent step.
+            # state.done: updates before this one, fewer than `step` if a crash has lost a spent step.
             optim.update_ema(average, engine.parameters, s.ema, state.done)
         team.broadcast(engine.parameters)
         # The weights are now covered by epsilon. The metrics that `keep` logs in internal/ are not.
@@ -224,9 +226,9 @@ def tune_privately(s, model, latents, cond, plan, stop, watch=None):
 # ---------------------------------------------------------------------------------------------------- the run
 
 
-def inputs(s, autoencoder, scale, found, embedder):
+def inputs(s, autoencoder, scale, image_set, embedder):
     """What the diffusion model sees of this process's part of an ImageSet: (latents, conditions)."""
-    part = team.shard(found)
+    part = team.shard(image_set)
     return encode(s, autoencoder, part.images, scale), conditions.of(s, part, embedder)
 
 
@@ -256,7 +258,7 @@ def main(argv=None):
     ldm_checkpoint = conditions.for_private_classes(ldm_checkpoint, private.classes)  # embeddings by name
     model = hardware.laid_out(checkpoints.build_model(ldm_checkpoint)[0], s.device)
     names = trainable.choose(model, s)  # as --tune says; by default attention and condition embedder
-    trained = guarantee.print_plan(s, plan, model)  # the number of tuned parameters
+    tuned_count = guarantee.print_plan(s, plan, model)  # of parameters
     rows = []  # of the ledger; none if --steps 0
     if plan["steps"]:
         run.check_unchanged(plan, names, private)
@@ -265,9 +267,9 @@ def main(argv=None):
         rows = tune_privately(s, model, latents, cond, plan, run.stop, watch)
 
     # ---- release: post-processing costs no privacy. Of `private` only the three facts named above go in
-    if team.dismissed():
+    if team.dismiss_others():
         return
-    privacy = guarantee.privacy_statement(s, plan, rows, trained, (vae_checkpoint, ldm_checkpoint))
+    privacy = guarantee.privacy_statement(s, plan, rows, tuned_count, (vae_checkpoint, ldm_checkpoint))
     write_release(s, vae_checkpoint, ldm_checkpoint, model, private, privacy, public)
     print(f"{s.out}/release: {privacy['statement']}; {(time.monotonic() - begin) / 60:.1f} minutes")
 

@@ -38,7 +38,7 @@ def embedder_of(model):
     return [] if embedder is None else [embedder]
 
 
-# What `--tune NAME` tunes: name -> function(model) -> modules, with all their parameters that get a gradient.
+# What `--tune NAME` tunes: name -> function(model) -> modules. `train_only` drops what gets no gradient.
 # A new choice is a new line. `--tune lora:RANK` is not here: it inserts layers first (extensions/lora.py).
 TUNE = {
     # The paper's choice (section 3): the attention and the condition embedder.

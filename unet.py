@@ -346,7 +346,8 @@ class ClassEmbedder(nn.Module):
 class LatentModel(nn.Module):
     """Condition embedder and UNet together: the model of the public and of the private stage.
 
-    An embedder may have a method mask(cond) -> (N, L) bool that is False where the context is padding.
+    An embedder may have mask(cond) -> (N, L) bool, False where the context is padding; null(cond), "no
+    condition", which guidance needs; and length, the L of its contexts.
     """
 
     def __init__(self, unet, embedder=None):

@@ -35,7 +35,7 @@ def main(argv=None):
     train = scored.load_private(release, private, "train", args.data_root)
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:args.n]
     size, channels = release.vae.config.resolution, real.images.shape[1]
-    judge, name = metrics.public_features(Path(args.run), public, channels, release.crop, args.data_root,
+    judge, name = metrics.feature_network(Path(args.run), public, channels, release.crop, args.data_root,
                                           frame=(size, release.crop))
     most = None if datasets.REGISTRY[datasets.kind_of(public)].own else 12_000  # an own set may have fewer
     seen = datasets.load(public, "train", args.data_root, size, most, channels=channels).images[:12_000]

@@ -45,7 +45,7 @@ def worker(number, world, port, args, results):
     examples, spent = 0, []
     for step in range(args.steps + 1):
         if step == 1:
-            team.agreed(None)
+            team.from_rank0(None)
             begin = time.perf_counter()
         computed = time.perf_counter()
         for part in dp_sgd.poisson_sample(len(latents), q).split(args.micro_batch):
@@ -59,7 +59,7 @@ def worker(number, world, port, args, results):
             team.broadcast(engine.parameters)
         if step:
             examples, spent = examples + engine.last["examples"], [*spent, computed]
-    team.agreed(None)
+    team.from_rank0(None)
     seconds = time.perf_counter() - begin
     if number == 0:
         results.put((examples / seconds, 1 - sum(spent) / seconds))

@@ -50,7 +50,8 @@ FIRST_ROWS = [
      "digits, wider network: tuned on all of MNIST", "before tuning: public networks of the next row"),
     ("papers", "mnist-eps1", "mnist-public", "mnist-drawings",
      "the same with a tenth of the budget (private stage only)",
-     "begins with `python train.py --preset mnist-strokes --steps 0 --out runs/mnist-strokes`"),
+     "after the row above or, as here, `python train.py --preset mnist-strokes --steps 0 --out "
+     "runs/mnist-strokes`"),
     ("papers", "letters-eps10", None, None, "the same at epsilon 10, public letters only, no digit",
      "nearest to the paper's pair of sets"),
     ("papers", "garments-whole", "garments-whole-public", "garments-drawings",
@@ -222,8 +223,10 @@ def overview():
                  for other in (before, drawings)]
         notes = [f"mean of {seeds} sampling seeds"] * (seeds > 1) + [note] * bool(note)
         commits = dict.fromkeys(each["commit"] for each in with_seeds(rows, name))
+        e = row["evaluation"]
+        steps = re.search("[0-9]+ steps", e["sampler"])[0]  # protocol `table` alone would mean 200
         cells.append([what, f"{row['privacy']['n']:,}", epsilon(row["privacy"]),
-                      f"`{row['evaluation']['protocol']}`", score, *bases, minutes(row),
+                      f"`{e['protocol']}`, {e['n']:,} samples of {steps}", score, *bases, minutes(row),
                       ", ".join(f"`{command}`" for command in row["commands"]), ", ".join(commits),
                       "; ".join(notes)])
     return markdown(head, cells)
@@ -310,7 +313,9 @@ def ablations():
         return f"`{row['commands'][0]}` ({row['commit']})" if row else "-"
 
     names = ("CNN", "logistic regression", "Frechet distance")
-    metrics = [f"{name}, epsilon {e}" for e in (10, 1) for name in names]
+    columns = [[row for row in column if row] for column in zip(*tuned.values(), strict=True)]
+    epsilons = ["/".join(dict.fromkeys(epsilon(row["privacy"]) for row in column)) for column in columns]
+    metrics = [f"{name}, epsilon {e}" for e in epsilons for name in names]
     head = ["tuned (flag)", "trained", "of these see only noise", *metrics, "epsilon 10: command and commit",
             "epsilon 1: command and commit"]
     cells = []
@@ -320,9 +325,10 @@ def ablations():
         idle = p.get("of_these_see_only_noise")
         cells.append([flag, f"{p['trained_parameters']:,}", "-" if idle is None else f"{idle:,}",
                       *scores(ten), *scores(one), source(ten), source(one)])
-    head2 = ["change of the recipe (epsilon 10, attention)", *names, "command", "measured at"]
+    head2 = ["change of the recipe (attention)", "epsilon", *names, "command", "measured at"]
     recipe = [row for name, row in rows.items() if name not in tuned and not name.endswith("-eps1")]
-    changes = [[row["label"], *scores(row), f"`{row['commands'][0]}`", measured([row])] for row in recipe]
+    changes = [[row["label"], epsilon(row["privacy"]), *scores(row), f"`{row['commands'][0]}`",
+                measured([row])] for row in recipe]
     return markdown(head, cells) + "\n\n" + markdown(head2, changes) + "\n\n" + origin(shown)
 
 

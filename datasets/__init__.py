@@ -101,7 +101,7 @@ def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, ca
     given = {key: value for key, value in {**request, "n": n}.items() if value is not None}
     ask = Request(entry.name, root, split, name.partition(":")[2], seed=seed, size=size, download=decode,
                   **given)
-    whole = checked(entry.load(ask), entry, ask.n if entry.drawn else None)
+    whole = checked(entry.load(ask), entry, n if entry.drawn else None)
     if classes and list(classes) != list(whole.classes):
         raise ValueError(f"{name} has the classes {', '.join(whole.classes)}; others were asked for, leave "
                          "out --classes")
@@ -219,7 +219,7 @@ def same_images(a, b, root=None):
                                  for entry in REGISTRY.values())
 
 
-def place(name, root=None):
+def place(name, root):
     """The file or folder with a set's images, links resolved; None for drawn sets and names without one."""
     kind, _, where = str(name).partition(":")
     root = data_root(root)
@@ -244,7 +244,7 @@ def resolved(name, root=None):
 
 
 def refuse_seen(trained, held_out, title):
-    """ValueError if held-out images were trained on; older versions split by file names.
+    """ValueError if held-out images were trained on.
 
     trained, held_out: (M,) int64 of `digests`. title: what the message begins with.
     """

@@ -6,11 +6,13 @@ straps), and cloth. The numbers below are judgement about clothes, and none was 
 choosing them the author looked at about 1,300 Fashion-MNIST test images beside the drawings, some of them
 because they had been mistaken, and watched one figure from real data: accuracy and confusions, on the 10,000
 test images, of a small CNN that had learned nothing but drawings. The 60,000 training images were never used.
-`draw_shapes` draws a public set that knows nothing of the private classes, as letters know no digit:
+`SHAPES` are a public set that knows nothing of the private classes, as letters know no digit:
 mirror-symmetric textured silhouettes, none of them a garment.
 
 Alone:  python -m datasets garments     writes garments.png; python -m datasets shapes, shapes.png.
 """
+from functools import partial
+
 import torch
 
 from .arrays import GARMENTS
@@ -436,21 +438,11 @@ KINDS = {"trouser": trouser, "bag": bag, "sandal": sandal, "sneaker": shoe, "ank
 KINDS |= dict.fromkeys(TOPS, top) | dict.fromkeys(SHAPES, shape)
 
 
-def draw(labels, generator=None, size=28):
-    """One garment per label: labels (N,) in 0..9, index into CLASSES -> (N,1,size,size) uint8 on 0.
+def draw(labels, generator=None, size=28, classes=CLASSES):
+    """One garment, or shape, per label: labels (N,) index `classes` -> (N,1,size,size) uint8 on 0.
 
     Deterministic for a given CPU generator. ValueError for labels out of range.
     """
-    return draw_each(labels, generator, size, CLASSES)
-
-
-def draw_shapes(labels, generator=None, size=28):
-    """Like `draw`, with labels that index SHAPES."""
-    return draw_each(labels, generator, size, SHAPES)
-
-
-def draw_each(labels, generator, size, classes):
-    """One image per label, drawn class by class; labels index `classes`."""
     labels = checked(labels, classes)
     images = torch.empty(len(labels), 1, size, size, dtype=torch.uint8)
     for label, name in enumerate(classes):
@@ -469,4 +461,4 @@ def load_garments(ask):
 @dataset("shapes", "mirrored silhouettes of the same cloth that know no garment, drawn by a program",
          role="public", n=60_000, classes=SHAPES, drawn=True)
 def load_shapes(ask):
-    return drawn_set(ask, draw_shapes, SHAPES)
+    return drawn_set(ask, partial(draw, classes=SHAPES), SHAPES)

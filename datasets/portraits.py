@@ -458,7 +458,7 @@ class Portrait:
         red = red * uniform(0.2, 1) + 0.3 * bump(a - 0.5, t, 0.3, 0.12)
         tint = torch.tensor([0.02, -0.16, -0.15])
         skin = self.skin[..., None] * blotch[:, None] * (1 + tint[:, None] * red[:, None])
-        skin = self.beard(skin, front)
+        skin = self.beard(skin)
         skin = self.mouth(skin)
         # what lies deep is dark: sockets, beside and below the nose, under the lip
         deep = uniform(0.1, 0.32) * bump(a - 0.42, t + 0.07, 0.3, 0.15)
@@ -561,7 +561,7 @@ class Portrait:
         teeth = teeth * smooth(m, 0.0, 0.35) * (0.3 + 0.65 * has["Smiling"])
         return paint(skin, ivory, teeth)
 
-    def beard(self, skin, front):
+    def beard(self, skin):
         dice, has, t, a = self.dice, self.has, self.t, self.a
         uniform = dice.uniform
         man = has["Male"] * (1 - has["Child"])

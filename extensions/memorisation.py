@@ -57,7 +57,7 @@ def report(args, release, run, public, private, held_out, draw):
     samples = draw()
     three = (samples, train.images, held_out.images)
     try:
-        judge, space = metrics.public_features(
+        judge, space = metrics.feature_network(
             run, args.features or public, samples.shape[1], samples.shape[-1], args.data_root, args.device,
             frame=(release.vae.config.resolution, release.crop), keep=not args.features)
         points = [metrics.features(judge, x) for x in three]

@@ -99,22 +99,20 @@ class Adversary(nn.Module):
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def origin(name):
-    """What the autoencoder's checkpoint, and then the statement, says of the weights that `terms` named."""
-    return {"public_weights": ["VGG16 of torchvision, trained on ImageNet"]} if name == "vgg16" else {}
-
-
 def terms(s):
-    """What the settings ask for: (name of the distance or "", distance or None, Adversary or None).
+    """What the settings ask for: (distance or None, Adversary or None, a dict for the checkpoint).
 
-    A note says so where VGG16's weights cannot be had.
+    The dict names weights from elsewhere, as the privacy statement does. A note says so where VGG16's cannot
+    be had.
     """
-    name, distance, adversary = "", None, None
+    distance, adversary, origin = None, None, {}
     if s.perceptual_weight:
         name, distance = perceptual_distance(s.device)
-        if name != "vgg16":
+        if name == "vgg16":
+            origin = {"public_weights": ["VGG16 of torchvision, trained on ImageNet"]}
+        else:
             print(f"note: VGG16's weights cannot be had here; the perceptual term compares {name} instead",
                   file=sys.stderr)
     if s.adversarial_weight:
         adversary = Adversary(s.vae.out_ch, s.adversarial_weight, s.adversarial_start).to(s.device)
-    return name, distance, adversary
+    return distance, adversary, origin

@@ -119,7 +119,7 @@ def _weights(q, k):
 
 
 def _ratio(x, q, sigma, k=1):
-    """accountant.ratio for k examples: outputs x (n,) -> (u = P/Q - 1, the loss L = log P/Q)."""
+    """accountant.excess_and_loss for k examples: outputs x (n,) -> (u = P/Q - 1, the loss L = log P/Q)."""
     j, b = (v[1:] for v in _weights(q, k))  # without j = 0, which adds nothing to u
     if len(x) > 1 and len(x) * k > 1 << 23:  # the table (n, k) of a large group would not fit into memory
         halves = [_ratio(half, q, sigma, k) for half in np.array_split(x, 2)]

@@ -82,11 +82,6 @@ class Tokenizer:
             row[:len(numbers)] = torch.tensor(numbers[:self.length])
         return tokens
 
-    def decode(self, tokens):
-        """tokens (N, L) -> list of N str; unknown words read <unk>."""
-        names = ["", "", "<unk>", *self.words]
-        return [" ".join(names[i] for i in row if i not in (PAD, BEGIN)) for row in tokens.tolist()]
-
     def unknown(self, prompt):
         """The words of a prompt that are not in the vocabulary, each once, in order."""
         return [word for word in dict.fromkeys(split(prompt)) if word not in self.index]

@@ -210,7 +210,7 @@ def parse(argv):
     rate, length = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
     rate.add_argument("--batch", type=float, help="expected batch size; q = batch / n")
     rate.add_argument("--q", type=float, help="sampling probability, instead of --n and --batch")
-    length.add_argument("--steps", type=int, help="logical steps (noise additions)")
+    length.add_argument("--steps", type=int, help="noisy steps")
     length.add_argument("--epochs", type=float,
                         help="passes over the data, instead of --steps; rounded up to whole steps")
     add("--delta", type=float, help="failure probability, below 1 / n (1e-5; of runs: the largest stated)")

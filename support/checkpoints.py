@@ -10,11 +10,8 @@ from support import files
 
 
 def condition_kind(entry):
-    """What the checkpoint entry `embedder` conditions on: "none", "class" or "text".
-
-    The first checkpoints knew only classes.
-    """
-    return entry.get("kind", "class") if entry else "none"
+    """What the checkpoint entry `embedder` conditions on: "none", "class" or "text"."""
+    return entry["kind"] if entry else "none"
 
 
 def build_embedder(entry):

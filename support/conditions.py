@@ -11,7 +11,6 @@ from functools import partial
 
 import torch
 
-from datasets import strokes
 from extensions import captions, text
 from support import checkpoints
 from support.bars import tqdm
@@ -84,9 +83,7 @@ def for_private_classes(checkpoint, names):
     if checkpoints.condition_kind(entry) != "class":
         return checkpoint
     check_classes(entry, names)
-    public = checkpoint.get("classes", [])
-    if not public and checkpoint.get("trained_on") == "strokes":  # the first checkpoints kept no names
-        public = list(strokes.GROUPS[checkpoint["public_classes"]])
+    public = checkpoint.get("classes", [])  # weights from elsewhere have no names
     total = entry["num_classes"]
     rows = {name: public.index(name) for name in names if name in public}
     free = (row for row in range(total) if row not in rows.values())

@@ -109,10 +109,9 @@ def stored_plan(s, asked, path):
                          f"{run_folder.ADD_UP}")
     if s.sigma is None and stated > s.epsilon * (1 + SAME):
         raise ValueError(f"cannot resume: 'epsilon' is not what this run began with; {run_folder.ADD_UP}")
-    with files.understanding(path, "plan"):  # the first versions wrote no numbers
-        numbers = stored.get("numbers", plan["numbers"])
+    with files.understanding(path, "plan"):
         known = {key: {k: float(v) for k, v in value.items()} if key == ATTACKER else float(value)
-                 for key, value in numbers.items()}
+                 for key, value in stored["numbers"].items()}
         return {**plan, "epsilon": stated, "numbers": settled(known, plan["numbers"])}
 
 
@@ -212,8 +211,8 @@ def privacy_statement(s, plan, rows, trained, stages=()):
             "several images of one person: the guarantee is for one image",
             "copies of the run folder: one that is resumed beside it spends the budget once more",
             "an attacker who learns the timesteps and the noise that the loss of the private images drew",
-            "rounding of the sum of clipped gradients by more than a thousandth of the clip norm: on CPUs it was "
-            "measured to be less, which is no proof",
+            "rounding of the sum of clipped gradients by more than a thousandth of the clip norm: on CPUs it "
+            "was measured to be less, which is no proof",
             *(["rounding of the sum of clipped gradients on a GPU, which was not bounded"]
               if any(place.startswith("cuda") for place in computed) else []),
             "images that weights taken from elsewhere (public_weights) were trained on",

@@ -13,7 +13,7 @@ from support import files
 from support.bars import tqdm
 from support.files import plain
 from support.rounding import round_up
-from support.team import agreed, rank
+from support.team import from_rank0, rank
 
 # Steps, epsilon and the time left; no rate of examples, which would tell the sizes of private batches. (The
 # guarantee does not cover timing in any case: see dp_sgd.py.)
@@ -21,9 +21,8 @@ QUIET_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{r
 
 
 def load_optimizers(optimizers, state):
-    """Moments from a checkpoint with "optimizers", a list, or as in older versions "optimizer"."""
-    stored = state["optimizers"] if "optimizers" in state else [state["optimizer"]]
-    for optimizer, moments in zip(optimizers, stored, strict=True):
+    """Moments from a checkpoint, which has a list of them."""
+    for optimizer, moments in zip(optimizers, state["optimizers"], strict=True):
         optim.load_state(optimizer, moments)
 
 
@@ -41,7 +40,7 @@ class Public:
         self.first, self.saved = 0, time.monotonic()
         if path.exists():
             self.read()
-        agreed(None)  # nobody writes before all have read
+        from_rank0(None)  # nobody writes before all have read
 
     def read(self):
         state = files.load(self.path)
@@ -70,7 +69,7 @@ class Public:
 
     def keep(self, done):
         """After each step: save once a minute; if Ctrl-C was pressed, save and leave."""
-        leaving = agreed(self.stop.asked)
+        leaving = from_rank0(self.stop.asked)
         if leaving or time.monotonic() - self.saved > 60:
             also = None if self.adversary is None else self.adversary.state_dict()
             files.save({"model": self.model.state_dict(), "average": self.average, "step": done,
@@ -98,7 +97,7 @@ class Private:
         self.covered = len(self.rows)  # the bar shows epsilon of so many steps
         self.epsilon = epsilon_after(s, plan, self.covered)
         self.examples, self.begin = 0, time.monotonic()
-        agreed(None)  # nobody writes before all have read
+        from_rank0(None)  # nobody writes before all have read
 
     def steps(self):
         """Indices of the steps left, with a bar. A step in the ledger is spent even if its result is lost."""
@@ -144,7 +143,7 @@ class Private:
         """After the step: save its result, log it, show epsilon. After Ctrl-C leave, if steps are left."""
         engine, spent, total = self.engine, len(self.rows), self.plan["steps"]
         self.done, self.examples = self.done + 1, self.examples + engine.last["examples"]
-        leaving = agreed(self.stop.asked) and spent < total
+        leaving = from_rank0(self.stop.asked) and spent < total
         self.save()
         every = max(1, total // 100)  # tight accounting takes a tenth of a second
         # Computed once in `every` steps, for the last of them. So what bar and log show is an upper bound.

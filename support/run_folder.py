@@ -19,7 +19,7 @@ import time
 import datasets
 from support import checkpoints, files
 from support.files import plain
-from support.team import agreed, once, rank
+from support.team import from_rank0, once, rank
 
 PARTS = ("public", "release", "internal")
 # What a scheduler may send before it takes the machine away is a wish to stop, as Ctrl-C is.
@@ -58,7 +58,7 @@ class RunFolder:
                              s.out / "internal" / "settings.json")
         else:
             remember(s)
-        agreed(None)  # nobody looks before all is written
+        from_rank0(None)  # nobody looks before all is written
 
     def cached(self, name, make):
         """The public checkpoint NAME: known already, or else made by make() and written to public/."""
@@ -73,7 +73,7 @@ class RunFolder:
     def check_unchanged(self, plan, names, private):
         """Write down what the guarantee depends on; when the run is resumed, refuse if any of it differs."""
         images, labels = hashlib.sha256(private.images.numpy()).hexdigest(), conditions_digest(private)
-        if agreed((images, labels)) != (images, labels):  # each process takes a part of what it has read
+        if from_rank0((images, labels)) != (images, labels):  # each process takes a part of what it has read
             raise ValueError("this process has read other private images than the first one, so an image "
                              "could be in two parts; give all processes the same files")
         facts = {**plan, "clip_norm": self.s.clip_norm, "clipping": self.s.clipping, "tuned": names,

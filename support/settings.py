@@ -137,7 +137,7 @@ def parse(argv):
           ("ldm_lr", float, "peak learning rate"),
           ("cond_drop", float, "probability of dropping the condition, for guidance; 0: no null class"))
     flags("stage 3, privacy", ("epsilon", float, "privacy budget; inf: no noise, NOT private"),
-          ("delta", float, "probability of failure, below 1/n"),
+          ("delta", float, "what may be added to the probability of an outcome, below 1/n"),
           ("sigma", float,
            "noise multiplier in units of the clip norm, instead of calibrating it to --epsilon"),
           ("accountant", str, "calibrates sigma and gives the headline epsilon", [*accountant.ACCOUNTANTS]),

@@ -14,7 +14,7 @@ import diffusion
 import unet
 import vae
 from support import checkpoints, conditions, hardware, run_folder, settings, trainable
-from support.team import agreed, join, once, own_device, rank, world
+from support.team import from_rank0, join, once, own_device, rank, world
 
 NAMES = ("vae.pt", "ldm.pt")
 # The authors' public sets, n and classes, for a --dry-run where they are not at hand.
@@ -41,7 +41,7 @@ def settings_of(argv):
     else:
         once(run_folder.refuse_used, s.out, s.dry_run)  # before hours of reading, and in a --dry-run as well
         known = adopt(s) if s.init else {}
-    s.bf16 = agreed(hardware.choose_bf16(s.precision, s.device))
+    s.bf16 = from_rank0(hardware.choose_bf16(s.precision, s.device))
     for key, value in (("size", s.vae.resolution), ("factor", 2 ** (len(s.vae.ch_mult) - 1)),
                        ("latent_channels", s.vae.embed_dim), ("width", s.unet.model_channels),
                        ("depth", s.unet.num_res_blocks), ("prediction", s.schedule.prediction)):

@@ -38,7 +38,7 @@ def world():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def agreed(value):
+def from_rank0(value):
     """Rank 0's value, a small picklable one, for all; everybody waits for everybody."""
     box = [value]
     if world() > 1:
@@ -54,7 +54,7 @@ def once(f, *args):
             result = f(*args)
         except BaseException as raised:
             error = raised
-    result, failed = agreed((result, error is not None))
+    result, failed = from_rank0((result, error is not None))
     if error is not None:
         raise error
     if failed:
@@ -138,11 +138,11 @@ def broadcast(tensors):
         collective(partial(dist.broadcast, src=0), tensors)
 
 
-def dismissed():
+def dismiss_others():
     """True for the processes that may go home: the release is written by one. Called by all, once."""
     if world() == 1:
         return False
     going = rank() > 0
-    agreed(None)
+    from_rank0(None)
     dist.destroy_process_group()
     return going

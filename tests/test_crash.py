@@ -383,7 +383,7 @@ def test_the_epsilon_on_the_way_is_never_below_the_true_one(public, tmp_path):
 
 T = 4
 ROWS = [json.dumps({"step": i, "q": 0.1, "sigma": 2.0}) + "\n" for i in range(T)]
-PLAN = {"n": 100, "q": 0.1, "steps": T, "sigma": 2.0, "delta": 1e-5, "epsilon": 1.0}
+PLAN = {"n": 100, "q": 0.1, "steps": T, "sigma": 2.0, "delta": 1e-5, "epsilon": 1.0, "numbers": {}}
 LEFT = {  # file: {form: what it tells of steps spent, None where it cannot be read}
     "internal/ledger.jsonl": {"absent": 0, "begun": 1, "cut": 2, "torn": T, "whole": T},
     "internal/state.pt": {"absent": 0, "early": 1, "whole": T, "damaged": None},

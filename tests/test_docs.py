@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import tables
 from support import settings
 
 ROOT = Path(__file__).parent.parent
@@ -127,16 +126,6 @@ def test_every_command_parses(page, tmp_path, monkeypatch):
             assert all(f'"{word}"' in source for word in words if word.startswith("--")), words
     if page == README:
         assert len(commands(text, "train.py")) >= 6  # the test can tell
-
-
-def test_the_reading_list_tells_the_lengths_of_its_files():
-    table = re.search(r"<!-- table: reading -->\n(.*?)\n<!-- end -->", README.read_text(), flags=re.S)[1]
-    rows = re.findall(r"^\| \d+ \| `([\w/.]+)` \| (\d+) \| (\d+) \|", table, flags=re.M)
-    assert [name for name, *_ in rows] == [*tables.READING] and len(rows) == 11
-    for name, lines, minutes in rows:
-        real = len((ROOT / name).read_text().splitlines())
-        assert abs(int(lines) - real) <= 0.15 * real, f"{name}: python -m bench.tables --write"
-        assert int(minutes) == round(int(lines) / tables.LINES_PER_MINUTE)
 
 
 def test_the_thirteen_lines_of_the_private_step_run():

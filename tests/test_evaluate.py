@@ -46,7 +46,8 @@ def run(tmp_path, monkeypatch):
     model = unet.LatentModel(unet.UNet(unet.UNetConfig(**net)), unet.ClassEmbedder(10, 5))
     checkpoint = {
         "format": sample.FORMAT, "vae": {"config": config, "state": autoencoder.state_dict()}, "unet": net,
-        "embedder": {"num_classes": 10, "dim": 5}, "schedule": {"kind": "cosine", "prediction": "v"},
+        "embedder": {"kind": "class", "num_classes": 10, "dim": 5},
+        "schedule": {"kind": "cosine", "prediction": "v"},
         "model": model.state_dict(), "scale": 1.0, "classes": arrays.DIGITS, "crop": 28,
         "data": {"public": "strokes", "public_classes": "digits", "private": "mnist10k"},
         "privacy": {"epsilon": 10.0, "delta": 1e-5, "statement": "(10, 1e-05)-differentially private"}}
@@ -401,7 +402,7 @@ def test_samples_file_replaces_sampling(run, tmp_path):
 def test_feature_network_is_kept_and_replaced_if_damaged(run, monkeypatch, capsys):
     def get(**changes):
         arguments = {"run": run, "public": "strokes", "channels": 1, "size": 28, **changes}
-        _, name = metrics.public_features(**arguments, progress=False)
+        _, name = metrics.feature_network(**arguments, progress=False)
         return name, "learns" in capsys.readouterr().out
 
     path = run / "public" / "features.pt"
@@ -484,9 +485,9 @@ def test_a_feature_network_learns_no_private_image(private, run, monkeypatch, ca
 
 def test_a_public_set_of_another_size_is_cut_as_samples_are(run, monkeypatch, tmp_path):
     """Digits of 16 pixels, padded to 32 and cut again: strokes of 28 pixels take the same way."""
-    judge, _ = metrics.public_features(None, "strokes", 1, 16, frame=(32, 16), progress=False)
+    judge, _ = metrics.feature_network(None, "strokes", 1, 16, frame=(32, 16), progress=False)
     assert metrics.features(judge, torch.zeros(2, 1, 16, 16, dtype=torch.uint8)).shape[0] == 2
-    (_, same), (_, before) = (metrics.public_features(None, "strokes", 1, 28, progress=False, **frame)
+    (_, same), (_, before) = (metrics.feature_network(None, "strokes", 1, 28, progress=False, **frame)
                               for frame in ({"frame": (32, 28)}, {}))
     assert same == before
     np.savez(tmp_path / "wide.npz", images=np.zeros((72, 64, 64), np.uint8), labels=np.arange(72) % 2)
@@ -504,8 +505,25 @@ def test_a_set_of_ones_own_may_teach_the_feature_network(run, tmp_path):
         evaluate.main([str(run), "--features", "npz"])
 
 
-def test_a_copied_release_needs_the_place_of_private_images_only(run, tmp_path, capsys):
-    change_release(run, data={"public": "folder", "private": "mnist10k"})
+def test_the_ceiling_of_a_copied_release_learns_as_many_images_as_the_run_had(run, tmp_path, monkeypatch):
+    asked = []
+
+    def watched(release, private, split, root=None, n=None, cache=None):
+        asked.append((split, n))
+        return datasets.load(private, split, root, 28, n=n)
+
+    monkeypatch.setattr(scored, "load_private", watched)
+    release = files.load(run / "release" / "model.pt")
+    change_release(run, privacy={**release["privacy"], "n": 300})
+    shutil.copytree(run / "release", tmp_path / "copy")
+    evaluate.main([str(tmp_path / "copy"), "--classifiers", "logreg", "--real", "--no-distance", "--out",
+                   str(tmp_path / "s.json")])
+    assert ("train", 300) in asked and json.loads((tmp_path / "s.json").read_text())["real"]["n"] == 300
+
+
+@pytest.mark.parametrize("public", ["folder", "strokes+folder"])
+def test_a_copied_release_needs_the_place_of_private_images_only(public, run, tmp_path, capsys):
+    change_release(run, data={"public": public, "private": "mnist10k"})
     shutil.copytree(run / "release", tmp_path / "copy")
     evaluate.main([str(tmp_path / "copy"), "--classifiers", "logreg", "--out", str(tmp_path / "s.json")])
     assert json.loads((tmp_path / "s.json").read_text())["distance"] is None

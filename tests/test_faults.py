@@ -715,7 +715,7 @@ def test_the_limit_of_an_autoencoder_is_measured_on_own_sets(monkeypatch, capsys
         asked.append((public, frame))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(autoencoder_limit.metrics, "public_features", stop)
+    monkeypatch.setattr(autoencoder_limit.metrics, "feature_network", stop)
     with pytest.raises(KeyboardInterrupt):
         autoencoder_limit.main([str(tmp_path)])
     assert asked == [(name, (8, 8))]

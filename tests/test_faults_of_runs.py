@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import evaluate
 import sample
@@ -255,19 +256,22 @@ def test_too_few_public_classes_are_refused_before_anything_is_made(tmp_path, ru
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize("text, known", [
-    ("CUDA out of memory. Tried to allocate 2 GiB", True),
-    ("DefaultCPUAllocator: can't allocate memory", True),
-    ("unable to mmap: Cannot allocate memory (12)", True),
-    ("CUDA error: an illegal memory access was encountered", False),
-    ("required rank 4 tensor to use channels_last memory format", False)])
-def test_what_is_called_out_of_memory(text, known, capsys):
+@pytest.mark.parametrize("error, known", [
+    (MemoryError(), True), (torch.OutOfMemoryError("CUDA out of memory"), True),
+    (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\nframe"), True),
+    (RuntimeError("unable to mmap: Cannot allocate memory (12)"), True),
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    (RuntimeError("required rank 4 tensor to use channels_last memory format"), False)])
+def test_what_is_called_out_of_memory(error, known, capsys):
     def fails():
-        raise RuntimeError(text)
+        raise error
 
-    with pytest.raises(SystemExit if known else RuntimeError):
+    with pytest.raises(SystemExit if known else RuntimeError) as left:
         command_line.run_cli(fails)
-    assert ("out of memory" in capsys.readouterr().err) == known
+    lines = capsys.readouterr().err.splitlines()
+    assert not known and lines == [] or (
+        left.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: out of memory"))
 
 
 def test_several_processes_are_not_put_on_one_card(monkeypatch):

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 import accountant
-import diffusion
 import dp_sgd
 import sample
 import train
@@ -211,21 +210,6 @@ def test_command_line_of_sample(arguments, valid, tmp_path, monkeypatch, capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(
-    "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 "
-    "bytes.\nframe")])
-def test_out_of_memory_is_one_line(error, capsys):
-    def main():
-        raise error
-
-    with pytest.raises(SystemExit) as left:
-        command_line.run_cli(main)
-    lines = capsys.readouterr().err.splitlines()
-    assert left.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: out of memory")
-    with pytest.raises(RuntimeError, match="a mistake"):  # of the program: that one keeps its traceback
-        command_line.run_cli(lambda: (_ for _ in ()).throw(RuntimeError("a mistake")))
-
-
 def test_a_pickle_does_not_run(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -255,7 +239,7 @@ def test_only_one_place_loads_checkpoints_and_arrays_are_never_pickles():
 
 
 PLAN = {"n": 100, "q": 0.1, "steps": 4, "sigma": 1.5, "delta": 1e-5, "epsilon": 3.0, "clip_norm": 0.1,
-        "tuned": ["a", "b"]}
+        "numbers": {}, "tuned": ["a", "b"]}
 LEDGER = [{"step": i, "q": 0.1, "sigma": 1.5, "clip_norm": 0.1, "batch_size": 10} for i in range(4)]
 
 
@@ -419,8 +403,3 @@ def test_photographs(form, tmp_path):
         survives(lambda path: photos.square(path, 16, 3), path)
     path.write_bytes(b"")
     assert not survives(lambda path: photos.square(path, 16, 3), path)
-
-
-def test_a_schedule_of_another_kind_is_refused():
-    with pytest.raises(ValueError):
-        diffusion.Schedule("x")

