@@ -12,7 +12,8 @@ LARGER = ("--public portraits --public-n 20000 --size 64 --factor 8 --latent-cha
           "--vae-batch 16 --ldm-steps 8000 --public-optimizer adamw --vae-lr 2e-3 --ldm-batch 32 "
           "--ldm-lr 1.2e-3")
 BOTH = "public drawn faces and photographs"
-PORTRAITS = ("runs/portraits", "portraits", DRAWN)
+PORTRAITS = ("runs/portraits", "portraits", DRAWN)  # public stages of AdamW
+MUON = ("runs/portraits-muon", "portraits", DRAWN)
 FEW = "--n 5000 --steps 15 --classifiers cnn,logreg --no-distance"
 
 
@@ -48,6 +49,15 @@ ROWS = {
         f"class, epsilon 10, {BOTH}, only a shift is tuned, all stages, again",
         "--preset portraits --tune shift --lr 2e-3 --out runs/portraits-whole-again",
         "runs/portraits-whole-again", DRAWN),
+    # the same public stages made once more; their model before tuning, and both epsilons on it
+    "portraits-muon-public": Row(f"class, {BOTH} (by Muon), before tuning",
+                                 f"--preset portraits --steps 0 --out {MUON[0]}", MUON[0], DRAWN),
+    "portraits-muon-shift": again(f"class, epsilon 10, {BOTH} (by Muon), only a shift is tuned", "muon-shift",
+                                  "--tune shift --lr 2e-3", *MUON),
+    "portraits-muon-shift-eps1": again(f"class, epsilon 1, {BOTH} (by Muon), only a shift is tuned",
+                                       "muon-shift-eps1", "--tune shift --epsilon 1 --lr 2e-3", *MUON),
+    "portraits-muon-attention": again(f"class, epsilon 10, {BOTH} (by Muon), attention tuned",
+                                      "muon-attention", "", *MUON),
     # a CPU's share of the H200's run in docs/results.md: a narrower UNet, fewer steps, only a shift
     "portraits-64": Row("class, 64 x 64 pixels, epsilon 10, public drawn faces, only a shift is tuned",
                         f"--preset portraits {LARGER} --tune shift --lr 2e-3 --out runs/portraits-64",
