@@ -91,11 +91,11 @@ def fit(s, title, model, loss_fn, steps, peak, decay, state_path, stop, adversar
     team.broadcast(parameters)  # machines may round differently: all go on with rank 0's
 
 
-def train_autoencoder(s, images, facts, stop):
+def train_autoencoder(s, images, public_facts, stop):
     """Stage 1 (Rombach et al. 2022, section 3.1): images (N, C, H, W) uint8 -> content of public/vae.pt.
 
-    facts: what the checkpoint says of the public set (`start.read_sets`). The perceptual and the adversarial
-    term of Rombach et al. are used where their weights are above 0 (extensions/perceptual.py).
+    public_facts: what the checkpoint says of the public set (`start.read_sets`). The perceptual and the
+    adversarial term of Rombach et al. are used where their weights are above 0 (extensions/perceptual.py).
     """
     torch.manual_seed(s.seed)
     model = hardware.laid_out(vae.AutoencoderKL(s.vae), s.device)
@@ -118,17 +118,17 @@ def train_autoencoder(s, images, facts, stop):
     scale = team.from_rank0(vae.latent_scale(model, shown))
     save_reconstructions(model, shown[:32], s.out / "public" / "autoencoder.png")
     return {"config": asdict(s.vae), "state": model.state_dict(), "scale": scale, "steps": s.vae_steps,
-            **origin, **facts}
+            **origin, **public_facts}
 
 
-def train_diffusion(s, latents, cond, embedder, facts, stop):
+def train_diffusion(s, latents, cond, embedder_entry, public_facts, stop):
     """Stage 2 (Liu et al. 2024, section 3): public latents (N, F, C, h, w) -> content of public/ldm.pt.
 
     F orientations: the image and maybe its mirror image. cond: N classes, N rows of tokens, or None.
-    embedder: the description of the condition embedder (`conditions.embedder_entry`).
+    embedder_entry: the description of the condition embedder (`conditions.embedder_entry`).
     """
     torch.manual_seed(s.seed)
-    network = unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(embedder))
+    network = unet.LatentModel(unet.UNet(s.unet), checkpoints.build_embedder(embedder_entry))
     model = hardware.laid_out(network, s.device)
     null = conditions.null(s, model, cond)  # "no condition", or None if conditions are never dropped
 
@@ -142,8 +142,8 @@ def train_diffusion(s, latents, cond, embedder, facts, stop):
     state_path = s.out / "internal" / "ldm_state.pt"
     fit(s, "2/3 latent diffusion", model, loss_fn, s.ldm_steps, s.ldm_lr, decay=0.995,  # EMA over about 200
         state_path=state_path, stop=stop)
-    return {"unet": asdict(s.unet), "embedder": embedder, "schedule": asdict(s.schedule),
-            "model": model.state_dict(), "steps": s.ldm_steps, **facts}
+    return {"unet": asdict(s.unet), "embedder": embedder_entry, "schedule": asdict(s.schedule),
+            "model": model.state_dict(), "steps": s.ldm_steps, **public_facts}
 
 
 @torch.no_grad()
@@ -226,10 +226,10 @@ def tune_privately(s, model, latents, cond, plan, stop, watch=None):
 # ---------------------------------------------------------------------------------------------------- the run
 
 
-def inputs(s, autoencoder, scale, image_set, embedder):
+def inputs(s, autoencoder, scale, image_set, embedder_entry):
     """What the diffusion model sees of this process's part of an ImageSet: (latents, conditions)."""
     part = team.shard(image_set)
-    return encode(s, autoencoder, part.images, scale), conditions.of(s, part, embedder)
+    return encode(s, autoencoder, part.images, scale), conditions.of(s, part, embedder_entry)
 
 
 @run_folder.handlers_restored
@@ -237,20 +237,21 @@ def main(argv=None):
     """The whole method. Raises ValueError, one line, for anything that cannot be done."""
     begin = time.monotonic()
     s, known = start.settings_of(argv)  # preset and flags; `known`: public networks that exist already
-    public, private, facts = start.read_sets(s, known)  # ValueError if a private image is a public one too
+    # ValueError if a private image is a public one too.
+    public, private, public_facts = start.read_sets(s, known)
     plan = team.once(guarantee.privacy_plan, s, len(private))  # q, sigma, T; delta < 1/n
-    embedder = start.embedder(s, known, public, private)  # from names and public captions, no private image
+    embedder_entry = start.embedder(s, known, public, private)  # from names and public captions only
     if s.dry_run:
-        return dry_run.report(s, plan, embedder, public, private, known)
-    run = run_folder.RunFolder(s, plan, known, facts)  # locked; resumed without loss
+        return dry_run.report(s, plan, embedder_entry, public, private, known)
+    run = run_folder.RunFolder(s, plan, known, public_facts)  # locked; resumed without loss
 
     # ---- public stages: they cost no privacy
-    vae_checkpoint = run.cached("vae.pt", lambda: train_autoencoder(s, public.images, facts, run.stop))
+    vae_checkpoint = run.cached("vae.pt", lambda: train_autoencoder(s, public.images, public_facts, run.stop))
     autoencoder, scale = checkpoints.build_vae(vae_checkpoint), vae_checkpoint["scale"]
 
     def trained_on_public_latents():
-        latents, cond = inputs(s, autoencoder, scale, public, embedder)
-        return train_diffusion(s, latents, cond, embedder, facts, run.stop)
+        latents, cond = inputs(s, autoencoder, scale, public, embedder_entry)
+        return train_diffusion(s, latents, cond, embedder_entry, public_facts, run.stop)
 
     ldm_checkpoint = run.cached("ldm.pt", trained_on_public_latents)
 

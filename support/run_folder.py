@@ -32,18 +32,18 @@ ADD_UP = "a new run on the same images would add its epsilon to what this one ha
 class RunFolder:
     """The folder of one run, locked until the process ends.
 
-    known: public checkpoints {"vae.pt": ..., "ldm.pt": ...} of --init, which are copied into it. facts: what
-    is known of the public set (`start.read_sets`). `stop` says whether Ctrl-C was pressed. Raises ValueError,
-    one line, where a new run would be mixed into an old one, and where a resumed run's files contradict each
-    other.
+    known: public checkpoints {"vae.pt": ..., "ldm.pt": ...} of --init, which are copied into it.
+    public_facts: what is known of the public set (`start.read_sets`). `stop` says whether Ctrl-C was pressed.
+    Raises ValueError, one line, where a new run would be mixed into an old one, and where a resumed run's
+    files contradict each other.
     """
 
-    def __init__(self, s, plan, known, facts):
+    def __init__(self, s, plan, known, public_facts):
         self.s, self.stop, self.known = s, Stop(), known
         once(prepare, s.out, s.resume)
         once(check_spent, s.out, plan)
         if "ldm.pt" not in known:  # a public stage is to be trained, or to be gone on with
-            once(check_public, s, facts["digests"])
+            once(check_public, s, public_facts["digests"])
         if not s.resume:
             for name, checkpoint in known.items():
                 files.save(checkpoint, s.out / "public" / name)

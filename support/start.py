@@ -99,9 +99,10 @@ def adopt(s):
 
 
 def read_sets(s, known):
-    """(public, private, facts): two ImageSets of images (N, C, H, W) uint8, in the autoencoder's size.
+    """(public, private, public_facts): two ImageSets of images (N, C, H, W) uint8, in the autoencoder's size.
 
-    facts: what a public checkpoint says of its set: name, classes, digests of its images (None in a dry run).
+    public_facts: what a public checkpoint says of its set: name, classes, digests of its images. None in a
+    dry run.
     known: the public networks that exist already. With --steps 0 no private image is read. Raises ValueError,
     one line, for sets that do not fit, and for private images that a public network knows.
     Side effect: s.crop becomes the side of a finished image.
@@ -141,9 +142,9 @@ def read_sets(s, known):
     digests = public_digests(s, public.images)
     if s.steps:
         once(refuse_known, s, private.images, digests, known.values())
-    facts = {"trained_on": datasets.kind_of(s.public), "public_classes": s.public_classes,
-             "classes": public.classes, "digests": digests}
-    return public, private, facts
+    public_facts = {"trained_on": datasets.kind_of(s.public), "public_classes": s.public_classes,
+                    "classes": public.classes, "digests": digests}
+    return public, private, public_facts
 
 
 def public_set(s, known=()):
