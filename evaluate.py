@@ -67,9 +67,8 @@ def on_real_images(args, release, run, private, recipe, images, labels, real_set
     assigns to it. The classifier knows private images, so its scores are private. They go to the terminal
     and to internal/ (or where --out says).
     """
-    settings = scored.settings_of(run)  # {} without the run folder
-    n = settings["private_n"] if "private_n" in settings else release.privacy.get("n")  # None: all
-    train = scored.load_private(release, private, "train", args.data_root, n, scored.cache_of(run))
+    train = scored.load_private(release, private, "train", args.data_root, scored.private_n(release, run),
+                                scored.cache_of(run))
     model = metrics.train_classifier(
         images=train.images, labels=train.labels, num_classes=len(release.classes), device=args.device,
         generator=torch.Generator().manual_seed(args.seed), bf16=release.bf16, **recipe)
@@ -282,8 +281,9 @@ def main(argv=None):
               "held_out": {name: len(held) for name, held in real_sets.items()}, "distance": distance,
               "precision": "bf16" if release.bf16 else "float32", "seconds": seconds}
     out = Path(args.out or run / "internal" / "evaluation.json")
+    print(f"\n{report(result)}")  # first: it is not lost if the file cannot be written
     files.write_json(result, out)
-    print(f"\n{report(result)}\n{out}: not covered by epsilon, {publish}")
+    print(f"{out}: not covered by epsilon, {publish}")
     return 0
 
 

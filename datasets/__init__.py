@@ -82,8 +82,8 @@ def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, ca
     decode    False: photographs are only listed (the files of a folder are read for their checksums), images
               is an empty shape on the meta device; nothing is downloaded
     request   further fields of `registry.Request`; None stands for its default
-    Returns ImageSet. Raises DataError if a file is missing or an array file is damaged, ValueError for all
-    else: arguments, lists, captions, photographs.
+    Returns ImageSet. Raises DataError, a ValueError, if a file is missing or damaged or a side is empty, and
+    ValueError for all else.
     """
     entry = REGISTRY[kind_of(name)]
     if split not in ("train", "test"):
@@ -125,7 +125,7 @@ def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, ca
 
 
 def mix(name, n, request, **common):
-    """A mix "A+B": at most n images of A, then at most half as many of B as one further class.
+    """A mix "A+B": n images of A (None: all), then at most half as many of B as one further class.
 
     `request` is about A. If A has attributes, the captions of its images are sentences about them. The mix
     has no attributes, because those of B's images are unknown. B's own captions are not used.
@@ -150,7 +150,7 @@ def mix(name, n, request, **common):
 
 
 def prepared(images, size, channels, cache, root, decode):
-    """Images as a loader found them -> (tensor (N,channels,size,size) uint8, side before padding)."""
+    """Images as a loader found them -> (tensor (N,C,size,size) uint8, side before padding)."""
     if isinstance(images, list):  # of photographs
         if not decode:
             return torch.empty(len(images), channels, size, size, dtype=torch.uint8, device="meta"), size
@@ -179,6 +179,9 @@ def describe(name, root=None, size=32, channels=3, label_attribute="Male", class
         ask = Request(entry.name, root, where=str(name).partition(":")[2], classes=classes, private=True,
                       label_attribute=label_attribute, download=False)
         entry = replace(entry, **entry.facts(ask))
+    if classes and entry.classes and list(classes) != list(entry.classes):
+        raise ValueError(f"{name} has the classes {', '.join(entry.classes)}; others were asked for, leave "
+                         "out --classes")
     colour = entry.channels == 3
     images = torch.empty(0, channels if colour else 1, size, size, dtype=torch.uint8)
     if not colour:  # what `load` would refuse
@@ -230,8 +233,12 @@ def place(name, root):
         found = arrays.there(files.expanded(where), root / where)
     elif kind in ("celeba", "faces"):
         found = photos.celeba_list(root, kind).parent / "img_align_celeba"
-    else:
-        found = root / entry.files if entry.files else arrays.EMBEDDED
+    elif kind == "mnist10k":
+        found = arrays.EMBEDDED
+    elif entry.files:
+        found = root / entry.files
+    else:  # made by a loader of one's own, which has no place
+        return None
     return found.resolve()
 
 
@@ -273,7 +280,8 @@ def class_list(text):
     """--classes: "a,b,c" -> ["a", "b", "c"]; a number N -> ["0", ..., str(N - 1)]. ValueError for others."""
     names = [unicodedata.normalize("NFC", name.strip()) for name in text.split(",")]
     if len(names) == 1 and names[0].isdecimal():
-        names = [str(i) for i in range(min(int(names[0]), MOST_CLASSES + 1))]  # one too many is refused below
+        count = int(names[0].lstrip("0")[:6] or 0)  # of a number with thousands of digits the first will do
+        names = [str(i) for i in range(min(count, MOST_CLASSES + 1))]  # one too many is refused below
     if not names or "" in names or len(set(names)) < len(names) or len(names) > MOST_CLASSES:
         raise ValueError(f"--classes must be distinct names with commas, or a number in 1 to {MOST_CLASSES}")
     return names

@@ -68,7 +68,7 @@ def load_folder(ask):
 
 
 def own_keys(paths):
-    """A number from the content of each file: what an image's side and caption hang on, and never its name.
+    """A number from the content of each file: which decides its side and caption; its name does not.
 
     A renamed image stays on its side. ValueError for a file that cannot be read.
     """
@@ -184,7 +184,7 @@ def inside(name):
 
 
 def tree(base, classes=None):
-    """Image files under a folder -> (paths relative to it, sorted; labels; class names; other files), lists.
+    """Image files under a folder -> four lists: sorted relative paths, labels, class names, other files.
 
     One subfolder per class, as torchvision's ImageFolder has it, or one flat folder, whose only class is
     "picture". A class is a subfolder, empty or not: no image makes or unmakes one. `classes` gives their
@@ -246,7 +246,7 @@ def ask_about(base, top, found):
 def captions(base, paths, keys, others):
     """(one caption for each file, where from), or (None, "") if there are none.
 
-    It removes the files with captions from the list `others`, those that it does not read as well.
+    Takes all files of captions out of `others`, unread ones too.
 
     captions.txt: lines "filename TAB caption"; metadata.jsonl or .csv: file_name and text; else a .txt beside
     each image. Of several captions an image's own key, from its bytes, chooses.

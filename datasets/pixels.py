@@ -67,8 +67,12 @@ def to_float(images):
 
 
 def some(images):
-    """The first 4,000 of images (N,C,H,W), fewer if they have more than 8 million pixels: to fit memory."""
-    return images[:min(4000, 8_000_000 // images.shape[-1] ** 2)]
+    """4,000 of images (N,C,H,W), fewer if they have more than 8 million pixels: to fit memory.
+
+    Not the first ones: a folder is sorted by class, and in a mix B comes last.
+    """
+    most = min(4000, 8_000_000 // images.shape[-1] ** 2)
+    return images[::max(1, len(images) // most)][:most]
 
 
 def to_uint8(x):
@@ -76,11 +80,14 @@ def to_uint8(x):
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def save_grid(images, path, columns=10):
-    """Write images (N,C,H,W) uint8 as one PNG, row by row, small ones enlarged; all or nothing."""
+def save_grid(images, path, columns=10, private=False):
+    """Write images (N,C,H,W) uint8 as one PNG, row by row, small ones enlarged; all or nothing.
+
+    private: only its owner may read the file.
+    """
     import torchvision  # here and elsewhere: loading it takes as long as loading torch
     enlarge = max(1, min(3, 900 // (columns * images.shape[-1])))
     images = images.cpu().repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
     grid = torchvision.utils.make_grid(images.float() / 255, nrow=columns, padding=enlarge, pad_value=0.2)
-    with files.replacing(path) as file:
+    with files.replacing(path, private) as file:
         torchvision.utils.save_image(grid, file, format="png")

@@ -57,7 +57,7 @@ class Request:
     """What a loader is asked for.
 
     Own sets use where, classes and private. Drawn sets use n and seed; strokes also public_classes, portraits
-    also label_attribute and size.
+    size; portraits, celeba and faces label_attribute.
     """
 
     name: str  # of the data set, a key of REGISTRY
@@ -91,7 +91,7 @@ class DataSet:
     attributes: tuple | None = None  # names; None where it has none, and where it lists them itself
     drawn: bool = False  # made by a program: no image went in
     own: bool = False  # "name:PATH"
-    augmented: bool = True  # shifted and turned a little, an image is still one: evaluate.py augments
+    augmented: bool = True  # small shifts and turns leave an image plausible: evaluate.py augments
     files: str = ""  # where it lies in the data root
     overlaps: tuple = ()  # sets with images in common, even if encoded anew
 
@@ -166,6 +166,8 @@ def kind_of(name):
     """The key of REGISTRY that a name stands for: "folder:PATH" -> "folder". ValueError if there is none."""
     if len(both := parts(name)) == 2:
         kinds = [kind_of(part) for part in both]
+        if any("+" in kind for kind in kinds):
+            raise ValueError(f"{name}: a mix has two sets, not more")
         if private := next((kind for kind in kinds if REGISTRY[kind].role == "private"), None):
             raise ValueError(f"{name}: a mix is public, and {private} is a private set")
         return "+".join(kinds)

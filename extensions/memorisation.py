@@ -53,7 +53,7 @@ def report(args, release, run, public, private, held_out, draw):
     if not release.privacy.get("steps"):
         raise ValueError("no private image was read in this run, so there is nothing to memorise")
     train = scored.load_private(release, private, "train", args.data_root,
-                                scored.settings_of(run)["private_n"], scored.cache_of(run))
+                                scored.private_n(release, run), scored.cache_of(run))
     samples = draw()
     three = (samples, train.images, held_out.images)
     try:

@@ -313,6 +313,7 @@ def main(argv=None):
     s = settings.parse(["--preset", args.preset, *(f"--{k}={v}" for k, v in given.items() if v is not None)])
     if args.checkpoint is None and args.autoencoder is None:
         raise ValueError("name a checkpoint that holds a UNet, or an autoencoder's by --autoencoder")
+    run_folder.refuse_used(args.out)  # before the public set is read
     images, digests = None, torch.empty(0, dtype=torch.int64)
     if not args.checkpoint:
         images = start.public_set(s).images

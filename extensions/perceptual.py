@@ -23,9 +23,9 @@ def perceptual_distance(device="cpu"):
     from torchvision.models import vgg16
     try:
         network = vgg16(weights="IMAGENET1K_V1", progress=False).features[:30]
-        network.eval().requires_grad_(False).to(device)
     except (OSError, RuntimeError):  # no network, or a damaged download
         return "image gradients", gradient_distance
+    network.eval().requires_grad_(False).to(device)
     # Mean and deviation of ImageNet's colours, (3, 1, 1) each.
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=device)[..., None, None]
 

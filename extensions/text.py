@@ -75,7 +75,7 @@ class Tokenizer:
         return SPECIAL + len(self.words)
 
     def encode(self, prompts):
-        """List of N str -> tokens (N, L) int64: begin, words, padding. Words beyond it are cut off."""
+        """List of N str -> tokens (N, L) int64: begin, words, padding. Words beyond L are cut off."""
         tokens = torch.full((len(prompts), self.length), PAD)
         for row, prompt in zip(tokens, prompts, strict=True):
             numbers = [BEGIN] + [self.index.get(word, UNKNOWN) for word in split(prompt)]

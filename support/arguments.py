@@ -1,4 +1,5 @@
 """The command line of sample.py, and checks for those of other programs: numbers, labels, prompts."""
+import os
 import sys
 from pathlib import Path
 
@@ -51,13 +52,16 @@ def check_numbers(args, **bounds):
 
 
 def check_suffix(flag, path, suffix):
-    """ValueError where a file's name promises another kind of content than is written into it.
+    """ValueError where a file cannot be written, or its name promises another kind of content.
 
     A name without suffix promises nothing; what is no plain file, such as /dev/null, takes anything.
     """
     if path and Path(path).is_dir():
         raise ValueError(f"{flag} {path}: that is a folder; name a file in it")
     path = Path(path or "")
+    place = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not os.access(place, os.W_OK):  # before hours of work
+        raise ValueError(f"{flag} {path}: {place} may not be written to")
     if path.suffix.lower() not in ("", suffix) and (path.is_file() or not path.exists()):
         raise ValueError(f"{flag} {path}: what is written is {suffix[1:].upper()}; name it "
                          f"{path.with_suffix(suffix)}")

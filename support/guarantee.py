@@ -190,8 +190,8 @@ def privacy_statement(s, plan, rows, trained, stages=()):
         "hyper_parameters": LOOKED.get(datasets.kind_of(s.private), BEFOREHAND),
         "public_weights": weights,
         "insecure_seed": s.insecure_seed is not None, "fast_noise": s.fast_noise,
-        "noise": "float64 from torch's generator (--fast-noise): Mersenne twister (CPU) or Philox (CUDA), "
-                 "no cryptographic ones"
+        "noise": "float64 from torch's generator (--fast-noise or --insecure-seed): Mersenne twister (CPU) "
+                 "or Philox (CUDA), no cryptographic ones"
                  if s.fast_noise or s.insecure_seed is not None else
                  "float64 from the operating system's CSPRNG, four Box-Muller draws each "
                  "(dp_sgd.SecureGenerator)",

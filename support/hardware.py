@@ -142,7 +142,7 @@ def count(parameters):
 
 
 def stand_in(model, n, device):
-    """n conditions of the model's kind for measuring times: None, label 0, or prompts of full length."""
+    """n conditions of the model's kind, made up: None, label 0, or prompts of full length."""
     if isinstance(model.embedder, text.TextEncoder):
         return torch.full((n, model.embedder.length), text.BEGIN, device=device)
     return None if model.embedder is None else torch.zeros(n, dtype=torch.int64, device=device)

@@ -51,9 +51,9 @@ class Public:
             if self.adversary is not None:
                 self.adversary.load_state_dict(state["also"])
             self.first = int(state["step"])
-            if rank() == 0:
+            if rank() == 0 and state.get("device", self.s.device) == self.s.device:
                 self.generator.set_state(state["generator"])
-            else:  # only rank 0's is stored
+            else:  # only rank 0's is stored, and a generator of another device has another state
                 self.generator.manual_seed(self.s.seed + 1 + 1_000_000 * rank() + self.first)
 
     def steps(self, title, total):
@@ -74,7 +74,8 @@ class Public:
             also = None if self.adversary is None else self.adversary.state_dict()
             files.save({"model": self.model.state_dict(), "average": self.average, "step": done,
                         "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                        "generator": self.generator.get_state(), "also": also}, self.path)
+                        "generator": self.generator.get_state(), "device": self.s.device, "also": also},
+                       self.path)
             self.saved = time.monotonic()
         if leaving:
             self.stop.leave(self.s.out)

@@ -24,7 +24,7 @@ TEMPLATE = Path(__file__).with_name("model_card.md")
 def write_release(s, vae_checkpoint, ldm_checkpoint, model, private, privacy, public):
     """release/: model.pt, privacy.json, MODEL_CARD.md, samples.png, comparison.png; of --watch progress.png.
 
-    comparison.png: real public images | before | after tuning. One row of images per class; of a text model
+    comparison.png: real public images | before | after tuning. Rows of images for each class; of a text model
     per prompt: prompts.txt. At most MOST rows. private: only its schema is used.
     """
     lora.merge(model)

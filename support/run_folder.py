@@ -189,7 +189,8 @@ def check_unchanged(facts, path):
 def check_public(s, digests):
     """Write down which public images there are (datasets.digests); refuse if a resumed run finds others.
 
-    Sets drawn as a whole have no digests. A mix has, so its drawings must be those of this version.
+    Sets drawn as a whole have no digests. A mix with others has, so its drawings must be those of this
+    version.
     """
     path = s.out / "internal" / "public.json"
     found = hashlib.sha256(digests.numpy()).hexdigest()
@@ -239,7 +240,8 @@ def check_spent(out, plan):
                          f"{quoted(out)}")
     if spent and spent >= plan["steps"] and not done:
         raise ValueError(f"cannot resume: all {spent} private steps are spent, and internal/state.pt, their "
-                         f"result, is missing. Bring it back from a copy, or this run is lost; {ADD_UP}")
+                         "result, is missing or holds none. Bring it back from a copy, or this run is lost; "
+                         f"{ADD_UP}")
 
 
 def updates(internal):

@@ -66,12 +66,19 @@ def sources(release, run):
 
 
 def cache_of(run):
-    """The run's --cache, where decoded private photographs may lie; None if there is none.
+    """Where the run kept decoded photographs, which may be private: --cache, or that of its --data-root.
 
-    Older versions stored a relative one as it was typed: nobody knows where that was.
+    None if it had neither.
     """
-    cache = settings_of(run).get("cache")
-    return cache if cache and Path(cache).is_absolute() else None
+    settings = settings_of(run)
+    root = settings.get("data_root")
+    return settings.get("cache") or root and datasets.cache_folder(Path(root))
+
+
+def private_n(release, run):
+    """How many private images the run used; None: all. A release without its run folder says it too."""
+    settings = settings_of(run)
+    return settings["private_n"] if "private_n" in settings else release.privacy.get("n")
 
 
 def private_digests(run):
@@ -159,11 +166,15 @@ def public_images(release, public, n, seed=0, root=None, cache=None):
     if not shared:
         raise ValueError(f"--public: no class of {public} has the name of a private one "
                          f"({', '.join(release.classes)[:200]})")
-    if drawn:  # labels come in turn, so this is enough
+    if drawn:  # classes are about equally frequent, so this is enough
         whole = load((n // len(shared) + 1) * len(whole.classes))
     rows = torch.tensor([release.classes.index(name) if name in shared else -1 for name in whole.classes])
     labels = rows[whole.labels]
-    chosen = (labels >= 0).nonzero()[:n, 0]
+    chosen = (labels >= 0).nonzero()[:, 0]
+    if not drawn:  # a folder is sorted by class
+        generator = torch.Generator().manual_seed(seed)
+        chosen = chosen[torch.randperm(len(chosen), generator=generator)]
+    chosen = chosen[:n]
     return shrink(pixels.crop(whole.images[chosen], release.crop)), labels[chosen]
 
 

@@ -114,7 +114,7 @@ def parse(argv):
           ("condition", str,
            "what an image is made from: its class, a text (captions, or sentences about attributes or "
            "classes), nothing", ("class", "text", "none")),
-          ("text_length", int, "most words of a prompt, and one"),
+          ("text_length", int, "tokens of a prompt: its words and one"),
           ("text_width", int, "width of the text encoder"),
           ("text_layers", int, "transformer blocks of the text encoder"),
           ("flips", yes_or_no, "mirror images at random, yes or no"),

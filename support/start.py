@@ -52,6 +52,13 @@ def settings_of(argv):
     if s.unet.in_channels != s.vae.embed_dim:
         raise ValueError(f"the UNet of preset {s.preset} takes {s.unet.in_channels} latent channels, the "
                          f"autoencoder makes {s.vae.embed_dim}: use --init with runs of this preset only")
+    side, halvings = s.vae.resolution // 2 ** (len(s.vae.ch_mult) - 1), len(s.unet.channel_mult) - 1
+    if side % 2 ** halvings:
+        raise ValueError(f"latents of {side} x {side} cannot be halved {halvings} times, as this UNet does: "
+                         "choose a smaller --factor, or another --size")
+    if (smallest := min(s.vae_batch, s.ldm_batch)) < world():
+        raise ValueError(f"{world()} processes cannot share a public batch of {smallest}: choose larger "
+                         "--vae-batch and --ldm-batch, or fewer processes")
     settings.check_sampling(s)  # again: the noise schedule may be that of --init now
     return s, known
 
@@ -163,7 +170,7 @@ def public_set(s, known=()):
 
 
 def find_set(s, name, **kwargs):
-    """datasets.load as the settings ask. A dry run lists photographs, and an absent set is empty."""
+    """datasets.load as the settings ask. A dry run lists photographs and assumes how many are absent."""
     size, channels = s.vae.resolution, s.vae.in_channels
     try:
         return datasets.load(name, "train", s.data_root, size, channels=channels, cache=s.cache,
@@ -181,7 +188,7 @@ def find_set(s, name, **kwargs):
 
 
 def public_digests(s, images):
-    """datasets.digests of the public images (N, C, H, W); none of drawn ones: nothing private is in them."""
+    """datasets.digests of the public images (N, C, H, W); none if all are drawn: nothing private is there."""
     return datasets.digests(images[:0] if datasets.is_drawn(s.public) else images)
 
 

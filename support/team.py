@@ -2,8 +2,8 @@
 
 No wrapper around the model: micro-batch counts differ between processes. In the public stages each draws its
 share of a batch and all apply the mean of the gradients; in the private stage each Poisson-samples its own
-shard, and rank 0 alone writes the ledger and adds the noise (`reduce_sums`). In a process of its own every
-function here does the obvious.
+shard, and rank 0 alone writes the ledger and adds the noise (`reduce_sums`). Alone, every function here does
+the obvious.
 """
 import os
 import sys

@@ -581,6 +581,16 @@ def test_a_run_that_read_no_private_image_costs_nothing(settings, tmp_path, caps
     assert "inf" not in capsys.readouterr().out.splitlines()[2]
 
 
+def test_a_looser_accountant_of_one_s_own_makes_no_statement_false(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(accountant.ACCOUNTANTS, "loose", lambda *steps: 2 * accountant.by_rdp(*steps))
+    probe = run_folder(tmp_path / "probe", {}, None)
+    said = json.loads((probe / "release" / "privacy.json").read_text())
+    twice = accountant.epsilon(said["q"], said["sigma"], said["steps"], said["delta"], "loose")
+    for name, false in (("loose", False), ("rdp", True), ("unknown", True)):
+        calculator.main([str(run_folder(tmp_path / name, {"epsilon": twice, "accountant": name}, None))])
+        assert ("states more than its q" in capsys.readouterr().out) == false
+
+
 def test_a_state_that_cannot_be_read_does_not_hide_the_ledger(tmp_path, capsys):
     run = run_folder(tmp_path / "x", {}, 400)
     (run / "internal" / "state.pt").write_bytes(b"garbage")

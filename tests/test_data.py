@@ -342,7 +342,7 @@ def test_classes_are_names_or_a_number(text, names):
 def test_other_classes_are_refused(text):
     with pytest.raises(ValueError) as caught:
         datasets.class_list(text)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("--classes must be") and "\n" not in str(caught.value)
 
 
 BAD = [
@@ -421,3 +421,36 @@ def test_a_loader_does_not_take_the_name_of_another(enter):
     with pytest.raises(ValueError, match="'mnist' already"):
         datasets.registry.dataset("mnist", "another MNIST")(lambda ask: None)
     assert datasets.REGISTRY["mnist"].load is arrays.load_mnist
+
+
+def test_a_set_of_a_loader_of_one_s_own_lies_nowhere_else(enter):
+    enter()
+    assert not datasets.same_images("own", "mnist10k") and datasets.same_images("own", "own")
+
+
+def test_a_named_set_has_its_classes_whatever_was_declared():
+    assert datasets.describe("mnist", classes=list("0123456789")).classes == list("0123456789")
+    for ask in (datasets.describe, datasets.load):
+        with pytest.raises(ValueError, match="others were asked for, leave out --classes"):
+            ask("mnist10k", classes=["a", "b"])
+
+
+def test_a_mix_has_two_sets():
+    with pytest.raises(ValueError, match="a mix has two sets, not more"):
+        datasets.kind_of("strokes+garments+shapes")
+
+
+def test_some_images_are_from_all_of_a_set():
+    images = torch.arange(9_000).div(1_000, rounding_mode="floor").byte()[:, None, None, None]
+    some = pixels.some(images.expand(-1, 1, 8, 8))
+    assert len(some) == 4_000 and some.unique().tolist() == list(range(8))  # every second one, up to the last
+    assert len(pixels.some(images[:7])) == 7
+
+
+def test_the_grid_of_a_set_that_may_be_private_is_its_owner_s(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, private in (("mnist10k", True), ("shapes", False)):
+        monkeypatch.setattr(sys, "argv", ["datasets", name])
+        runpy.run_module("datasets", run_name="__main__")
+        mode = (tmp_path / f"{name}.png").stat().st_mode & 0o777
+        assert (mode == 0o600) == private and ("do not publish" in capsys.readouterr().out) == private

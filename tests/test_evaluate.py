@@ -566,8 +566,37 @@ def test_decoded_private_photographs_stay_in_the_cache_of_the_run(run, monkeypat
                         or load(name, *a, **k))
     evaluate.main([str(run), "--classifiers", "logreg", "--real", "--no-distance"])
     assert [cache for name, cache in asked if name == "mnist10k"] == [place] * 2
-    files.write_json({"cache": "elsewhere"}, run / "internal" / "settings.json")  # where was that?
-    assert scored.cache_of(run) is None
+    # Without --cache they lie beside the run's data root, if that may be written to.
+    for root, cache in ((str(run), run / "cache"), (str(run / "none"), None), (None, None)):
+        files.write_json({"cache": None, "data_root": root}, run / "internal" / "settings.json")
+        assert scored.cache_of(run) == cache
+
+
+def test_public_images_of_a_sorted_folder_are_of_all_its_classes(run, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (600, 28, 28), dtype=np.uint8)
+    np.savez(tmp_path / "own.npz", images=images, labels=np.arange(600) // 60, class_names=list("0123456789"))
+    release, name = sample.load_release(run), f"npz:{tmp_path / 'own.npz'}"
+    labels = scored.public_images(release, name, 100)[1]
+    assert len(labels) == 100 and labels.unique().tolist() == list(range(10))
+    assert not torch.equal(scored.public_images(release, name, 100, seed=1)[1], labels)
+
+
+def test_a_report_is_printed_even_if_it_cannot_be_written(run, monkeypatch, capsys):
+    def full(*args):
+        raise ValueError("no room")
+
+    monkeypatch.setattr(files, "write_json", full)
+    with pytest.raises(ValueError, match="no room"):
+        evaluate.main([str(run), "--classifiers", "logreg", "--no-distance"])
+    assert "trained on samples only" in capsys.readouterr().out
+
+
+def test_memorisation_needs_no_settings_to_know_how_many_images_there_were(run, tmp_path):
+    release = sample.load_release(run)
+    release.privacy["n"] = 12
+    assert scored.private_n(release, run) == 12
+    files.write_json({"private_n": None}, run / "internal" / "settings.json")
+    assert scored.private_n(release, run) is None  # the run folder says: all
 
 
 def test_bad_input_is_one_line(run, tmp_path):

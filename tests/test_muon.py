@@ -162,6 +162,16 @@ def test_a_stopped_public_stage_ends_like_an_uninterrupted_one(name, tmp_path):
     assert all(map(torch.equal, whole, resumed))
 
 
+def test_a_public_stage_goes_on_on_another_device(tmp_path):
+    """A generator of CUDA has another state, so it begins anew from the seed."""
+    with pytest.raises(Stopped):
+        fitted(tmp_path, "muon", stop_after=2)
+    state = files.load(tmp_path / "state.pt")
+    files.save({**state, "device": "cuda", "generator": state["generator"][:16]}, tmp_path / "state.pt")
+    resumed, before = fitted(tmp_path, "muon")
+    assert not any(map(torch.equal, resumed, before))
+
+
 def test_a_state_of_the_other_optimizer_is_refused(tmp_path):
     with pytest.raises(Stopped):
         fitted(tmp_path, "muon", stop_after=2)

@@ -333,6 +333,8 @@ def test_flags_of_the_networks_change_them_or_are_refused(run, tmp_path):
     for factor, side in (("4", 8), ("8", 4), ("16", 2)):
         net = vae.AutoencoderKL(settings.parse(["--preset", "smoke", "--factor", factor]).vae)
         assert net.encode(torch.zeros(1, 1, 32, 32)).mean.shape == (1, 4, side, side)
+    with pytest.raises(ValueError, match="latents of 2 x 2 cannot be halved 2 times"):  # by its UNet
+        train.main(["--preset", "celeba32", "--factor", "16", "--dry-run", "--out", "/nonexistent/run"])
     with pytest.raises(ValueError, match="--factor must be 2, 4, 8 or 16, got 5"):
         settings.parse(["--factor", "5"])
     reuse = ["--preset", "smoke", "--init", str(run), "--out", str(tmp_path / "again"), "--dry-run"]
