@@ -217,6 +217,7 @@ def same_images(a, b, root=None):
         return True
     # An own set may be a known set's file: npz:ROOT/public32.npz.
     known = {place(name, root): name for name, entry in REGISTRY.items() if not (entry.own or entry.drawn)}
+    known.pop(None, None)  # those without a place
     both = {known.get(first, a), known.get(second, b)}
     return len(both) == 1 or any(entry.name in both and both.intersection(entry.overlaps)
                                  for entry in REGISTRY.values())
