@@ -88,8 +88,8 @@ SCORE = "--protocol table --steps 15 --eta 0 --classifiers cnn"
 ROWS = {name: Row(label, f"{flags} --out {out}", out, SCORE) for name, (label, flags, out) in RUNS.items()}
 SEEDS = {"mnist-eps1": (1, 2), **dict.fromkeys([
     "mnist-eps10", "letters-eps10", "letters-eps1", "letters-eps1-muon", "garments-private-eps10-more",
-    "garments-private-eps10-long", "garments-whole", "garments-whole-all", "garments-whole-400",
-    "garments-stage2"], (1,))}
+    "garments-private-eps10-long", "garments-whole", "garments-whole-all", "garments-whole-400"],
+    (1,))}
 ROWS |= {f"{name}-seed{seed}": Row(ROWS[name].label, None, ROWS[name].out,
                                    f"{SCORE} --seed {seed} --no-distance --out "
                                    f"{ROWS[name].out}/internal/seed{seed}.json")
