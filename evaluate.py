@@ -223,7 +223,7 @@ def main(argv=None):
     # Read the held-out images before the long work, so that missing ones are reported at once.
     if is_folder:
         scored.check_held_out(run, release, private, args.data_root)
-    real_sets = scored.held_out_sets(release, args.data_root, private, scored.cache_of(run))
+    real_sets = scored.held_out_sets(release, private, args.data_root, scored.cache_of(run))
     split, real = next(iter(real_sets.items()))  # the first one is for the distance; accuracy uses all
     if args.memorisation:
         return memorisation.report(args, release, run, public, private, real,

@@ -259,7 +259,8 @@ def main(argv=None):
     ldm_checkpoint = conditions.for_private_classes(ldm_checkpoint, private.classes)  # embeddings by name
     model = hardware.laid_out(checkpoints.build_model(ldm_checkpoint)[0], s.device)
     names = trainable.choose(model, s)  # as --tune says; by default attention and condition embedder
-    tuned_count = guarantee.print_plan(s, plan, model)  # of parameters
+    guarantee.print_plan(s, plan, model)
+    tuned_count = hardware.count(p for p in model.parameters() if p.requires_grad)
     rows = []  # of the ledger; none if --steps 0
     if plan["steps"]:
         run.check_unchanged(plan, names, private)

@@ -31,7 +31,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     release = sample.load_release(args.run)
     public, private = scored.sources(release, Path(args.run))
-    real = next(iter(scored.held_out_sets(release, args.data_root, private).values()))
+    real = next(iter(scored.held_out_sets(release, private, args.data_root).values()))
     train = scored.load_private(release, private, "train", args.data_root)
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:args.n]
     size, channels = release.vae.config.resolution, real.images.shape[1]

@@ -116,7 +116,7 @@ def stored_plan(s, asked, path):
 
 
 def print_plan(s, plan, model):
-    """Print plan and share of tuned parameters -> number of tuned parameters."""
+    """Print the plan and the share of tuned parameters."""
     trained, total = count(p for p in model.parameters() if p.requires_grad), count(model.parameters())
     print(f"privacy plan   epsilon {round_up(plan['epsilon'])} at delta {round_up(plan['delta'])} "
           f"({s.accountant}); unit: one image, added or removed\n"
@@ -129,7 +129,6 @@ def print_plan(s, plan, model):
     elif plan["steps"] and s.fast_noise and rank() == 0:
         print("WARNING: --fast-noise: an attacker who computes can foretell the noise; for experiments only",
               file=sys.stderr)
-    return trained
 
 
 # How the presets' hyper-parameters were chosen, where private results had a part in it (docs/privacy.md).

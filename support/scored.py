@@ -20,17 +20,17 @@ def find_run(path):
     return run, (run / "release").is_dir() and any((run / part).is_dir() for part in ("internal", "public"))
 
 
-def check_place(args, run, whole):
+def check_place(args, run, is_folder):
     """Epsilon does not cover scores: ValueError where they would be written beside a release.
 
-    whole: run is a run folder, so that they have a place in its internal/.
+    is_folder: run is a run folder, so that they have a place in its internal/.
     """
     if args.memorisation and args.out:
         raise ValueError("--memorisation writes into RUN/internal/ only: leave out --out")
-    if not whole and args.memorisation:
+    if not is_folder and args.memorisation:
         raise ValueError(f"--memorisation writes private images into a run folder's internal/, and {run} "
                          "is none (no internal/ or public/ beside release/)")
-    if not whole and not args.out:
+    if not is_folder and not args.out:
         raise ValueError(f"{run} is no run folder (no internal/ or public/ beside release/), and epsilon "
                          "does not cover scores: say where they go with --out FILE")
     if args.out and any((place / name).exists() for place in Path(args.out).resolve().parents
@@ -110,7 +110,7 @@ def shrink(images):
     return pixels.resize(images, min(LARGEST, images.shape[-1]))
 
 
-def held_out_sets(release, root, private, cache=None):
+def held_out_sets(release, private, root=None, cache=None):
     """{name: ImageSet} of real images that no stage has seen, in the size of the samples.
 
     First the test split of the private set, then the official MNIST test digits if the data root has them.

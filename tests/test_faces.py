@@ -654,7 +654,7 @@ def test_own_sets_end_to_end_and_evaluated_from_the_run_folder(run, tmp_path, mo
     assert scored.sources(release, out) == [f"folder:{tmp_path / 'public'}",
                                             f"npz:{tmp_path / 'private.npz'}"]
     private = scored.sources(release, out)[1]
-    assert len(next(iter(scored.held_out_sets(release, None, private).values()))) > 0
+    assert len(next(iter(scored.held_out_sets(release, private).values()))) > 0
     (out / "internal" / "settings.json").unlink()
     with pytest.raises(ValueError, match="settings.json"):
         scored.sources(release, out)
@@ -679,7 +679,7 @@ def test_256_pixels_end_to_end(tmp_path, monkeypatch):
     assert release.vae.latent_shape == (4, 32, 32) and release.crop == 256
     for wanted in ([1], ["a smiling woman with a hat"]):
         assert sample.generate(release, wanted, steps=1, progress=False).shape == (1, 3, 256, 256)
-    held_out = next(iter(scored.held_out_sets(release, tmp_path, release.data["private"]).values()))
+    held_out = next(iter(scored.held_out_sets(release, release.data["private"], tmp_path).values()))
     assert held_out.images.shape == (20, 3, 64, 64)
 
 
