@@ -72,8 +72,9 @@ STATE = {torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_b
 def load_state(optimizer, state):
     """Moments from a checkpoint; the learning rate stays that of the settings.
 
-    ValueError if those of an optimizer in STATE are there in part, or have other shapes: such
-    a state would fail only in the next step, when its epsilon is spent. Other optimizers are not checked.
+    ValueError if those of an optimizer in STATE are there in part, or have other shapes: such a state would
+    fail only in the next step, when its epsilon is spent. None at all is the state before the first step.
+    Other optimizers are not checked.
     """
     optimizer.load_state_dict({"state": state["state"],
                                "param_groups": optimizer.state_dict()["param_groups"]})

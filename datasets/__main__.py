@@ -11,7 +11,8 @@ from . import REGISTRY, __doc__, kind_of, load, pixels, unlimited
 try:
     name, *split = sys.argv[1:3] or sys.exit(__doc__)
     entry, path = REGISTRY[kind_of(name)], Path(f"{kind_of(name)}.png")
-    chosen = load(name, *split, n=1000 if unlimited(name) else None)
+    some = None if entry.own else 1000 if unlimited(name) else min(1000, entry.n) or None
+    chosen = load(name, *split, n=some)
     print(f"{chosen.name}: {tuple(chosen.images.shape)}, mean {chosen.images.float().mean():.1f}, "
           f"{chosen.classes}")
     pixels.save_grid(chosen.images[:100], path, private=entry.role != "public")

@@ -68,7 +68,7 @@ def load_folder(ask):
 
 
 def own_keys(paths):
-    """A number from the content of each file: which decides its side and caption; its name does not.
+    """A number from the content of each file. It decides side and caption; the name does not.
 
     A renamed image stays on its side. ValueError for a file that cannot be read.
     """

@@ -72,7 +72,7 @@ def some(images):
     Not the first ones: a folder is sorted by class, and in a mix B comes last.
     """
     most = min(4000, 8_000_000 // images.shape[-1] ** 2)
-    return images[::max(1, len(images) // most)][:most]
+    return images[torch.linspace(0, len(images) - 1, min(most, len(images))).long()]
 
 
 def to_uint8(x):

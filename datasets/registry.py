@@ -119,10 +119,12 @@ def dataset(name, about, **facts):
     name is taken by another loader.
     """
     def enter(load):
-        there = REGISTRY.get(name)
-        if there and (there.load.__module__, there.load.__qualname__) != (load.__module__, load.__qualname__):
-            raise ValueError(f"there is a data set {name!r} already, loaded by {there.load.__module__}."
-                             f"{there.load.__qualname__}; give the new one another name")
+        def place(load):  # a notebook may enter the same one anew
+            return f"{load.__module__}.{getattr(load, '__qualname__', '')}"
+
+        if name in REGISTRY and place(REGISTRY[name].load) != place(load):
+            raise ValueError(f"there is a data set {name!r} already, loaded by {place(REGISTRY[name].load)}; "
+                             "give the new one another name")
         REGISTRY[name] = DataSet(name, load, about, **facts)
         return load
     return enter

@@ -23,11 +23,11 @@ def memorised(samples, train, held_out, seed=0):
     """Are samples nearer to training images than to held-out ones? Features (N,D), (M,D), (L,D) -> dict.
 
     min(M, L) images of each kind are chosen at random. closer_to_training is the share of samples whose
-    nearest one is a training image: about 1/2 without memorisation. If all samples are copies it is 1, or
-    1/2 + L / (2 M) where M > L, as only a part of the training images is compared. The quantiles are of the
-    distances to the nearest image of each kind; those to any_training look at all training images.
-    standard_error is for the number of samples alone: which images are held out adds to it, much if they are
-    few.
+    nearest one is a training image: 1/2 if nothing is copied and the two kinds are alike in all else. If all
+    samples are copies it is 1, or 1/2 + L / (2 M) where M > L, as only a part of the training images is
+    compared. The quantiles are of the distances to the nearest image of each kind; those to any_training look
+    at all training images. standard_error is for the number of samples alone: which images are held out adds
+    to it, much if they are few.
     """
     generator, count = torch.Generator().manual_seed(seed), min(len(train), len(held_out))
     distances = {"any_training": nearest(samples, train)[0][:, 0]}
@@ -47,8 +47,7 @@ def memorised(samples, train, held_out, seed=0):
 def report(args, release, run, public, private, held_out, draw):
     """Samples beside their nearest training and held-out images: PNG and JSON in RUN/internal/.
 
-    args: of evaluate.py. draw() -> samples (N, C, S, S) uint8. Only for runs on this machine: their settings
-    say which private images were used. ValueError if none was.
+    args: of evaluate.py. draw() -> samples (N, C, S, S) uint8. ValueError if the run used no private image.
     """
     if not release.privacy.get("steps"):
         raise ValueError("no private image was read in this run, so there is nothing to memorise")
@@ -73,8 +72,8 @@ def report(args, release, run, public, private, held_out, draw):
                             for kind in ("any_training", "training", "held_out"))
     share, error = (f"{result[key]:.1%}" for key in ("closer_to_training", "standard_error"))
     print(f"{share} of {result['n']:,} samples are closer to a training image than to a held-out one, "
-          f"{result['of_each']:,} of each (1/2: no memorisation); +- {error} for the samples, more for "
-          "the choice of the images\n"
+          f"{result['of_each']:,} of each (1/2 if nothing is copied and both kinds are alike); +- {error} "
+          "for the samples, more for the choice of the images\n"
           f"distance to the nearest, {space}; minimum, 1 %, median: training {training}, held out {held}; "
           f"of all {len(train):,} training images {any_}\n"
           f"{image}: sample | 4 nearest training | 4 nearest held out; PRIVATE images, never publish it")

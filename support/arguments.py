@@ -56,11 +56,16 @@ def check_suffix(flag, path, suffix):
 
     A name without suffix promises nothing; what is no plain file, such as /dev/null, takes anything.
     """
-    if path and Path(path).is_dir():
+    if not path:
+        return
+    path = Path(path)
+    if path.is_dir():
         raise ValueError(f"{flag} {path}: that is a folder; name a file in it")
-    path = Path(path or "")
-    place = next(place for place in (path, *path.absolute().parents) if place.exists())
-    if not os.access(place, os.W_OK):  # before hours of work
+    # Before hours of work. Files are written beside their place, but not what is no plain file.
+    place = path
+    if path.is_file() or not path.exists():
+        place = next(folder for folder in path.absolute().parents if folder.exists())
+    if not os.access(place, os.W_OK):
         raise ValueError(f"{flag} {path}: {place} may not be written to")
     if path.suffix.lower() not in ("", suffix) and (path.is_file() or not path.exists()):
         raise ValueError(f"{flag} {path}: what is written is {suffix[1:].upper()}; name it "

@@ -80,7 +80,7 @@ def _read_run(path):
     if spent and void or stated.get("private", True) is not True:
         steps = count_steps([(q, 0.0, T) for (q, _), T in steps.items()]) or one_kind(1.0, 0.0, 1)
         notes.append("NOT PRIVATE: counts as without noise" + " (the noise can be computed)" * fast_noise)
-    return steps, {**privacy, "accountant": stated.get("accountant"), "notes": notes, "spent": spent}
+    return steps, {**privacy, "accountant": str(stated.get("accountant")), "notes": notes, "spent": spent}
 
 
 def _difference(counts, by_statement):

@@ -68,17 +68,18 @@ def sources(release, run):
 def cache_of(run):
     """Where the run kept decoded photographs, which may be private: --cache, or that of its --data-root.
 
-    None if it had neither.
+    None if it had neither. Older versions stored a relative one as it was typed: nobody knows where that was.
     """
-    settings = settings_of(run)
-    root = settings.get("data_root")
-    return settings.get("cache") or root and datasets.cache_folder(Path(root))
+    cache, root = (settings_of(run).get(key) for key in ("cache", "data_root"))
+    if cache and Path(cache).is_absolute():
+        return cache
+    return datasets.cache_folder(Path(root)) if root and Path(root).is_absolute() else None
 
 
 def private_n(release, run):
     """How many private images the run used; None: all. A release without its run folder says it too."""
     settings = settings_of(run)
-    return settings["private_n"] if "private_n" in settings else release.privacy.get("n")
+    return settings["private_n"] if "private_n" in settings else release.privacy.get("n") or None
 
 
 def private_digests(run):

@@ -56,9 +56,10 @@ def settings_of(argv):
     if side % 2 ** halvings:
         raise ValueError(f"latents of {side} x {side} cannot be halved {halvings} times, as this UNet does: "
                          "choose a smaller --factor, or another --size")
-    if (smallest := min(s.vae_batch, s.ldm_batch)) < world():
-        raise ValueError(f"{world()} processes cannot share a public batch of {smallest}: choose larger "
-                         "--vae-batch and --ldm-batch, or fewer processes")
+    for name, batch, flag in ((NAMES[0], s.vae_batch, "--vae-batch"), (NAMES[1], s.ldm_batch, "--ldm-batch")):
+        if name not in known and batch < world():
+            raise ValueError(f"{world()} processes cannot share a public batch of {batch}: choose a larger "
+                             f"{flag}, or fewer processes")
     settings.check_sampling(s)  # again: the noise schedule may be that of --init now
     return s, known
 
@@ -170,7 +171,7 @@ def public_set(s, known=()):
 
 
 def find_set(s, name, **kwargs):
-    """datasets.load as the settings ask. A dry run lists photographs and assumes how many are absent."""
+    """datasets.load as the settings ask. For a dry run see `ASSUMED`."""
     size, channels = s.vae.resolution, s.vae.in_channels
     try:
         return datasets.load(name, "train", s.data_root, size, channels=channels, cache=s.cache,

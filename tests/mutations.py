@@ -129,7 +129,7 @@ MUTATIONS = [Mutation(*m) for m in (
                                                      "torch.cat(latents).std()"),),
      f"{PIT}::test_the_latent_of_a_picture_depends_on_no_other_picture"),
     (13, "the autoencoder sees private pictures", "train.py",
-     (("train_autoencoder(s, public.images, public_facts", "train_autoencoder(s, private.images, facts"),),
+     (("train_autoencoder(s, public.images,", "train_autoencoder(s, private.images,"),),
      f"{PIT}::test_public_stages_see_public_pictures_only"),
     (13, "networks that know the private pictures are called public", "support/start.py",
      (('str(c.get("trained_on")) for', '"?" for'),),

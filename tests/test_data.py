@@ -443,10 +443,11 @@ def test_a_mix_has_two_sets():
 
 
 def test_some_images_are_from_all_of_a_set():
-    images = torch.arange(9_000).div(1_000, rounding_mode="floor").byte()[:, None, None, None]
-    some = pixels.some(images.expand(-1, 1, 8, 8))
-    assert len(some) == 4_000 and some.unique().tolist() == list(range(8))  # every second one, up to the last
-    assert len(pixels.some(images[:7])) == 7
+    for n in (4_001, 7_999, 50_000):
+        images = (torch.arange(n) * 10 // n).byte()[:, None, None, None]  # ten classes, one after the other
+        some = pixels.some(images.expand(-1, 1, 8, 8)).flatten(1)[:, 0]
+        assert len(some) == 4_000 and some.bincount().tolist() == pytest.approx([400] * 10, abs=2)
+    assert pixels.some(images[:7]).equal(images[:7])
 
 
 def test_the_grid_of_a_set_that_may_be_private_is_its_owner_s(tmp_path, monkeypatch, capsys):

@@ -570,6 +570,8 @@ def test_decoded_private_photographs_stay_in_the_cache_of_the_run(run, monkeypat
     for root, cache in ((str(run), run / "cache"), (str(run / "none"), None), (None, None)):
         files.write_json({"cache": None, "data_root": root}, run / "internal" / "settings.json")
         assert scored.cache_of(run) == cache
+    files.write_json({"cache": "elsewhere", "data_root": "x"}, run / "internal" / "settings.json")  # where?
+    assert scored.cache_of(run) is None
 
 
 def test_public_images_of_a_sorted_folder_are_of_all_its_classes(run, tmp_path):
@@ -597,6 +599,8 @@ def test_memorisation_needs_no_settings_to_know_how_many_images_there_were(run, 
     assert scored.private_n(release, run) == 12
     files.write_json({"private_n": None}, run / "internal" / "settings.json")
     assert scored.private_n(release, run) is None  # the run folder says: all
+    release.privacy["n"] = 0  # --steps 0: none was read
+    assert scored.private_n(release, run / "elsewhere") is None
 
 
 def test_bad_input_is_one_line(run, tmp_path):
