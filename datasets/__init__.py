@@ -102,9 +102,7 @@ def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, ca
     ask = Request(entry.name, root, split, name.partition(":")[2], seed=seed, size=size, download=decode,
                   **given)
     whole = checked(entry.load(ask), entry, n if entry.drawn else None)
-    if classes and list(classes) != list(whole.classes):
-        raise ValueError(f"{name} has the classes {', '.join(whole.classes)}; others were asked for, leave "
-                         "out --classes")
+    refuse_others(name, whole.classes, classes)
     part = whole if entry.drawn else subset(whole, n, seed, f"{name} {split}")
     try:
         images, side = prepared(part.images, size, channels, cache, root, decode)
@@ -122,6 +120,13 @@ def load(name, split="train", root=None, size=32, n=None, seed=0, channels=3, ca
         where = part.images[blank[0]] if listed else f"{name}, image {blank[0]} of {split}"
         print(f"warning: of one colour, and perhaps not read as it should be: {where}", file=sys.stderr)
     return replace(part, name=name, images=images, side=side)
+
+
+def refuse_others(name, classes, declared):
+    """ValueError if other classes were declared (--classes) than the set `name` has; None: none were."""
+    if declared and list(declared) != list(classes):
+        raise ValueError(f"{name} has the classes {', '.join(classes)}; others were asked for, leave out "
+                         "--classes")
 
 
 def mix(name, n, request, **common):
@@ -179,9 +184,8 @@ def describe(name, root=None, size=32, channels=3, label_attribute="Male", class
         ask = Request(entry.name, root, where=str(name).partition(":")[2], classes=classes, private=True,
                       label_attribute=label_attribute, download=False)
         entry = replace(entry, **entry.facts(ask))
-    if classes and entry.classes and list(classes) != list(entry.classes):
-        raise ValueError(f"{name} has the classes {', '.join(entry.classes)}; others were asked for, leave "
-                         "out --classes")
+    if entry.classes:
+        refuse_others(name, entry.classes, classes)
     colour = entry.channels == 3
     images = torch.empty(0, channels if colour else 1, size, size, dtype=torch.uint8)
     if not colour:  # what `load` would refuse

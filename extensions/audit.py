@@ -284,7 +284,7 @@ def main(argv=None):
     add("--q", type=float, help="without a run: sampling probability, 0..1")
     add("--sigma", type=float, help="without a run: noise multiplier, in units of the clip norm")
     add("--steps", type=int, help="without a run: number of noise additions")
-    add("--delta", type=float, help="failure probability [the run's, else 1e-5]")
+    add("--delta", type=float, help="delta of (epsilon, delta) [the run's, else 1e-5]")
     add("--canaries", type=int, default=10_000, help="examples whose membership is guessed [10,000]")
     add("--fast-noise", action="store_true", help="audit the ordinary generator of --fast-noise [as the run]")
     add("--out", type=Path, help="PNG of the scores [RUN/internal/audit.png; none without a run]")

@@ -216,7 +216,8 @@ def parse(argv):
     length.add_argument("--steps", type=int, help="noisy steps")
     length.add_argument("--epochs", type=float,
                         help="passes over the data, instead of --steps; rounded up to whole steps")
-    add("--delta", type=float, help="failure probability, below 1 / n (1e-5; of runs: the largest stated)")
+    add("--delta", type=float, help="what may be added to the "
+        "probability of an outcome, below 1 / n (1e-5; of runs: the largest stated)")
     add("--sigma", type=float, help="noise multiplier: noise std / clip norm")
     add("--epsilon", type=float, help="target: computes the smallest sigma or, with --sigma, the most steps")
     add("--group", type=int, help="images of one person, for the group line (default 20)")

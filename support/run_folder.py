@@ -49,7 +49,7 @@ class RunFolder:
                 files.save(checkpoint, s.out / "public" / name)
             # evaluate.py's feature network, so that both runs are judged alike. One that has learned images
             # of the user's own is made anew: they may be others here, and private ones among them.
-            own = any(datasets.REGISTRY[datasets.kind_of(part)].own for part in datasets.parts(s.public))
+            own = datasets.REGISTRY[datasets.kind_of(s.public)].own
             if rank() == 0 and s.init and not own and (s.init / "public" / "features.pt").exists():
                 shutil.copy(s.init / "public" / "features.pt", s.out / "public")
             # A preset's sets with the whole path as well: a resumed run may begin elsewhere.
