@@ -137,7 +137,7 @@ def blurred(image, width=3):
     return F.avg_pool2d(F.pad(image, (width // 2,) * 4, mode="replicate"), width, stride=1)
 
 
-def checked(labels, classes):
+def checked_labels(labels, classes):
     """Labels as a tensor; ValueError unless all lie in 0..len(classes)-1."""
     labels = torch.as_tensor(labels)
     if labels.numel() and not 0 <= labels.min() <= labels.max() < len(classes):

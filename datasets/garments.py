@@ -22,7 +22,7 @@ from .drawing import (
     Dice,
     blend,
     box,
-    checked,
+    checked_labels,
     drawn_set,
     ellipse,
     frame,
@@ -443,7 +443,7 @@ def draw(labels, generator=None, size=28, classes=CLASSES):
 
     Deterministic for a given CPU generator. ValueError for labels out of range.
     """
-    labels = checked(labels, classes)
+    labels = checked_labels(labels, classes)
     images = torch.empty(len(labels), 1, size, size, dtype=torch.uint8)
     for label, name in enumerate(classes):
         for chosen in (labels == label).nonzero()[:, 0].split(64):  # what fits the cache

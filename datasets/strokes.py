@@ -22,7 +22,7 @@ import math
 import numpy as np
 import torch
 
-from .drawing import checked, drawn_set
+from .drawing import checked_labels, drawn_set
 from .registry import dataset
 
 CLASSES = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -189,7 +189,7 @@ def draw(labels, generator=None, size=28):
     The ink fits a box of 20 pixels (times size / 28), its centre of mass lies within about a pixel of the
     image's centre. Deterministic for a given CPU generator. ValueError for labels out of range.
     """
-    labels = checked(labels, CLASSES)
+    labels = checked_labels(labels, CLASSES)
     # Filled in place. A list of small results between large temporaries would fragment the heap: 4 GB instead
     # of 0.8.
     images = torch.empty(len(labels), 1, size, size, dtype=torch.uint8)
