@@ -73,6 +73,10 @@ RUNS = {  # name: (label, flags of train.py, run folder)
     # What the noise costs: the preset's private stage without it.
     "garments-whole-inf": again("Fashion-MNIST, drawn garments, latents 8x8x4, no noise (not private)",
                                 "--preset garments --epsilon inf", "runs/garments-whole", "inf"),
+    # Half the preset's learning rate, chosen on pretend-private garments (docs/lab-notebook.md).
+    "garments-whole-lr3": again(
+        "Fashion-MNIST, drawn garments, latents 8x8x4, private stage by Muon, lr 3e-3",
+        "--preset garments --lr 3e-3", "runs/garments-whole", "lr3"),
     # Stage 2 three times as long: its model teaches a CNN less than the drawings that it learned from.
     "garments-stage2": ("Fashion-MNIST, drawn garments, latents 8x8x4, stage 2 three times as long",
                         "--preset garments --ldm-steps 12000", "runs/garments-stage2"),
@@ -93,7 +97,7 @@ ROWS = {name: Row(label, f"{flags} --out {out}", out, SCORE) for name, (label, f
 SEEDS = {"mnist-eps1": (1, 2), **dict.fromkeys([
     "mnist-eps10", "letters-eps10", "letters-eps1", "letters-eps1-muon", "garments-private-eps10-more",
     "garments-private-eps10-long", "garments-whole", "garments-whole-all", "garments-whole-400",
-    "garments-whole-shift-eps1"], (1,))}
+    "garments-whole-lr3", "garments-whole-shift-eps1"], (1,))}
 ROWS |= {f"{name}-seed{seed}": Row(ROWS[name].label, None, ROWS[name].out,
                                    f"{SCORE} --seed {seed} --no-distance --out "
                                    f"{ROWS[name].out}/internal/seed{seed}.json")
