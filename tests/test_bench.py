@@ -1,12 +1,16 @@
 """The documents' tables are what bench/tables.py makes of bench/results.jsonl; listed commands parse."""
 import json
 import re
+import shutil
 from importlib import import_module
 
 import pytest
+import torch
 
-from bench import gpu, optimizers, runs, tables
-from support import settings
+import train
+from bench import gpu, held_out_loss, optimizers, pretend, runs, tables
+from datasets import garments
+from support import files, settings
 
 PLACES = [(page, name, make) for page, made in tables.PAGES for name, make in made.items()]
 ROWS = ("digits", "ablations", "papers", "recipes", "faces")  # modules of bench/ that list rows
@@ -107,3 +111,33 @@ def test_the_optimizers_are_compared_line_by_line(capsys):
     cells = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| smoke")]
     assert [row[1] for row in cells] == ["1, autoencoder"] * 2 + ["2, diffusion"] * 2
     assert sorted(row[2] for row in cells[:2]) == ["adamw", "muon"] and len({row[-1] for row in cells}) == 4
+
+
+def test_pretend_garments_change_the_cloth_and_not_the_background():
+    generator = torch.Generator().manual_seed(0)
+    plain = garments.draw(torch.arange(40) % 10, generator)
+    changed = pretend.restyle(plain, generator)
+    assert changed.shape == plain.shape and changed.dtype == torch.uint8
+    corner = (slice(None), 0, 0, 0)
+    assert (changed[corner][plain[corner] == 0] == 0).float().mean() > 0.9  # an outline may be bent into it
+    assert all((one != other).float().mean() > 0.1 for one, other in zip(plain, changed, strict=True))
+
+
+def test_a_pretend_set_is_named_npz(tmp_path):
+    with pytest.raises(ValueError, match="npz"):
+        pretend.main([str(tmp_path / "set.png"), "garments"])
+
+
+def test_held_out_loss_tells_a_better_model_from_a_worse(tmp_path, capsys):
+    out, worse = tmp_path / "run", tmp_path / "worse"
+    train.main(["--preset", "smoke", "--steps", "0", "--ldm-steps", "30", "--out", str(out)])
+    shutil.copytree(out, worse)
+    checkpoint = files.load(worse / "release" / "model.pt")
+    last = [key for key in checkpoint["model"] if key.startswith("unet.out.")]
+    checkpoint["model"] |= {key: checkpoint["model"][key] + 1 for key in last}
+    files.save(checkpoint, worse / "release" / "model.pt")
+    capsys.readouterr()
+    held_out_loss.main([str(out), str(out), str(worse), "--n", "50"])
+    once, again, bad = [float(re.search(r"loss ([\d.]+) of 50", line)[1])
+                        for line in capsys.readouterr().out.splitlines() if " loss " in line]
+    assert once == again < bad
