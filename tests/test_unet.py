@@ -194,6 +194,9 @@ def test_select_trainable():
     assert names("all") == {n for n, _ in tiny().named_parameters()} - silent
     assert not (names("resblocks") & only) and any("conv1" in n for n in names("resblocks"))
     assert all("norm" in n or "out.0" in n or "embedder" in n for n in names("norm"))
+    finest = {n for n in only if n.split(".")[1:3] in (["input_blocks", "1"], ["output_blocks", "2"],
+                                                       ["output_blocks", "3"])}
+    assert names("attention-finest") == finest < only
     assert names("attention-only", 6) == {n for n in only if n.startswith("unet.output_blocks.3")}
     model = tiny()
     chosen = tuning.select_trainable(model, "attention")
