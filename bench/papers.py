@@ -81,8 +81,8 @@ RUNS = {  # name: (label, flags of train.py, run folder)
     "garments-whole-lr3-more": again(
         "Fashion-MNIST, drawn garments, latents 8x8x4, private stage by Muon, lr 3e-3, batches of 6,000",
         "--preset garments --lr 3e-3 --batch-size 6000", "runs/garments-whole", "lr3-more"),
-    # Only the attention at 8x8, planned after the score of garments-whole-lr3. Elsewhere the gradient has hardly
-    # any signal (docs/lab-notebook.md).
+    # Only the attention at 8x8, planned after the score of garments-whole-lr3. Elsewhere the gradient has
+    # hardly any signal (docs/lab-notebook.md).
     "garments-whole-finest": again(
         "Fashion-MNIST, drawn garments, latents 8x8x4, attention at full resolution only",
         "--preset garments --tune attention-finest --lr 3e-3", "runs/garments-whole", "finest"),
