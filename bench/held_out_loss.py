@@ -24,7 +24,7 @@ K = 4  # draws for each image
 def losses(run, n, root):
     """Losses of a run's release on the first n held-out images of its private set, (n,) or fewer."""
     release = sample.load_release(run)
-    if release.prompts:
+    if release.tokenizer is not None:
         raise ValueError(f"{run} is a text model; this program knows classes only")
     found = next(iter(scored.held_out_sets(release, scored.sources(release, Path(run))[1], root).values()))
     images, labels = found.images[:n], found.labels[:n] if release.model.embedder else None

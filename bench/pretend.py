@@ -22,50 +22,52 @@ from support import command_line
 N = 66_700  # evaluate.py holds out about one in ten of an own set
 
 
+def normals(n, generator):
+    """A function: shape -> (n, *shape) normal numbers."""
+    return lambda *shape: torch.randn(n, *shape, generator=generator)
+
+
+def smooth(field):
+    """A coarse random field (N,C,s,s), interpolated to (N,C,28,28)."""
+    return F.interpolate(field, size=28, mode="bicubic", align_corners=True)
+
+
+def bent(x, normal, bend, slant, angle, size):
+    """Images (N,1,28,28), warped by a smooth field, slanted, turned and stretched, each by so much at random.
+
+    bend is in half images, angle in radians, size a logarithm.
+    """
+    field = smooth(normal(2, 4, 4) * bend)
+    slant, angle, size = slant * normal(1), angle * normal(1), (size * normal(2)).exp()
+    zero = torch.zeros(len(x), 1)
+    matrix = torch.stack([torch.cat([size[:, :1], slant + angle, zero], 1),
+                          torch.cat([-angle, size[:, 1:], zero], 1)], 1)
+    grid = F.affine_grid(matrix, x.shape, align_corners=False) + field.permute(0, 2, 3, 1)
+    return F.grid_sample(x, grid, align_corners=False)
+
+
 def rewrite(images, generator):
     """Images (N,1,28,28) uint8 in another hand, same shape; digits stay upright and in the frame."""
-    n = len(images)
-
-    def normal(*shape):
-        return torch.randn(n, *shape, generator=generator)
-
+    normal = normals(len(images), generator)
     x = pixels.to_float(images) / 2 + 0.5  # 0..1, background 0
     bolder = F.max_pool2d(x, 3, 1, 1)
     finer = -F.max_pool2d(-x, 3, 1, 1)
     pen = 0.5 * normal(1, 1, 1)
     x = torch.where(pen > 0, x.lerp(bolder, pen.clamp(0, 1)), x.lerp(finer, (-pen).clamp(0, 0.5)))
-    # in half images
-    bend = F.interpolate(normal(2, 4, 4) * 0.06, size=28, mode="bicubic", align_corners=True)
-    slant, angle, size = 0.15 * normal(1), 0.08 * normal(1), (0.06 * normal(2)).exp()
-    zero = torch.zeros(n, 1)
-    matrix = torch.stack([torch.cat([size[:, :1], slant + angle, zero], 1),
-                          torch.cat([-angle, size[:, 1:], zero], 1)], 1)
-    grid = F.affine_grid(matrix, x.shape, align_corners=False) + bend.permute(0, 2, 3, 1)
-    return pixels.to_uint8(2 * F.grid_sample(x, grid, align_corners=False) - 1)
+    return pixels.to_uint8(2 * bent(x, normal, bend=0.06, slant=0.15, angle=0.08, size=0.06) - 1)
 
 
 def restyle(images, generator):
     """Garments (N,1,28,28) uint8 in another style, same shape; the background stays black."""
-    n = len(images)
-
-    def normal(*shape):
-        return torch.randn(n, *shape, generator=generator)
-
-    def smooth(channels, side):  # a smooth random field, (n, channels, 28, 28)
-        return F.interpolate(normal(channels, side, side), size=28, mode="bicubic", align_corners=True)
-
-    slant, angle, size, zero = 0.07 * normal(1), 0.04 * normal(1), (0.1 * normal(2)).exp(), torch.zeros(n, 1)
-    matrix = torch.stack([torch.cat([size[:, :1], slant + angle, zero], 1),
-                          torch.cat([-angle, size[:, 1:], zero], 1)], 1)
+    normal = normals(len(images), generator)
     x = pixels.to_float(images) / 2 + 0.5  # 0..1, background 0
-    grid = F.affine_grid(matrix, x.shape, align_corners=False) + 0.06 * smooth(2, 4).permute(0, 2, 3, 1)
-    x = F.grid_sample(x, grid, align_corners=False).clamp(0, 1)
+    x = bent(x, normal, bend=0.06, slant=0.07, angle=0.04, size=0.1).clamp(0, 1)
     cloth = (x > 0.03).float()
     mean = (x * cloth).sum((2, 3), keepdim=True) / cloth.sum((2, 3), keepdim=True).clamp(min=1)
     gamma, contrast = (0.4 * normal(1, 1, 1)).exp(), (0.3 * normal(1, 1, 1)).exp()
-    printed = (torch.rand(n, 1, 1, 1, generator=generator) < 0.5) * 0.3 * smooth(1, 10)
+    printed = (torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5) * 0.3 * smooth(normal(1, 10, 10))
     x = mean + (x.clamp(min=1e-4) ** gamma - mean) * contrast
-    x = (x * (1 + 0.3 * smooth(1, 3)) + printed) * cloth  # light, then prints
+    x = (x * (1 + 0.3 * smooth(normal(1, 3, 3))) + printed) * cloth  # light, then prints
     return pixels.to_uint8(2 * x.clamp(0, 1) - 1)
 
 
