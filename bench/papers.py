@@ -91,12 +91,9 @@ RUNS = {  # name: (label, flags of train.py, run folder)
     "garments-whole-per-layer": again(
         "Fashion-MNIST, drawn garments, latents 8x8x4, private stage by Muon, clipped per layer",
         "--preset garments --clipping per-layer --clip-norm 0.03", "runs/garments-whole", "per-layer"),
-    # A wider UNet, planned before any score of it. Neither less noise in a step nor a longer stage 2 had helped.
+    # Planned after less noise in a step and a longer stage 2 had not helped.
     "garments-wide": ("Fashion-MNIST, drawn garments, latents 8x8x4, UNet of 48 channels",
                       "--preset garments --width 48", "runs/garments-wide"),
-    "garments-wide-again": again(
-        "Fashion-MNIST, drawn garments, latents 8x8x4, UNet of 48 channels, private stage again",
-        "--preset garments --width 48", "runs/garments-wide", "again"),
     # Stage 2 three times as long: its model teaches a CNN less than the drawings that it learned from.
     "garments-stage2": ("Fashion-MNIST, drawn garments, latents 8x8x4, stage 2 three times as long",
                         "--preset garments --ldm-steps 12000", "runs/garments-stage2"),
@@ -105,10 +102,6 @@ RUNS = {  # name: (label, flags of train.py, run folder)
         "Fashion-MNIST, drawn garments, latents 8x8x4, attention and a shift, private stage by Muon",
         "--preset garments --epsilon 1 --batch-size 6000 --steps 20 --tune attention+shift",
         "runs/garments-whole", "shift-eps1"),
-    "garments-wide-shift-eps1": again(
-        "Fashion-MNIST, drawn garments, latents 8x8x4, UNet of 48 channels, attention and a shift",
-        "--preset garments --epsilon 1 --batch-size 6000 --steps 20 --tune attention+shift",
-        "runs/garments-wide", "shift-eps1"),
     # Planned after the score of garments-whole-shift-eps1 (80.1 % by seed 0).
     "garments-whole-shift": again(
         "Fashion-MNIST, drawn garments, latents 8x8x4, attention and a shift, private stage by Muon",
@@ -122,8 +115,7 @@ SEEDS = {"mnist-eps1": (1, 2), **dict.fromkeys([
     "mnist-eps10", "letters-eps10", "letters-eps1", "letters-eps1-muon", "garments-private-eps10-more",
     "garments-private-eps10-long", "garments-whole", "garments-whole-all", "garments-whole-400",
     "garments-whole-lr3", "garments-whole-lr3-more", "garments-whole-finest",
-    "garments-whole-per-layer", "garments-wide", "garments-wide-again",
-    "garments-wide-shift-eps1", "garments-whole-shift-eps1"], (1,))}
+    "garments-whole-per-layer", "garments-wide", "garments-whole-shift-eps1"], (1,))}
 ROWS |= {f"{name}-seed{seed}": Row(ROWS[name].label, None, ROWS[name].out,
                                    f"{SCORE} --seed {seed} --no-distance --out "
                                    f"{ROWS[name].out}/internal/seed{seed}.json")
