@@ -35,9 +35,8 @@ def attention_modules(model, from_block=0):
 def finest_attention(model):
     """The attention modules with the fewest channels: those at full resolution, if coarser levels are wider.
 
-    An ablation. In the network of the preset `garments` they have 17 % of the attention's parameters and 99 %
-    of the gradient's signal, and yet tuning them alone, without the
-    embedder, costs two points of accuracy (docs/lab-notebook.md).
+    In the network of `garments` they have 17 % of the attention's parameters and 99 % of the gradient's
+    signal. Yet tuning them alone, without the embedder, costs two points of accuracy (docs/lab-notebook.md).
     """
     modules = attention_modules(model)
     fewest = min(m.norm.num_channels for m in modules)

@@ -15,6 +15,8 @@ PHOTOS8 = "--preset fashion-8x8 --public public32"
 ADAM = "--private-optimizer adam --ema 0.95"
 GARMENTS = {"10": f"{ADAM} --steps 80 --lr 4e-3 ",
             "1": f"{ADAM} --epsilon 1 --batch-size 6000 --steps 20 --lr 3e-3 "}
+# At epsilon 1: attention and a shift, by Muon.
+SHIFT1 = "--preset garments --epsilon 1 --batch-size 6000 --steps 20 --tune attention+shift"
 
 
 def again(label, flags, base, name):
@@ -97,15 +99,13 @@ RUNS = {  # name: (label, flags of train.py, run folder)
     # Stage 2 three times as long: its model teaches a CNN less than the drawings that it learned from.
     "garments-stage2": ("Fashion-MNIST, drawn garments, latents 8x8x4, stage 2 three times as long",
                         "--preset garments --ldm-steps 12000", "runs/garments-stage2"),
-    # Muon has the preset's learning rate here. Half of it, the row behind, was planned afterwards.
+    # Muon has the preset's learning rate here. Half of it, the next row, was planned afterwards.
     "garments-whole-shift-eps1": again(
         "Fashion-MNIST, drawn garments, latents 8x8x4, attention and a shift, private stage by Muon",
-        "--preset garments --epsilon 1 --batch-size 6000 --steps 20 --tune attention+shift",
-        "runs/garments-whole", "shift-eps1"),
+        SHIFT1, "runs/garments-whole", "shift-eps1"),
     "garments-whole-shift-eps1-lr3": again(
         "Fashion-MNIST, drawn garments, latents 8x8x4, attention and a shift, private stage by Muon, lr 3e-3",
-        "--preset garments --epsilon 1 --batch-size 6000 --steps 20 --tune attention+shift --lr 3e-3",
-        "runs/garments-whole", "shift-eps1-lr3"),
+        f"{SHIFT1} --lr 3e-3", "runs/garments-whole", "shift-eps1-lr3"),
     # Planned after the score of garments-whole-shift-eps1 (80.1 % by seed 0).
     "garments-whole-shift": again(
         "Fashion-MNIST, drawn garments, latents 8x8x4, attention and a shift, private stage by Muon",
