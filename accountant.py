@@ -277,9 +277,10 @@ def epsilon_of_ledger(rows, delta, method="rdp"):
     return cost(count_steps(rows), delta, method)
 
 
-def noise_multiplier(epsilon, delta, q, steps, method="rdp"):
+def noise_multiplier(epsilon, delta, q, steps, method="rdp", before=()):
     """A sigma in [1e-3, 1e6] whose epsilon is at most the target. One smaller by 1 part in 10^7 is too small.
 
+    before: steps that the same images took part in before, as for `count_steps`; the target is for all.
     1e-3 is taken to be too small without a trial. 0 if q = 0 or steps = 0. ValueError if even sigma = 1e6 is
     not enough, for a target that is not positive and finite, and as `check`.
     """
@@ -290,7 +291,7 @@ def noise_multiplier(epsilon, delta, q, steps, method="rdp"):
         return 0.0
 
     def enough(sigma):
-        return cost(one_kind(q, sigma, steps), delta, method) <= epsilon
+        return cost(count_steps([*before, (q, sigma, steps)]), delta, method) <= epsilon
 
     # Bisection on a log scale: sigma = low is taken to be too little noise, sigma = high is enough.
     low, high = 1e-3, 1e6

@@ -239,7 +239,8 @@ def main(argv=None):
     s, known = start.settings_of(argv)  # preset and flags; `known`: public networks that exist already
     # ValueError if a private image is a public one too.
     public, private, public_facts = start.read_sets(s, known)
-    plan = team.once(guarantee.privacy_plan, s, len(private))  # q, sigma, T; delta < 1/n
+    before = start.steps_before(s, known)  # what a vote on the drawings has spent, if there was one
+    plan = team.once(guarantee.privacy_plan, s, len(private), sum(before.values(), []))  # q, sigma, T
     embedder_entry = start.embedder(s, known, public, private)  # from names and public captions only
     if s.dry_run:
         return dry_run.report(s, plan, embedder_entry, public, private, known)

@@ -101,6 +101,17 @@ def load_npz(ask):
     return own_arrays(located(ask.root, ask.where), ask.split, ask.classes, ask.private)
 
 
+@dataset("voted", "drawings that private images voted for, of a run of extensions/vote.py", role="public",
+         own=True, facts=lambda ask: describe_npz(voted_drawings(ask)))
+def load_voted(ask):
+    return own_arrays(voted_drawings(ask))
+
+
+def voted_drawings(ask):
+    """The file with the drawings that voted:PATH names."""
+    return located(ask.root, ask.where) / "release" / "drawings.npz"
+
+
 # ---- npz files ---------------------------------------------------------------------------------------------
 
 

@@ -73,7 +73,8 @@ def _read_run(path):
         counts |= by_statement  # the larger of each kind
     else:
         notes.append("a run without a statement yet")
-    spent = steps = dict(sorted(counts.items()))
+    before = Counter(count_steps([*map(tuple, stated.get("before", planned.get("before", [])))]))  # a vote
+    spent = steps = dict(sorted((counts + before).items()))
     known_seed = stated.get("insecure_seed", False) is not False or chosen.get("insecure_seed") is not None
     fast_noise = any(randomness.can_be_computed(x) for x in (stated, chosen) if x)
     void = known_seed or fast_noise

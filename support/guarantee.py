@@ -45,27 +45,35 @@ def settled(planned, found):
     return planned if abs(found - planned) <= SAME * planned else max(found, planned)
 
 
-def privacy_plan(s, n):
+def privacy_plan(s, n, before=()):
     """What will be spent and stated, known before the first private step.
 
-    A dict of n, q, steps, sigma, epsilon, delta and numbers, those of the statement. A resumed run keeps the
-    plan it began with. Raises ValueError for impossible plans.
+    before: steps [(q, sigma, T)] that the public images and networks have cost already, by a vote on drawings
+    (`start.steps_before`). They are part of this run's epsilon.
+    A dict of n, q, steps, sigma, epsilon, delta, before and numbers, those of the statement. A resumed run
+    keeps the plan it began with. Raises ValueError for impossible plans.
     """
+    before = [list(row) for row in before]  # as JSON has it
     if s.steps == 0:
-        return {"n": n, "q": 0.0, "steps": 0, "sigma": 0.0, "epsilon": 0.0, "delta": s.delta,
-                "numbers": privacy_numbers(s, [], s.delta)}
+        return {"n": n, "q": 0.0, "steps": 0, "sigma": 0.0, "delta": s.delta, "before": before,
+                "epsilon": accountant.epsilon_of_ledger(before, s.delta, s.accountant),
+                "numbers": privacy_numbers(s, before, s.delta)}
     if s.batch_size > n:
         raise ValueError(f"--batch-size {s.batch_size} exceeds the {n} private images: q = B/n must be at "
                          "most 1")
     if s.delta >= 1 / n:
         raise ValueError(f"--delta {s.delta:g} is not below 1/n = {1 / n:.2g}: publishing one random image "
                          "in the clear would satisfy it; choose a smaller delta")
-    plan = {"n": n, "q": s.batch_size / n, "steps": s.steps, "delta": s.delta}
+    plan = {"n": n, "q": s.batch_size / n, "steps": s.steps, "delta": s.delta, "before": before}
     if s.resume and (path := s.out / "internal" / "plan.json").exists():
         return stored_plan(s, plan, path)
     sigma = 0.0 if s.sigma is None else s.sigma
     if s.sigma is None and s.epsilon < math.inf:
-        sigma = accountant.noise_multiplier(s.epsilon, s.delta, plan["q"], s.steps, s.accountant)
+        spent = accountant.epsilon_of_ledger(before, s.delta, s.accountant)
+        if spent >= s.epsilon:
+            raise ValueError(f"--epsilon {s.epsilon:g}: the vote on the public drawings alone has cost "
+                             f"{round_up(spent)} at this delta; choose a larger one, or other drawings")
+        sigma = accountant.noise_multiplier(s.epsilon, s.delta, plan["q"], s.steps, s.accountant, before)
     return with_numbers(s, {**plan, "sigma": float(sigma)})
 
 
@@ -77,13 +85,14 @@ def with_numbers(s, plan):
         raise ValueError(f"sigma = {sigma:g} is so little noise that one example may move an output further "
                          f"than the noise is normal, {limit:g} standard deviations; "
                          "choose a smaller --epsilon or a larger --sigma")
-    epsilon = float(accountant.epsilon(q, sigma, steps, delta, s.accountant))
+    all_steps = accountant.count_steps([*plan["before"], (q, sigma, steps)])
+    epsilon = accountant.cost(all_steps, delta, s.accountant)
     if s.accountant not in ("rdp", "pld"):  # an accountant of one's own: at least not below what is certain
-        least, _ = pld.bounds(accountant.one_kind(q, sigma, steps), delta)
+        least, _ = pld.bounds(all_steps, delta)
         if epsilon < least * (1 - SAME):
             raise ValueError(f"--accountant {s.accountant} gives epsilon {epsilon:.4g} for this plan, which "
                              f"is certainly at least {least:.4g}: it is wrong")
-    return {**plan, "epsilon": epsilon, "numbers": privacy_numbers(s, [(q, sigma, steps)], delta)}
+    return {**plan, "epsilon": epsilon, "numbers": privacy_numbers(s, all_steps, delta)}
 
 
 def stored_plan(s, asked, path):
@@ -94,6 +103,7 @@ def stored_plan(s, asked, path):
     """
     stored = files.read_json(path)
     with files.understanding(path, "plan"):
+        stored = {"before": [], **stored}  # older versions knew none
         plan = {**{key: stored[key] for key in asked}, "sigma": float(stored["sigma"])}
         stated = float(stored["epsilon"])
         if not (plan["sigma"] == 0 or 1e-3 <= plan["sigma"] <= 1e6):
@@ -124,6 +134,9 @@ def print_plan(s, plan, model):
           f"(expected batch {s.batch_size}), T {plan['steps']} steps, sigma {plan['sigma']:.4g}, "
           f"C {s.clip_norm:g} {s.clipping}, K {s.noise_multiplicity}\n"
           f"tuned          {s.tune}: {trained:,} of {total:,} parameters ({trained / total:.1%})")
+    if plan["before"]:
+        vote = accountant.epsilon_of_ledger(plan["before"], s.delta, s.accountant)
+        print(f"               a vote on the public drawings is part of it, alone epsilon {round_up(vote)}")
     if plan["steps"] and (plan["sigma"] == 0 or s.insecure_seed is not None) and rank() == 0:
         print("WARNING: no noise or a known noise seed: this run is NOT private", file=sys.stderr)
     elif plan["steps"] and s.fast_noise and rank() == 0:
@@ -162,15 +175,16 @@ def privacy_statement(s, plan, rows, trained, stages=()):
     weights = sorted({name for stage in stages for name in stage.get("public_weights", ())})
     computed = sorted({str(row["computed"]) for row in rows if "computed" in row})  # older rows lack it
     # Known before the first private step. A step that the plan did not foresee would make them larger here.
-    numbers = settled(plan["numbers"], privacy_numbers(s, rows, s.delta))
+    numbers = settled(plan["numbers"], privacy_numbers(s, [*plan["before"], *rows], s.delta))
     epsilon = numbers[f"epsilon_{s.accountant}"]
-    private = not rows or s.insecure_seed is None and not s.fast_noise and math.isfinite(epsilon)
+    known_noise = rows and (s.insecure_seed is not None or s.fast_noise)
+    private = not known_noise and math.isfinite(epsilon)
     promise = f"({round_up(epsilon)}, {round_up(s.delta)})-differentially private with respect to one image"
-    if not rows:
+    if not (rows or plan["before"]):
         promise = "no private image was read"
-    elif s.insecure_seed is not None or not math.isfinite(epsilon):
+    elif rows and s.insecure_seed is not None or not math.isfinite(epsilon):
         promise = "NOT PRIVATE: no noise, or a known noise seed"
-    elif s.fast_noise:
+    elif known_noise:
         promise = f"NOT PRIVATE against an attacker who computes the noise (--fast-noise); else {promise}"
     return plain({
         "statement": promise,
@@ -181,6 +195,7 @@ def privacy_statement(s, plan, rows, trained, stages=()):
         "adjacency": "add or remove one image", "unit": "one image", "sampling": "Poisson",
         "n": plan["n"], "q": plan["q"],
         "expected_batch_size": s.batch_size, "steps": len(rows), "sigma": plan["sigma"],
+        "before": plan["before"],  # [q, sigma, T] of votes on the public drawings; part of epsilon
         "clip_norm": s.clip_norm, "clipping": s.clipping, "noise_multiplicity": s.noise_multiplicity,
         "optimizer": s.private_optimizer, "learning_rate": s.lr,
         "tune": s.tune, "from_block": s.from_block, "condition": s.condition, "trained_parameters": trained,

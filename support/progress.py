@@ -175,8 +175,9 @@ def count_lines(path):
 
 
 def epsilon_after(s, plan, steps):
-    """epsilon of the first `steps` steps of the plan."""
-    return float(accountant.epsilon(plan["q"], plan["sigma"], steps, s.delta, s.accountant)) if steps else 0.0
+    """epsilon of the first `steps` steps of the plan, and of what was spent before them."""
+    rows = [*plan["before"], (plan["q"], plan["sigma"], steps)]
+    return accountant.epsilon_of_ledger(rows, s.delta, s.accountant)
 
 
 def resume(path, engine, average, optimizers):

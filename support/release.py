@@ -84,8 +84,9 @@ def model_card(privacy, classes, name):
         if p["enlarged"] else "",
     }
     parts = dict(re.findall(r"<!-- (\w+) -->\n(.*?)\n<!-- end -->\n", TEMPLATE.read_text(), flags=re.DOTALL))
-    kind = "unread" if not p["steps"] else "promise" if p["private"] else "void"
-    tuned = parts["tuned"].format(**words) if p["steps"] else ""
+    kind = "void" if not p["private"] else "promise" if p["steps"] or p["before"] else "unread"
+    told = [part for part, key in (("voted", "before"), ("tuned", "steps")) if p[key]]
+    tuned = "".join(parts[part].format(**words) for part in told)
     return parts["card"].format(**words, tuned=tuned, promise=parts[kind].format(**words))
 
 

@@ -13,6 +13,7 @@ import datasets
 import diffusion
 import unet
 import vae
+from extensions import vote
 from support import checkpoints, conditions, hardware, run_folder, settings, trainable
 from support.team import from_rank0, join, once, own_device, rank, world
 
@@ -109,8 +110,8 @@ def adopt(s):
 def read_sets(s, known):
     """(public, private, public_facts): two ImageSets of images (N, C, H, W) uint8, in the autoencoder's size.
 
-    public_facts: what a public checkpoint says of its set: name, classes, digests of its images. None in a
-    dry run.
+    public_facts: what a public checkpoint says of its set: name, classes, digests of its images, steps that
+    it has cost. None in a dry run.
     known: the public networks that exist already. With --steps 0 no private image is read. Raises ValueError,
     one line, for sets that do not fit, and for private images that a public network knows.
     Side effect: s.crop becomes the side of a finished image.
@@ -151,8 +152,24 @@ def read_sets(s, known):
     if s.steps:
         once(refuse_known, s, private.images, digests, known.values())
     public_facts = {"trained_on": datasets.kind_of(s.public), "public_classes": s.public_classes,
-                    "classes": public.classes, "digests": digests}
+                    "classes": public.classes, "digests": digests, "before": steps_before(s, known)}
     return public, private, public_facts
+
+
+def steps_before(s, known):
+    """What public images and networks have cost private ones already: {checksum: [[q, sigma, T], ...]}.
+
+    A vote on drawings (extensions/vote.py) is named by a checksum of its result, so that it counts once, also
+    where both networks and the images come from it. It counts for every private set: nobody knows whether
+    that set has images in common with the one that voted.
+    """
+    found = {}
+    for checkpoint in known.values():
+        found |= checkpoint.get("before", {})
+    for name in datasets.parts(s.public):
+        if datasets.kind_of(name) == "voted":
+            found |= vote.cost(datasets.place(name, s.data_root))
+    return found
 
 
 def public_set(s, known=()):

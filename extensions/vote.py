@@ -1,0 +1,242 @@
+"""Private images vote on the drawings: `python -m extensions.vote --private fashion`. Not in the paper.
+
+Drawn public images differ from private ones, and the more they do, the more is left for the noisy private
+stage. So the drawings are bred for a few generations, before any network sees them. In each one
+
+    1. every private image votes for the drawing of its class that looks most like it,
+    2. the counts of votes get noise: they are all that is learned of the private images,
+    3. drawings with many votes become parents. A child repeats its parent's random choices (a sleeve's
+       length, a stripe's width), but a few of them are made anew.
+
+This is Private Evolution (Lin et al. 2024) with a program in place of a generative model (Lin et al. 2025).
+
+One private image more or less changes one count by 1. So each generation is one Gaussian mechanism of
+sensitivity 1, in which every image takes part: a step with q = 1 for the accountant. What is drawn
+afterwards costs nothing further. All generations together cost --epsilon. A run of train.py with
+--public voted:RUN counts it as part of its own epsilon.
+
+Thousands of drawings of a class would share its votes, with less than one for each beside much noise. So the
+votes go to `CELLS` drawings only, chosen at random, the candidates. Each drawing belongs to the candidate
+that it looks most like, and has an equal share of its votes.
+"""
+import hashlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import trange
+
+import accountant
+import datasets
+import dp_sgd
+from datasets import garments, pixels
+from datasets.drawing import Dice
+from support import calculator, command_line, files, guarantee, run_folder
+from support.rounding import round_up
+
+CELLS = 512  # candidates of each class
+FRESH = 0.2, 0.02  # share of choices that a child makes anew, in the first and the last generation
+DRAWERS = {"garments": garments.CLASSES, "shapes": garments.SHAPES}
+
+
+class Inherited(Dice):
+    """Dice for children: each random choice is the parent's, or with probability `fresh` a new one.
+
+    parents: `choices` of other dice that drew the same class, the row of an image being its parent's; None
+    for a first generation. Grain, which has a number for each pixel, is always new.
+    """
+
+    def __init__(self, n, generator=None, size=28, parents=None, fresh=1.0):
+        super().__init__(n, generator, size)
+        self.parents, self.fresh, self.choices = parents, fresh, []
+
+    def inherit(self, new):
+        """New numbers (n, ...) for the next choice -> the same, most rows replaced by the parents'."""
+        if self.parents is not None:
+            mine = torch.rand(self.n, generator=self.generator) < self.fresh
+            new = torch.where(mine.view(-1, *[1] * (new.dim() - 1)), new, self.parents[len(self.choices)])
+        self.choices.append(new)
+        return new
+
+    def uniform(self, low, high):
+        return low + (high - low) * self.inherit(torch.rand(self.n, 1, generator=self.generator))
+
+    def chance(self, p):
+        return (self.inherit(torch.rand(self.n, 1, generator=self.generator)) < p).float()
+
+    def normal(self, *shape):
+        new = super().normal(*shape)
+        return new if new[0].numel() >= self.size ** 2 else self.inherit(new)
+
+    def pick(self, names, weights):
+        share = torch.tensor(weights, dtype=torch.float)
+        ends = (share / share.sum()).cumsum(0)[:-1].contiguous()  # of all intervals but the last
+        chosen = torch.searchsorted(ends, self.inherit(torch.rand(self.n, 1, generator=self.generator)),
+                                    right=True)
+        return {name: (chosen == i).float() for i, name in enumerate(names.split())}
+
+
+def draw(name, n, generator, parents=None, fresh=1.0):
+    """n drawings of the kind `name` -> images (n,1,28,28) uint8, and their choices for a next generation."""
+    images, choices = [], []
+    for rows in torch.arange(n).split(64):  # what fits the cache
+        dice = Inherited(len(rows), generator, parents=parents and [p[rows] for p in parents], fresh=fresh)
+        images.append(garments.KINDS[name](dice, name))
+        choices.append(dice.choices)
+    return torch.cat(images), [torch.cat(numbers) for numbers in zip(*choices, strict=True)]
+
+
+def seen(images):
+    """Images (N,1,28,28) uint8 -> (N,196) float64: what voters compare, sums of 2 x 2 pixels.
+
+    These are whole numbers, and so are squared distances, below 2^53. So they are exact: no rounding lets the
+    vote of one image depend on the others of its batch.
+    """
+    return (F.avg_pool2d(images.double(), 2) * 4).flatten(1)
+
+
+def nearest(x, candidates):
+    """x (N,D), candidates (M,D) -> (N,) index of each row's nearest candidate; of equal ones the first."""
+    found = [(candidates.square().sum(1) - 2 * part @ candidates.T).argmin(1) for part in x.split(4096)]
+    return torch.cat([torch.zeros(0, dtype=torch.long), *found])
+
+
+def count_votes(x, labels, candidates):
+    """Private images x (n,D), their labels, candidates (K,M,D) of K classes -> votes (K,M) float64.
+
+    One image more or less changes one number by 1.
+    """
+    return torch.stack([torch.bincount(nearest(x[labels == k], candidates[k]), minlength=len(candidates[k]))
+                        for k in range(len(candidates))]).double()
+
+
+def evolve(names, x, labels, sigma, generations, per_class, spend, generator, noise=None):
+    """The last generation: images (K * per_class,1,28,28) and their labels, classes in turn.
+
+    names: of what is drawn for each class. x, labels: the private images, as `seen`. spend(g) is called
+    before generation g's votes are used. noise: of the counts, None for dp_sgd.SecureGenerator. generator: of
+    all else.
+    """
+    population = [draw(name, per_class, generator) for name in names]
+    for g in trange(generations, desc="vote", unit="generation"):
+        looks = torch.stack([seen(images) for images, _ in population])  # (K,N,D)
+        candidates = torch.stack([look[torch.randperm(per_class, generator=generator)[:CELLS]]
+                                  for look in looks])
+        votes = count_votes(x, labels, candidates)
+        spend(g)
+        [votes] = dp_sgd.privatise([votes], 1.0, sigma, 1, noise)
+        # From here on nothing is private. One standard deviation less: then most candidates that nobody voted
+        # for end at 0.
+        votes = (votes - sigma).clamp(min=0)
+        fresh = FRESH[0] * (FRESH[1] / FRESH[0]) ** (g / max(1, generations - 1))
+        for k, name in enumerate(names):
+            cell = nearest(looks[k], candidates[k])
+            weight = (votes[k] / torch.bincount(cell, minlength=CELLS).clamp(min=1))[cell]
+            weight = weight if weight.any() else torch.ones_like(weight)
+            parents = torch.multinomial(weight, per_class, replacement=True, generator=generator)
+            population[k] = draw(name, per_class, generator, [c[parents] for c in population[k][1]], fresh)
+    images = torch.stack([images for images, _ in population], 1).flatten(0, 1)
+    return images, torch.arange(len(names)).repeat(per_class)
+
+
+def cost(run):
+    """What a vote has spent: {checksum of its drawings: [[q, sigma, T], ...]}. ValueError if it is unknown.
+
+    run: Path of its run folder, or of a copy with release/ alone. Ledger and statement are both believed, and
+    the larger counts. The checksum lets a vote count once where several networks know it.
+    """
+    steps, _ = calculator.read_run(run)
+    drawings = (run / "release" / "drawings.npz").read_bytes()
+    return {hashlib.sha256(drawings).hexdigest(): [[q, sigma, T] for (q, sigma), T in steps.items()]}
+
+
+# ---- the program -------------------------------------------------------------------------------------------
+
+
+def parse(argv):
+    parser = command_line.Parser(description="Private images vote on drawn ones. For train.py these are then "
+                                             "--public voted:OUT. See the head of extensions/vote.py.")
+    add = parser.add_argument
+    add("--private", default="fashion", help="the images that vote, a data set of train.py [fashion]")
+    add("--private-n", type=int, help="only this many of them, a subset by --seed")
+    add("--classes", help="classes of an own private set, as in train.py")
+    add("--public", choices=DRAWERS, default="garments", help="what is drawn [garments]")
+    add("--per-class", type=int, default=6000, help="drawings of each class [6000]")
+    add("--generations", type=int, default=10, help="how often is voted [10]")
+    add("--epsilon", type=float, default=1.0, help="of all generations together [1]")
+    add("--delta", type=float, default=1e-5, help="of the guarantee, below 1/n [1e-5]")
+    add("--seed", type=int, default=0, help="of the drawings; never of the noise [0]")
+    add("--data-root", help="the folder of the data sets, as in train.py")
+    add("--out", type=Path, required=True, help="a new folder")
+    args = parser.parse_args(argv)
+    if not CELLS <= args.per_class <= 100_000:
+        raise ValueError(f"--per-class must be from {CELLS}, the number of candidates, to 100000")
+    if not 1 <= args.generations <= 1000:
+        raise ValueError("--generations must be from 1 to 1000")
+    return args
+
+
+def statement(args, plan, numbers):
+    """release/privacy.json. plan: q, sigma, steps, n. numbers: `guarantee.privacy_numbers` of these steps."""
+    epsilon = numbers["epsilon_pld"]
+    return {
+        "statement": f"({round_up(epsilon)}, {round_up(args.delta)})-differentially private with respect to "
+                     "one image",
+        "private": True, "epsilon": epsilon, "delta": args.delta, "accountant": "pld", **numbers,
+        "adjacency": "add or remove one image", "unit": "one image", "sampling": "none: all images vote",
+        **plan, "mechanism": "counts of votes, one vote for each image in each step, with Gaussian noise",
+        "public_set": args.public, "private_set": datasets.kind_of(args.private),
+        "fast_noise": False, "noise": "float64 from the operating system's CSPRNG (dp_sgd.SecureGenerator)",
+        "covers": "everything in release/ and whatever is made from it",
+        "does_not_cover": ["the number n of private images and the names of their classes",
+                           "the choice of hyper-parameters", "other runs on the same private images",
+                           "internal/", "several images of one person", "timing"]}
+
+
+def main(argv=None):
+    """Let the private images vote; write drawings and statement. ValueError, one line, for what cannot be."""
+    args = parse(argv)
+    run_folder.refuse_used(args.out)
+    private = datasets.load(args.private, "train", args.data_root, 28, args.private_n, args.seed, channels=1,
+                            private=True, classes=args.classes and datasets.class_list(args.classes))
+    kinds, n = DRAWERS[args.public], len(private)
+    if len(private.classes) != len(kinds):
+        raise ValueError(f"--private {args.private} has {len(private.classes)} classes, and {args.public} "
+                         f"are of {len(kinds)} kinds: each class votes on one kind")
+    if args.delta >= 1 / n:
+        raise ValueError(f"--delta {args.delta:g} is not below 1/n = {1 / n:.2g}; choose a smaller one")
+    sigma = accountant.noise_multiplier(args.epsilon, args.delta, 1.0, args.generations, "pld")
+    plan = {"n": n, "q": 1.0, "steps": args.generations, "sigma": sigma}
+    numbers = guarantee.privacy_numbers(SimpleNamespace(fast_noise=False, insecure_seed=None),
+                                        [(1.0, sigma, args.generations)], args.delta)
+    print(f"vote           {n} images of {args.private} on drawn {args.public}: {args.generations} "
+          f"generations, sigma {sigma:.4g}, epsilon {round_up(numbers['epsilon_pld'])} at delta "
+          f"{round_up(args.delta)}")
+    run_folder.prepare(args.out, resume=False)
+    files.write_json({**vars(args), "out": str(args.out), "fast_noise": False},
+                     args.out / "internal" / "settings.json")
+    files.write_json(plan, args.out / "internal" / "plan.json")
+
+    def spend(generation):  # on the disk before the result exists
+        files.append_row({"step": generation, "q": 1.0, "sigma": sigma},
+                         args.out / "internal" / "ledger.jsonl")
+
+    images, labels = evolve(kinds, seen(private.images), private.labels, sigma, args.generations,
+                            args.per_class, spend, torch.Generator().manual_seed(args.seed))
+    release = args.out / "release"
+    with files.replacing(release / "drawings.npz") as file:
+        np.savez_compressed(file, images=images[:, 0].numpy(), labels=labels.numpy().astype(np.uint8),
+                            class_names=np.array(private.classes))
+    first, _ = zip(*[draw(kind, 10, torch.Generator().manual_seed(args.seed)) for kind in kinds], strict=True)
+    before = torch.stack(first, 1).flatten(0, 1)
+    k = len(kinds)
+    rows = [torch.cat([before[c::k], images[c:10 * k:k]]) for c in range(k)]  # of each class, 10 and 10
+    pixels.save_grid(torch.cat(rows), release / "comparison.png", columns=20)
+    files.write_json(files.plain(statement(args, plan, numbers)), release / "privacy.json")
+    print(f"{args.out}/release: {len(images)} drawings, for train.py --public voted:{args.out}")
+
+
+if __name__ == "__main__":
+    command_line.run_cli(main)
