@@ -18,6 +18,8 @@ GARMENTS = {"10": f"{ADAM} --steps 80 --lr 4e-3 ",
 # At epsilon 1: attention and a shift, by Muon.
 SHIFT1 = "--preset garments --epsilon 1 --batch-size 6000 --steps 20 --tune attention+shift"
 
+VOTED = "Fashion-MNIST, drawn garments that were voted for, latents 8x8x4"
+
 
 def again(label, flags, base, name):
     """A row that trains only the private stage anew, on the public stages of the run folder `base`."""
@@ -106,6 +108,17 @@ RUNS = {  # name: (label, flags of train.py, run folder)
     "garments-whole-shift-eps1-lr3": again(
         "Fashion-MNIST, drawn garments, latents 8x8x4, attention and a shift, private stage by Muon, lr 3e-3",
         f"{SHIFT1} --lr 3e-3", "runs/garments-whole", "shift-eps1-lr3"),
+    # Drawings that the private images had voted for (extensions/vote.py), by
+    # `python -m extensions.vote --out runs/garments-vote`, and for epsilon 1 by
+    # `python -m extensions.vote --epsilon 0.5 --out runs/garments-vote-half`.
+    "garments-voted": (f"{VOTED}, all stages", "--preset garments --public voted:runs/garments-vote",
+                       "runs/garments-voted"),
+    "garments-voted-public": again(f"{VOTED}, before tuning",
+                                   "--preset garments --public voted:runs/garments-vote --steps 0",
+                                   "runs/garments-voted", "public"),
+    "garments-voted-eps1": (f"{VOTED}, all stages", "--preset garments --public "
+                            "voted:runs/garments-vote-half --epsilon 1 --batch-size 6000 --steps 20",
+                            "runs/garments-voted-eps1"),
     # Planned after the score of garments-whole-shift-eps1 (80.1 % by seed 0).
     "garments-whole-shift": again(
         "Fashion-MNIST, drawn garments, latents 8x8x4, attention and a shift, private stage by Muon",
@@ -119,7 +132,8 @@ SEEDS = {"mnist-eps1": (1, 2), **dict.fromkeys([
     "mnist-eps10", "letters-eps10", "letters-eps1", "letters-eps1-muon", "garments-private-eps10-more",
     "garments-private-eps10-long", "garments-whole", "garments-whole-all", "garments-whole-400",
     "garments-whole-lr3", "garments-whole-lr3-more", "garments-whole-finest",
-    "garments-whole-per-layer", "garments-wide", "garments-whole-shift-eps1"], (1,))}
+    "garments-whole-per-layer", "garments-wide", "garments-whole-shift-eps1",
+    "garments-voted", "garments-voted-eps1"], (1,))}
 ROWS |= {f"{name}-seed{seed}": Row(ROWS[name].label, None, ROWS[name].out,
                                    f"{SCORE} --seed {seed} --no-distance --out "
                                    f"{ROWS[name].out}/internal/seed{seed}.json")
@@ -134,7 +148,9 @@ for steps, seed in ((30, 0), (30, 1), (50, 0), (50, 1)):
         f"runs/garments-whole/internal/{name}.json")
 # What a CNN learns from the public drawings themselves, without a model.
 for name, what, out in (("mnist", "MNIST, public strokes", "runs/mnist-strokes-public"),
-                        ("garments", "Fashion-MNIST, drawn garments", "runs/garments-whole-public")):
+                        ("garments", "Fashion-MNIST, drawn garments", "runs/garments-whole-public"),
+                        ("garments-voted", "Fashion-MNIST, drawn garments that were voted for",
+                         "runs/garments-voted-public")):
     ROWS[f"{name}-drawings"] = Row(f"{what}: the drawings themselves, no model", None, out,
                                    "--protocol table --public --classifiers cnn --out "
                                    f"{out}/internal/drawings.json")
