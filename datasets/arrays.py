@@ -104,7 +104,7 @@ def load_npz(ask):
 @dataset("voted", "drawings that private images voted for, of a run of extensions/vote.py", role="public",
          own=True, facts=lambda ask: describe_npz(voted_drawings(ask)))
 def load_voted(ask):
-    return own_arrays(voted_drawings(ask))
+    return own_arrays(voted_drawings(ask), voted=True)
 
 
 def voted_drawings(ask):
@@ -115,13 +115,16 @@ def voted_drawings(ask):
 # ---- npz files ---------------------------------------------------------------------------------------------
 
 
-def own_arrays(path, split=None, classes=None, private=False):
+def own_arrays(path, split=None, classes=None, private=False, voted=False):
     """ImageSet of an npz; labels and class_names may be absent. split None: all of it.
 
     Arrays of a split, as MedMNIST and Keras name them, are that split, "val" held out as "test" is. Otherwise
-    each image decides for itself (`own_rows`).
+    each image decides for itself (`own_rows`). Drawings of extensions/vote.py are refused without `voted`.
     """
     with opened(path) as arrays:
+        if not voted and "voted" in arrays:
+            raise DataError(f"{path}: private images have voted for these drawings, which has cost epsilon. "
+                            "Say voted:RUN, with the folder of that run, so that it is counted")
         of_images, of_labels, told = layout(arrays, path, split)
         names = declared_classes(path, arrays, of_labels, classes, private)
         by_name = bool(of_labels) and "class_names" not in arrays

@@ -228,11 +228,10 @@ def main(argv=None):
     release = args.out / "release"
     with files.replacing(release / "drawings.npz") as file:
         np.savez_compressed(file, images=images[:, 0].numpy(), labels=labels.numpy().astype(np.uint8),
-                            class_names=np.array(private.classes))
-    first, _ = zip(*[draw(kind, 10, torch.Generator().manual_seed(args.seed)) for kind in kinds], strict=True)
-    before = torch.stack(first, 1).flatten(0, 1)
-    k = len(kinds)
-    rows = [torch.cat([before[c::k], images[c:10 * k:k]]) for c in range(k)]  # of each class, 10 and 10
+                            class_names=np.array(private.classes), voted=np.array(True))
+    fresh, k = torch.Generator().manual_seed(args.seed), len(kinds)
+    # A row for each class: 10 drawings before the first vote, 10 after the last.
+    rows = [torch.cat([draw(kind, 10, fresh)[0], images[i:10 * k:k]]) for i, kind in enumerate(kinds)]
     pixels.save_grid(torch.cat(rows), release / "comparison.png", columns=20)
     files.write_json(files.plain(statement(args, plan, numbers)), release / "privacy.json")
     print(f"{args.out}/release: {len(images)} drawings, for train.py --public voted:{args.out}")

@@ -27,6 +27,7 @@ TUNE, ENGINE, PIT = "tests/test_train.py", "tests/test_dp_sgd.py", "tests/test_p
 PUBLIC = "tests/test_public.py"
 CRASH = "tests/test_crash.py"
 FAULTS = "tests/test_faults.py"
+VOTE = "tests/test_vote.py"
 
 
 class Mutation(NamedTuple):
@@ -242,7 +243,7 @@ MUTATIONS = [Mutation(*m) for m in (
      (("autoencoder, scale, public, embedder_entry)", "autoencoder, scale, private, embedder_entry)"),),
      "tests/test_pitfalls.py::test_public_stages_see_public_pictures_only"),
     (25, "the statement does not look into the ledger", "support/guarantee.py",
-     (('settled(plan["numbers"], privacy_numbers(s, rows, s.delta))', 'plan["numbers"]'),),
+     (('settled(plan["numbers"], privacy_numbers(s, [*plan["before"], *rows], s.delta))', 'plan["numbers"]'),),
      "tests/test_pitfalls.py::test_the_statement_carries_what_a_guarantee_needs"),
     (0, "the same sums are released twice after an error", "dp_sgd.py",
      (("        self.sums, self.metrics = zeros(self.parameters), []\n        for p", "        for p"),
@@ -391,6 +392,28 @@ MUTATIONS = [Mutation(*m) for m in (
     (36, "the feature network learns what the public folder holds by now", "metrics.py",
      (("        if seen is not None and", "        if False and"),),
      "tests/test_evaluate.py::test_a_feature_network_learns_no_private_image"),
+    (37, "votes by rounded distances", "extensions/vote.py",
+     (("images.double(), 2)", "images.float(), 2)"),), f"{VOTE}::test_votes_are_exact"),
+    (37, "an image votes twice", "extensions/vote.py",
+     (("for k in range(len(candidates))]).double()", "for k in range(len(candidates))]).double() * 2"),),
+     f"{VOTE}::test_one_image_more_is_one_vote_more_whatever_the_others"),
+    (37, "the counts go on without noise", "extensions/vote.py",
+     (("        [votes] = dp_sgd.privatise", "        [_] = dp_sgd.privatise"),),
+     f"{VOTE}::test_only_the_noisy_counts_go_on"),
+    (37, "a generation is spent after its votes are used", "extensions/vote.py",
+     (("        spend(g)\n        [votes] = dp_sgd.privatise([votes], 1.0, sigma, 1, noise)",
+       "        [votes] = dp_sgd.privatise([votes], 1.0, sigma, 1, noise)\n        spend(g)"),),
+     f"{VOTE}::test_a_generation_is_spent_before_its_votes_are_used"),
+    (38, "the plan forgets what a vote has cost", "train.py",
+     (("sum(before.values(), []))", "[])"),),
+     f"{VOTE}::test_the_cost_of_the_vote_is_part_of_the_run_that_takes_its_drawings"),
+    (38, "networks forget that their images were voted for", "support/start.py",
+     (('"before": steps_before(s, known)}', '"before": {}}'),),
+     f"{VOTE}::test_networks_that_learned_from_the_vote_carry_its_cost"),
+    (38, "drawings that were voted for are read as free ones", "datasets/arrays.py",
+     (('if not voted and "voted" in arrays:', "if False:"),), f"{VOTE}::test_refused_in_one_line"),
+    (38, "the calculator forgets the vote", "support/calculator.py",
+     (("(counts + before).items()", "counts.items()"),), f"{VOTE}::test_the_calculator_counts_it_too"),
     (25, "a ledger that was cut is believed where there is no statement", "support/calculator.py",
      (("    if done > sum(counts.values()):", "    if False:"),),
      "tests/test_accountant.py::test_a_run_without_statement_counts_the_steps_that_log_and_state_tell_of"),
