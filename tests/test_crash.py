@@ -443,7 +443,7 @@ def test_resuming_never_loses_count_and_never_replaces_a_release_by_less(forms, 
     error = None
     try:
         with pytest.MonkeyPatch.context() as patch:  # the numbers are slow, and not at stake
-            patch.setattr(accountant, "epsilon", lambda *a: 1.0)
+            patch.setattr(accountant, "cost", lambda *a: 1.0)
             patch.setattr(guarantee, "privacy_numbers", lambda *a: {})
             plan = guarantee.privacy_plan(s, 100)
         run_folder.check_spent(out, plan)

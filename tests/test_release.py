@@ -169,7 +169,7 @@ def test_no_printed_epsilon_is_below_the_true_one(run, capsys):
     """epsilon 2.00001: rounded to the nearest, four digits would be understated."""
     from types import SimpleNamespace
     s = SimpleNamespace(**vars(settings.parse([*TINY, "--sigma", "1"])))
-    plan = {"n": 100, "q": 0.1, "sigma": 1.0, "steps": 2, "epsilon": 2.00001, "delta": 1e-5,
+    plan = {"n": 100, "q": 0.1, "sigma": 1.0, "steps": 2, "epsilon": 2.00001, "delta": 1e-5, "before": [],
             "numbers": {"epsilon_rdp": 2.00001, "epsilon_pld": 2.00001, guarantee.GROUP: 30.00001,
                         guarantee.ATTACKER: {
                 "0.001": 0.2, "0.01": 0.3, "0.1": 0.4}}}
