@@ -296,7 +296,8 @@ def noise_multiplier(epsilon, delta, q, steps, method="rdp", before=()):
     # Bisection on a log scale: sigma = low is taken to be too little noise, sigma = high is enough.
     low, high = 1e-3, 1e6
     if not enough(high):
-        raise ValueError(f"epsilon = {epsilon}: out of reach with sigma up to {high:g}; take fewer steps")
+        raise ValueError(f"epsilon = {epsilon}: out of reach with sigma up to {high:g}; take fewer steps"
+                         + ", the steps before have spent a part of it" * bool(before))
     while high / low > 1 + 1e-7:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if enough(middle) else (middle, high)

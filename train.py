@@ -17,7 +17,8 @@ In all functions s is the settings (support/settings.py), and stop.asked tells o
 folder has public/, internal/ (never publish it) and release/. The ledger is a file in internal/ with one row
 for every private step. A private step is one Poisson batch, one ledger row, one noise addition, one update of
 the weights and of their exponential moving average (EMA), which is the result of a stage. Files outside
-internal/ depend on private images only through noisy gradients. Three facts count as public: the number of
+internal/ depend on private images only through noisy gradients, and through noisy counts of votes where the
+public set is `voted:RUN` (extensions/vote.py). Three facts count as public: the number of
 private images, their side in pixels, and the names of their classes and attributes.
 """
 from support import threads  # noqa: F401, I001 (first: sets OpenMP variables, which torch reads when loaded)
@@ -239,14 +240,14 @@ def main(argv=None):
     s, known = start.settings_of(argv)  # preset and flags; `known`: public networks that exist already
     # ValueError if a private image is a public one too.
     public, private, public_facts = start.read_sets(s, known)
-    before = start.steps_before(s, known)  # what a vote on the drawings has spent, if there was one
-    plan = team.once(guarantee.privacy_plan, s, len(private), sum(before.values(), []))  # q, sigma, T
+    votes = start.votes(s, known)  # extensions/vote.py: what they have spent is part of the plan
+    plan = team.once(guarantee.privacy_plan, s, len(private), [*votes.values()])  # q, sigma, T; delta < 1/n
     embedder_entry = start.embedder(s, known, public, private)  # from names and public captions only
     if s.dry_run:
         return dry_run.report(s, plan, embedder_entry, public, private, known)
     run = run_folder.RunFolder(s, plan, known, public_facts)  # locked; resumed without loss
 
-    # ---- public stages: they cost no privacy
+    # ---- public stages: they cost no privacy (but for a vote on the drawings, which the plan includes)
     vae_checkpoint = run.cached("vae.pt", lambda: train_autoencoder(s, public.images, public_facts, run.stop))
     autoencoder, scale = checkpoints.build_vae(vae_checkpoint), vae_checkpoint["scale"]
 

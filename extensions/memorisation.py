@@ -50,7 +50,7 @@ def report(args, release, run, public, private, held_out, draw):
     args: of evaluate.py. draw() -> samples (N, C, S, S) uint8. ValueError if the run used no private image.
     """
     if not release.privacy.get("steps"):
-        raise ValueError("no private image was read in this run, so there is nothing to memorise")
+        raise ValueError("this run tuned nothing on private images, so there is nothing to memorise")
     train = scored.load_private(release, private, "train", args.data_root,
                                 scored.private_n(release, run), scored.cache_of(run))
     samples = draw()

@@ -234,7 +234,7 @@ def convert(s, unet_file, vae_file, scale, images, digests, embedder, average=Fa
         scale = vae.latent_scale(autoencoder.to(s.device), shown)
     vae_checkpoint = {"config": asdict(s.vae), "state": autoencoder.cpu().state_dict(), "scale": scale,
                       "trained_on": f"weights of {name}", "public_weights": [name], "steps": 0,
-                      "digests": digests}
+                      "digests": digests, "before": {} if unet_file else start.votes(s, {})}
     if not unet_file:
         return vae_checkpoint, None
     checkpoint = ldm_checkpoint(s, unet_weights, unet_file, digests, embedder)

@@ -120,7 +120,8 @@ def _weights(q, k):
 
 def _ratio(x, q, sigma, k=1):
     """accountant.excess_and_loss for k examples: outputs x (n,) -> (u = P/Q - 1, the loss L = log P/Q)."""
-    j, b = (v[1:] for v in _weights(q, k))  # without j = 0, which adds nothing to u
+    every, share = _weights(q, k)
+    j, b = every[1:], share[1:]  # without j = 0, which adds nothing to u
     if len(x) > 1 and len(x) * k > 1 << 23:  # the table (n, k) of a large group would not fit into memory
         halves = [_ratio(half, q, sigma, k) for half in np.array_split(x, 2)]
         return tuple(map(np.concatenate, zip(*halves, strict=True)))
@@ -128,6 +129,11 @@ def _ratio(x, q, sigma, k=1):
     u = np.maximum(np.expm1(np.minimum(w, 600.0)) @ b, -1.0)
     with np.errstate(divide="ignore"):
         loss = np.log1p(u)
+    # Close to -1 u has no digits left of P/Q = 1 + u; with q = 1 it may round to -1, and the loss to -inf.
+    small = u < -0.99
+    if small.any():
+        at = (np.outer(x[small], every) - every * every / 2) / sigma**2
+        loss[small] = logsumexp(at, axis=1, b=share)
     big = w.max(axis=1) > 600
     if big.any():
         loss[big] = logsumexp(w[big], axis=1, b=b)

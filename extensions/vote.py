@@ -12,14 +12,16 @@ This is Private Evolution (Lin et al. 2024) with a program in place of a generat
 
 One private image more or less changes one count by 1. So each generation is one Gaussian mechanism of
 sensitivity 1, in which every image takes part: a step with q = 1 for the accountant. What is drawn
-afterwards costs nothing further. All generations together cost --epsilon. A run of train.py with
---public voted:RUN counts it as part of its own epsilon.
+afterwards costs nothing further. All generations together cost --epsilon at --delta. A run of train.py with
+--public voted:RUN counts their steps, at its own delta, as part of its epsilon.
 
 Thousands of drawings of a class would share its votes, with less than one for each beside much noise. So the
 votes go to `CELLS` drawings only, chosen at random, the candidates. Each drawing belongs to the candidate
 that it looks most like, and has an equal share of its votes.
 """
 import hashlib
+import json
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +33,7 @@ from tqdm import trange
 import accountant
 import datasets
 import dp_sgd
-from datasets import garments, pixels
+from datasets import arrays, garments, pixels
 from datasets.drawing import Dice
 from support import calculator, command_line, files, guarantee, run_folder
 from support.rounding import round_up
@@ -141,15 +143,43 @@ def evolve(names, x, labels, sigma, generations, per_class, spend, generator, no
     return images, torch.arange(len(names)).repeat(per_class)
 
 
-def cost(run):
-    """What a vote has spent: {checksum of its drawings: [[q, sigma, T], ...]}. ValueError if it is unknown.
+# ---- what it costs -----------------------------------------------------------------------------------------
 
-    run: Path of its run folder, or of a copy with release/ alone. Ledger and statement are both believed, and
-    the larger counts. The checksum lets a vote count once where several networks know it.
+
+def cost(run):
+    """What a vote has spent: {checksum of its drawings: {"private_set", "private_n", "n", "steps"}}.
+
+    steps: rows [q, sigma, T]. run: Path of its run folder, or of a copy with release/ alone. The file of the
+    drawings tells it, and so do ledger and statement: of each kind of step the largest number counts. The
+    checksum lets a vote count once where several networks know it. ValueError for a missing or damaged file.
     """
-    steps, _ = calculator.read_run(run)
-    drawings = (run / "release" / "drawings.npz").read_bytes()
-    return {hashlib.sha256(drawings).hexdigest(): [[q, sigma, T] for (q, sigma), T in steps.items()]}
+    path = run / "release" / "drawings.npz"
+    with files.understanding(path, "file of drawings"):
+        vote = checked(json.loads(str(arrays.read_npz(path, ["voted"])["voted"])))
+        checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+    told, _ = calculator.read_run(run)
+    return merged([{checksum: vote}, {checksum: {**vote, "steps": [[*kind, T] for kind, T in told.items()]}}])
+
+
+def checked(vote):
+    """A vote as `cost` returns it, from a file that may be damaged. Raises whatever is wrong with it."""
+    steps = accountant.count_steps([tuple(row) for row in vote["steps"]])
+    if not steps:
+        raise ValueError("a vote without steps")
+    private_n = vote["private_n"] and int(vote["private_n"])
+    return {"private_set": str(vote["private_set"]), "private_n": private_n, "n": int(vote["n"]),
+            "steps": [[*kind, T] for kind, T in steps.items()]}
+
+
+def merged(several):
+    """Results of `cost` -> one. What different sources say of the same vote: the largest of each step."""
+    found = {}
+    for checksum, vote in (item for votes in several for item in votes.items()):
+        known = Counter(accountant.count_steps(found.get(checksum, vote)["steps"]))
+        steps = known | Counter(accountant.count_steps(vote["steps"]))
+        found[checksum] = {**vote, "n": max(vote["n"], found.get(checksum, vote)["n"]),
+                           "steps": [[*kind, T] for kind, T in sorted(steps.items())]}
+    return found
 
 
 # ---- the program -------------------------------------------------------------------------------------------
@@ -175,24 +205,42 @@ def parse(argv):
         raise ValueError(f"--per-class must be from {CELLS}, the number of candidates, to 100000")
     if not 1 <= args.generations <= 1000:
         raise ValueError("--generations must be from 1 to 1000")
+    if datasets.REGISTRY[datasets.kind_of(args.private)].role == "public":
+        raise ValueError(f"--private {args.private}: a public set, or a mix of them, has no vote")
     return args
+
+
+def paired(names, kinds):
+    """The kind on which each class votes: the one of its name, if all have one, else that of its place."""
+    if len(names) != len(kinds):
+        raise ValueError(f"the private set has {len(names)} classes, and there are {len(kinds)} kinds of "
+                         "drawings: each class votes on one kind")
+    return list(names) if {*names} == {*kinds} else list(kinds)
 
 
 def statement(args, plan, numbers):
     """release/privacy.json. plan: q, sigma, steps, n. numbers: `guarantee.privacy_numbers` of these steps."""
-    epsilon = numbers["epsilon_pld"]
+    epsilon, kind = numbers["epsilon_pld"], datasets.kind_of(args.private)
     return {
         "statement": f"({round_up(epsilon)}, {round_up(args.delta)})-differentially private with respect to "
                      "one image",
         "private": True, "epsilon": epsilon, "delta": args.delta, "accountant": "pld", **numbers,
         "adjacency": "add or remove one image", "unit": "one image", "sampling": "none: all images vote",
         **plan, "mechanism": "counts of votes, one vote for each image in each step, with Gaussian noise",
-        "public_set": args.public, "private_set": datasets.kind_of(args.private),
+        "public_set": args.public, "private_set": kind,
+        "hyper_parameters": guarantee.LOOKED.get(kind, guarantee.BEFOREHAND),
         "fast_noise": False, "noise": "float64 from the operating system's CSPRNG (dp_sgd.SecureGenerator)",
         "covers": "everything in release/ and whatever is made from it",
-        "does_not_cover": ["the number n of private images and the names of their classes",
-                           "the choice of hyper-parameters", "other runs on the same private images",
-                           "internal/", "several images of one person", "timing"]}
+        "does_not_cover": [
+            "the number n of private images and the names of their classes, which are treated as public",
+            "the choice of hyper-parameters: epsilon is computed as if they had been fixed beforehand",
+            *(["the choice of these n images from a larger set: neighbours differ in a chosen image"]
+              if args.private_n else []),
+            "other runs on the same private images: their epsilons add up, and so do their deltas (but "
+            "train.py --public voted:RUN has this vote in its own epsilon)",
+            "internal/, and what the terminal shows: messages that name private files",
+            "that this release exists: its private files could all be read",
+            "several images of one person: the guarantee is for one image", "timing"]}
 
 
 def main(argv=None):
@@ -201,19 +249,20 @@ def main(argv=None):
     run_folder.refuse_used(args.out)
     private = datasets.load(args.private, "train", args.data_root, 28, args.private_n, args.seed, channels=1,
                             private=True, classes=args.classes and datasets.class_list(args.classes))
-    kinds, n = DRAWERS[args.public], len(private)
-    if len(private.classes) != len(kinds):
-        raise ValueError(f"--private {args.private} has {len(private.classes)} classes, and {args.public} "
-                         f"are of {len(kinds)} kinds: each class votes on one kind")
-    if args.delta >= 1 / n:
-        raise ValueError(f"--delta {args.delta:g} is not below 1/n = {1 / n:.2g}; choose a smaller one")
+    kinds, n = paired(private.classes, DRAWERS[args.public]), len(private)
+    guarantee.check_delta(args.delta, n, "private images")
     sigma = accountant.noise_multiplier(args.epsilon, args.delta, 1.0, args.generations, "pld")
     plan = {"n": n, "q": 1.0, "steps": args.generations, "sigma": sigma}
-    numbers = guarantee.privacy_numbers(SimpleNamespace(fast_noise=False, insecure_seed=None),
-                                        [(1.0, sigma, args.generations)], args.delta)
+    steps = [[1.0, sigma, args.generations]]
+    guarantee.check_noise(dp_sgd.SecureGenerator.reach, accountant.count_steps(steps), args.delta)
+    numbers = guarantee.privacy_numbers(SimpleNamespace(fast_noise=False, insecure_seed=None), steps,
+                                        args.delta)
     print(f"vote           {n} images of {args.private} on drawn {args.public}: {args.generations} "
           f"generations, sigma {sigma:.4g}, epsilon {round_up(numbers['epsilon_pld'])} at delta "
           f"{round_up(args.delta)}")
+    if kinds != private.classes:
+        pairs = zip(private.classes, kinds, strict=True)
+        print("classes        " + ", ".join(f"{name} votes on {kind}" for name, kind in pairs))
     run_folder.prepare(args.out, resume=False)
     files.write_json({**vars(args), "out": str(args.out), "fast_noise": False},
                      args.out / "internal" / "settings.json")
@@ -225,10 +274,11 @@ def main(argv=None):
 
     images, labels = evolve(kinds, seen(private.images), private.labels, sigma, args.generations,
                             args.per_class, spend, torch.Generator().manual_seed(args.seed))
-    release = args.out / "release"
+    release, vote = args.out / "release", {"private_set": datasets.kind_of(args.private), "n": n,
+                                           "private_n": args.private_n, "steps": steps}
     with files.replacing(release / "drawings.npz") as file:
         np.savez_compressed(file, images=images[:, 0].numpy(), labels=labels.numpy().astype(np.uint8),
-                            class_names=np.array(private.classes), voted=np.array(True))
+                            class_names=np.array(private.classes), voted=np.array(json.dumps(vote)))
     fresh, k = torch.Generator().manual_seed(args.seed), len(kinds)
     # A row for each class: 10 drawings before the first vote, 10 after the last.
     rows = [torch.cat([draw(kind, 10, fresh)[0], images[i:10 * k:k]]) for i, kind in enumerate(kinds)]

@@ -15,7 +15,7 @@ import numpy as np
 import accountant
 from accountant import ACCOUNTANTS, check, cost, count_steps, one_kind, renyi
 from extensions import pld
-from support import command_line, files, randomness, run_folder
+from support import command_line, files, guarantee, randomness, run_folder
 from support.rounding import round_up
 
 STATED = ("q", "sigma", "steps", "delta", "epsilon")  # numbers of a privacy.json
@@ -73,7 +73,11 @@ def _read_run(path):
         counts |= by_statement  # the larger of each kind
     else:
         notes.append("a run without a statement yet")
-    before = Counter(count_steps([*map(tuple, stated.get("before", planned.get("before", [])))]))  # a vote
+    before = Counter()  # of votes on the public drawings: statement and plan are both believed
+    for told in (stated, planned):
+        before |= Counter(count_steps(guarantee.vote_steps(told.get("before", []))))
+    if not (stated or planned) and "voted:" in str(chosen.get("public")):
+        before[1.0, 0.0] += 1  # nobody knows what the vote has cost
     spent = steps = dict(sorted((counts + before).items()))
     known_seed = stated.get("insecure_seed", False) is not False or chosen.get("insecure_seed") is not None
     fast_noise = any(randomness.can_be_computed(x) for x in (stated, chosen) if x)

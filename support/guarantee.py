@@ -9,6 +9,7 @@ import sys
 
 import accountant
 import datasets
+import dp_sgd
 from extensions import pld
 from support import files, randomness, run_folder
 from support.files import plain
@@ -48,44 +49,64 @@ def settled(planned, found):
 def privacy_plan(s, n, before=()):
     """What will be spent and stated, known before the first private step.
 
-    before: steps [(q, sigma, T)] that the public images and networks have cost already, by a vote on drawings
-    (`start.steps_before`). They are part of this run's epsilon.
+    before: votes on drawings (`start.votes`) from which the public images or networks came. Their steps are
+    part of this run's epsilon.
     A dict of n, q, steps, sigma, epsilon, delta, before and numbers, those of the statement. A resumed run
     keeps the plan it began with. Raises ValueError for impossible plans.
     """
-    before = [list(row) for row in before]  # as JSON has it
+    before = plain(before)  # as it comes back from plan.json
+    if largest := max((vote["n"] for vote in before), default=0):
+        check_delta(s.delta, largest, "images that voted")
     if s.steps == 0:
-        return {"n": n, "q": 0.0, "steps": 0, "sigma": 0.0, "delta": s.delta, "before": before,
-                "epsilon": accountant.epsilon_of_ledger(before, s.delta, s.accountant),
-                "numbers": privacy_numbers(s, before, s.delta)}
+        plan = {"n": n, "q": 0.0, "steps": 0, "sigma": 0.0, "delta": s.delta, "before": before}
+        return with_numbers(s, plan) if before else {**plan, "epsilon": 0.0,
+                                                     "numbers": privacy_numbers(s, [], s.delta)}
     if s.batch_size > n:
         raise ValueError(f"--batch-size {s.batch_size} exceeds the {n} private images: q = B/n must be at "
                          "most 1")
-    if s.delta >= 1 / n:
-        raise ValueError(f"--delta {s.delta:g} is not below 1/n = {1 / n:.2g}: publishing one random image "
-                         "in the clear would satisfy it; choose a smaller delta")
+    check_delta(s.delta, n, "private images")
     plan = {"n": n, "q": s.batch_size / n, "steps": s.steps, "delta": s.delta, "before": before}
     if s.resume and (path := s.out / "internal" / "plan.json").exists():
         return stored_plan(s, plan, path)
     sigma = 0.0 if s.sigma is None else s.sigma
     if s.sigma is None and s.epsilon < math.inf:
-        spent = accountant.epsilon_of_ledger(before, s.delta, s.accountant)
+        spent = accountant.epsilon_of_ledger(vote_steps(before), s.delta, s.accountant)
         if spent >= s.epsilon:
             raise ValueError(f"--epsilon {s.epsilon:g}: the vote on the public drawings alone has cost "
                              f"{round_up(spent)} at this delta; choose a larger one, or other drawings")
-        sigma = accountant.noise_multiplier(s.epsilon, s.delta, plan["q"], s.steps, s.accountant, before)
+        sigma = accountant.noise_multiplier(s.epsilon, s.delta, plan["q"], s.steps, s.accountant,
+                                            vote_steps(before))
     return with_numbers(s, {**plan, "sigma": float(sigma)})
+
+
+def check_delta(delta, n, what):
+    """ValueError unless delta < 1 / n."""
+    if delta >= 1 / n:
+        raise ValueError(f"--delta {delta:g} is not below 1/n = {1 / n:.2g}, n being the number of {what}: "
+                         "publishing one random image in the clear would satisfy it; choose a smaller delta")
+
+
+def check_noise(limit, kinds, delta):
+    """ValueError if steps {(q, sigma): T} have so little noise that its end is near. limit: its reach."""
+    for (q, sigma), steps in kinds.items():
+        if sigma and randomness.beyond_the_noise(limit, q, sigma, steps) > NEGLIGIBLE * delta:
+            raise ValueError(f"sigma = {sigma:g} is so little noise that one example may move an output "
+                             f"further than the noise is normal, {limit:g} standard deviations; choose a "
+                             "smaller --epsilon or a larger --sigma")
+
+
+def vote_steps(votes):
+    """The steps of votes, as a statement or a plan lists them under "before": rows [q, sigma, T]."""
+    return [row for vote in votes for row in vote["steps"]]
 
 
 def with_numbers(s, plan):
     """The plan and its cost: epsilon by the chosen accountant, and the statement's other numbers."""
     q, sigma, steps, delta = (plan[key] for key in ("q", "sigma", "steps", "delta"))
-    limit = randomness.reach(s)
-    if sigma and randomness.beyond_the_noise(limit, q, sigma, steps) > NEGLIGIBLE * delta:
-        raise ValueError(f"sigma = {sigma:g} is so little noise that one example may move an output further "
-                         f"than the noise is normal, {limit:g} standard deviations; "
-                         "choose a smaller --epsilon or a larger --sigma")
-    all_steps = accountant.count_steps([*plan["before"], (q, sigma, steps)])
+    check_noise(randomness.reach(s), accountant.one_kind(q, sigma, steps), delta)
+    voted = accountant.count_steps(vote_steps(plan["before"]))  # their noise is a SecureGenerator's
+    check_noise(dp_sgd.SecureGenerator.reach, voted, delta)
+    all_steps = accountant.count_steps([*vote_steps(plan["before"]), (q, sigma, steps)])
     epsilon = accountant.cost(all_steps, delta, s.accountant)
     if s.accountant not in ("rdp", "pld"):  # an accountant of one's own: at least not below what is certain
         least, _ = pld.bounds(all_steps, delta)
@@ -135,7 +156,7 @@ def print_plan(s, plan, model):
           f"C {s.clip_norm:g} {s.clipping}, K {s.noise_multiplicity}\n"
           f"tuned          {s.tune}: {trained:,} of {total:,} parameters ({trained / total:.1%})")
     if plan["before"]:
-        vote = accountant.epsilon_of_ledger(plan["before"], s.delta, s.accountant)
+        vote = accountant.epsilon_of_ledger(vote_steps(plan["before"]), s.delta, s.accountant)
         print(f"               a vote on the public drawings is part of it, alone epsilon {round_up(vote)}")
     if plan["steps"] and (plan["sigma"] == 0 or s.insecure_seed is not None) and rank() == 0:
         print("WARNING: no noise or a known noise seed: this run is NOT private", file=sys.stderr)
@@ -160,8 +181,9 @@ LOOKED = {
                 "of the autoencoder, were chosen after measuring how others draw garments, and the drawn "
                 "garments were improved while watching how well they teach the classes of test images, and "
                 "stage 2 was made longer, and batch size, steps, optimizer and learning rate of the private "
-                "stage, and --tune attention+shift, were chosen after scores on them; epsilon does not cover "
-                "that choice")}
+                "stage, and --tune attention+shift, were chosen after scores on them, and so were the "
+                "candidates, the comparison and the generations of a vote on the drawings; epsilon does not "
+                "cover that choice")}
 BEFOREHAND = ("taken as chosen without results on these images; if other runs on them were compared to "
               "choose, their epsilons add up")
 
@@ -175,7 +197,7 @@ def privacy_statement(s, plan, rows, trained, stages=()):
     weights = sorted({name for stage in stages for name in stage.get("public_weights", ())})
     computed = sorted({str(row["computed"]) for row in rows if "computed" in row})  # older rows lack it
     # Known before the first private step. A step that the plan did not foresee would make them larger here.
-    numbers = settled(plan["numbers"], privacy_numbers(s, [*plan["before"], *rows], s.delta))
+    numbers = settled(plan["numbers"], privacy_numbers(s, [*vote_steps(plan["before"]), *rows], s.delta))
     epsilon = numbers[f"epsilon_{s.accountant}"]
     known_noise = rows and (s.insecure_seed is not None or s.fast_noise)
     private = not known_noise and math.isfinite(epsilon)
@@ -195,7 +217,7 @@ def privacy_statement(s, plan, rows, trained, stages=()):
         "adjacency": "add or remove one image", "unit": "one image", "sampling": "Poisson",
         "n": plan["n"], "q": plan["q"],
         "expected_batch_size": s.batch_size, "steps": len(rows), "sigma": plan["sigma"],
-        "before": plan["before"],  # [q, sigma, T] of votes on the public drawings; part of epsilon
+        "before": plan["before"],  # votes on the public drawings; epsilon includes their steps [q, sigma, T]
         "clip_norm": s.clip_norm, "clipping": s.clipping, "noise_multiplicity": s.noise_multiplicity,
         "optimizer": s.private_optimizer, "learning_rate": s.lr,
         "tune": s.tune, "from_block": s.from_block, "condition": s.condition, "trained_parameters": trained,
@@ -216,7 +238,7 @@ def privacy_statement(s, plan, rows, trained, stages=()):
             "attributes, which are treated as public",
             "the choice of hyper-parameters: epsilon is computed as if they had been fixed beforehand",
             *(["the choice of these n images from a larger set: neighbours differ in a chosen image"]
-              if s.private_n else []),
+              if s.private_n or any(vote["private_n"] for vote in plan["before"]) else []),
             "other runs on the same private images: their epsilons add up, and so do their deltas",
             "internal/ (losses, gradient norms), and what the terminal shows: messages that name private "
             "files, and --show-private",

@@ -9,7 +9,7 @@ import torch
 
 import accountant
 import optim
-from support import files
+from support import files, guarantee
 from support.bars import tqdm
 from support.files import plain
 from support.rounding import round_up
@@ -176,7 +176,7 @@ def count_lines(path):
 
 def epsilon_after(s, plan, steps):
     """epsilon of the first `steps` steps of the plan, and of what was spent before them."""
-    rows = [*plan["before"], (plan["q"], plan["sigma"], steps)]
+    rows = [*guarantee.vote_steps(plan["before"]), (plan["q"], plan["sigma"], steps)]
     return accountant.epsilon_of_ledger(rows, s.delta, s.accountant)
 
 

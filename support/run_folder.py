@@ -1,6 +1,6 @@
 """A run folder from its making to its end: locked, resumed only with its own settings, stopped without loss.
 
-    runs/NAME/public/     autoencoder and diffusion model, trained on public data only
+    runs/NAME/public/     autoencoder and diffusion model, trained on public data (or on voted:RUN) only
     runs/NAME/release/    model, privacy statement, images: covered by epsilon, may be published
     runs/NAME/internal/   ledger, state for resume, losses and gradient norms: NOT covered, never publish
 """
@@ -49,7 +49,8 @@ class RunFolder:
                 files.save(checkpoint, s.out / "public" / name)
             # evaluate.py's feature network, so that both runs are judged alike. One that has learned images
             # of the user's own is made anew: they may be others here, and private ones among them.
-            own = datasets.REGISTRY[datasets.kind_of(s.public)].own
+            own = (datasets.REGISTRY[datasets.kind_of(s.public)].own
+                   or any(checkpoint.get("before") for checkpoint in known.values()))
             if rank() == 0 and s.init and not own and (s.init / "public" / "features.pt").exists():
                 shutil.copy(s.init / "public" / "features.pt", s.out / "public")
             # A preset's sets with the whole path as well: a resumed run may begin elsewhere.

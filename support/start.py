@@ -14,7 +14,7 @@ import diffusion
 import unet
 import vae
 from extensions import vote
-from support import checkpoints, conditions, hardware, run_folder, settings, trainable
+from support import checkpoints, conditions, files, hardware, run_folder, settings, trainable
 from support.team import from_rank0, join, once, own_device, rank, world
 
 NAMES = ("vae.pt", "ldm.pt")
@@ -110,8 +110,8 @@ def adopt(s):
 def read_sets(s, known):
     """(public, private, public_facts): two ImageSets of images (N, C, H, W) uint8, in the autoencoder's size.
 
-    public_facts: what a public checkpoint says of its set: name, classes, digests of its images, steps that
-    it has cost. None in a dry run.
+    public_facts: what a public checkpoint says of its set: name, classes, digests of its images, votes on
+    them. None in a dry run.
     known: the public networks that exist already. With --steps 0 no private image is read. Raises ValueError,
     one line, for sets that do not fit, and for private images that a public network knows.
     Side effect: s.crop becomes the side of a finished image.
@@ -152,24 +152,27 @@ def read_sets(s, known):
     if s.steps:
         once(refuse_known, s, private.images, digests, known.values())
     public_facts = {"trained_on": datasets.kind_of(s.public), "public_classes": s.public_classes,
-                    "classes": public.classes, "digests": digests, "before": steps_before(s, known)}
+                    "classes": public.classes, "digests": digests, "before": votes(s, known)}
     return public, private, public_facts
 
 
-def steps_before(s, known):
-    """What public images and networks have cost private ones already: {checksum: [[q, sigma, T], ...]}.
+def votes(s, known):
+    """The votes on drawings from which public images and networks came, see `vote.cost`: {checksum: vote}.
 
-    A vote on drawings (extensions/vote.py) is named by a checksum of its result, so that it counts once, also
-    where both networks and the images come from it. It counts for every private set: nobody knows whether
-    that set has images in common with the one that voted.
+    By the checksum of its result a vote counts once, also where both networks and the images come from it.
+    It counts for every private set: nobody knows whether that set has images in common with the one that
+    voted. ValueError, one line, if a network does not say what it should.
     """
-    found = {}
-    for checkpoint in known.values():
-        found |= checkpoint.get("before", {})
-    for name in datasets.parts(s.public):
-        if datasets.kind_of(name) == "voted":
-            found |= vote.cost(datasets.place(name, s.data_root))
-    return found
+    found = [vote.cost(datasets.place(name, s.data_root)) for name in datasets.parts(s.public)
+             if datasets.kind_of(name) == "voted"]
+    for name, checkpoint in known.items():
+        before = checkpoint.get("before")
+        if before is None and "voted" in str(checkpoint.get("trained_on")):
+            raise ValueError(f"public/{name} was trained on drawings that private images voted for, and does "
+                             "not say what that has cost; train it again")
+        with files.understanding(f"public/{name}", "public checkpoint"):
+            found.append({str(key): vote.checked(value) for key, value in (before or {}).items()})
+    return vote.merged(found)
 
 
 def public_set(s, known=()):

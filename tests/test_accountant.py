@@ -906,3 +906,14 @@ def test_calibration_at_the_ends():
     # steps that cost a little are not free
     assert 1e12 <= calculator.max_steps(1.0, 1e-5, 1e-10, 1e4) < math.inf
     assert calculator.max_steps(1.0, 1e-5, 0.1, math.inf) == math.inf
+
+
+@pytest.mark.parametrize("sigma, steps, k", [(3.0, 3, 20), (4.0, 2, 20), (0.5, 2, 1), (0.3, 1, 1),
+                                             (12.0, 10, 1)])
+def test_full_batches_beside_sampled_ones(sigma, steps, k):
+    """A vote (q = 1) beside a step that costs next to nothing costs what it costs alone, which is known."""
+    alone, _ = pld.bounds({(1.0, sigma): steps}, 1e-4, k)
+    lower, upper = pld.bounds({(1.0, sigma): steps, (1e-7, 5.0): 1}, 1e-4, k)
+    assert lower <= alone <= upper < alone * 1.003 and lower > alone * 0.99
+    assert pld.bounds({(0.999, sigma): steps}, 1e-4, k)[1] <= upper
+    assert pld.bounds({(1.0, sigma): steps, (0.1, 2.0): 2}, 1e-4, k)[1] > alone

@@ -1,5 +1,6 @@
-"""The vote on drawings: one image, one vote; noise on all counts; and nobody takes its result for free."""
+"""The vote on drawings: one image, one vote; noise on all counts; its cost travels with what it gave."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import dp_sgd
 import train
 from datasets import garments
 from extensions import vote
-from support import files, start
+from support import calculator, files, guarantee, settings, start
 
 TINY = ["--preset", "smoke", "--private-n", "100", "--vae-steps", "2", "--ldm-steps", "2", "--vae-batch", "8",
         "--ldm-batch", "8", "--batch-size", "10", "--steps", "2", "--sample-steps", "1", "--precision",
@@ -31,10 +32,13 @@ def test_one_image_more_is_one_vote_more_whatever_the_others(n):  # 37
     candidates = torch.randint(0, 1021, (3, 40, 196), generator=seeded(1)).double()
     labels = torch.randint(0, 3, (n + 1,), generator=seeded(2))
     x = vote.seen(images)
-    more, less = vote.count_votes(x, labels, candidates), vote.count_votes(x[:n], labels[:n], candidates)
-    assert less.sum() == n and more.dtype == torch.float64
-    changed = (more - less).flatten()
-    assert changed.abs().sum() == changed.max() == 1
+    more = vote.count_votes(x, labels, candidates)
+    for i in {0, n // 2, n}:  # all after it move, some from one part to the next
+        others = torch.arange(n + 1) != i
+        less = vote.count_votes(x[others], labels[others], candidates)
+        assert less.sum() == n and more.dtype == torch.float64
+        changed = (more - less).flatten()
+        assert changed.abs().sum() == changed.max() == 1
 
 
 def test_votes_are_exact():  # 37
@@ -137,12 +141,16 @@ def test_drawings_come_to_look_like_the_private_images(monkeypatch):
 # ---- what it costs -----------------------------------------------------------------------------------------
 
 
+HANDED = []  # what the fixture's vote gave to dp_sgd.privatise
+
+
 @pytest.fixture(scope="module")
 def voted(tmp_path_factory):
     """A vote of 200 digits, who do not look like garments: that does not matter here."""
-    out = tmp_path_factory.mktemp("vote") / "run"
+    out, honest = tmp_path_factory.mktemp("vote") / "run", dp_sgd.privatise
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vote, "CELLS", 6)
+        patch.setattr(dp_sgd, "privatise", lambda *args: HANDED.append(args) or honest(*args))
         vote.main(["--private", "mnist10k", "--private-n", "200", "--per-class", "6", "--generations", "3",
                    "--epsilon", "2", "--delta", "1e-4", "--out", str(out)])
     return out
@@ -173,25 +181,60 @@ def test_a_vote_states_what_its_ledger_costs(voted):
     assert drawings.images.shape == (60, 1, 32, 32) and drawings.classes == [str(i) for i in range(10)]
 
 
+def test_the_noise_is_that_of_the_statement(voted):  # 37
+    assert len(HANDED) == 3
+    for [counts], sensitivity, sigma, divisor, generator in HANDED:
+        assert counts.sum() == read(voted)["n"] == 200 and generator is None  # SecureGenerator
+        assert (sensitivity, sigma, divisor) == (1.0, read(voted)["sigma"], 1)
+
+
+def test_what_a_vote_cost_is_the_most_that_a_file_tells(voted, tmp_path):  # 38
+    [(checksum, told)] = vote.cost(voted).items()
+    sigma = read(voted)["sigma"]
+    assert told == {"private_set": "mnist10k", "private_n": 200, "n": 200, "steps": [[1.0, sigma, 3]]}
+    copy = tmp_path / "run"
+    shutil.copytree(voted, copy)
+    (copy / "release" / "privacy.json").unlink()
+    (copy / "internal" / "ledger.jsonl").write_text('{"q": 1.0, "sigma": 50.0}\n')  # cut, and of another run
+    assert vote.cost(copy)[checksum]["steps"] == [[1.0, sigma, 3], [1.0, 50.0, 1]]
+    (copy / "internal" / "ledger.jsonl").write_text((voted / "internal" / "ledger.jsonl").read_text() * 2)
+    assert vote.cost(copy)[checksum]["steps"] == [[1.0, sigma, 6]]
+    (copy / "release" / "drawings.npz").write_bytes(b"no npz")
+    with pytest.raises(ValueError, match="drawings.npz"):
+        vote.cost(copy)
+
+
 def test_the_cost_of_the_vote_is_part_of_the_run_that_takes_its_drawings(voted, tuned):  # 38
-    privacy, [before] = read(tuned), vote.cost(voted).values()
-    assert privacy["before"] == before == [[1.0, read(voted)["sigma"], 3]]
+    privacy, [told] = read(tuned), vote.cost(voted).values()
+    before = told["steps"]
+    assert privacy["before"] == [told] and before == [[1.0, read(voted)["sigma"], 3]]
     assert 4.99 < privacy["epsilon"] <= 5
     own = (privacy["q"], privacy["sigma"], privacy["steps"])
     both = accountant.epsilon_of_ledger([*before, own], 1e-4, "pld")
     assert both == pytest.approx(privacy["epsilon"], rel=1e-6)
     assert accountant.epsilon_of_ledger([own], 1e-4, "pld") < 4.6  # there is more noise than without
-    assert "for which private images had voted" in (tuned / "release" / "MODEL_CARD.md").read_text()
+    assert "Private images had voted" in (tuned / "release" / "MODEL_CARD.md").read_text()
+    log = [json.loads(row) for row in (tuned / "internal" / "log.jsonl").read_text().splitlines()]
+    first = accountant.epsilon_of_ledger([*before, (*own[:2], 1)], 1e-4, "pld")
+    assert first <= log[0]["epsilon"] * (1 + 1e-6)
 
 
 def test_the_calculator_counts_it_too(tuned, tmp_path, capsys):  # 38
-    from support import calculator
     (tmp_path / "release").mkdir()  # a copy with the statement alone
     (tmp_path / "release" / "privacy.json").write_text((tuned / "release" / "privacy.json").read_text())
     for run in (tuned, tmp_path):
         steps, stated = calculator.read_run(run)
         assert accountant.epsilon_of_ledger(steps, 1e-4, "pld") == pytest.approx(stated["epsilon"], rel=1e-6)
         assert len(steps) == 2
+    (tmp_path / "internal").mkdir()
+    for name in ("plan.json", "ledger.jsonl", "settings.json"):
+        shutil.copy(tuned / "internal" / name, tmp_path / "internal")
+    stated = read(tmp_path)  # a statement that has lost it: the plan is believed
+    (tmp_path / "release" / "privacy.json").write_text(json.dumps({**stated, "before": []}))
+    assert len(calculator.read_run(tmp_path)[0]) == 2
+    shutil.rmtree(tmp_path / "release")
+    (tmp_path / "internal" / "plan.json").unlink()  # nobody knows the cost
+    assert accountant.epsilon_of_ledger(calculator.read_run(tmp_path)[0], 1e-4, "pld") == float("inf")
 
 
 @pytest.mark.parametrize("networks", ["both", "autoencoder"])
@@ -205,18 +248,79 @@ def test_networks_that_learned_from_the_vote_carry_its_cost(voted, tuned, tmp_pa
     out = tmp_path / "run"
     train.main([*TINY, "--public-n", "40", "--init", str(init), "--epsilon", "5", "--delta", "1e-4", "--out",
                 str(out)])
-    [before] = vote.cost(voted).values()
-    assert read(out)["before"] == before and read(out)["epsilon"] <= 5
+    assert read(out)["before"] == [*vote.cost(voted).values()] and read(out)["epsilon"] <= 5
     for name in ("vae.pt", "ldm.pt"):
         assert files.load(out / "public" / name)["before"] == vote.cost(voted)
 
 
 def test_the_same_vote_counts_once_and_two_votes_twice(voted, tuned, monkeypatch):
-    known = {"vae.pt": {"before": {"a": [[1.0, 9.0, 3]]}}, "ldm.pt": {"before": {"a": [[1.0, 9.0, 3]]}}}
+    def one(steps):
+        return {"before": {"a": {"private_set": "mnist", "private_n": None, "n": 9, "steps": steps}}}
+
+    known = {"vae.pt": one([[1.0, 9.0, 3]]), "ldm.pt": one([[1.0, 9.0, 1], [1.0, 8.0, 2]])}
+    s = settings.parse([*TINY, "--delta", "1e-4", "--out", "none"])
+    s.public = "garments"
+    votes = start.votes(s, known)
+    assert votes["a"]["steps"] == [[1.0, 8.0, 2], [1.0, 9.0, 3]]  # the most that either tells
+    s.public = f"garments+voted:{voted}"
+    votes = start.votes(s, known)
+    assert votes == {**start.votes(type("S", (), {"public": "garments"}), known), **vote.cost(voted)}
+    plan, own = guarantee.privacy_plan(s, 100, [*votes.values()]), (0.1, 2)
+    rows = [(own[0], plan["sigma"], own[1]), (1.0, 8.0, 2), (1.0, 9.0, 3), (1.0, read(voted)["sigma"], 3)]
+    assert accountant.epsilon_of_ledger(rows, 1e-4, "pld") == pytest.approx(plan["epsilon"], rel=1e-9)
+
+
+@pytest.mark.parametrize("flags", [["--epsilon", "5", "--accountant", "rdp"], ["--sigma", "1"],
+                                   ["--epsilon", "inf"], ["--epsilon", "5", "--delta", "5e-4"],
+                                   ["--accountant", "rdp", "--steps", "0"]])
+def test_plans_include_the_vote_however_they_are_made(voted, flags):  # 38
+    s = settings.parse([*TINY, "--delta", "1e-4", "--out", "none", *flags])
+    [told] = vote.cost(voted).values()
+    plan = guarantee.privacy_plan(s, 100, [told])
+    rows = [*told["steps"], (plan["q"], plan["sigma"], plan["steps"])]
+    assert accountant.epsilon_of_ledger(rows, s.delta, s.accountant) == pytest.approx(plan["epsilon"])
+    assert accountant.epsilon_of_ledger(rows, s.delta, "pld") == pytest.approx(
+        plan["numbers"]["epsilon_pld"], rel=1e-6)
+    assert plan["epsilon"] <= 5 or flags in (["--sigma", "1"], ["--epsilon", "inf"])
+
+
+def test_deltas_too_large_for_those_who_voted_and_low_accountants_are_refused(voted, monkeypatch):  # 38
+    [told] = vote.cost(voted).values()
+    for steps in ("0", "2"):
+        s = settings.parse([*TINY, "--steps", steps, "--delta", "6e-3", "--out", "none"])  # < 1/100, > 1/200
+        with pytest.raises(ValueError, match="number of images that voted"):
+            guarantee.privacy_plan(s, 100, [told])
+        monkeypatch.setitem(accountant.ACCOUNTANTS, "mine", lambda kinds, delta: 0.01)
+        s = settings.parse([*TINY, "--steps", steps, "--delta", "1e-4", "--out", "none", "--accountant",
+                            "mine", "--sigma", "1"])
+        with pytest.raises(ValueError, match="it is wrong"):
+            guarantee.privacy_plan(s, 100, [told])
+
+
+def test_a_run_is_resumed_with_its_vote_only(voted, tuned, tmp_path):
+    s = settings.parse([*TINY, "--epsilon", "5", "--delta", "1e-4", "--out", str(tmp_path)])
+    s.resume = True
+    (tmp_path / "internal").mkdir()
+    shutil.copy(tuned / "internal" / "plan.json", tmp_path / "internal")
+    [told] = vote.cost(voted).values()
+    assert guarantee.privacy_plan(s, 100, [told])["sigma"] == read(tuned)["sigma"]
+    with pytest.raises(ValueError, match="cannot resume: 'before'"):
+        guarantee.privacy_plan(s, 100)
+    plan = json.loads((tmp_path / "internal" / "plan.json").read_text())
+    del plan["before"]  # of an older version
+    (tmp_path / "internal" / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(ValueError, match="cannot resume: 'before'"):
+        guarantee.privacy_plan(s, 100, [told])
+
+
+@pytest.mark.parametrize("before", [[1], {"x": 5}, {"x": [5]}, {"x": {"steps": [[1]]}}, "voted",
+                                    {"x": {"private_set": "a", "private_n": None, "n": 3, "steps": []}}])
+def test_a_damaged_cost_in_a_network_is_one_line(before):
     s = type("S", (), {"public": "garments", "data_root": None})
-    assert start.steps_before(s, known) == {"a": [[1.0, 9.0, 3]]}
-    s.public = f"voted:{voted}"
-    assert start.steps_before(s, known) == {"a": [[1.0, 9.0, 3]], **vote.cost(voted)}
+    with pytest.raises(ValueError, match="public/vae.pt is damaged"):
+        start.votes(s, {"vae.pt": {"before": before}})
+    with pytest.raises(ValueError, match="does not say what that has cost"):
+        start.votes(s, {"vae.pt": {"trained_on": "voted"}})
 
 
 def test_without_private_steps_the_vote_is_stated(voted, tmp_path):  # 38
@@ -232,9 +336,12 @@ def test_without_private_steps_the_vote_is_stated(voted, tmp_path):  # 38
 @pytest.mark.parametrize("flags, said", [
     (["--epsilon", "1.9"], "vote on the public drawings alone has cost 2"),
     (["--private", "{npz}"], "the public networks know these images"),
+    (["--private", "{copy}"], "Say voted:RUN"),
     (["--public", "{npz}"], "Say voted:RUN")])
 def test_refused_in_one_line(voted, tmp_path, flags, said):
-    flags = [flag.format(npz=f"npz:{voted}/release/drawings.npz") for flag in flags]
+    shutil.copy(voted / "release" / "drawings.npz", tmp_path / "copy.npz")
+    names = {"npz": f"npz:{voted}/release/drawings.npz", "copy": f"npz:{tmp_path}/copy.npz"}
+    flags = [flag.format(**names) for flag in flags]
     with pytest.raises(ValueError, match=said):
         train.main([*TINY, "--public", f"voted:{voted}", "--delta", "1e-4", "--out", str(tmp_path / "run"),
                     *flags])
@@ -246,6 +353,10 @@ def test_refused_in_one_line(voted, tmp_path, flags, said):
     (["--private", "mnist10k", "--epsilon", "0"], "epsilon = 0"),
     (["--private", "mnist10k", "--delta", "1e-3"], "--delta 0.001 is not below 1/n"),
     (["--private", "nothing"], "unknown data set"),
+    (["--private", "garments"], "has no vote"),
+    (["--private", "voted:{npz}"], "has no vote"),
+    (["--private", "strokes+garments"], "has no vote"),
+    (["--private", "mnist10k", "--epsilon", "90000"], "so little noise"),
     (["--private", "{npz}"], "3 classes")])
 def test_votes_that_cannot_be(tmp_path, flags, said):
     np.savez(tmp_path / "own.npz", images=np.zeros((99, 28, 28), np.uint8), labels=np.arange(99) % 3,
@@ -254,6 +365,12 @@ def test_votes_that_cannot_be(tmp_path, flags, said):
     with pytest.raises(ValueError, match=said):
         vote.main([*flags, "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
+
+
+def test_classes_vote_on_the_kind_of_their_name():
+    names = sorted(garments.CLASSES)
+    assert vote.paired(names, garments.CLASSES) == names
+    assert vote.paired(names, garments.SHAPES) == [*garments.SHAPES]
 
 
 def test_an_interrupted_vote_has_spent_its_generations(tmp_path, monkeypatch):  # 37
