@@ -57,7 +57,7 @@ FIRST_ROWS = [
     ("papers", "garments-whole", "garments-whole-public", "garments-drawings",
      "garments: tuned on Fashion-MNIST", ""),
     ("papers", "garments-voted-eps1", None, None,
-     "the same with a tenth of the budget, half of it for a vote on the drawings",
+     "the same at epsilon 1, a vote on the drawings included (alone epsilon 0.5)",
      "after `python -m extensions.vote --epsilon 0.5 --out runs/garments-vote-half`; "
      "[vote](extensions/vote.py): not in the paper"),
     ("faces", "portraits-shift-whole-again", None, None, "faces in colour, 32 pixels: only a shift tuned",

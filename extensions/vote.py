@@ -3,21 +3,25 @@
 Drawn public images differ from private ones, and the more they do, the more is left for the noisy private
 stage. So the drawings are bred for a few generations, before any network sees them. In each one
 
-    1. every private image votes for the drawing of its class that looks most like it,
+    1. 512 drawings of each class, chosen at random, are the candidates. Every private image votes for the
+       nearest candidate of its class, by sums of 2 x 2 pixels,
     2. the counts of votes get noise: they are all that is learned of the private images,
-    3. drawings with many votes become parents. A child repeats its parent's random choices (a sleeve's
-       length, a stripe's width), but a few of them are made anew.
+    3. parents are drawn at random, with probabilities proportional to their votes. A child repeats its
+       parent's random choices (a sleeve's length, a stripe's width), but some are made anew: 20 % at first,
+       2 % at last. The children take the place of all drawings.
 
-This is Private Evolution (Lin et al. 2024) with a program in place of a generative model (Lin et al. 2025).
+This is a variant of Private Evolution (Zinan Lin et al. 2024, "Differentially Private Synthetic Data via
+Foundation Model APIs 1: Images") with a program in place of the generative model (Zinan Lin et al. 2025,
+"... APIs 3"). Theirs compares features of a network; here pixels are compared.
 
 One private image more or less changes one count by 1. So each generation is one Gaussian mechanism of
 sensitivity 1, in which every image takes part: a step with q = 1 for the accountant. What is drawn
 afterwards costs nothing further. All generations together cost --epsilon at --delta. A run of train.py with
 --public voted:RUN counts their steps, at its own delta, as part of its epsilon.
 
-Thousands of drawings of a class would share its votes, with less than one for each beside much noise. So the
-votes go to `CELLS` drawings only, chosen at random, the candidates. Each drawing belongs to the candidate
-that it looks most like, and has an equal share of its votes.
+With one count for each of 6,000 drawings, 6,000 images of a class would give one vote each on average, and
+the noise has sigma 11.8 at epsilon 1. With 512 candidates there are twelve votes for each. Every drawing
+belongs to its nearest candidate, and has an equal share of its votes.
 """
 import hashlib
 import json
@@ -129,14 +133,14 @@ def evolve(names, x, labels, sigma, generations, per_class, spend, generator, no
         votes = count_votes(x, labels, candidates)
         spend(g)
         [votes] = dp_sgd.privatise([votes], 1.0, sigma, 1, noise)
-        # From here on nothing is private. One standard deviation less: then most candidates that nobody voted
-        # for end at 0.
+        # All that follows is post-processing. Counts below sigma become 0: so do most of those
+        # without a vote.
         votes = (votes - sigma).clamp(min=0)
         fresh = FRESH[0] * (FRESH[1] / FRESH[0]) ** (g / max(1, generations - 1))
         for k, name in enumerate(names):
             cell = nearest(looks[k], candidates[k])
             weight = (votes[k] / torch.bincount(cell, minlength=CELLS).clamp(min=1))[cell]
-            weight = weight if weight.any() else torch.ones_like(weight)
+            weight = weight if weight.any() else torch.ones_like(weight)  # no count is left: all are equal
             parents = torch.multinomial(weight, per_class, replacement=True, generator=generator)
             population[k] = draw(name, per_class, generator, [c[parents] for c in population[k][1]], fresh)
     images = torch.stack([images for images, _ in population], 1).flatten(0, 1)
@@ -194,10 +198,11 @@ def parse(argv):
     add("--classes", help="classes of an own private set, as in train.py")
     add("--public", choices=DRAWERS, default="garments", help="what is drawn [garments]")
     add("--per-class", type=int, default=6000, help="drawings of each class [6000]")
-    add("--generations", type=int, default=10, help="how often is voted [10]")
+    add("--generations", type=int, default=10, help="number of generations [10]")
     add("--epsilon", type=float, default=1.0, help="of all generations together [1]")
     add("--delta", type=float, default=1e-5, help="of the guarantee, below 1/n [1e-5]")
-    add("--seed", type=int, default=0, help="of the drawings; never of the noise [0]")
+    add("--seed", type=int, default=0, help="of drawings, candidates, parents and --private-n; "
+        "never of the noise [0]")
     add("--data-root", help="the folder of the data sets, as in train.py")
     add("--out", type=Path, required=True, help="a new folder")
     args = parser.parse_args(argv)
@@ -280,7 +285,7 @@ def main(argv=None):
         np.savez_compressed(file, images=images[:, 0].numpy(), labels=labels.numpy().astype(np.uint8),
                             class_names=np.array(private.classes), voted=np.array(json.dumps(vote)))
     fresh, k = torch.Generator().manual_seed(args.seed), len(kinds)
-    # A row for each class: 10 drawings before the first vote, 10 after the last.
+    # A row for each class: 10 drawings as the program makes them, 10 after the last generation.
     rows = [torch.cat([draw(kind, 10, fresh)[0], images[i:10 * k:k]]) for i, kind in enumerate(kinds)]
     pixels.save_grid(torch.cat(rows), release / "comparison.png", columns=20)
     files.write_json(files.plain(statement(args, plan, numbers)), release / "privacy.json")
