@@ -32,7 +32,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import trange
 
 import accountant
 import datasets
@@ -40,6 +39,7 @@ import dp_sgd
 from datasets import arrays, garments, pixels
 from datasets.drawing import Dice
 from support import calculator, command_line, files, guarantee, run_folder
+from support.bars import tqdm
 from support.rounding import round_up
 
 CELLS = 512  # candidates of each class
@@ -126,7 +126,7 @@ def evolve(names, x, labels, sigma, generations, per_class, spend, generator, no
     all else.
     """
     population = [draw(name, per_class, generator) for name in names]
-    for g in trange(generations, desc="vote", unit="generation"):
+    for g in tqdm(range(generations), desc="vote", unit="generation"):
         looks = torch.stack([seen(images) for images, _ in population])  # (K,N,D)
         candidates = torch.stack([look[torch.randperm(per_class, generator=generator)[:CELLS]]
                                   for look in looks])
