@@ -105,8 +105,8 @@ def seen(images):
 
 def nearest(x, candidates):
     """x (N,D), candidates (M,D) -> (N,) index of each row's nearest candidate; of equal ones the first."""
-    found = [(candidates.square().sum(1) - 2 * part @ candidates.T).argmin(1) for part in x.split(4096)]
-    return torch.cat([torch.zeros(0, dtype=torch.long), *found])
+    return torch.cat([(candidates.square().sum(1) - 2 * part @ candidates.T).argmin(1)
+                      for part in x.split(4096)])
 
 
 def count_votes(x, labels, candidates):
@@ -179,9 +179,10 @@ def merged(several):
     """Results of `cost` -> one. What different sources say of the same vote: the largest of each step."""
     found = {}
     for checksum, vote in (item for votes in several for item in votes.items()):
-        known = Counter(accountant.count_steps(found.get(checksum, vote)["steps"]))
+        other = found.get(checksum, vote)
+        known = Counter(accountant.count_steps(other["steps"]))
         steps = known | Counter(accountant.count_steps(vote["steps"]))
-        found[checksum] = {**vote, "n": max(vote["n"], found.get(checksum, vote)["n"]),
+        found[checksum] = {**vote, "n": max(vote["n"], other["n"]),
                            "steps": [[*kind, T] for kind, T in sorted(steps.items())]}
     return found
 
