@@ -240,8 +240,8 @@ def main(argv=None):
     s, known = start.settings_of(argv)  # preset and flags; `known`: public networks that exist already
     # ValueError if a private image is a public one too.
     public, private, public_facts = start.read_sets(s, known)
-    votes = start.votes(s, known)  # extensions/vote.py: what they have spent is part of the plan
-    plan = team.once(guarantee.privacy_plan, s, len(private), [*votes.values()])  # q, sigma, T; delta < 1/n
+    votes = [*public_facts["before"].values()]  # on drawings (extensions/vote.py): part of the plan
+    plan = team.once(guarantee.privacy_plan, s, len(private), votes)  # q, sigma, T; delta < 1/n
     embedder_entry = start.embedder(s, known, public, private)  # from names and public captions only
     if s.dry_run:
         return dry_run.report(s, plan, embedder_entry, public, private, known)

@@ -33,13 +33,17 @@ class Dice:
     def __init__(self, n, generator=None, size=28):
         self.n, self.generator, self.size = n, generator, size
 
+    def number(self):
+        """Uniform in 0..1 -> (N,1)."""
+        return torch.rand(self.n, 1, generator=self.generator)
+
     def uniform(self, low, high):
         """Uniform in low..high, which are numbers or (N,1) -> (N,1)."""
-        return low + (high - low) * torch.rand(self.n, 1, generator=self.generator)
+        return low + (high - low) * self.number()
 
     def chance(self, p):
         """1.0 with probability p (a number or (N,1)), else 0.0 -> (N,1)."""
-        return (torch.rand(self.n, 1, generator=self.generator) < p).float()
+        return (self.number() < p).float()
 
     def normal(self, *shape):
         """Standard normal -> (N, *shape)."""

@@ -27,7 +27,6 @@ import hashlib
 import json
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -42,7 +41,7 @@ from support import calculator, command_line, files, guarantee, run_folder
 from support.bars import tqdm
 from support.rounding import round_up
 
-CELLS = 512  # candidates of each class
+CANDIDATES = 512  # of each class
 FRESH = 0.2, 0.02  # share of choices that a child makes anew, in the first and the last generation
 DRAWERS = {"garments": garments.CLASSES, "shapes": garments.SHAPES}
 
@@ -61,16 +60,13 @@ class Inherited(Dice):
     def inherit(self, new):
         """New numbers (n, ...) for the next choice -> the same, most rows replaced by the parents'."""
         if self.parents is not None:
-            mine = torch.rand(self.n, generator=self.generator) < self.fresh
-            new = torch.where(mine.view(-1, *[1] * (new.dim() - 1)), new, self.parents[len(self.choices)])
+            anew = torch.rand(self.n, generator=self.generator) < self.fresh
+            new = torch.where(anew.view(-1, *[1] * (new.dim() - 1)), new, self.parents[len(self.choices)])
         self.choices.append(new)
         return new
 
-    def uniform(self, low, high):
-        return low + (high - low) * self.inherit(torch.rand(self.n, 1, generator=self.generator))
-
-    def chance(self, p):
-        return (self.inherit(torch.rand(self.n, 1, generator=self.generator)) < p).float()
+    def number(self):
+        return self.inherit(super().number())
 
     def normal(self, *shape):
         new = super().normal(*shape)
@@ -79,8 +75,7 @@ class Inherited(Dice):
     def pick(self, names, weights):
         share = torch.tensor(weights, dtype=torch.float)
         ends = (share / share.sum()).cumsum(0)[:-1].contiguous()  # of all intervals but the last
-        chosen = torch.searchsorted(ends, self.inherit(torch.rand(self.n, 1, generator=self.generator)),
-                                    right=True)
+        chosen = torch.searchsorted(ends, self.number(), right=True)
         return {name: (chosen == i).float() for i, name in enumerate(names.split())}
 
 
@@ -118,28 +113,27 @@ def count_votes(x, labels, candidates):
                         for k in range(len(candidates))]).double()
 
 
-def evolve(names, x, labels, sigma, generations, per_class, spend, generator, noise=None):
+def evolve(names, x, labels, sigma, generations, per_class, spend, generator):
     """The last generation: images (K * per_class,1,28,28) and their labels, classes in turn.
 
     names: of what is drawn for each class. x, labels: the private images, as `seen`. spend(g) is called
-    before generation g's votes are used. noise: of the counts, None for dp_sgd.SecureGenerator. generator: of
-    all else.
+    before generation g's votes are used. generator: of all that is random, but for the noise of the votes.
     """
     population = [draw(name, per_class, generator) for name in names]
     for g in tqdm(range(generations), desc="vote", unit="generation"):
         looks = torch.stack([seen(images) for images, _ in population])  # (K,N,D)
-        candidates = torch.stack([look[torch.randperm(per_class, generator=generator)[:CELLS]]
+        candidates = torch.stack([look[torch.randperm(per_class, generator=generator)[:CANDIDATES]]
                                   for look in looks])
         votes = count_votes(x, labels, candidates)
         spend(g)
-        [votes] = dp_sgd.privatise([votes], 1.0, sigma, 1, noise)
+        [votes] = dp_sgd.privatise([votes], 1.0, sigma, 1, None)  # noise of a SecureGenerator
         # All that follows is post-processing. Counts below sigma become 0: so do most of those
         # without a vote.
         votes = (votes - sigma).clamp(min=0)
         fresh = FRESH[0] * (FRESH[1] / FRESH[0]) ** (g / max(1, generations - 1))
         for k, name in enumerate(names):
             cell = nearest(looks[k], candidates[k])
-            weight = (votes[k] / torch.bincount(cell, minlength=CELLS).clamp(min=1))[cell]
+            weight = (votes[k] / torch.bincount(cell, minlength=CANDIDATES).clamp(min=1))[cell]
             weight = weight if weight.any() else torch.ones_like(weight)  # no count is left: all are equal
             parents = torch.multinomial(weight, per_class, replacement=True, generator=generator)
             population[k] = draw(name, per_class, generator, [c[parents] for c in population[k][1]], fresh)
@@ -207,8 +201,8 @@ def parse(argv):
     add("--data-root", help="the folder of the data sets, as in train.py")
     add("--out", type=Path, required=True, help="a new folder")
     args = parser.parse_args(argv)
-    if not CELLS <= args.per_class <= 100_000:
-        raise ValueError(f"--per-class must be from {CELLS}, the number of candidates, to 100000")
+    if not CANDIDATES <= args.per_class <= 100_000:
+        raise ValueError(f"--per-class must be from {CANDIDATES}, the number of candidates, to 100000")
     if not 1 <= args.generations <= 1000:
         raise ValueError("--generations must be from 1 to 1000")
     if datasets.REGISTRY[datasets.kind_of(args.private)].role == "public":
@@ -239,14 +233,12 @@ def statement(args, plan, numbers):
         "covers": "everything in release/ and whatever is made from it",
         "does_not_cover": [
             "the number n of private images and the names of their classes, which are treated as public",
-            "the choice of hyper-parameters: epsilon is computed as if they had been fixed beforehand",
-            *(["the choice of these n images from a larger set: neighbours differ in a chosen image"]
-              if args.private_n else []),
+            guarantee.NOT_COVERED["choice"], *([guarantee.NOT_COVERED["subset"]] if args.private_n else []),
             "other runs on the same private images: their epsilons add up, and so do their deltas (but "
             "train.py --public voted:RUN has this vote in its own epsilon)",
             "internal/, and what the terminal shows: messages that name private files",
             "that this release exists: its private files could all be read",
-            "several images of one person: the guarantee is for one image", "timing"]}
+            guarantee.NOT_COVERED["person"], "timing"]}
 
 
 def main(argv=None):
@@ -260,9 +252,9 @@ def main(argv=None):
     sigma = accountant.noise_multiplier(args.epsilon, args.delta, 1.0, args.generations, "pld")
     plan = {"n": n, "q": 1.0, "steps": args.generations, "sigma": sigma}
     steps = [[1.0, sigma, args.generations]]
-    guarantee.check_noise(dp_sgd.SecureGenerator.reach, accountant.count_steps(steps), args.delta)
-    numbers = guarantee.privacy_numbers(SimpleNamespace(fast_noise=False, insecure_seed=None), steps,
-                                        args.delta)
+    reach = dp_sgd.SecureGenerator.reach
+    guarantee.check_noise(reach, accountant.count_steps(steps), args.delta)
+    numbers = guarantee.privacy_numbers(reach, steps, args.delta)
     print(f"vote           {n} images of {args.private} on drawn {args.public}: {args.generations} "
           f"generations, sigma {sigma:.4g}, epsilon {round_up(numbers['epsilon_pld'])} at delta "
           f"{round_up(args.delta)}")

@@ -24,15 +24,16 @@ NEGLIGIBLE = 1e-3  # the largest share of delta that the end of the noise may ad
 SAME = 1e-6  # relative: numbers of two machines that differ by less are the same number
 
 
-def privacy_numbers(s, steps, delta):
+def privacy_numbers(reach, steps, delta):
     """What the statement says about steps: both accountants, a group of 20 images, the attacker.
 
-    steps: ledger rows or [(q, sigma, T)]. Never raises for a plan that `privacy_plan` lets through: where a
-    number cannot be computed, one that is never below it takes its place. The group's epsilon is infinite
-    also if 20 images together can push an output further than the noise reaches (`randomness.reach`).
+    reach: of the noise (`randomness.reach`). steps: ledger rows or [(q, sigma, T)]. Never raises for a plan
+    that `privacy_plan` lets through: where a number cannot be computed, one that is never below it takes its
+    place. The group's epsilon is infinite also if 20 images together can push an output further than the
+    noise reaches.
     """
     found = pld.statement_numbers(steps, delta, 20, FALSE_POSITIVES)
-    beyond = sum(randomness.beyond_the_noise(randomness.reach(s), *kind, count, 20)
+    beyond = sum(randomness.beyond_the_noise(reach, *kind, count, 20)
                  for kind, count in accountant.count_steps(steps).items())
     return {**{f"epsilon_{name}": found[f"epsilon_{name}"] for name in accountant.ACCOUNTANTS},
             GROUP: math.inf if beyond > NEGLIGIBLE * delta else found["epsilon_for_group"],
@@ -59,8 +60,8 @@ def privacy_plan(s, n, before=()):
         check_delta(s.delta, largest, "images that voted")
     if s.steps == 0:
         plan = {"n": n, "q": 0.0, "steps": 0, "sigma": 0.0, "delta": s.delta, "before": before}
-        return with_numbers(s, plan) if before else {**plan, "epsilon": 0.0,
-                                                     "numbers": privacy_numbers(s, [], s.delta)}
+        nothing = {"epsilon": 0.0, "numbers": privacy_numbers(randomness.reach(s), [], s.delta)}
+        return with_numbers(s, plan) if before else {**plan, **nothing}
     if s.batch_size > n:
         raise ValueError(f"--batch-size {s.batch_size} exceeds the {n} private images: q = B/n must be at "
                          "most 1")
@@ -103,7 +104,8 @@ def vote_steps(votes):
 def with_numbers(s, plan):
     """The plan and its cost: epsilon by the chosen accountant, and the statement's other numbers."""
     q, sigma, steps, delta = (plan[key] for key in ("q", "sigma", "steps", "delta"))
-    check_noise(randomness.reach(s), accountant.one_kind(q, sigma, steps), delta)
+    reach = randomness.reach(s)
+    check_noise(reach, accountant.one_kind(q, sigma, steps), delta)
     voted = accountant.count_steps(vote_steps(plan["before"]))  # their noise is a SecureGenerator's
     check_noise(dp_sgd.SecureGenerator.reach, voted, delta)
     all_steps = accountant.count_steps([*vote_steps(plan["before"]), (q, sigma, steps)])
@@ -113,7 +115,7 @@ def with_numbers(s, plan):
         if epsilon < least * (1 - SAME):
             raise ValueError(f"--accountant {s.accountant} gives epsilon {epsilon:.4g} for this plan, which "
                              f"is certainly at least {least:.4g}: it is wrong")
-    return {**plan, "epsilon": epsilon, "numbers": privacy_numbers(s, all_steps, delta)}
+    return {**plan, "epsilon": epsilon, "numbers": privacy_numbers(reach, all_steps, delta)}
 
 
 def stored_plan(s, asked, path):
@@ -184,6 +186,11 @@ LOOKED = {
                 "stage, and --tune attention+shift, were chosen after scores on them, and so were the "
                 "candidates, the comparison and the generations of a vote on the drawings; epsilon does not "
                 "cover that choice")}
+# Of what epsilon does not cover: sentences that the statement of a vote has too.
+NOT_COVERED = {
+    "choice": "the choice of hyper-parameters: epsilon is computed as if they had been fixed beforehand",
+    "subset": "the choice of these n images from a larger set: neighbours differ in a chosen image",
+    "person": "several images of one person: the guarantee is for one image"}
 BEFOREHAND = ("taken as chosen without results on these images; if other runs on them were compared to "
               "choose, their epsilons add up")
 
@@ -197,7 +204,8 @@ def privacy_statement(s, plan, rows, trained, stages=()):
     weights = sorted({name for stage in stages for name in stage.get("public_weights", ())})
     computed = sorted({str(row["computed"]) for row in rows if "computed" in row})  # older rows lack it
     # Known before the first private step. A step that the plan did not foresee would make them larger here.
-    numbers = settled(plan["numbers"], privacy_numbers(s, [*vote_steps(plan["before"]), *rows], s.delta))
+    all_steps = [*vote_steps(plan["before"]), *rows]
+    numbers = settled(plan["numbers"], privacy_numbers(randomness.reach(s), all_steps, s.delta))
     epsilon = numbers[f"epsilon_{s.accountant}"]
     known_noise = rows and (s.insecure_seed is not None or s.fast_noise)
     private = not known_noise and math.isfinite(epsilon)
@@ -236,15 +244,15 @@ def privacy_statement(s, plan, rows, trained, stages=()):
         "does_not_cover": [
             "the number n of private images, their side in pixels, and the names of their classes and "
             "attributes, which are treated as public",
-            "the choice of hyper-parameters: epsilon is computed as if they had been fixed beforehand",
-            *(["the choice of these n images from a larger set: neighbours differ in a chosen image"]
+            NOT_COVERED["choice"],
+            *([NOT_COVERED["subset"]]
               if s.private_n or any(vote["private_n"] for vote in plan["before"]) else []),
             "other runs on the same private images: their epsilons add up, and so do their deltas",
             "internal/ (losses, gradient norms), and what the terminal shows: messages that name private "
             "files, and --show-private",
             "that this release exists: its private files could all be read, and no private image was found "
             "among the public ones",
-            "several images of one person: the guarantee is for one image",
+            NOT_COVERED["person"],
             "copies of the run folder: one that is resumed beside it spends the budget once more",
             "an attacker who learns the timesteps and the noise that the loss of the private images drew",
             "rounding of the sum of clipped gradients by more than a thousandth of the clip norm: on CPUs it "

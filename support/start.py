@@ -111,7 +111,7 @@ def read_sets(s, known):
     """(public, private, public_facts): two ImageSets of images (N, C, H, W) uint8, in the autoencoder's size.
 
     public_facts: what a public checkpoint says of its set: name, classes, digests of its images, votes on
-    them. None in a dry run.
+    them. In a dry run only the votes.
     known: the public networks that exist already. With --steps 0 no private image is read. Raises ValueError,
     one line, for sets that do not fit, and for private images that a public network knows.
     Side effect: s.crop becomes the side of a finished image.
@@ -147,7 +147,7 @@ def read_sets(s, known):
             print(f"note: {note}", file=sys.stderr)
     s.crop = private.side  # samples look like private images, whose padding is cut off again
     if s.dry_run:
-        return public, private, None
+        return public, private, {"before": votes(s, known)}
     digests = public_digests(s, public.images)
     if s.steps:
         once(refuse_known, s, private.images, digests, known.values())

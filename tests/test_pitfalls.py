@@ -25,7 +25,7 @@ import unet
 import vae
 from datasets import arrays, pixels
 from extensions import pld
-from support import files, guarantee, settings
+from support import files, guarantee, randomness, settings
 from tests import mutations
 
 ROOT = Path(__file__).parent.parent
@@ -275,7 +275,7 @@ def test_the_statement_carries_what_a_guarantee_needs(tmp_path, monkeypatch):  #
     # Where 20 images together reach beyond the noise, no epsilon holds for them.
     monkeypatch.setattr(guarantee.randomness, "beyond_the_noise",
                         lambda limit, q, sigma, steps, k=1: float(k == 20))
-    beyond = guarantee.privacy_numbers(s, rows, 1e-5)
+    beyond = guarantee.privacy_numbers(randomness.reach(s), rows, 1e-5)
     assert beyond["epsilon_for_20_pictures_of_one_person"] == math.inf > beyond["epsilon_pld"]
     # A run that was stopped on one device and went on with another; a damaged ledger stops no statement.
     moved = [*rows[2:], rows[0] | {"computed": "cuda, bf16"}, rows[1] | {"computed": 7}]

@@ -55,7 +55,7 @@ def test_votes_are_exact():  # 37
 
 def evolved(monkeypatch, x, labels, sigma=1.0, generations=1, cells=8, per_class=20, spend=lambda g: None,
             names=("trouser", "bag")):
-    monkeypatch.setattr(vote, "CELLS", cells)
+    monkeypatch.setattr(vote, "CANDIDATES", cells)
     return vote.evolve(list(names), x, labels, sigma, generations, per_class, spend, seeded())
 
 
@@ -149,7 +149,7 @@ def voted(tmp_path_factory):
     """A vote of 200 digits, who do not look like garments: that does not matter here."""
     out, honest = tmp_path_factory.mktemp("vote") / "run", dp_sgd.privatise
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vote, "CELLS", 6)
+        patch.setattr(vote, "CANDIDATES", 6)
         patch.setattr(dp_sgd, "privatise", lambda *args: HANDED.append(args) or honest(*args))
         vote.main(["--private", "mnist10k", "--private-n", "200", "--per-class", "6", "--generations", "3",
                    "--epsilon", "2", "--delta", "1e-4", "--out", str(out)])
@@ -382,7 +382,7 @@ def test_an_interrupted_vote_has_spent_its_generations(tmp_path, monkeypatch):  
             raise KeyboardInterrupt
         return honest(*args)
 
-    monkeypatch.setattr(vote, "CELLS", 6)
+    monkeypatch.setattr(vote, "CANDIDATES", 6)
     monkeypatch.setattr(dp_sgd, "privatise", privatise)
     flags = ["--private", "mnist10k", "--private-n", "200", "--per-class", "6", "--delta", "1e-4", "--out",
              str(tmp_path / "run")]
