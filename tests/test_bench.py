@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train
-from bench import gpu, held_out_loss, optimizers, pretend, runs, tables
+from bench import gpu, held_out_loss, moved, optimizers, pretend, runs, tables
 from datasets import garments
 from support import files, settings
 
@@ -141,3 +141,32 @@ def test_held_out_loss_tells_a_better_model_from_a_worse(tmp_path, capsys):
     once, again, bad = [float(re.search(r"loss ([\d.]+) of 50", line)[1])
                         for line in capsys.readouterr().out.splitlines() if " loss " in line]
     assert once == again < bad
+
+
+def test_moved_tells_the_length_and_the_likeness_of_changes(tmp_path, capsys):
+    first, same, other = (tmp_path / name for name in ("first", "same", "other"))
+    train.main(["--preset", "smoke", "--steps", "0", "--out", str(first)])
+    public = moved.starting_weights(first, [str(digit) for digit in range(10)])
+    changed = {"embedder": 0.3, "attn1.to_v": 0.2}  # parts of names of weights that "tuning" moves
+    step = torch.Generator().manual_seed(0)
+    for run, sign in ((first, 1), (same, 2), (other, -1)):
+        if run != first:
+            shutil.copytree(first, run)
+        checkpoint, step = files.load(run / "release" / "model.pt"), step.manual_seed(0)
+        for name, size in changed.items():
+            for key in (key for key in public if name in key):
+                checkpoint["model"][key] = public[key] + sign * size * torch.randn(public[key].shape,
+                                                                                  generator=step)
+        files.save(checkpoint, run / "release" / "model.pt")
+    rows = {kind: numbers for kind, *numbers in moved.changes([first, same, other])}
+    assert [kind.split(", ")[-1] for kind in rows] == ["self-attention", "condition embedder"]
+    for (before, lengths, cosines), size in zip(rows.values(), (0.2, 0.3), strict=True):
+        assert before > 0 and lengths == pytest.approx([size, 2 * size, size], rel=0.1)
+        assert cosines == pytest.approx([1, -1])
+    moved.main([str(first), str(other)])
+    assert "self-attention" in capsys.readouterr().out
+    checkpoint = files.load(other / "public" / "ldm.pt")
+    checkpoint["model"] = {key: w + 1 for key, w in checkpoint["model"].items()}
+    files.save(checkpoint, other / "public" / "ldm.pt")
+    with pytest.raises(ValueError, match="other public networks"):
+        moved.changes([first, other])
