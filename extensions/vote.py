@@ -6,9 +6,11 @@ stage. So the drawings are bred for a few generations, before any network sees t
     1. 512 drawings of each class, chosen at random, are the candidates. Every private image votes for the
        nearest candidate of its class, by sums of 2 x 2 pixels,
     2. the counts of votes get noise: they are all that is learned of the private images,
-    3. parents are drawn at random, with probabilities proportional to their votes. A child repeats its
-       parent's random choices (a sleeve's length, a stripe's width), but some are made anew: 20 % at first,
-       2 % at last. The children take the place of all drawings.
+    3. sigma is subtracted from each count, and what is below 0 becomes 0. Every drawing belongs to its
+       nearest candidate, and the drawings of a candidate share its count equally,
+    4. parents are drawn at random, in proportion to these shares. A child repeats its parent's random choices
+       (a sleeve's length, a stripe's width), but some are made anew: 20 % at first, 2 % at last. The children
+       take the place of all drawings.
 
 This is a variant of Private Evolution (Zinan Lin et al. 2024, "Differentially Private Synthetic Data via
 Foundation Model APIs 1: Images") with a program in place of the generative model (Zinan Lin et al. 2025,
@@ -19,9 +21,8 @@ sensitivity 1, in which every image takes part: a step with q = 1 for the accoun
 afterwards costs nothing further. All generations together cost --epsilon at --delta. A run of train.py with
 --public voted:RUN counts their steps, at its own delta, as part of its epsilon.
 
-With one count for each of 6,000 drawings, 6,000 images of a class would give one vote each on average, and
-the noise has sigma 11.8 at epsilon 1. With 512 candidates there are twelve votes for each. Every drawing
-belongs to its nearest candidate, and has an equal share of its votes.
+With a count for each of 6,000 drawings, the 6,000 images of a class would give one vote to each on average.
+With 512 candidates a count is twelve on average, and sigma is 11.8 for ten generations at epsilon 1.
 """
 import hashlib
 import json
@@ -49,6 +50,9 @@ DRAWERS = {"garments": garments.CLASSES, "shapes": garments.SHAPES}
 class Inherited(Dice):
     """Dice for children: each random choice is the parent's, or with probability `fresh` a new one.
 
+    A drawer makes the same choices in the same order for every image, so the i-th choice of a child is the
+    i-th of its parent.
+
     parents: `choices` of other dice that drew the same class, the row of an image being its parent's; None
     for a first generation. Grain, which has a number for each pixel, is always new.
     """
@@ -72,9 +76,9 @@ class Inherited(Dice):
         new = super().normal(*shape)
         return new if new[0].numel() >= self.size ** 2 else self.inherit(new)
 
-    def pick(self, names, weights):
+    def pick(self, names, weights):  # by `number`, which is inherited; torch.multinomial would draw anew
         share = torch.tensor(weights, dtype=torch.float)
-        ends = (share / share.sum()).cumsum(0)[:-1].contiguous()  # of all intervals but the last
+        ends = (share / share.sum()).cumsum(0)[:-1].contiguous()  # the last end, 1, is not needed
         chosen = torch.searchsorted(ends, self.number(), right=True)
         return {name: (chosen == i).float() for i, name in enumerate(names.split())}
 
@@ -99,7 +103,10 @@ def seen(images):
 
 
 def nearest(x, candidates):
-    """x (N,D), candidates (M,D) -> (N,) index of each row's nearest candidate; of equal ones the first."""
+    """x (N,D), candidates (M,D) -> (N,) index of each row's nearest candidate; of equal ones the first.
+
+    Of |x - c|^2 = |x|^2 + |c|^2 - 2 x c the first term is left out: it is the same for all candidates.
+    """
     return torch.cat([(candidates.square().sum(1) - 2 * part @ candidates.T).argmin(1)
                       for part in x.split(4096)])
 
@@ -117,7 +124,8 @@ def evolve(names, x, labels, sigma, generations, per_class, spend, generator):
     """The last generation: images (K * per_class,1,28,28) and their labels, classes in turn.
 
     names: of what is drawn for each class. x, labels: the private images, as `seen`. spend(g) is called
-    before generation g's votes are used. generator: of all that is random, but for the noise of the votes.
+    before the counts of generation g get their noise, so before anything is learned. generator: of all that
+    is random, but for this noise.
     """
     population = [draw(name, per_class, generator) for name in names]
     for g in tqdm(range(generations), desc="vote", unit="generation"):
@@ -127,8 +135,7 @@ def evolve(names, x, labels, sigma, generations, per_class, spend, generator):
         votes = count_votes(x, labels, candidates)
         spend(g)
         [votes] = dp_sgd.privatise([votes], 1.0, sigma, 1, None)  # noise of a SecureGenerator
-        # All that follows is post-processing. Counts below sigma become 0: so do most of those
-        # without a vote.
+        # All that follows is post-processing. Of counts without a vote 84 % become 0.
         votes = (votes - sigma).clamp(min=0)
         fresh = FRESH[0] * (FRESH[1] / FRESH[0]) ** (g / max(1, generations - 1))
         for k, name in enumerate(names):
@@ -170,7 +177,7 @@ def checked(vote):
 
 
 def merged(several):
-    """Results of `cost` -> one. What different sources say of the same vote: the largest of each step."""
+    """Results of `cost` -> one. Where they differ on a vote, the most steps of each kind count."""
     found = {}
     for checksum, vote in (item for votes in several for item in votes.items()):
         other = found.get(checksum, vote)
@@ -277,9 +284,10 @@ def main(argv=None):
     with files.replacing(release / "drawings.npz") as file:
         np.savez_compressed(file, images=images[:, 0].numpy(), labels=labels.numpy().astype(np.uint8),
                             class_names=np.array(private.classes), voted=np.array(json.dumps(vote)))
-    fresh, k = torch.Generator().manual_seed(args.seed), len(kinds)
+    generator, classes = torch.Generator().manual_seed(args.seed), len(kinds)
     # A row for each class: 10 drawings as the program makes them, 10 after the last generation.
-    rows = [torch.cat([draw(kind, 10, fresh)[0], images[i:10 * k:k]]) for i, kind in enumerate(kinds)]
+    rows = [torch.cat([draw(kind, 10, generator)[0], images[i:10 * classes:classes]])
+            for i, kind in enumerate(kinds)]
     pixels.save_grid(torch.cat(rows), release / "comparison.png", columns=20)
     files.write_json(files.plain(statement(args, plan, numbers)), release / "privacy.json")
     print(f"{args.out}/release: {len(images)} drawings, for train.py --public voted:{args.out}")

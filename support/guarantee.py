@@ -60,8 +60,9 @@ def privacy_plan(s, n, before=()):
         check_delta(s.delta, largest, "images that voted")
     if s.steps == 0:
         plan = {"n": n, "q": 0.0, "steps": 0, "sigma": 0.0, "delta": s.delta, "before": before}
-        nothing = {"epsilon": 0.0, "numbers": privacy_numbers(randomness.reach(s), [], s.delta)}
-        return with_numbers(s, plan) if before else {**plan, **nothing}
+        if before:
+            return with_numbers(s, plan)
+        return {**plan, "epsilon": 0.0, "numbers": privacy_numbers(randomness.reach(s), [], s.delta)}
     if s.batch_size > n:
         raise ValueError(f"--batch-size {s.batch_size} exceeds the {n} private images: q = B/n must be at "
                          "most 1")

@@ -146,13 +146,14 @@ def read_sets(s, known):
         if (note := datasets.enlarged(found.name, s.vae.resolution)) and rank() == 0:
             print(f"note: {note}", file=sys.stderr)
     s.crop = private.side  # samples look like private images, whose padding is cut off again
+    before = votes(s, known)
     if s.dry_run:
-        return public, private, {"before": votes(s, known)}
+        return public, private, {"before": before}
     digests = public_digests(s, public.images)
     if s.steps:
         once(refuse_known, s, private.images, digests, known.values())
     public_facts = {"trained_on": datasets.kind_of(s.public), "public_classes": s.public_classes,
-                    "classes": public.classes, "digests": digests, "before": votes(s, known)}
+                    "classes": public.classes, "digests": digests, "before": before}
     return public, private, public_facts
 
 

@@ -426,15 +426,17 @@ MUTATIONS = [Mutation(*m) for m in (
      (('rows = [*guarantee.vote_steps(plan["before"]), (plan', 'rows = [(plan'),),
      f"{VOTE}::test_the_cost_of_the_vote_is_part_of_the_run_that_takes_its_drawings"),
     (38, "without private steps a vote is held against no bound", "support/guarantee.py",
-     (("return with_numbers(s, plan) if before else {**plan, **nothing}",
-       "return {**plan, **nothing, \"epsilon\": 0.0 if not before else accountant.epsilon_of_ledger("
-       "vote_steps(before), s.delta, s.accountant)}"),),
+     (("            return with_numbers(s, plan)\n        return",
+       "            spent = accountant.epsilon_of_ledger(vote_steps(before), s.delta, s.accountant)\n"
+       "            return {**plan, \"epsilon\": spent,\n"
+       "                    \"numbers\": privacy_numbers(randomness.reach(s), [], s.delta)}\n"
+       "        return"),),
      f"{VOTE}::test_deltas_too_large_for_those_who_voted_and_low_accountants_are_refused"),
     (38, "the plan forgets what a vote has cost", "train.py",
      (('len(private), votes)', "len(private), [])"),),
      f"{VOTE}::test_the_cost_of_the_vote_is_part_of_the_run_that_takes_its_drawings"),
     (38, "networks forget that their images were voted for", "support/start.py",
-     (('digests, "before": votes(s, known)}', 'digests, "before": {}}'),),
+     (("before = votes(s, known)", "before = {}"),),
      f"{VOTE}::test_networks_that_learned_from_the_vote_carry_its_cost"),
     (38, "drawings that were voted for are read as free ones", "datasets/arrays.py",
      (('if not voted and "voted" in arrays:', "if False:"),), f"{VOTE}::test_refused_in_one_line"),

@@ -148,11 +148,10 @@ def test_moved_tells_the_length_and_the_likeness_of_changes(tmp_path, capsys):
     train.main(["--preset", "smoke", "--steps", "0", "--out", str(first)])
     public = moved.starting_weights(first, [str(digit) for digit in range(10)])
     changed = {"embedder": 0.3, "attn1.to_v": 0.2}  # parts of names of weights that "tuning" moves
-    step = torch.Generator().manual_seed(0)
     for run, sign in ((first, 1), (same, 2), (other, -1)):
         if run != first:
             shutil.copytree(first, run)
-        checkpoint, step = files.load(run / "release" / "model.pt"), step.manual_seed(0)
+        checkpoint, step = files.load(run / "release" / "model.pt"), torch.Generator().manual_seed(0)
         for name, size in changed.items():
             for key in (key for key in public if name in key):
                 checkpoint["model"][key] = public[key] + sign * size * torch.randn(public[key].shape,
@@ -170,3 +169,8 @@ def test_moved_tells_the_length_and_the_likeness_of_changes(tmp_path, capsys):
     files.save(checkpoint, other / "public" / "ldm.pt")
     with pytest.raises(ValueError, match="other public networks"):
         moved.changes([first, other])
+    shifted = tmp_path / "shifted"
+    train.main(["--preset", "smoke", "--steps", "1", "--tune", "attention+shift", "--init", str(first),
+                "--out", str(shifted)])
+    with pytest.raises(ValueError, match="shift"):
+        moved.changes([first, shifted])

@@ -174,7 +174,7 @@ def test_no_printed_epsilon_is_below_the_true_one(run, capsys):
                         guarantee.ATTACKER: {
                 "0.001": 0.2, "0.01": 0.3, "0.1": 0.4}}}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(guarantee, "privacy_numbers", lambda s, rows, delta: plan["numbers"])
+        patch.setattr(guarantee, "privacy_numbers", lambda reach, rows, delta: plan["numbers"])
         privacy = guarantee.privacy_statement(s, plan, [{}, {}], 7)
     assert privacy["statement"].startswith("(2.001, 1e-05)-")
     card = release.model_card(privacy, ["a", "b"], "run")
