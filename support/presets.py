@@ -73,6 +73,7 @@ PRESETS = {
         public="garments", public_n=60_000, private="fashion",
         **LARGE | CAREFUL | dict(public_optimizer="muon", vae_steps=5000, vae_lr=6e-3,
                                  ldm_steps=4000, ldm_batch=96, ldm_lr=6e-3,
+                                 # --batch-size 10000 is better and slower (docs/results.md)
                                  batch_size=3000, steps=160, private_optimizer="muon", lr=6e-3)),
     "mnist-paper": dict(  # the authors' networks and settings, but with one image channel; large, for a GPU
         public="emnist", public_n=None, private="mnist", public_optimizer="adamw",
