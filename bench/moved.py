@@ -21,9 +21,6 @@ import tuning
 import unet
 from support import checkpoints, command_line, conditions
 
-KINDS = {"self": "self-attention", "cross": "cross-attention", "ff": "feed-forward", "norm": "normalisations",
-         "proj": "in, out"}
-
 
 def kinds(model):
     """Kind of layer -> names of its parameters, for the attention modules and the condition embedder.
@@ -31,19 +28,14 @@ def kinds(model):
     A level of the UNet is named by its number of channels, a kind by its part of a SpatialTransformer.
     """
     found, names = {}, {id(p): name for name, p in model.named_parameters()}
-
-    def add(kind, parameters):
-        found.setdefault(kind, []).extend(names[id(p)] for p in parameters)
-
     for module in tuning.attention_modules(model):
-        channels = f"{module.norm.num_channels} channels, "
         for name, p in module.named_parameters():
-            part = ("norm" if "norm" in name else "cross" if "attn2" in name else
-                    "self" if "attn1" in name or isinstance(module, unet.AttentionBlock) else
-                    "ff" if ".ff." in name else "proj")
-            add(channels + KINDS[part], [p])
+            part = ("normalisations" if "norm" in name else "cross-attention" if "attn2" in name else
+                    "self-attention" if "attn1" in name or isinstance(module, unet.AttentionBlock) else
+                    "feed-forward" if ".ff." in name else "in, out")
+            found.setdefault(f"{module.norm.num_channels} channels, {part}", []).append(names[id(p)])
     for module in tuning.embedder_of(model):
-        add("condition embedder", module.parameters())
+        found["condition embedder"] = [names[id(p)] for p in module.parameters()]
     return found
 
 
